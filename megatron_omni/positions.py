@@ -1,0 +1,247 @@
+"""Token counts of media, choice of video frames, and 3D position ids (paper section 2.2, "Omni-Modality 3D RoPE").
+
+Every token has three integer positions: time T, height H, width W. With ``start`` one more than the largest position
+used so far (all three channels), s the pooled side of a tile and theta position steps per second:
+
+* text token i:            T = H = W = start + i
+* image token (pa, pb, r, c), tile row pa, tile column pb, row r and column c inside the tile:
+                           T = start, H = start + pa s + r, W = start + pb s + c; order: tiles row-major, then r, then c
+* video frame i, token (r, c):  T = start + floor(t_i theta + 0.5), H = start + r, W = start + c;
+                           t_i = true time of the frame in seconds after the first sampled frame
+* audio token j of a clip: g = j // 20, T = H = W = start + floor(g u theta + 0.5), u = seconds that 20 tokens stand for
+
+So audio and video advance at the same rate. Pure functions of sizes and times, used by data, models and generation.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil, floor
+
+import torch
+from torch import Tensor
+
+from megatron_omni.config.model import ModelConfig
+
+TOKENS_PER_AUDIO_GROUP = 20
+"""Audio tokens that share one position."""
+SAMPLE_RATE = 16_000
+"""Hz; the only rate the audio encoder knows."""
+_TIE_SECONDS = 1e-9
+"""Differences below this are float noise of a time base, not a difference in time."""
+
+
+@dataclass(frozen=True)
+class TextSpan:
+    """``length`` tokens of text, special tokens around media included."""
+
+    length: int
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """An image of ``rows`` x ``cols`` tiles."""
+
+    rows: int
+    cols: int
+
+
+@dataclass(frozen=True)
+class VideoSpan:
+    """Frames of one tile each, at these times in seconds (any origin, not decreasing)."""
+
+    times_seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class AudioSpan:
+    """A clip of ``num_chunks`` encoder inputs."""
+
+    num_chunks: int
+
+
+Span = TextSpan | ImageSpan | VideoSpan | AudioSpan
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionRule:
+    """What the model's configuration says about media tokens and positions."""
+
+    pooled_side: int
+    num_query_tokens: int
+    audio_group_seconds: float
+    theta: float
+    audio_only_1d: bool = False
+    """Audio without any picture gets plain positions start, start + 1, ... (released weights only)."""
+
+    def __post_init__(self) -> None:
+        if self.num_query_tokens % TOKENS_PER_AUDIO_GROUP:
+            raise ValueError(
+                f"model.audio.num_query_tokens={self.num_query_tokens}: must be a multiple of "
+                f"{TOKENS_PER_AUDIO_GROUP}, the audio tokens that share one time position"
+            )
+        if self.theta <= 0:
+            raise ValueError(f"model.rope_theta_seconds={self.theta}: must be positive (2.0 in the paper's MoE model)")
+
+    @classmethod
+    def from_config(cls, model: ModelConfig) -> "PositionRule":
+        """The rule of a model; a modality that the model lacks gets sizes of zero and may not appear in its spans."""
+        queries = model.audio.num_query_tokens if model.audio else 0
+        return cls(
+            pooled_side=model.vision.pooled_side if model.vision else 0,
+            num_query_tokens=queries,
+            audio_group_seconds=model.audio.chunk_seconds * TOKENS_PER_AUDIO_GROUP / queries if model.audio else 0.0,
+            theta=model.rope_theta_seconds,
+            audio_only_1d=model.audio_only_1d,
+        )
+
+
+# ------------------------------------------------------------------------------------------------ token counts
+
+
+def image_tokens(rows: int, cols: int, *, pooled_side: int) -> int:
+    """Placeholders of an image of ``rows`` x ``cols`` tiles."""
+    return rows * cols * pooled_side**2
+
+
+def video_tokens(num_frames: int, *, pooled_side: int) -> int:
+    """Placeholders of a video of one tile per frame."""
+    return num_frames * pooled_side**2
+
+
+def audio_chunks(num_samples: int, *, chunk_seconds: float) -> int:
+    """Encoder inputs of a mono 16 kHz clip; the last is zero-padded, and a clip is never less than one chunk."""
+    return max(1, ceil(num_samples / round(chunk_seconds * SAMPLE_RATE)))
+
+
+def audio_tokens(num_chunks: int, *, num_query_tokens: int) -> int:
+    """Placeholders of a clip: a short last chunk has as many tokens as a full one."""
+    return num_chunks * num_query_tokens
+
+
+def span_length(span: Span, rule: PositionRule) -> int:
+    """Tokens of a span. ValueError for a medium that the model has no encoder for, or an empty one."""
+    match span:
+        case TextSpan(length):
+            return length
+        case ImageSpan(rows, cols):
+            _require(rows >= 1 and cols >= 1, "an image", f"{rows}x{cols} tiles", "at least one tile")
+            _require(rule.pooled_side > 0, "an image", "model.vision=null", "a model with a vision encoder")
+            return image_tokens(rows, cols, pooled_side=rule.pooled_side)
+        case VideoSpan(times):
+            _require(len(times) >= 1, "a video", "no frames", "at least one frame")
+            _require(all(a <= b for a, b in pairwise(times)), "a video", "frame times", "times in order")
+            _require(rule.pooled_side > 0, "a video", "model.vision=null", "a model with a vision encoder")
+            return video_tokens(len(times), pooled_side=rule.pooled_side)
+        case AudioSpan(num_chunks):
+            _require(num_chunks >= 1, "an audio clip", f"{num_chunks} chunks", "at least one chunk")
+            _require(rule.num_query_tokens > 0, "an audio clip", "model.audio=null", "a model with an audio encoder")
+            return audio_tokens(num_chunks, num_query_tokens=rule.num_query_tokens)
+
+
+def _require(condition: bool, what: str, value: str, need: str) -> None:
+    if not condition:
+        raise ValueError(f"{what} with {value} has no positions: needs {need}")
+
+
+# ------------------------------------------------------------------------------------------------ video frames
+
+
+@dataclass(frozen=True)
+class FrameSelection:
+    """Frames taken from a video, in order and without repeats."""
+
+    indices: tuple[int, ...]
+    times_seconds: tuple[float, ...]
+    """True times of those frames, as given."""
+
+
+def frame_targets(
+    duration_seconds: float, *, fps: float, min_frames: int, max_frames: int, num_available: int
+) -> list[float]:
+    """Times (seconds from the video's start) at which a frame is wanted.
+
+    f_s = floor(duration fps) of them at i / fps; where the bounds [min_frames, max_frames] or the frames that exist
+    change the count to f_n, at i duration / f_n.
+    """
+    if fps <= 0 or not 1 <= min_frames <= max_frames:
+        raise ValueError(
+            f"video_fps={fps}, min_frames={min_frames}, max_frames={max_frames}: "
+            "need video_fps > 0 and 1 <= min_frames <= max_frames"
+        )
+    wanted = floor(duration_seconds * fps + _TIE_SECONDS)
+    count = min(max(wanted, min_frames), max_frames, num_available)
+    return [i / fps if count == wanted else i * duration_seconds / count for i in range(count)]
+
+
+def select_frames(
+    frame_times_seconds: Sequence[float], *, duration_seconds: float, fps: float, min_frames: int, max_frames: int
+) -> FrameSelection:
+    """The frames nearest to the wanted times; ``frame_times_seconds`` are the true times of all frames, ascending.
+
+    A tie goes to the earlier frame. Two wanted times can fall on one frame only where the frame rate varies; it is then
+    taken once, so such a video may yield fewer frames than ``min_frames``.
+    """
+    if not frame_times_seconds:
+        raise ValueError("a video without frames: nothing to select")
+    origin = frame_times_seconds[0]
+    chosen: list[int] = []
+    for target in frame_targets(
+        duration_seconds, fps=fps, min_frames=min_frames, max_frames=max_frames, num_available=len(frame_times_seconds)
+    ):
+        index = _nearest(frame_times_seconds, origin + target)
+        if not chosen or index > chosen[-1]:
+            chosen.append(index)
+    return FrameSelection(tuple(chosen), tuple(float(frame_times_seconds[i]) for i in chosen))
+
+
+def _nearest(times: Sequence[float], target: float) -> int:
+    after = min(bisect_left(times, target), len(times) - 1)
+    before = max(after - 1, 0)
+    return before if target - times[before] <= times[after] - target + _TIE_SECONDS else after
+
+
+# ------------------------------------------------------------------------------------------------ position ids
+
+
+def position_ids(spans: Sequence[Span], rule: PositionRule, *, start: int = 0) -> tuple[Tensor, int]:
+    """[3, L] int64 ids (T, H, W) of one sample's spans in order, and the position of the token that would follow."""
+    has_picture = any(isinstance(span, ImageSpan | VideoSpan) for span in spans)
+    if rule.audio_only_1d and not has_picture and any(isinstance(span, AudioSpan) for span in spans):
+        length = sum(span_length(span, rule) for span in spans)
+        return _line(torch.arange(start, start + length)), start + length
+    blocks = [torch.empty(3, 0, dtype=torch.int64)]
+    for span in spans:
+        length = span_length(span, rule)
+        if length:
+            blocks.append(start + _offsets(span, rule))
+            start = int(blocks[-1].max()) + 1
+    return torch.cat(blocks, dim=1), start
+
+
+def _offsets(span: Span, rule: PositionRule) -> Tensor:
+    """[3, L] ids of one span relative to its start."""
+    side = rule.pooled_side
+    match span:
+        case TextSpan(length):
+            return _line(torch.arange(length))
+        case ImageSpan(rows, cols):
+            pa, pb, r, c = torch.meshgrid(*(torch.arange(n) for n in (rows, cols, side, side)), indexing="ij")
+            return torch.stack([torch.zeros_like(pa), pa * side + r, pb * side + c]).flatten(1)
+        case VideoSpan(times):
+            steps = torch.tensor([_steps(t - times[0], rule.theta) for t in times])
+            t, r, c = torch.meshgrid(steps, torch.arange(side), torch.arange(side), indexing="ij")
+            return torch.stack([t, r, c]).flatten(1)
+        case AudioSpan(num_chunks):
+            num_groups = num_chunks * rule.num_query_tokens // TOKENS_PER_AUDIO_GROUP
+            steps = torch.tensor([_steps(g * rule.audio_group_seconds, rule.theta) for g in range(num_groups)])
+            return _line(steps.repeat_interleave(TOKENS_PER_AUDIO_GROUP))
+
+
+def _steps(seconds: float, theta: float) -> int:
+    return floor(seconds * theta + 0.5)
+
+
+def _line(positions: Tensor) -> Tensor:
+    return positions.expand(3, -1)

@@ -1,0 +1,281 @@
+"""Positions against the worked examples of the specification and an independent token-by-token reference."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_omni.config.model import ModelConfig
+from megatron_omni.positions import (
+    AudioSpan,
+    FrameSelection,
+    ImageSpan,
+    PositionRule,
+    Span,
+    TextSpan,
+    VideoSpan,
+    audio_chunks,
+    audio_tokens,
+    frame_targets,
+    image_tokens,
+    position_ids,
+    select_frames,
+    span_length,
+    video_tokens,
+)
+
+
+def rule(
+    side: int, theta: float = 2.0, *, queries: int = 200, chunk: float = 30.0, plain: bool = False
+) -> PositionRule:
+    return PositionRule(
+        pooled_side=side,
+        num_query_tokens=queries,
+        audio_group_seconds=chunk * 20 / queries,
+        theta=theta,
+        audio_only_1d=plain,
+    )
+
+
+def test_worked_example_of_text_video_and_audio() -> None:
+    spans = [TextSpan(5), VideoSpan((0.0, 2.0, 4.0, 6.0)), TextSpan(3), AudioSpan(1), TextSpan(4)]
+    ids, following = position_ids(spans, rule(2))
+    triples = [tuple(column) for column in ids.T.tolist()]
+    assert triples[:5] == [(i, i, i) for i in range(5)]
+    assert triples[5:9] == [(5, 5, 5), (5, 5, 6), (5, 6, 5), (5, 6, 6)]
+    assert triples[9:13] == [(9, 5, 5), (9, 5, 6), (9, 6, 5), (9, 6, 6)]
+    assert [t for t, _, _ in triples[13:21]] == [13] * 4 + [17] * 4
+    assert [(h, w) for _, h, w in triples[13:21]] == [(5, 5), (5, 6), (6, 5), (6, 6)] * 2
+    assert triples[21:24] == [(18,) * 3, (19,) * 3, (20,) * 3]
+    assert triples[24:224] == [(21 + 6 * g,) * 3 for g in range(10) for _ in range(20)]
+    assert triples[224:] == [(76,) * 3, (77,) * 3, (78,) * 3, (79,) * 3]
+    assert ids.dtype == torch.int64 and ids.shape == (3, 228)
+    assert following == 80 and following - ids.shape[1] == -148
+
+
+def test_image_positions_are_global_over_the_picture_and_ordered_tile_by_tile() -> None:
+    ids, following = position_ids([TextSpan(3), ImageSpan(1, 2)], rule(2))
+    assert [tuple(c) for c in ids.T.tolist()[3:]] == [
+        (3, 3, 3), (3, 3, 4), (3, 4, 3), (3, 4, 4), (3, 3, 5), (3, 3, 6), (3, 4, 5), (3, 4, 6),
+    ]  # fmt: skip
+    assert following == 7
+
+
+@pytest.mark.parametrize(
+    ("theta", "video_end", "audio_start", "audio_end"), [(2.0, 246, 249, 483), (1.0, 128, 131, 248)]
+)
+def test_paper_example(theta: float, video_end: int, audio_start: int, audio_end: int) -> None:
+    """10 text, 60 frames every 2 s, 2 text, 120 s of audio, 1 text at s = 12."""
+    spans = [TextSpan(10), VideoSpan(tuple(2.0 * i for i in range(60))), TextSpan(2), AudioSpan(4), TextSpan(1)]
+    ids, following = position_ids(spans, rule(12, theta))
+    times = ids[0].tolist()
+    video, audio = 10, 10 + 60 * 144 + 2
+    assert (times[video], times[video + 60 * 144 - 1]) == (10, video_end)
+    assert times[video + 60 * 144 : audio] == [video_end + 1, video_end + 2]
+    assert (times[audio], times[audio + 800 - 1]) == (audio_start, audio_end)
+    assert times[-1] == audio_end + 1 and following == audio_end + 2
+    assert ids[1, video : video + 144 * 60].max() == 10 + 11
+
+
+def test_times_count_from_the_first_sampled_frame_and_halves_round_up() -> None:
+    ids, _ = position_ids([VideoSpan((7.25, 7.5, 8.0, 8.24))], rule(1))
+    assert ids[0].tolist() == [0, 1, 2, 2]  # 0, 0.25 s -> 0.5 -> 1, 0.75 s -> 1.5 -> 2, 0.99 s -> 1.98 -> 2
+
+
+def test_large_image_after_a_short_one_starts_after_its_extent() -> None:
+    ids, following = position_ids([ImageSpan(1, 6), TextSpan(1)], rule(12))
+    assert ids[:, -1].tolist() == [72, 72, 72] and following == 73
+
+
+def test_short_chunks_keep_three_seconds_per_group() -> None:
+    """3 s chunks of 20 queries advance exactly as 30 s chunks of 200."""
+    long, _ = position_ids([AudioSpan(1)], rule(2))
+    short, _ = position_ids([AudioSpan(10)], rule(2, queries=20, chunk=3.0))
+    assert torch.equal(long, short)
+
+
+def test_audio_only_1d_applies_only_without_pictures() -> None:
+    spans: list[Span] = [TextSpan(2), AudioSpan(1), TextSpan(1)]
+    plain, following = position_ids(spans, rule(2, plain=True), start=4)
+    assert torch.equal(plain, torch.arange(4, 207).expand(3, -1)) and following == 207
+    spans.append(ImageSpan(1, 1))
+    assert torch.equal(position_ids(spans, rule(2, plain=True))[0], position_ids(spans, rule(2))[0])
+
+
+def test_start_shifts_every_position() -> None:
+    spans = [TextSpan(2), ImageSpan(2, 1), AudioSpan(1), VideoSpan((0.0, 1.0))]
+    base, following = position_ids(spans, rule(3))
+    moved, moved_following = position_ids(spans, rule(3), start=11)
+    assert torch.equal(moved, base + 11) and moved_following == following + 11
+
+
+def test_nothing_has_no_positions() -> None:
+    ids, following = position_ids([TextSpan(0)], rule(2), start=9)
+    assert ids.shape == (3, 0) and following == 9
+
+
+def reference(spans: list[Span], r: PositionRule) -> tuple[list[tuple[int, int, int]], int]:
+    """Token by token, from the text of the specification."""
+    out: list[tuple[int, int, int]] = []
+
+    def after() -> int:
+        return 1 + max((max(p) for p in out), default=-1)
+
+    for span in spans:
+        begin = after()
+        if isinstance(span, TextSpan):
+            out += [(begin + i, begin + i, begin + i) for i in range(span.length)]
+        elif isinstance(span, ImageSpan):
+            for pa in range(span.rows):
+                for pb in range(span.cols):
+                    for row in range(r.pooled_side):
+                        for col in range(r.pooled_side):
+                            out.append((begin, begin + pa * r.pooled_side + row, begin + pb * r.pooled_side + col))
+        elif isinstance(span, VideoSpan):
+            for t in span.times_seconds:
+                step = math.floor((t - span.times_seconds[0]) * r.theta + 0.5)
+                for row in range(r.pooled_side):
+                    for col in range(r.pooled_side):
+                        out.append((begin + step, begin + row, begin + col))
+        else:
+            for token in range(span.num_chunks * r.num_query_tokens):
+                p = begin + math.floor((token // 20) * r.audio_group_seconds * r.theta + 0.5)
+                out.append((p, p, p))
+    return out, after()
+
+
+span_strategy = st.one_of(
+    st.builds(TextSpan, st.integers(0, 9)),
+    st.builds(ImageSpan, st.integers(1, 3), st.integers(1, 3)),
+    st.lists(st.floats(0, 90), min_size=1, max_size=6).map(lambda ts: VideoSpan(tuple(sorted(ts)))),
+    st.builds(AudioSpan, st.integers(1, 3)),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    spans=st.lists(span_strategy, max_size=6),
+    side=st.integers(1, 4),
+    theta=st.sampled_from([0.5, 1.0, 2.0, 12.5]),
+    queries=st.sampled_from([20, 40, 200]),
+    chunk=st.sampled_from([1.0, 3.0, 30.0]),
+)
+def test_positions_equal_the_reference(spans: list[Span], side: int, theta: float, queries: int, chunk: float) -> None:
+    r = rule(side, theta, queries=queries, chunk=chunk)
+    expected, following = reference(spans, r)
+    ids, got_following = position_ids(spans, r)
+    assert [tuple(c) for c in ids.T.tolist()] == expected
+    assert got_following == following
+    assert ids.shape[1] == sum(span_length(span, r) for span in spans)
+
+
+def test_token_counts() -> None:
+    assert image_tokens(2, 3, pooled_side=12) == 864
+    assert video_tokens(60, pooled_side=12) == 8640
+    assert [audio_chunks(n, chunk_seconds=30.0) for n in (0, 1, 480_000, 480_001)] == [1, 1, 1, 2]
+    assert audio_chunks(96_001, chunk_seconds=3.0) == 3
+    assert audio_tokens(4, num_query_tokens=200) == 800
+
+
+def test_rule_follows_the_model_configuration() -> None:
+    full = PositionRule.from_config(ModelConfig())
+    assert (full.pooled_side, full.num_query_tokens, full.audio_group_seconds, full.theta) == (12, 200, 3.0, 2.0)
+    text_only = PositionRule.from_config(ModelConfig(vision=None, audio=None))
+    assert position_ids([TextSpan(3)], text_only)[1] == 3
+    with pytest.raises(ValueError, match=r"model\.vision=null"):
+        position_ids([ImageSpan(1, 1)], text_only)
+    with pytest.raises(ValueError, match=r"model\.audio=null"):
+        position_ids([AudioSpan(1)], text_only)
+
+
+@pytest.mark.parametrize(
+    ("span", "said"),
+    [(ImageSpan(0, 1), "0x1 tiles"), (VideoSpan(()), "no frames"), (VideoSpan((1.0, 0.0)), "times in order"),
+     (AudioSpan(0), "0 chunks")],
+)  # fmt: skip
+def test_impossible_spans_say_what_is_wrong(span: Span, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        position_ids([span], rule(2))
+
+
+def test_rules_that_cannot_place_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_query_tokens=30"):
+        rule(2, queries=30)
+    with pytest.raises(ValueError, match="rope_theta_seconds=0"):
+        rule(2, theta=0.0)
+
+
+# ------------------------------------------------------------------------------------------------ frames
+
+
+def constant_rate(seconds: float, rate: float) -> list[float]:
+    return [i / rate for i in range(round(seconds * rate))]
+
+
+def select(times: list[float], duration: float, **changed: float) -> FrameSelection:
+    bounds = {"fps": 1.0, "min_frames": 8, "max_frames": 64} | changed
+    return select_frames(times, duration_seconds=duration, **bounds)  # type: ignore[arg-type]
+
+
+def test_one_frame_a_second_within_the_bounds() -> None:
+    chosen = select(constant_rate(20.0, 30.0), 20.0)
+    assert chosen.indices == tuple(range(0, 600, 30))
+    assert chosen.times_seconds == tuple(float(i) for i in range(20))
+
+
+def test_a_long_video_is_spread_over_its_duration_and_matches_the_paper_times() -> None:
+    """120 s at 60 frames: one every 2 s, the last at 118 s (not at the last frame, as a linspace would put it)."""
+    chosen = select(constant_rate(120.0, 25.0), 120.0, max_frames=60)
+    assert chosen.times_seconds == tuple(2.0 * i for i in range(60))
+
+
+def test_a_short_video_gives_the_lower_bound() -> None:
+    chosen = select(constant_rate(4.0, 30.0), 4.0)
+    assert chosen.times_seconds == tuple(0.5 * i for i in range(8))
+
+
+def test_never_more_frames_than_there_are() -> None:
+    chosen = select([0.0, 0.5, 1.0], 1.5)
+    assert chosen == FrameSelection((0, 1, 2), (0.0, 0.5, 1.0))
+
+
+def test_true_times_are_returned_and_the_nearest_frame_is_taken() -> None:
+    times = [10.0, 10.4, 10.9, 11.2, 11.9, 12.05]
+    assert select(times, 3.0, min_frames=1).times_seconds == (10.0, 10.9, 12.05)
+
+
+def test_a_tie_goes_to_the_earlier_frame_whatever_the_float_noise() -> None:
+    thirds = [i / 3 for i in range(12)]  # 0.5 s lies between 1/3 and 2/3
+    assert select(thirds, 4.0, fps=2.0, min_frames=1).indices[:2] == (0, 1)
+
+
+def test_a_held_frame_is_taken_once() -> None:
+    assert select([0.0, 0.1, 0.2, 10.0], 10.1, min_frames=1).indices == (0, 2, 3)
+
+
+def test_a_duration_that_float_noise_makes_short_keeps_its_last_second() -> None:
+    assert 4.35 * 100 < 435
+    assert len(frame_targets(4.35, fps=100.0, min_frames=1, max_frames=999, num_available=999)) == 435
+
+
+@pytest.mark.parametrize("changed", [{"fps": 0.0}, {"min_frames": 0}, {"min_frames": 65}])
+def test_impossible_bounds_are_refused(changed: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="1 <= min_frames <= max_frames"):
+        select([0.0, 1.0], 2.0, **changed)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    num=st.integers(1, 400), rate=st.sampled_from([1.0, 12.5, 24.0, 29.97, 60.0]), fps=st.sampled_from([0.5, 1.0, 2.0])
+)
+def test_selection_at_a_constant_rate_equals_the_definition(num: int, rate: float, fps: float) -> None:
+    duration = num / rate
+    chosen = select([i / rate for i in range(num)], duration, fps=fps)
+    wanted = math.floor(duration * fps + 1e-9)
+    count = min(max(wanted, 8), 64, num)
+    assert len(chosen.indices) == count
+    for i, time in enumerate(chosen.times_seconds):
+        target = i / fps if count == wanted else i * duration / count
+        assert abs(time - target) <= 0.5 / rate + 1e-9
