@@ -1,0 +1,47 @@
+# Two commands matter: `make quickstart` and `make test`. Both make .venv by themselves.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test lint types layers docs checks golden clean
+
+# The first Python >= 3.12 that really runs (a pyenv shim may exist and refuse).
+PYTHON := $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python python3.13 python3; do \
+	"$$p" -c 'import sys; sys.exit(not (3, 12) <= sys.version_info[:2] < (3, 14))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+FAST ?= 0
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.installed ## make .venv and install the package with its test tools
+
+$(VENV)/.installed: pyproject.toml
+	@[ -n "$(PYTHON)" ] || { echo "error: no Python 3.12 or 3.13 found. Install one (Debian: apt-get install python3.12 python3.12-venv, or pyenv install 3.12) and run make again."; exit 1; }
+	@[ -x $(BIN)/python ] || "$(PYTHON)" -m venv $(VENV) || { echo "error: $(PYTHON) cannot make a virtual environment; install its venv module (Debian: apt-get install python3.12-venv)."; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' 2>&1 | { grep -v '^WARNING: Location' || true; }
+	@touch $@
+
+quickstart: venv ## compose a small real corpus, train the tiny recipe, score it, show what it made (FAST=1: a few minutes)
+	$(BIN)/python -m examples.quickstart.run $(if $(filter 1,$(FAST)),--fast)
+
+test: venv ## run the tests (CPU, gloo)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+
+lint: venv ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: venv ## mypy
+	$(BIN)/mypy
+
+layers: venv ## import-linter: the layers of docs/architecture.md
+	$(BIN)/lint-imports
+
+docs: venv ## regenerate docs/config.md from the dataclasses
+	$(BIN)/python tools/config_docs.py --write
+
+checks: lint types layers ## everything but the tests
+
+clean: ## remove the environment and build products, keep runs/
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,1 @@
+"""Training of omnimodal mixture-of-experts language models on Megatron-Core."""

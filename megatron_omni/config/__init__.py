@@ -1,0 +1,1 @@
+"""What a run is: typed recipes, without torch and without megatron."""

@@ -1,0 +1,49 @@
+"""What is read, how it is mixed and how it is cut into micro-batches."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class SourceConfig:
+    """One JSONL file of records; media paths are relative to the file's directory and may not leave it."""
+
+    name: str
+    path: str
+    weight: float = 1.0
+    """Share of the mixture, relative to the other active sources."""
+    from_sample: int = 0
+    """Global sample count at which the source joins the mixture (curriculum)."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Data group of a recipe."""
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    eval_sources: list[SourceConfig] = field(default_factory=list)
+    """Held-out sets: evaluated every ``log.eval_interval`` steps; never drawn for training."""
+    tokenizer: str = ""
+    """A SentencePiece ``.model`` file or a directory with a Hugging Face ``tokenizer.json``."""
+    system_prompt: str = ""
+    """System turn of the chat template; empty leaves the turn out."""
+    seq_length: int = 8192
+    """Longest sample in tokens, media placeholders included; a longer one is skipped and counted."""
+    micro_batch_size: int = 1
+    global_batch_size: int = 8
+    """Samples per optimizer step over all data-parallel ranks."""
+    batch_by: Literal["mixed", "source"] = "mixed"
+    """``source``: all samples of a step come from one source, drawn by weight (less padding at small scale)."""
+    pad_to_multiple_of: int = 8
+    max_bad_fraction: float = 0.01
+    """Share of bad samples above which training stops and says so."""
+    num_workers: int = 0
+    """Processes that decode ahead of the training step, per rank; 0 decodes in the training process."""
+    cache_gib: float = 0.0
+    """Decoded samples kept in memory per rank, so that a second epoch decodes nothing."""
+    video_fps: float = 1.0
+    min_frames: int = 8
+    max_frames: int = 64
+    max_frames_with_audio: int = 32
+    use_video_sound: bool = True
+    """The sound track of a video follows its frames as an audio block."""

@@ -1,0 +1,56 @@
+"""The recipe: everything that one training run needs, in one typed tree."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_omni.config.data import DataConfig
+from megatron_omni.config.model import ModelConfig
+from megatron_omni.config.optim import OptimConfig
+from megatron_omni.config.parallel import ParallelConfig
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many stay."""
+
+    save_interval: int = 1000
+    """Steps between checkpoints; 0 saves only at the end and on a stop signal."""
+    keep: int = 2
+    """Newest checkpoints kept; older ones are removed after a newer one is whole. 0 keeps all."""
+
+
+@dataclass(kw_only=True)
+class LogConfig:
+    """Progress line, metrics.jsonl and TensorBoard."""
+
+    interval: int = 10
+    eval_interval: int = 0
+    """Steps between held-out loss evaluations; 0 never."""
+    eval_iters: int = 4
+    """Global batches per held-out source and evaluation."""
+    tensorboard: bool = True
+    expert_load: bool = True
+    """Routing statistics per layer x expert x modality."""
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """One training run. ``load`` resumes everything; ``init_from`` takes weights only."""
+
+    task: Literal["supervised"] = "supervised"
+    seed: int = 3407
+    run_dir: str = "runs/default"
+    train_iters: int = 1000
+    init_from: str | None = None
+    """Checkpoint whose weights start the run."""
+    load: str | None = None
+    """Run directory or checkpoint to resume; ``auto`` resumes ``run_dir`` when it holds a checkpoint."""
+    freeze: list[str] = field(default_factory=list)
+    """Named parts that are not trained: vision, audio, projectors, attention, norms, experts, shared_experts, gate,
+    ffn, embeddings, output, new_token_rows (docs/config.md)."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)

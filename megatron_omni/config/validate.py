@@ -1,0 +1,230 @@
+"""Checks that a recipe can work, before a process group or a tensor exists.
+
+Every violation is one ValueError: field, value, why, fix. All of them are collected, so that one run shows them all.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_omni.config.model import ModelConfig
+from megatron_omni.config.parallel import ParallelConfig
+from megatron_omni.config.run import Recipe
+
+PARTS = (
+    "vision", "audio", "projectors", "attention", "norms", "experts", "shared_experts", "gate",
+    "ffn", "embeddings", "output", "new_token_rows",
+)  # fmt: skip
+"""Named parts of the model, for ``freeze`` and ``optim.lr_scale`` (models/parts.py says which parameters each holds)."""
+
+
+def validate(recipe: Recipe, *, world_size: int = 1, check_files: bool = True) -> None:
+    """Raise one ValueError that lists everything wrong with ``recipe`` on ``world_size`` ranks."""
+    problems = [*_model(recipe.model), *_layout(recipe, world_size), *_run(recipe)]
+    if check_files:
+        problems += _files(recipe)
+    if problems:
+        raise ValueError("; ".join(problems) if len(problems) == 1 else "\n  - ".join(["", *problems]))
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Ranks that see different data; assumes a layout that fits."""
+    return world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+
+
+def num_micro_batches(recipe: Recipe, world_size: int) -> int:
+    """Micro-batches per rank and optimizer step; assumes sizes that divide."""
+    return recipe.data.global_batch_size // (
+        recipe.data.micro_batch_size * data_parallel_size(recipe.parallel, world_size)
+    )
+
+
+def _positive(values: dict[str, float | int]) -> Iterator[str]:
+    for name, value in values.items():
+        if value <= 0:
+            yield f"{name}={value}: must be positive"
+
+
+def _divides(name: str, value: int, by_name: str, by: int) -> Iterator[str]:
+    if by > 0 and value % by:
+        yield f"{by_name}={by} does not divide {name}={value}; choose a divisor of {value}"
+
+
+def _model(model: ModelConfig) -> Iterator[str]:
+    yield from _positive(
+        {
+            f"model.{k}": getattr(model, k)
+            for k in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+        }
+        | {"model.kv_channels": model.kv_channels, "model.vocab_size": model.vocab_size}
+    )
+    yield from _divides(
+        "model.num_attention_heads", model.num_attention_heads, "model.num_query_groups", model.num_query_groups
+    )
+    if 2 * sum(model.mrope_section) != model.kv_channels:
+        yield (
+            f"model.mrope_section={list(model.mrope_section)}: must sum to kv_channels / 2 = {model.kv_channels // 2}"
+        )
+    if model.rope_theta_seconds <= 0:
+        yield f"model.rope_theta_seconds={model.rope_theta_seconds}: must be positive (2 in the MoE model)"
+    if model.moe is not None:
+        yield from _moe(model)
+    if model.vision is not None:
+        yield from _divides(
+            "model.vision.hidden_size", model.vision.hidden_size, "model.vision.num_attention_heads",
+            model.vision.num_attention_heads,
+        )  # fmt: skip
+        if model.vision.pooled_side > model.vision.image_size // model.vision.patch_size:
+            yield (
+                f"model.vision.pooled_side={model.vision.pooled_side}: larger than the tower's grid of "
+                f"{model.vision.image_size // model.vision.patch_size} patches a side; choose a smaller one"
+            )
+    if model.audio is not None:
+        yield from _audio(model)
+
+
+def _moe(model: ModelConfig) -> Iterator[str]:
+    moe = model.moe
+    assert moe is not None
+    if not 0.0 < moe.top_p <= 1.0:
+        yield f"model.moe.top_p={moe.top_p}: must lie in (0, 1]; 0.7 is the paper's"
+    slots = moe.num_routed_experts + moe.num_null_experts
+    if moe.num_routed_experts < 1:
+        yield f"model.moe.num_routed_experts={moe.num_routed_experts}: must be at least 1, or set model.moe=null for a dense model"
+    if min(moe.num_null_experts, moe.num_shared_experts) < 0:
+        yield "model.moe.num_null_experts and num_shared_experts must not be negative"
+    if moe.top_k is not None and not 1 <= moe.top_k <= slots:
+        yield f"model.moe.top_k={moe.top_k}: must lie in 1..{slots} (routed + null), or be null for Top-P"
+    if moe.max_routed is not None and not 1 <= moe.max_routed <= moe.num_routed_experts:
+        yield f"model.moe.max_routed={moe.max_routed}: must lie in 1..{moe.num_routed_experts}, or be null"
+    if not 0.0 <= moe.input_jitter < 1.0:
+        yield f"model.moe.input_jitter={moe.input_jitter}: must lie in [0, 1)"
+    if moe.routing_weight_mode == "release" and moe.gradient_estimator == "paper":
+        yield (
+            "model.moe.gradient_estimator='paper' does not exist in routing_weight_mode='release', which normalises the "
+            "multipliers after the estimator; choose grin (the published code) or none"
+        )
+    if moe.capacity_factor is not None and moe.capacity_factor <= 0:
+        yield f"model.moe.capacity_factor={moe.capacity_factor}: must be positive, or null for dropless"
+
+
+def _audio(model: ModelConfig) -> Iterator[str]:
+    audio = model.audio
+    assert audio is not None
+    yield from _divides(
+        "model.audio.hidden_size", audio.hidden_size, "model.audio.num_attention_heads", audio.num_attention_heads
+    )
+    if audio.num_query_tokens > audio.max_target_positions:
+        yield (
+            f"model.audio.num_query_tokens={audio.num_query_tokens}: more than max_target_positions="
+            f"{audio.max_target_positions}; raise the latter"
+        )
+    if abs(audio.num_query_tokens * 3.0 - audio.chunk_seconds * 20.0) > 1e-9:
+        yield (
+            f"model.audio.num_query_tokens={audio.num_query_tokens}: a chunk of {audio.chunk_seconds} s needs "
+            f"{audio.chunk_seconds * 20 / 3:g} (20 tokens stand for 3 seconds)"
+        )
+
+
+def _layout(recipe: Recipe, world_size: int) -> Iterator[str]:
+    model, parallel, data = recipe.model, recipe.parallel, recipe.data
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
+    sizes = {"tensor_model": tp, "pipeline_model": pp, "expert_model": ep, "expert_tensor": etp}
+    bad = list(_positive({f"parallel.{k}_parallel_size": v for k, v in sizes.items()}))
+    if bad:
+        yield from bad
+        return
+    if world_size % (tp * pp):
+        yield (
+            f"parallel.tensor_model_parallel_size={tp} x pipeline_model_parallel_size={pp} = {tp * pp} does not divide "
+            f"the {world_size} rank(s) of this run; start a multiple of {tp * pp} ranks or lower one of them"
+        )
+        return
+    if world_size % (ep * etp * pp):
+        yield (
+            f"parallel.expert_model_parallel_size={ep} x expert_tensor_parallel_size={etp} x "
+            f"pipeline_model_parallel_size={pp} = {ep * etp * pp} does not divide the {world_size} rank(s) of this run"
+        )
+    yield from _divides(
+        "model.num_attention_heads", model.num_attention_heads, "parallel.tensor_model_parallel_size", tp
+    )
+    if model.num_query_groups % tp:
+        yield f"parallel.tensor_model_parallel_size={tp} does not divide model.num_query_groups={model.num_query_groups}"
+    yield from _divides("model.num_layers", model.num_layers, "parallel.pipeline_model_parallel_size", pp)
+    if model.moe is None:
+        yield from _divides("model.ffn_hidden_size", model.ffn_hidden_size, "parallel.tensor_model_parallel_size", tp)
+        if ep * etp > 1:
+            yield (
+                f"parallel.expert_model_parallel_size={ep}, expert_tensor_parallel_size={etp}: no effect in a dense model "
+                "(model.moe is null); set both to 1"
+            )
+    else:
+        moe = model.moe
+        yield from _divides(
+            "model.moe.num_routed_experts", moe.num_routed_experts, "parallel.expert_model_parallel_size", ep
+        )
+        yield from _divides(
+            "model.moe.moe_ffn_hidden_size", moe.moe_ffn_hidden_size, "parallel.expert_tensor_parallel_size", etp
+        )
+        if parallel.expert_model_parallel_size > 1 and pp > 1 and world_size // pp % ep:
+            yield f"parallel.expert_model_parallel_size={ep} does not divide the {world_size // pp} rank(s) of a stage"
+    dp = data_parallel_size(parallel, world_size)
+    per_round = data.micro_batch_size * dp
+    yield from _positive(
+        {"data.micro_batch_size": data.micro_batch_size, "data.global_batch_size": data.global_batch_size}
+    )
+    if per_round > data.global_batch_size:
+        yield (
+            f"more ranks than work: data.micro_batch_size={data.micro_batch_size} x {dp} data-parallel rank(s) = {per_round} "
+            f"exceeds data.global_batch_size={data.global_batch_size}; raise it or start fewer ranks"
+        )
+    elif per_round > 0 and data.global_batch_size % per_round:
+        yield (
+            f"data.global_batch_size={data.global_batch_size} is no multiple of micro_batch_size x data-parallel ranks = "
+            f"{data.micro_batch_size} x {dp} = {per_round}"
+        )
+
+
+def _run(recipe: Recipe) -> Iterator[str]:
+    optim, data = recipe.optim, recipe.data
+    yield from _positive({"train_iters": recipe.train_iters, "data.seq_length": data.seq_length, "log.interval": recipe.log.interval})
+    if optim.lr <= 0:
+        yield f"optim.lr={optim.lr}: must be positive"
+    if optim.min_lr > optim.lr:
+        yield f"optim.min_lr={optim.min_lr}: above optim.lr={optim.lr}"
+    if optim.lr_warmup_iters >= (optim.lr_decay_iters or recipe.train_iters):
+        yield (
+            f"optim.lr_warmup_iters={optim.lr_warmup_iters}: must be below the length of the schedule, "
+            f"{optim.lr_decay_iters or recipe.train_iters} steps"
+        )
+    for group, names in (("freeze", recipe.freeze), ("optim.lr_scale", list(optim.lr_scale))):
+        for name in names:
+            if name not in PARTS:
+                yield f"{group}: unknown part {name!r}; parts are {', '.join(PARTS)}"
+    if not 0.0 <= data.max_bad_fraction <= 1.0:
+        yield f"data.max_bad_fraction={data.max_bad_fraction}: must lie in [0, 1]"
+    if data.min_frames > data.max_frames:
+        yield f"data.min_frames={data.min_frames}: above data.max_frames={data.max_frames}"
+    names = [s.name for s in data.sources]
+    if len(set(names)) != len(names):
+        yield f"data.sources: names must differ, found {names}"
+    for source in data.sources:
+        if source.weight < 0:
+            yield f"data.sources[{source.name}].weight={source.weight}: must not be negative"
+    if data.sources and not any(s.weight > 0 and s.from_sample == 0 for s in data.sources):
+        yield "data.sources: no source with weight > 0 starts at sample 0; give one from_sample=0"
+    if recipe.load and recipe.init_from and recipe.load != "auto":
+        yield "load and init_from are both set: load resumes everything, init_from takes weights only; keep one"
+
+
+def _files(recipe: Recipe) -> Iterator[str]:
+    if not recipe.data.sources:
+        yield "data.sources is empty: name at least one JSONL file of records"
+    for source in [*recipe.data.sources, *recipe.data.eval_sources]:
+        if not Path(source.path).is_file():
+            yield f"data source {source.name!r}: no such file {source.path!r}; run the data preparation or fix the path"
+    if not recipe.data.tokenizer or not Path(recipe.data.tokenizer).exists():
+        yield (
+            f"data.tokenizer={recipe.data.tokenizer!r}: no such file or directory; give a SentencePiece .model or a directory "
+            "with tokenizer.json"
+        )

@@ -1,0 +1,1 @@
+"""From JSONL records to micro-batches."""

@@ -1,0 +1,1 @@
+"""Perception: vision (SigLIP) and audio (Whisper) encoders with their projectors."""

@@ -1,0 +1,1 @@
+"""Dynamic-capacity mixture of experts: router, dispatchers, experts, layer, balance."""

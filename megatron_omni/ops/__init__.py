@@ -1,0 +1,1 @@
+"""The operations of the MoE layer, one file each: formula, reference, and the seam for its kernels."""

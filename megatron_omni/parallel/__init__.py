@@ -1,0 +1,1 @@
+"""Process groups, wrapping for data parallelism, pipeline schedule: parallelism applied from outside the model."""

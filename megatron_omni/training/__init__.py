@@ -1,0 +1,1 @@
+"""The training loop on megatron.core pieces."""

@@ -1,0 +1,118 @@
+"""Write docs/config.md from the recipe dataclasses, so that the page cannot drift from the code.
+
+    python tools/config_docs.py --write     # regenerate
+    python tools/config_docs.py             # print; exit 1 when the file on disk differs
+"""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import sys
+import types
+import typing
+from pathlib import Path
+
+from megatron_omni.config.data import DataConfig, SourceConfig
+from megatron_omni.config.model import AudioConfig, ModelConfig, MoEConfig, VisionConfig
+from megatron_omni.config.optim import OptimConfig
+from megatron_omni.config.parallel import ParallelConfig
+from megatron_omni.config.run import CheckpointConfig, LogConfig, Recipe
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "config.md"
+GROUPS: list[tuple[str, type]] = [
+    ("(top level)", Recipe),
+    ("model", ModelConfig),
+    ("model.moe", MoEConfig),
+    ("model.vision", VisionConfig),
+    ("model.audio", AudioConfig),
+    ("parallel", ParallelConfig),
+    ("data", DataConfig),
+    ("data.sources[]", SourceConfig),
+    ("optim", OptimConfig),
+    ("checkpoint", CheckpointConfig),
+    ("log", LogConfig),
+]
+INTRO = """# Configuration
+
+A recipe is a YAML file with these fields; `extends: other.yaml` starts from another file, and `key=value` words on the
+command line override single fields (`optim.lr=1e-5`, `model.moe=null`). An unknown field, a wrong type or a layout that
+cannot work is an error that names the field, the value and the fix. This page is written by `make docs` from
+`megatron_omni/config/`; edit the docstrings there.
+
+## Named parts
+
+`freeze` and `optim.lr_scale` take names of parts of the model:
+
+| part | parameters |
+|---|---|
+| `vision`, `audio` | the towers: SigLIP; Whisper encoder and Q-former (queries included) |
+| `projectors` | the projections of both towers into the language model |
+| `attention`, `norms` | of the language model |
+| `ffn` | dense FFN (a model without `moe`) |
+| `experts`, `shared_experts`, `gate` | of the MoE layers |
+| `embeddings`, `output` | word embeddings and output layer |
+| `new_token_rows` | rows of the special tokens that Qwen2.5 does not have; trained even where `embeddings` and `output` are frozen, unless named too |
+"""
+
+
+def field_docs(schema: type) -> dict[str, str]:
+    """Docstring below each field."""
+    body = ast.parse(inspect.getsource(schema)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for node, after in zip(body.body, [*body.body[1:], None]):
+        text = getattr(after.value, "value", None) if isinstance(after, ast.Expr) else None
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            docs[node.target.id] = " ".join(text.split()) if isinstance(text, str) else ""
+    return docs
+
+
+def type_name(hint: object) -> str:
+    """The type as a reader would write it."""
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(f"`{value}`" for value in typing.get_args(hint))
+    if isinstance(hint, types.UnionType):
+        return " or ".join("null" if option is types.NoneType else type_name(option) for option in typing.get_args(hint))
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def default_text(item: dataclasses.Field) -> str:
+    """The default value, or the group that holds it."""
+    if item.default_factory is not dataclasses.MISSING:
+        value = item.default_factory()
+        return "see below" if dataclasses.is_dataclass(value) else f"`{value}`"
+    return "required" if item.default is dataclasses.MISSING else f"`{'null' if item.default is None else item.default}`"
+
+
+def render() -> str:
+    """The page."""
+    lines = [INTRO]
+    for name, schema in GROUPS:
+        summary = (schema.__doc__ or "").strip().splitlines()[0]
+        lines += [f"## {name}", "", summary, "", "| field | type | default | meaning |", "|---|---|---|---|"]
+        docs, hints = field_docs(schema), typing.get_type_hints(schema)
+        for item in dataclasses.fields(schema):
+            kind = type_name(hints[item.name]).replace("|", "\\|")
+            kind = kind.replace("megatron_omni.config.data.", "").replace("megatron_omni.config.model.", "")
+            lines.append(f"| `{item.name}` | {kind} | {default_text(item)} | {docs[item.name]} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Compare or write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write docs/config.md")
+    page = render()
+    if parser.parse_args().write:
+        PAGE.write_text(page)
+        return 0
+    if not PAGE.is_file() or PAGE.read_text() != page:
+        print("error: docs/config.md is out of date; run `make docs`", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
