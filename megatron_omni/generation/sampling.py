@@ -9,13 +9,13 @@ of the model, and a rounding difference in the logits moves it only when it fall
 Shapes: B rows, V columns of the logits (padded vocabulary). Arithmetic is float64.
 """
 
-import hashlib
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from megatron_omni.platform.seeds import named_seed
 
 INVALID_TOKEN = -1
 """Returned in place of a token where a row's logits are not finite."""
@@ -43,9 +43,8 @@ GREEDY = Sampling()
 
 
 def uniform_draw(seed: int, row: int, step: int) -> float:
-    """A number in [0, 1) that belongs to (seed, row, step) for all time: 53 bits of a BLAKE2b hash."""
-    digest = hashlib.blake2b(struct.pack("<qqq", seed, row, step), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) / 2**53
+    """A number in [0, 1) that belongs to (seed, row, step) for all time, with 53 bits."""
+    return (named_seed(seed, "sampling", row, step) >> 10) / 2**53
 
 
 def nucleus_mask(probabilities: Tensor, top_p: float) -> Tensor:
