@@ -1,0 +1,159 @@
+"""From decoded media to encoder inputs: pictures to normalised tiles, sound to log-mel chunks (paper section 2.2).
+
+Any-resolution pictures: among grids of (1 x 1) .. (n x n) tiles of p pixels, take the one that keeps most of the
+picture (largest effective resolution, then least waste), resize to fit inside with the aspect kept, centre on black,
+and cut the canvas row by row into tiles [rows * cols, 3, p, p]. No thumbnail, no separator. A video frame is one tile,
+stretched to p x p. Values are (x / 255 - 0.5) / 0.5.
+
+Sound: mono 16 kHz is cut into chunks of ``chunk_seconds``, the last one zero-padded; each chunk becomes Whisper's
+log-mel [mel bins, 100 frames a second]: STFT (Hann 400, hop 160), power, mel filters, log10 clipped to 8 below the
+chunk's maximum, (x + 4) / 4. Equal to ``transformers.WhisperFeatureExtractor``.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from transformers.audio_utils import mel_filter_bank
+
+from megatron_omni.config.model import AudioConfig, VisionConfig
+from megatron_omni.positions import SAMPLE_RATE, audio_chunks
+
+N_FFT = 400
+HOP_SAMPLES = 160
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def choose_grid(width: int, height: int, *, tile_size: int, max_tiles_per_side: int) -> tuple[int, int]:
+    """(cols, rows) of tiles for a picture of ``width`` x ``height`` pixels.
+
+    Effective resolution of a candidate = min(pixels of the picture scaled down or up to fit, pixels of the picture);
+    waste = pixels of the candidate - effective resolution. Integer arithmetic, so no float can tip a tie; candidates
+    equal in both go to fewer columns.
+    """
+    if width < 1 or height < 1:
+        raise ValueError(f"picture of {width}x{height} pixels: needs at least one pixel each way")
+    sides = range(1, max_tiles_per_side + 1)
+    return max(
+        ((cols, rows) for cols in sides for rows in sides), key=lambda grid: _score(width, height, grid, tile_size)
+    )
+
+
+def _score(width: int, height: int, grid: tuple[int, int], tile_size: int) -> tuple[int, int]:
+    target_w, target_h = grid[0] * tile_size, grid[1] * tile_size
+    if target_w * height <= target_h * width:  # the width is what limits the scale
+        scaled = target_w * (height * target_w // width)
+    else:
+        scaled = target_h * (width * target_h // height)
+    effective = min(scaled, width * height)
+    return effective, -(target_w * target_h - effective)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB with the EXIF orientation applied and transparency laid over white.
+
+    White, because most transparent pictures are dark drawings meant for a page. 16-bit grey is scaled to 8 bits
+    (Pillow's own conversion clips it). ValueError for float pictures: their range is not known.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("picture of 32-bit floats: their range is unknown; store it with 8 or 16 bits a channel")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = Image.fromarray((np.clip(np.asarray(image, dtype=np.int64), 0, 65535) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def fit_on_canvas(image: Image.Image, *, width: int, height: int) -> Image.Image:
+    """Resize (bicubic) to the largest size inside the canvas with the aspect kept, centred on black."""
+    if width * image.height <= height * image.width:
+        size = width, min(-(-image.height * width // image.width), height)
+    else:
+        size = min(-(-image.width * height // image.height), width), height
+    resized = image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+    canvas = Image.new("RGB", (width, height))
+    canvas.paste(resized, ((width - size[0]) // 2, (height - size[1]) // 2))
+    return canvas
+
+
+def image_tiles(image: Image.Image, config: VisionConfig) -> tuple[Tensor, tuple[int, int]]:
+    """Tiles [rows * cols, 3, p, p] float32 in row-major order, and (rows, cols)."""
+    image, p = to_rgb(image), config.image_size
+    cols, rows = choose_grid(image.width, image.height, tile_size=p, max_tiles_per_side=config.max_tiles_per_side)
+    canvas = _normalise([fit_on_canvas(image, width=cols * p, height=rows * p)])[0]  # [3, rows p, cols p]
+    tiles = canvas.view(3, rows, p, cols, p).permute(1, 3, 0, 2, 4).reshape(rows * cols, 3, p, p)
+    return tiles, (rows, cols)
+
+
+def frame_tiles(frames: Sequence[Image.Image | np.ndarray], config: VisionConfig) -> Tensor:
+    """Video frames (pictures or uint8 [height, width, 3]) to one tile each, [F, 3, p, p] float32; aspect not kept."""
+    pictures = [frame if isinstance(frame, Image.Image) else Image.fromarray(frame) for frame in frames]
+    size = (config.image_size, config.image_size)
+    return _normalise([picture.convert("RGB").resize(size, Image.Resampling.BICUBIC) for picture in pictures])
+
+
+def _normalise(pictures: Sequence[Image.Image]) -> Tensor:
+    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+    return pixels.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1.0)
+
+
+# ------------------------------------------------------------------------------------------------ sound
+
+
+def log_mel(samples: np.ndarray | Tensor, config: AudioConfig) -> Tensor:
+    """Mono 16 kHz float samples in [-1, 1] to log-mel chunks [C, mel bins, frames] float32.
+
+    ValueError for an empty clip, one longer than ``max_chunks``, more than one channel, or samples that are not finite.
+    """
+    wave = torch.as_tensor(samples)
+    if wave.ndim != 1 or not wave.is_floating_point():
+        raise ValueError(f"samples of shape {tuple(wave.shape)} and type {wave.dtype}: need one channel of floats")
+    if wave.numel() == 0:
+        raise ValueError("audio clip without samples")
+    num_chunks = audio_chunks(wave.numel(), chunk_seconds=config.chunk_seconds)
+    if num_chunks > config.max_chunks:
+        raise ValueError(
+            f"audio of {wave.numel() / SAMPLE_RATE:.1f} s: longer than model.audio.max_chunks={config.max_chunks} "
+            f"chunks of {config.chunk_seconds:g} s; cut the clip or raise max_chunks"
+        )
+    chunk_samples = round(config.chunk_seconds * SAMPLE_RATE)
+    padded = wave.new_zeros(num_chunks * chunk_samples, dtype=torch.float32)
+    padded[: wave.numel()] = wave
+    if not torch.isfinite(padded.sum()):
+        raise ValueError("audio clip with samples that are not finite")
+    return _log_mel_chunks(padded.view(num_chunks, chunk_samples), config.num_mel_bins)
+
+
+def _log_mel_chunks(chunks: Tensor, num_mel_bins: int) -> Tensor:
+    window, filters = _window(), _mel_filters(num_mel_bins)
+    spectrum = torch.stft(chunks, N_FFT, HOP_SAMPLES, window=window, return_complex=True)[..., :-1]
+    power = torch.view_as_real(spectrum.contiguous()).square_().sum(-1)  # [C, 201, frames]
+    log_power = (filters @ power).clamp_(min=1e-10).log10_()
+    floor = log_power.amax(dim=(1, 2), keepdim=True) - 8.0
+    return torch.maximum(log_power, floor).add_(4.0).div_(4.0)
+
+
+@lru_cache(maxsize=1)
+def _window() -> Tensor:
+    return torch.hann_window(N_FFT)
+
+
+@lru_cache(maxsize=4)
+def _mel_filters(num_mel_bins: int) -> Tensor:
+    """[mel bins, 201]: Slaney's scale and norm, 0 to 8 kHz."""
+    filters = mel_filter_bank(
+        num_frequency_bins=N_FFT // 2 + 1,
+        num_mel_filters=num_mel_bins,
+        min_frequency=0.0,
+        max_frequency=SAMPLE_RATE / 2,
+        sampling_rate=SAMPLE_RATE,
+        norm="slaney",
+        mel_scale="slaney",
+    )
+    return torch.from_numpy(filters).float().T.contiguous()
