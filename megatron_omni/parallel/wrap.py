@@ -1,0 +1,52 @@
+"""Wrap a built model for training: bf16 parameters when asked, then Megatron's DistributedDataParallel.
+
+Gradients are summed, not averaged, over data parallel ranks: the loss is already divided by the number of label tokens
+of the whole global batch, so the sum of the ranks' gradients is the gradient of the mean loss. Megatron does this when
+``config.calculate_per_token_loss`` is set (scaling factor 1).
+"""
+
+from typing import cast
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module, MegatronModule
+
+from megatron_omni.config.run import Recipe
+
+
+def wrap_model(model: MegatronModule, recipe: Recipe, pg: ProcessGroupCollection) -> DistributedDataParallel:
+    """``model`` (frozen parts already marked) under bf16 conversion and gradient buffers.
+
+    Its parameters move into the buffers.
+    """
+    assert model.config.calculate_per_token_loss, "gradients must be summed over data parallel ranks"
+    if recipe.optim.precision == "bf16":
+        model = Float16Module(model.config, model)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=recipe.parallel.overlap_grad_reduce,
+        overlap_param_gather=recipe.parallel.overlap_param_gather,
+        use_distributed_optimizer=recipe.optim.use_distributed_optimizer,
+        bucket_size=max(40_000_000, 1_000_000 * pg.dp.size()) if recipe.parallel.overlap_grad_reduce else None,
+    )
+    layout = None
+    if recipe.optim.use_distributed_optimizer:
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        for p in trainable:
+            p.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+        layout = DistributedOptimizer.compute_full_param_layout(
+            trainable,
+            # Later stages reduce off the critical path: Megatron gives them one bucket.
+            ddp_config.bucket_size if pg.pp.rank() == 0 else None,
+            pg.dp_cp.size(),
+            ddp_config,
+            expert_data_parallel_world_size=pg.expt_dp.size(),
+        )
+    return DistributedDataParallel(model.config, ddp_config, model, pg_collection=pg, full_param_layout=layout)
+
+
+def unwrap_model(model: DistributedDataParallel) -> MegatronModule:
+    """The model that :func:`wrap_model` was given."""
+    inner = model.module
+    return cast(MegatronModule, inner.module if isinstance(inner, Float16Module) else inner)

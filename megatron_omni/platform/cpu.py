@@ -1,0 +1,264 @@
+"""Megatron-Core 0.19 on CPU and gloo: one table of patches, each with its reason.
+
+Megatron-Core hard-codes CUDA in four ways: device queries (``torch.cuda.current_device()``), device literals
+(``torch.zeros(..., device="cuda")``), type names (``param.type() == "torch.cuda.FloatTensor"``) and streams. A row
+names the attribute, what takes its place and why. Device literals are redirected by giving the modules that use them a
+view of ``torch`` whose factories map ``cuda`` to ``cpu``; nothing intercepts ordinary tensor operations, so the shim
+costs nothing in the hot path. A row whose target does not exist raises: a stale patch must fail loudly when the pin
+moves.
+
+The optimizer class is ``FusedAdam`` with Transformer Engine's interface: the step count is kept in ``param_groups``,
+the layout that Megatron's distributed optimizer saves and restores correctly (with torch's AdamW its resume is broken).
+"""
+
+import contextlib
+import importlib
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CPU = torch.device("cpu")
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """AdamW (or Adam with L2) as Transformer Engine's FusedAdam: ``step`` lives in the parameter group, state holds
+    tensors only.
+
+    Parameters are updated by torch's fused CPU kernel. Arguments that only make sense on CUDA are refused when set.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        *,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+        weight_decay: float = 0.0,
+        capturable: bool = False,
+    ) -> None:
+        if capturable or not bias_correction:
+            raise ValueError(
+                f"FusedAdam on CPU: capturable={capturable} and bias_correction={bias_correction} are not supported"
+            )
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.adam_w_mode = adam_w_mode
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update; groups without gradients keep their state, but their step count advances with the others'."""
+        loss = None if closure is None else closure()
+        update = torch._fused_adamw_ if self.adam_w_mode else torch._fused_adam_
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            # Two parameters of a group may have gradients of different dtypes; the kernel wants one dtype a call.
+            for dtype in {p.dtype for p in params}:
+                same = [p for p in params if p.dtype == dtype]
+                update(
+                    same,
+                    [p.grad for p in same],
+                    [self.state[p]["exp_avg"] for p in same],
+                    [self.state[p]["exp_avg_sq"] for p in same],
+                    [],
+                    [torch.tensor(float(group["step"])) for _ in same],
+                    amsgrad=False,
+                    lr=float(group["lr"]),
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    maximize=False,
+                )
+        return loss
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """``factory`` with any CUDA ``device`` argument replaced by the CPU."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return call
+
+
+class _TorchOnCpu(ModuleType):
+    """A view of ``torch`` for modules that write ``device="cuda"`` in factory calls."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "ones_like", "empty_like"):
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+class _NoStream:
+    """Stands for CUDA streams and events: everything is already done in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _returns(None)
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return (0, 0)
+
+
+def _returns(value: Any) -> Callable[..., Any]:
+    """A new function that ignores its arguments; one object a row, since torch's tracing rules refuse a shared one."""
+    return lambda *args, **kwargs: value
+
+
+def _returns_self() -> Callable[..., Any]:
+    return lambda self, *args, **kwargs: self
+
+
+@contextlib.contextmanager
+def _no_stream_context(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield
+
+
+_tensor_type = torch.Tensor.type
+
+
+def _type_named_as_cuda(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """``Tensor.type()`` for Megatron's optimizer, which compares it with ``torch.cuda.FloatTensor`` and the like."""
+    result = _tensor_type(self, *args, **kwargs)
+    if not args and not kwargs and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core.optimizer"):
+        return result.replace("torch.", "torch.cuda.", 1)
+    return result
+
+
+def _cpu_rng_state(*args: Any, **kwargs: Any) -> Tensor:
+    return torch.get_rng_state()
+
+
+def _set_cpu_rng_state(state: Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(state)
+
+
+def _seed_cpu(seed: int) -> None:
+    torch.random.default_generator.manual_seed(seed)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One row: ``target`` is ``module:attribute.path``."""
+
+    target: str
+    replacement: Any
+    reason: str
+
+    def resolve(self) -> tuple[Any, str]:
+        """The object that holds the attribute, and the attribute's name; raises when the target is gone."""
+        module_name, path = self.target.split(":")
+        holder: Any = importlib.import_module(module_name)
+        *parents, name = path.split(".")
+        for parent in parents:
+            holder = getattr(holder, parent)
+        if inspect.getattr_static(holder, name, None) is None and not hasattr(holder, name):
+            raise AttributeError(f"CPU patch target {self.target} does not exist (patched because: {self.reason})")
+        return holder, name
+
+
+_TORCH_VIEW = _TorchOnCpu()
+_LITERALS = "device='cuda' in factory calls"
+
+# Applied before megatron.core is imported.
+TORCH_PATCHES: tuple[Patch, ...] = (
+    Patch("torch.cuda:current_device", _returns(_CPU), "passed as device= all over Megatron"),
+    Patch("torch.cuda:set_device", _returns(None), "called when groups are created"),
+    Patch("torch.cuda:synchronize", _returns(None), "called after p2p communication and barriers"),
+    Patch("torch.cuda:empty_cache", _returns(None), "called when buffers are freed"),
+    Patch("torch.cuda:memory_allocated", _returns(0), "memory statistics"),
+    Patch("torch.cuda:max_memory_allocated", _returns(0), "memory statistics"),
+    Patch("torch.cuda:memory_reserved", _returns(0), "memory statistics"),
+    Patch("torch.cuda:is_current_stream_capturing", _returns(False), "asked before host synchronisation"),
+    Patch("torch.cuda:Stream", _NoStream, "side streams are created unconditionally"),
+    Patch("torch.cuda:Event", _NoStream, "events on side streams"),
+    Patch("torch.cuda:stream", _no_stream_context, "side streams are entered unconditionally"),
+    Patch("torch.cuda:current_stream", _NoStream, "grad sync waits on the current stream"),
+    Patch("torch.cuda:get_rng_state", _cpu_rng_state, "RNG tracker and checkpointed RNG state"),
+    Patch("torch.cuda:set_rng_state", _set_cpu_rng_state, "RNG tracker and checkpointed RNG state"),
+    Patch("torch.cuda:manual_seed", _seed_cpu, "RNG tracker seeds its streams with it"),
+    Patch("torch:Tensor.cuda", _returns_self(), "weights and received tensors are moved with .cuda()"),
+    Patch("torch.nn:Module.cuda", _returns_self(), "models are moved with .cuda()"),
+    Patch("torch:Tensor.record_stream", _returns(None), "side streams"),
+    Patch("torch:Tensor.type", _type_named_as_cuda, "optimizers compare type names with torch.cuda.*"),
+)
+
+# Applied once megatron.core is imported.
+MEGATRON_PATCHES: tuple[Patch, ...] = (
+    Patch("megatron.core.pipeline_parallel.schedules:torch", _TORCH_VIEW, _LITERALS),
+    Patch("megatron.core.optimizer.optimizer:torch", _TORCH_VIEW, _LITERALS),
+    Patch("megatron.core.optimizer.clip_grads:torch", _TORCH_VIEW, _LITERALS),
+    Patch("megatron.core.optimizer.grad_scaler:torch", _TORCH_VIEW, _LITERALS),
+    Patch("megatron.core.optimizer.layer_wise_optimizer:torch", _TORCH_VIEW, _LITERALS),
+    Patch("megatron.core.distributed.param_and_grad_buffer:torch", _TORCH_VIEW, _LITERALS),
+    Patch("megatron.core.transformer.utils:torch", _TORCH_VIEW, _LITERALS),
+    Patch("megatron.core.dist_checkpointing.mapping:torch", _TORCH_VIEW, _LITERALS),
+    Patch("megatron.core.dist_checkpointing.exchange_utils:torch", _TORCH_VIEW, _LITERALS),
+    Patch("megatron.core.dist_checkpointing.strategies.state_dict_saver:torch", _TORCH_VIEW, _LITERALS),
+    Patch("megatron.core.tensor_parallel.random:_get_cuda_rng_state", _cpu_rng_state, "RNG tracker"),
+    Patch("megatron.core.tensor_parallel.random:_set_cuda_rng_state", _set_cpu_rng_state, "RNG tracker"),
+    Patch("megatron.core.optimizer:Adam", FusedAdam, "step in param_groups, as Transformer Engine's"),
+    Patch("megatron.core.optimizer:USING_PYTORCH_OPTIMIZER", False, "pass adam_w_mode, not a torch class"),
+    Patch("megatron.core.optimizer.distrib_optimizer:Adam", FusedAdam, "step in param_groups, as Transformer Engine's"),
+    Patch("megatron.core.optimizer.distrib_optimizer:HAVE_APEX_OR_TE", True, "read the step from param_groups"),
+    Patch("megatron.core.optimizer.distrib_optimizer:USING_APEX_OPTIMIZER", True, "read the step from param_groups"),
+)
+
+_installed = False
+
+
+def install() -> None:
+    """Apply the table, once. ``megatron.core`` must not have been imported before."""
+    global _installed
+    if _installed:
+        return
+    if "megatron.core" in sys.modules:
+        raise RuntimeError(
+            "platform.install() must run before megatron.core is imported; call it first in the entry point"
+        )
+    for patch in TORCH_PATCHES:
+        setattr(*patch.resolve(), patch.replacement)
+    _import_megatron_without_compilation()
+    for patch in MEGATRON_PATCHES:
+        setattr(*patch.resolve(), patch.replacement)
+    _installed = True
+
+
+def _import_megatron_without_compilation() -> None:
+    """Import ``megatron.core`` with ``torch.compile`` switched off.
+
+    Its ``jit_fuser`` would compile small functions at first use.
+    """
+    compile_function = torch.compile
+    torch.compile = lambda model=None, **kwargs: model if model is not None else (lambda f: f)  # type: ignore[assignment]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "Transformer Engine and Apex are not installed", five times
+            jit = importlib.import_module("megatron.core.jit")
+    finally:
+        torch.compile = compile_function
+    jit.disable_jit_fuser()

@@ -1,0 +1,49 @@
+"""Which hardware this process runs on, and the one-time installation of the CPU patches.
+
+Only ``platform/`` names ``torch.cuda`` or a collective backend. Every entry point calls :func:`install` before anything
+imports ``megatron.core``: Megatron-Core is written for CUDA, and on a machine without an accelerator the table of
+``platform/cpu.py`` redirects the few things it hard-codes. With an accelerator :func:`install` does nothing.
+"""
+
+import os
+from functools import cache
+
+import torch
+
+
+@cache
+def accelerator_present() -> bool:
+    """Whether a CUDA device can be used."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this process: the CUDA device of its local rank, else the CPU."""
+    if not accelerator_present():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def backend() -> str:
+    """The collective backend: ``nccl`` with an accelerator, else ``gloo``."""
+    return "nccl" if accelerator_present() else "gloo"
+
+
+def select_device() -> torch.device:
+    """Make :func:`device` the current device of this process and return it."""
+    chosen = device()
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    return chosen
+
+
+def install() -> None:
+    """Make Megatron-Core importable and runnable on this machine.
+
+    Call it before importing ``megatron.core``; twice is fine.
+    """
+    if accelerator_present():
+        return
+    from megatron_omni.platform import cpu
+
+    cpu.install()

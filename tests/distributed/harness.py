@@ -1,0 +1,121 @@
+"""Run a function on several ranks from inside a test.
+
+``run_ranks(fn, world_size, *args)`` forks the ranks from the test process (so torch and Megatron are imported once),
+calls ``fn(rank, *args)`` in each with a :class:`Rank`, and returns the results in rank order. When one rank fails all
+are killed and its traceback is raised in the test; when they do not finish in time all are killed and their stacks are
+shown. It never hangs.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_omni.config.parallel import ParallelConfig
+from megatron_omni.parallel import groups
+
+COLLECTIVE_TIMEOUT_SECONDS = 60.0
+
+
+class RankFailure(AssertionError):
+    """A rank raised, died or did not finish; the message holds its traceback."""
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What a rank function gets first."""
+
+    index: int
+    world_size: int
+    store: dist.Store
+
+    def initialize(self, parallel: ParallelConfig) -> ProcessGroupCollection:
+        """Build the process groups of ``parallel`` over these ranks."""
+        parallel.distributed_timeout_seconds = COLLECTIVE_TIMEOUT_SECONDS
+        return groups.initialize(parallel, store=self.store, rank=self.index, world_size=self.world_size)
+
+
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120.0) -> list[Any]:
+    """Results of ``fn(rank, *args)`` on ``world_size`` forked ranks, in rank order. Results travel by pickle."""
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory(prefix="ranks-") as directory:
+        pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+        processes = [
+            context.Process(target=_child, args=(fn, i, world_size, Path(directory), pipes[i][1], args), daemon=True)
+            for i in range(world_size)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            for _, sender in pipes:
+                sender.close()
+            return _collect([receiver for receiver, _ in pipes], processes, timeout_seconds, Path(directory))
+        finally:
+            for process in processes:
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
+            for receiver, _ in pipes:
+                receiver.close()
+
+
+def _collect(receivers: list[Connection], processes: list[Any], timeout_seconds: float, directory: Path) -> list[Any]:
+    """Wait for every rank's answer; raise at the first failure."""
+    deadline = time.monotonic() + timeout_seconds
+    results: dict[int, Any] = {}
+    while len(results) < len(receivers):
+        pending = {receiver: i for i, receiver in enumerate(receivers) if i not in results}
+        ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RankFailure(
+                f"ranks {sorted(pending.values())} did not finish in {timeout_seconds} s\n"
+                + _stacks(pending.values(), processes, directory)
+            )
+        for receiver in ready:
+            rank = pending[receiver]
+            try:
+                outcome, value = pickle.loads(receiver.recv_bytes())
+            except EOFError:
+                processes[rank].join(timeout=5)
+                raise RankFailure(f"rank {rank} died with exit code {processes[rank].exitcode}") from None
+            if outcome == "error":
+                raise RankFailure(f"rank {rank} of {len(receivers)} failed:\n{value}")
+            results[rank] = value
+    return [results[i] for i in range(len(receivers))]
+
+
+def _stacks(ranks: Any, processes: list[Any], directory: Path) -> str:
+    """Python stacks of ranks that are still running."""
+    for rank in ranks:
+        os.kill(processes[rank].pid, signal.SIGUSR1)
+    time.sleep(0.5)
+    return "\n".join(f"rank {rank}:\n{(directory / f'stack{rank}').read_text()}" for rank in ranks)
+
+
+def _child(
+    fn: Callable[..., Any], index: int, world_size: int, directory: Path, sender: Connection, args: tuple[Any, ...]
+) -> None:
+    """Body of one rank: run, answer, then wait to be killed, so that no peer sees its sockets close early."""
+    torch.set_num_threads(1)
+    with open(directory / f"stack{index}", "w") as stack_file:
+        faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
+        try:
+            store = dist.FileStore(str(directory / "store"), world_size)
+            answer = pickle.dumps(("ok", fn(Rank(index, world_size, store), *args)))
+        except BaseException:
+            answer = pickle.dumps(("error", traceback.format_exc()))
+        sender.send_bytes(answer)
+        signal.pause()

@@ -1,0 +1,102 @@
+"""The CPU platform: every patch still has its target, Megatron's CUDA-only calls work, and FusedAdam is AdamW."""
+
+import pytest
+import torch
+
+from megatron_omni.platform import cpu, device
+from megatron_omni.platform.seeds import named_generator, named_seed, seed_everything
+
+ON_CPU = pytest.mark.skipif(device.accelerator_present(), reason="the patch table is not installed with an accelerator")
+
+
+@pytest.mark.parametrize("patch", cpu.TORCH_PATCHES + cpu.MEGATRON_PATCHES, ids=lambda patch: patch.target)
+def test_patch_target_exists_in_pinned_version(patch: cpu.Patch) -> None:
+    holder, name = patch.resolve()
+    assert hasattr(holder, name) and patch.reason
+
+
+def test_stale_patch_is_refused() -> None:
+    with pytest.raises(AttributeError, match="no_such_function"):
+        cpu.Patch("torch.cuda:no_such_function", None, "test").resolve()
+
+
+@ON_CPU
+def test_cuda_literals_land_on_cpu_in_megatron_only() -> None:
+    from megatron.core.optimizer import clip_grads
+
+    assert clip_grads.torch.zeros(2, device="cuda").device.type == "cpu"
+    assert clip_grads.torch.nn is torch.nn
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(2, device="cuda")
+
+
+@ON_CPU
+def test_type_name_is_cuda_for_megatron_optimizers_only() -> None:
+    tensor = torch.zeros(1, dtype=torch.bfloat16)
+    assert tensor.type() == "torch.BFloat16Tensor"
+    in_megatron = eval("lambda t: t.type()", {"__name__": "megatron.core.optimizer.clip_grads"})
+    assert in_megatron(tensor) == "torch.cuda.BFloat16Tensor"
+    assert tensor.type(torch.float64).dtype == torch.float64
+
+
+@ON_CPU
+def test_install_after_megatron_is_refused_and_twice_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    import megatron.core  # noqa: F401
+
+    device.install()
+    monkeypatch.setattr(cpu, "_installed", False)
+    with pytest.raises(RuntimeError, match="must run before megatron.core is imported"):
+        device.install()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_fused_adam_equals_torch_adamw(weight_decay: float) -> None:
+    generator = named_generator(0, "adam")
+    start = [torch.randn(5, 3, generator=generator), torch.randn(7, generator=generator)]
+    ours, theirs = ([p.clone().requires_grad_() for p in start] for _ in range(2))
+    settings = {"lr": 0.03, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": weight_decay}
+    fused, reference = cpu.FusedAdam(ours, **settings), torch.optim.AdamW(theirs, **settings)
+    for _ in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        fused.step()
+        reference.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_fused_adam_keeps_step_in_groups_and_resumes_exactly() -> None:
+    def train(parameter: torch.Tensor, optimizer: cpu.FusedAdam, steps: range) -> None:
+        for i in steps:
+            parameter.grad = torch.randn(4, generator=named_generator(1, i))
+            optimizer.step()
+
+    whole = torch.ones(4, requires_grad=True)
+    optimizer = cpu.FusedAdam([whole], lr=0.1)
+    train(whole, optimizer, range(6))
+    first = torch.ones(4, requires_grad=True)
+    optimizer = cpu.FusedAdam([first], lr=0.1)
+    train(first, optimizer, range(3))
+    state = optimizer.state_dict()
+    assert state["param_groups"][0]["step"] == 3
+    assert set(state["state"][0]) == {"exp_avg", "exp_avg_sq"}
+    resumed = first.detach().clone().requires_grad_()
+    optimizer = cpu.FusedAdam([resumed], lr=0.1)
+    optimizer.load_state_dict(state)
+    train(resumed, optimizer, range(3, 6))
+    assert torch.equal(resumed, whole)
+
+
+def test_named_streams_depend_on_name_and_seed_only() -> None:
+    assert named_seed(1, "a", "b") != named_seed(1, "ab") and named_seed(1, "a") != named_seed(2, "a")
+    first = torch.randn(3, generator=named_generator(5, "x"))
+    torch.randn(100)
+    assert torch.equal(first, torch.randn(3, generator=named_generator(5, "x")))
+
+
+def test_seed_everything_repeats_global_draws() -> None:
+    seed_everything(7)
+    first = torch.randn(3)
+    seed_everything(7)
+    assert torch.equal(first, torch.randn(3))
