@@ -1,0 +1,234 @@
+"""The global order of samples: a pure function of (seed, index), so that the only data state of a run is a cursor.
+
+``Mixture.sample_at(i)`` answers which row of which source is the i-th sample of the run; its cost does not grow with i.
+
+* **Phases.** A source with ``from_sample`` joins there (curriculum); between two joins the set of sources is constant.
+* **Weights, exactly.** Inside a phase, items come in blocks. The items of each source are spread evenly: its j-th item
+  of a phase is due between places (j - 1) / f and j / f, f its share, and the most urgent item that is due goes next
+  (Pfair scheduling, Baruah et al. 1996). So at every place each source is less than one item off its exact share, and
+  after one *period* (a whole number of blocks, as many as the weights need to come out even) it is exact and the
+  pattern starts over. Only the counts per block are kept of this; inside a block the order is a seeded shuffle.
+* **Rows, without repeats.** The n-th item of a source is row ``permutation(seed, source name, n // rows)[n % rows]``:
+  each epoch visits every row once, in an order of its own. The permutation is a Feistel network over the row numbers
+  (8 rounds, cycle walking), so no table of rows is kept.
+* **batch_by "source".** The items are global batches instead of samples: all samples of a step come from one source.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from heapq import heappop, heappush
+from math import lcm
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK_SAMPLES = 64
+"""Items per block when samples of all sources mix."""
+BLOCK_STEPS = 16
+"""Items (steps) per block when a step has one source."""
+_LONGEST_PERIOD = 1 << 16
+"""Items; weights that do not come out even within this are rounded to it (8e-6 of the mixture)."""
+_ROUNDS = 8
+_MASK64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """What the order needs to know about a source."""
+
+    name: str
+    num_rows: int
+    weight: float = 1.0
+    from_sample: int = 0
+
+
+class Draw(NamedTuple):
+    """The sample at one place of the global order."""
+
+    source: int
+    row: int
+    epoch: int
+    rank: int
+    """Samples of this source drawn before this one."""
+
+
+class Mixture:
+    """The order for given components, seed and way of batching."""
+
+    def __init__(
+        self,
+        components: list[Component],
+        *,
+        seed: int,
+        batch_by: Literal["mixed", "source"] = "mixed",
+        global_batch_size: int = 1,
+    ) -> None:
+        _validate(components)
+        self.components = components
+        self.seed = seed
+        self.samples_per_item = global_batch_size if batch_by == "source" else 1
+        block = BLOCK_STEPS if batch_by == "source" else BLOCK_SAMPLES
+        self._phases: list[_Phase] = []
+        starts = sorted({-(-c.from_sample // self.samples_per_item) for c in components})  # a step is never split
+        before = np.zeros(len(components), np.int64)
+        for number, start in enumerate(starts):
+            weights = [c.weight if -(-c.from_sample // self.samples_per_item) <= start else 0.0 for c in components]
+            phase = _Phase(start, weights, before, block=block, key=(seed, number))
+            self._phases.append(phase)
+            if number + 1 < len(starts):
+                before = before + phase.counts(starts[number + 1] - start)
+
+    def sample_at(self, index: int) -> Draw:
+        """The ``index``-th sample of the run, counted from 0."""
+        if index < 0:
+            raise IndexError(f"sample index {index} is negative")
+        item, within = divmod(index, self.samples_per_item)
+        phase = next(phase for phase in reversed(self._phases) if phase.start <= item)
+        source, rank = phase.item(item - phase.start)
+        return self.draw(source, rank * self.samples_per_item + within)
+
+    def draw(self, source: int, rank: int) -> Draw:
+        """The ``rank``-th sample drawn from a source."""
+        component = self.components[source]
+        epoch, position = divmod(rank, component.num_rows)
+        key = permutation_key(self.seed, component.name, epoch)
+        return Draw(source, permuted(position, component.num_rows, key=key), epoch, rank)
+
+    def next_in_epoch(self, draw: Draw, attempt: int) -> Draw:
+        """Stand-in number ``attempt`` (from 1) for an unusable draw: the rows after it in its epoch's order."""
+        component = self.components[draw.source]
+        position = (draw.rank + attempt) % component.num_rows
+        key = permutation_key(self.seed, component.name, draw.epoch)
+        return draw._replace(row=permuted(position, component.num_rows, key=key))
+
+
+class _Phase:
+    """A stretch of the order with a constant set of sources."""
+
+    def __init__(
+        self, start: int, weights: list[float], before: NDArray[np.int64], *, block: int, key: tuple[int, int]
+    ) -> None:
+        self.start = start
+        self._before = before
+        self._block = block
+        self._key = key
+        self._cumulative = block_counts(weights, block=block)  # [blocks of a period + 1, sources]
+        self._slots = lru_cache(maxsize=64)(self._shuffled_block)
+
+    def item(self, index: int) -> tuple[int, int]:
+        """Source of the ``index``-th item of the phase, and how many items of that source came before it in the run."""
+        block, within = divmod(index, self._block)
+        slots = self._slots(block)
+        source = int(slots[within])
+        earlier = int(np.count_nonzero(slots[:within] == source))
+        return source, int(self._before[source] + self._counts_at_block(block)[source]) + earlier
+
+    def counts(self, num_items: int) -> NDArray[np.int64]:
+        """Items of each source among the first ``num_items`` of the phase."""
+        block, within = divmod(num_items, self._block)
+        inside = np.bincount(self._slots(block)[:within], minlength=len(self._before))
+        return self._counts_at_block(block) + inside
+
+    def _counts_at_block(self, block: int) -> NDArray[np.int64]:
+        period, within = divmod(block, len(self._cumulative) - 1)
+        return period * self._cumulative[-1] + self._cumulative[within]
+
+    def _shuffled_block(self, block: int) -> NDArray[np.int64]:
+        within = block % (len(self._cumulative) - 1)
+        counts = self._cumulative[within + 1] - self._cumulative[within]
+        slots = np.repeat(np.arange(len(counts)), counts)
+        seed, phase = self._key
+        return np.random.Generator(np.random.Philox(key=[seed & _MASK64, phase], counter=[0, 0, block, 0])).permutation(
+            slots
+        )
+
+
+def block_counts(weights: list[float], *, block: int) -> NDArray[np.int64]:
+    """[blocks of one period + 1, sources] items of each source before each block of a period; the last row ends it."""
+    shares = _whole_shares(weights, block)
+    period = sum(shares)
+    order = np.empty(period, np.int64)
+    # Heaps of (place, ...): items not yet due by the place from which they may come, items due by their deadline.
+    waiting = [(0, source, 1) for source, share in enumerate(shares) if share]
+    due: list[tuple[int, int, int]] = []
+    for place in range(period):
+        while waiting and waiting[0][0] <= place:
+            _, source, number = heappop(waiting)
+            heappush(due, (-(-number * period // shares[source]), source, number))
+        deadline, source, number = heappop(due)
+        assert place < deadline, "an item of the mixture comes too late"
+        order[place] = source
+        heappush(waiting, (number * period // shares[source], source, number + 1))
+    counts = np.stack([np.bincount(part, minlength=len(shares)) for part in order.reshape(-1, block)])
+    return np.concatenate([np.zeros((1, len(shares)), np.int64), counts.cumsum(axis=0)])
+
+
+def _whole_shares(weights: list[float], block: int) -> list[int]:
+    """Items of each source in one period: exactly proportional to the weights where a short period allows it."""
+    exact = [Fraction(str(weight)) for weight in weights]  # 0.3 means 3/10, not its binary neighbour
+    total = sum(exact)
+    scale = lcm(*(fraction.denominator for fraction in (weight / total for weight in exact)))
+    period = lcm(scale, block)
+    if period > _LONGEST_PERIOD:
+        period = _LONGEST_PERIOD
+    quotas = [weight / total * period for weight in exact]
+    shares = [int(quota) for quota in quotas]
+    by_remainder = sorted(range(len(quotas)), key=lambda s: (shares[s] - quotas[s], s))
+    for source in by_remainder[: period - sum(shares)]:
+        shares[source] += 1
+    return shares
+
+
+def permutation_key(seed: int, name: str, epoch: int) -> int:
+    """64-bit key of one source's order in one epoch; the name, not the place in the recipe, so a recipe may grow."""
+    text = f"{seed}:{epoch}:{name}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def permuted(position: int, size: int, *, key: int) -> int:
+    """Where a keyed permutation of range(size) sends ``position``."""
+    assert 0 <= position < size
+    half = max(((size - 1).bit_length() + 1) // 2, 2)
+    mask = (1 << half) - 1
+    value = position
+    while True:  # the network permutes a power of four; walk its cycle until it is back among the rows
+        left, right = value >> half, value & mask
+        for round_number in range(_ROUNDS):
+            left, right = right, left ^ (_hash64(key, round_number, right) & mask)
+        value = left << half | right
+        if value < size:
+            return value
+
+
+def _hash64(key: int, round_number: int, value: int) -> int:
+    """SplitMix64's finaliser over the three inputs."""
+    x = (key + (round_number + 1) * 0x9E3779B97F4A7C15 + value * 0xD1B54A32D192ED03) & _MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return x ^ (x >> 31)
+
+
+def _validate(components: list[Component]) -> None:
+    if not components:
+        raise ValueError("data.sources is empty; give at least one source")
+    for component in components:
+        name = f"data.sources[{component.name!r}]"
+        if component.num_rows < 1:
+            raise ValueError(f"{name} has {component.num_rows} rows; give a file with records")
+        if not 0 <= component.weight < float("inf"):
+            raise ValueError(f"{name}.weight = {component.weight} must be finite and not negative (0 leaves it out)")
+        if component.from_sample < 0:
+            raise ValueError(f"{name}.from_sample = {component.from_sample} must not be negative")
+    drawn = [component for component in components if component.weight > 0]
+    if not any(component.from_sample == 0 for component in drawn):
+        raise ValueError("data.sources: no source with weight > 0 starts at sample 0; give one from_sample = 0")
+    lightest = min(drawn, key=lambda c: c.weight)
+    share = lightest.weight / sum(component.weight for component in drawn)
+    if share * _LONGEST_PERIOD < 1:
+        raise ValueError(
+            f"data.sources[{lightest.name!r}].weight = {lightest.weight} is {share:.1e} of the mixture, below "
+            f"the smallest share of {1 / _LONGEST_PERIOD:.1e}; raise it or drop the source"
+        )

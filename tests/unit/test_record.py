@@ -1,0 +1,101 @@
+"""Records: accepted shapes, and one named error for every kind of bad row."""
+
+import pytest
+
+from megatron_omni.data.record import Message, RecordError, parse_record
+
+USER = {"role": "user", "content": "hi"}
+ANSWER = {"role": "assistant", "content": "hello"}
+
+
+def test_a_row_becomes_a_record():
+    row = {
+        "messages": [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": "<image>\n<audio> and <image>"},
+            {"role": "assistant", "content": "two"},
+        ],
+        "images": ["a.png", "b/c.png"],
+        "audios": ["x.ogg"],
+        "id": 7,
+        "task": "relation",
+    }
+    record = parse_record(row, where="f.jsonl:3", source="pairs")
+    assert record.messages[2] == Message("assistant", "two")
+    assert record.images == ("a.png", "b/c.png") and record.audios == ("x.ogg",) and record.videos == ()
+    assert (record.id, record.source, record.where, record.answer) == ("7", "pairs", "f.jsonl:3", "two")
+    assert record.extra == {"task": "relation"}
+
+
+def test_sharegpt_rows_become_the_same_record():
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a cat"}]
+    converted = parse_record({"conversations": turns, "system": "be brief", "image": "a.png"})
+    direct = parse_record(
+        {
+            "messages": [
+                {"role": "system", "content": "be brief"},
+                {"role": "user", "content": "<image>\nwhat?"},
+                {"role": "assistant", "content": "a cat"},
+            ],
+            "images": ["a.png"],
+        }
+    )
+    assert converted == direct
+
+
+def test_a_question_without_an_answer_is_a_record():
+    assert parse_record({"messages": [USER]}).answer == ""
+
+
+def test_markers_in_answers_are_text():
+    row = {"messages": [USER, {"role": "assistant", "content": "use the <video> tag"}]}
+    assert parse_record(row).answer == "use the <video> tag"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "message"),
+    [
+        ([1], "bad_type", r"f:9: row = \[1\]: is not a JSON object; write"),
+        ({}, "no_messages", "neither is given"),
+        ({"messages": [USER], "conversations": []}, "no_messages", "both are given"),
+        ({"messages": []}, "bad_type", r"messages = \[\]: is no list of turns"),
+        ({"messages": "hi"}, "bad_type", "messages = 'hi': is no list of turns"),
+        ({"messages": ["hi"]}, "bad_type", r"messages\[0\] = 'hi': is no object"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "unknown_role", r"role = 'robot': .*use one of"),
+        ({"messages": [{"content": "x"}]}, "unknown_role", r"messages\[0\].role = None"),
+        ({"messages": [{"role": "human", "content": "x"}]}, "unknown_role", "'human': is an unknown role"),
+        ({"conversations": [{"from": "bot", "value": "x"}]}, "unknown_role", r"conversations\[0\].from = 'bot'"),
+        ({"messages": [{"role": "user", "content": 5}]}, "bad_type", r"messages\[0\].content = 5: is no text"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "bad_text", "surrogate"),
+        ({"messages": [USER, {"role": "assistant", "content": " \n"}]}, "empty_answer", r"content = ' \\n'"),
+        ({"messages": [USER, {"role": "system", "content": "s"}]}, "bad_roles", "system turn is not the first"),
+        ({"messages": [{"role": "system", "content": "s"}]}, "bad_roles", "has no user turn"),
+        ({"messages": [USER, ANSWER], "system": 3}, "bad_type", "system = 3: is no text"),
+        ({"messages": [USER, ANSWER], "id": []}, "bad_type", r"id = \[\]"),
+        ({"messages": [USER, ANSWER], "images": "a.png"}, "bad_type", "images = 'a.png': is no list of file names"),
+        ({"messages": [USER, ANSWER], "images": [""]}, "bad_type", "is no list of file names"),
+        ({"messages": [USER, ANSWER], "image": "a", "images": ["a"]}, "bad_type", "both are given"),
+        ({"messages": [USER, ANSWER], "images": ["a.png"]}, "marker_count", r"1 file\(s\) for 0 <image> marker\(s\)"),
+        (
+            {"messages": [{"role": "user", "content": "<video><video>"}, ANSWER], "videos": ["a"]},
+            "marker_count",
+            r"videos = \['a'\]: 1 file\(s\) for 2 <video>",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": "<audio>"}], "audios": ["a"]},
+            "marker_count",
+            r"for 0 <audio> .*the 1 in answers do not count",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_rows_are_named(row, reason, message):
+    with pytest.raises(RecordError, match=message) as caught:
+        parse_record(row, where="f:9")
+    assert caught.value.reason == reason
+    assert str(caught.value).startswith("f:9: ")
+
+
+def test_a_huge_value_is_shortened_in_the_message():
+    with pytest.raises(RecordError) as caught:
+        parse_record({"messages": "x" * 10_000})
+    assert len(str(caught.value)) < 200
