@@ -1,0 +1,103 @@
+"""SigLIP tower, MLP projector and 2D pooling: tiles [N, 3, p, p] to language rows [N, s * s, H] (paper section 2.2).
+
+    patches [N, g * g, D] = tower(tile), g = p // patch_size      last kept layer, no post-layernorm
+    rows    [N, g * g, H] = Linear -> GELU -> Linear              on every patch
+    pooled  [N, s * s, H] = adaptive average over the g x g grid  row-major
+
+The tower is built from Hugging Face's SigLIP layers under its parameter names, so that a checkpoint loads by name.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import SiglipVisionConfig
+from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipVisionEmbeddings
+
+from megatron_omni.config.model import VisionConfig
+from megatron_omni.models.encoders.weights import (
+    GeneratorFor,
+    LoadReport,
+    draw_normal,
+    draw_weights,
+    is_trainable,
+    load_named,
+)
+
+
+class SiglipTower(nn.Module):
+    """Embeddings and the kept layers. A plain loop: no output capturing and no second copy of the hidden states."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        siglip = SiglipVisionConfig(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.ffn_hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_attention_heads,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            attention_dropout=0.0,
+        )
+        siglip._attn_implementation = "sdpa"
+        self.embeddings = SiglipVisionEmbeddings(siglip)
+        self.encoder = SiglipEncoder(siglip)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        hidden = self.embeddings(pixel_values)
+        for layer in self.encoder.layers:
+            hidden = layer(hidden, None)
+        return hidden
+
+
+class VisionEncoder(nn.Module):
+    """Tower, projector and pooling."""
+
+    def __init__(self, config: VisionConfig, out_hidden: int) -> None:
+        super().__init__()
+        self.config = config
+        self.grid_side = config.image_size // config.patch_size
+        self.tower = SiglipTower(config)
+        self.projector = nn.Sequential(
+            nn.Linear(config.hidden_size, out_hidden), nn.GELU(), nn.Linear(out_hidden, out_hidden)
+        )
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """[N, 3, p, p] to [N, s * s, H]. A frozen tower keeps nothing for the backward."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and is_trainable(self.tower)):
+            patches = self.tower(pixel_values)
+        rows = self.projector(patches)
+        grid = rows.unflatten(1, (self.grid_side, self.grid_side)).permute(0, 3, 1, 2)  # [N, H, g, g]
+        pooled = F.adaptive_avg_pool2d(grid, self.config.pooled_side)
+        return pooled.flatten(2).transpose(1, 2)
+
+    def idle_input(self) -> Tensor:
+        """The smallest input, for a micro-batch without pictures: one grey tile."""
+        weight = self.tower.embeddings.patch_embedding.weight
+        return weight.new_zeros(1, 3, self.config.image_size, self.config.image_size)
+
+    def draw_weights(self, generator_for: GeneratorFor, *, prefix: str = "") -> None:
+        """Weights for training from scratch; position embeddings N(0, 1 / width) as in SigLIP."""
+        draw_weights(self, generator_for, prefix=prefix)
+        name = "tower.embeddings.position_embedding.weight"
+        draw_normal(self.get_parameter(name), self.config.hidden_size**-0.5, generator_for(prefix + name))
+
+    def load_siglip(self, state: dict[str, Tensor]) -> LoadReport:
+        """Tower weights from a ``SiglipVisionModel`` or ``SiglipModel`` state dict; the projector stays as it is.
+
+        Carried: layers beyond the kept ones, post-layernorm and pooling head.
+        """
+        kept = self.config.num_layers
+
+        def is_carried(name: str) -> bool:
+            if name.startswith(("post_layernorm.", "head.")):
+                return True
+            part = name.split(".")
+            return part[:2] == ["encoder", "layers"] and int(part[2]) >= kept
+
+        return load_named(
+            dict(self.tower.named_parameters()),
+            state,
+            rename=lambda key: key.removeprefix("vision_model."),
+            is_carried=is_carried,
+            is_foreign=lambda name: name.startswith("text_model.") or name in ("logit_scale", "logit_bias"),
+        )

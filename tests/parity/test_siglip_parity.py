@@ -1,0 +1,174 @@
+"""The vision encoder against transformers' SigLIP, and its full size against the specification."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig, SiglipVisionModel
+
+from megatron_omni.config.model import ModelConfig, VisionConfig
+from megatron_omni.models.encoders.vision import VisionEncoder
+
+TINY = VisionConfig(
+    image_size=30, patch_size=6, hidden_size=24, ffn_hidden_size=40, num_layers=3, num_attention_heads=3, pooled_side=2
+)
+
+
+def generator(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**31)
+
+
+def siglip_config(config: VisionConfig, *, layers: int) -> SiglipVisionConfig:
+    return SiglipVisionConfig(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.ffn_hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=config.num_attention_heads,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+    )
+
+
+def random_siglip(*, layers: int = 4) -> SiglipVisionModel:
+    torch.manual_seed(0)
+    model = SiglipVisionModel(siglip_config(TINY, layers=layers))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def test_tower_equals_the_hidden_states_before_the_last_layer() -> None:
+    """Four layers in the checkpoint, three kept: hidden_states[-2] of the whole, no post-layernorm."""
+    theirs, ours = random_siglip(), VisionEncoder(TINY, 16)
+    report = ours.load_siglip(theirs.state_dict())
+    pixels = torch.randn(3, 3, 30, 30, generator=generator("pixels"))
+    with torch.no_grad():
+        expected = theirs(pixels, output_hidden_states=True).hidden_states[-2]
+        torch.testing.assert_close(ours.tower(pixels), expected, atol=1e-5, rtol=1e-5)
+    assert expected.std() > 0.5
+    assert len(report.used) == len(list(ours.tower.parameters()))
+
+
+def test_gradients_equal_transformers() -> None:
+    theirs, ours = random_siglip(layers=3), VisionEncoder(TINY, 16)
+    ours.load_siglip(theirs.state_dict())
+    pixels = torch.randn(2, 3, 30, 30, generator=generator("pixels"))
+    ours.tower(pixels).square().mean().backward()
+    theirs(pixels, output_hidden_states=True).hidden_states[-1].square().mean().backward()
+    expected = dict(theirs.named_parameters())
+    compared = 0
+    for name, parameter in ours.tower.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-5, rtol=1e-4)
+        compared += 1
+    assert compared == 3 + 3 * 16
+
+
+def test_every_key_is_used_or_carried() -> None:
+    """The last layer, post-layernorm and head are carried, with their values; nothing else is left."""
+    theirs = random_siglip()
+    state = theirs.state_dict()
+    report = VisionEncoder(TINY, 16).load_siglip(state)
+    assert set(report.used) | set(report.carried) == set(state) and not report.left_out
+    assert {key.split(".")[0] for key in report.carried} == {"encoder", "post_layernorm", "head"}
+    last = [key for key in report.carried if key.startswith("encoder")]
+    assert len(last) == 16 and all(key.startswith("encoder.layers.3.") for key in last)
+    assert report.carried["head.probe"].equal(state["head.probe"])
+
+
+def test_the_vision_half_of_a_whole_siglip_loads() -> None:
+    text = SiglipTextConfig(
+        vocab_size=9, hidden_size=24, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    whole = SiglipModel(SiglipConfig(text_config=text.to_dict(), vision_config=siglip_config(TINY, layers=3).to_dict()))
+    encoder = VisionEncoder(TINY, 16)
+    report = encoder.load_siglip(whole.state_dict())
+    theirs = whole.vision_model.embeddings.patch_embedding.weight
+    assert encoder.tower.embeddings.patch_embedding.weight.equal(theirs)
+    assert {key.split(".")[0] for key in report.left_out} == {"text_model", "logit_scale", "logit_bias"}
+    assert len(report.used) + len(report.carried) + len(report.left_out) == len(whole.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: s.pop("encoder.layers.1.mlp.fc1.weight"), r"missing encoder\.layers\.1\.mlp\.fc1\.weight"),
+        (lambda s: s.update(surprise=torch.zeros(1)), "unknown key surprise"),
+        (lambda s: s.update({"embeddings.patch_embedding.bias": torch.zeros(2)}), r"shape \(2,\).*needs \(24,\)"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_changes_nothing(change, said: str) -> None:
+    state = random_siglip().state_dict()
+    change(state)
+    encoder = VisionEncoder(TINY, 16)
+    encoder.draw_weights(generator)
+    before = [p.clone() for p in encoder.parameters()]
+    with pytest.raises(ValueError, match=said):
+        encoder.load_siglip(state)
+    assert all(p.equal(q) for p, q in zip(encoder.parameters(), before))
+
+
+def test_projector_runs_on_every_patch_and_pooling_follows() -> None:
+    """Odd grid (5 x 5 to 2 x 2): cell (i, j) averages rows floor(5i/2)..ceil(5(i+1)/2); the cells overlap."""
+    encoder = VisionEncoder(TINY, 16)
+    encoder.draw_weights(generator)
+    pixels = torch.randn(2, 3, 30, 30, generator=generator("pixels"))
+    with torch.no_grad():
+        first, _, second = encoder.projector
+        rows = F.linear(F.gelu(F.linear(encoder.tower(pixels), first.weight, first.bias)), second.weight, second.bias)
+        grid = rows.view(2, 5, 5, 16)
+        cells = [grid[:, a, b].mean(dim=(1, 2)) for a in (slice(0, 3), slice(2, 5)) for b in (slice(0, 3), slice(2, 5))]
+        torch.testing.assert_close(encoder(pixels), torch.stack(cells, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_pooling_of_the_full_grid_is_the_adaptive_average_of_27_by_27() -> None:
+    config = VisionConfig(
+        image_size=54,
+        patch_size=2,
+        hidden_size=8,
+        ffn_hidden_size=8,
+        num_layers=1,
+        num_attention_heads=1,
+        pooled_side=12,
+    )
+    encoder = VisionEncoder(config, 4)
+    encoder.draw_weights(generator)
+    pixels = torch.randn(1, 3, 54, 54, generator=generator("pixels"))
+    with torch.no_grad():
+        grid = encoder.projector(encoder.tower(pixels)).view(27, 27, 4)
+        pooled = encoder(pixels).view(12, 12, 4)
+        for row, col in ((0, 0), (5, 7), (11, 11)):
+            (top, bottom), (left, right) = ((27 * i // 12, -(-27 * (i + 1) // 12)) for i in (row, col))
+            torch.testing.assert_close(pooled[row, col], grid[top:bottom, left:right].mean(dim=(0, 1)))
+
+
+def test_a_frozen_tower_costs_no_backward_and_the_projector_still_learns() -> None:
+    encoder = VisionEncoder(TINY, 16)
+    encoder.draw_weights(generator)
+    pixels = torch.randn(1, 3, 30, 30, generator=generator("pixels"))
+    encoder(pixels).square().sum().backward()
+    with_tower = [p.grad.clone() for p in encoder.projector.parameters()]
+    encoder.zero_grad()
+    encoder.tower.requires_grad_(False)
+    encoder(pixels).square().sum().backward()
+    assert all(p.grad is None for p in encoder.tower.parameters())
+    assert all(torch.equal(p.grad, q) for p, q in zip(encoder.projector.parameters(), with_tower))
+
+
+def test_full_size_counts_398_million_parameters() -> None:
+    """26 layers + post-layernorm = 397,747,744; the post-layernorm (2 x 1152) is carried, not computed with."""
+    config = ModelConfig()
+    with torch.device("meta"):
+        encoder = VisionEncoder(config.vision, config.hidden_size)
+    tower = sum(p.numel() for p in encoder.tower.parameters())
+    assert tower + 2 * 1152 == 397_747_744
+    assert sum(p.numel() for p in encoder.projector.parameters()) == 16_980_992
+
+
+def test_drawn_weights_depend_on_the_name_alone() -> None:
+    first, second = VisionEncoder(TINY, 16), VisionEncoder(TINY, 16)
+    first.draw_weights(generator)
+    torch.manual_seed(123)
+    second.draw_weights(generator)
+    assert all(p.equal(q) for p, q in zip(first.parameters(), second.parameters()))
+    position = first.tower.embeddings.position_embedding.weight
+    assert abs(position.std().item() * 24**0.5 - 1) < 0.15
+    assert first.projector[0].bias.eq(0).all() and first.tower.encoder.layers[0].layer_norm1.weight.eq(1).all()
