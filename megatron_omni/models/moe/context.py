@@ -2,8 +2,8 @@
 
 Megatron hands a layer only hidden states and a boolean padding mask. Routing also needs the token's identity (random
 draws are keyed by it), whether it carries a label and its modality. The stack opens ``token_context(ctx)`` around every
-layer call, *inside* the closure that activation recomputation replays; so the second forward of a layer sees the context
-of its own micro-batch even when the pipeline schedule has run others in between.
+layer call, *inside* the closure that activation recomputation replays; so the second forward of a layer sees the
+context of its own micro-batch even when the pipeline schedule has run others in between.
 
 T = tokens in this rank's sequence shard, flattened in the order of the hidden states ([S, B] -> S * B).
 """
@@ -20,9 +20,9 @@ from torch import Tensor
 class RoutingStats:
     """Sums over the tokens that this rank routed since the last reset; keyed by layer number. Filled by the layers.
 
-    ``selected``: [modalities, routed + null] float64 counts of (token, slot) assignments; ``tokens``: [modalities] counts;
-    ``k_histogram``: [max k + 1] counts of real experts per token; ``aux_loss``: sum over micro-batches of the layer's loss;
-    ``dropped``: assignments removed by capacity.
+    ``selected``: [modalities, routed + null] float64 counts of (token, slot) assignments; ``tokens``: [modalities]
+    counts; ``k_histogram``: [max k + 1] counts of real experts per token; ``aux_loss``: sum over micro-batches of the
+    layer's loss; ``dropped``: assignments removed by capacity.
     """
 
     selected: dict[int, Tensor] = field(default_factory=dict)
@@ -52,7 +52,8 @@ class TokenContext:
     stochastic: bool
     """True: training semantics (sampling, estimator, jitter, capacity). False: deterministic routing."""
     aux_loss_scale: float
-    """Factor on each layer's auxiliary loss before it is added to the training loss (coefficient / layers / micro-batches)."""
+    """Factor on each layer's auxiliary loss before it is added to the training loss (coefficient / layers /
+    micro-batches)."""
     stats: RoutingStats | None = None
     """Where statistics are added; None while recomputing or when they are not wanted."""
 

@@ -1,0 +1,237 @@
+"""Token dispatch for a variable number of experts per token: rows go to the ranks of their experts and come back.
+
+Both dispatchers take the local tokens x [T, H], the routing map [T, E] over all real experts and per-assignment
+weights, and return y [T, H], the weighted sum of expert outputs per token in fp32. Zero rows are legal everywhere
+(every token may go to null, on one rank or on all): the collectives always run, with splits of zero, and the experts
+stay in the graph.
+
+``AllToAllDispatcher``: permute by global expert; exchange counts, then rows, over the expert-parallel (EP) group;
+    with expert tensor parallelism (ETP) gather them over that group; group by local expert; experts; and the same way
+    back (the ETP gather becomes a reduce-scatter). Rows travel unweighted: weights, and the estimator's factor on row gradients, are
+    applied by the source rank when it sums a token's rows, so neither ever leaves it.
+``AllGatherDispatcher``: gather tokens, map and weights over the combined ETP x EP group, compute the local experts on
+    whatever concerns them, weight and sum, reduce-scatter. More traffic, fewer messages: good for few experts or much
+    redundancy. Ranks may hold different numbers of tokens.
+
+Why not Megatron's: docs/decisions/0002-own-dispatcher.md. Gradients are exact: the gradient of a gather is a
+reduce-scatter, of an all-to-all the reverse all-to-all.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_omni.ops.permute import build_permutation, permute, unpermute
+
+ExpertsFn = Callable[[Tensor, Tensor], Tensor]
+"""(rows [A, H], offsets [E_local + 1]) -> [A, H]."""
+
+
+class Dispatcher(Protocol):
+    """Signature shared by the dispatchers."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        routing_map: Tensor,
+        weights: Tensor,
+        experts: ExpertsFn,
+        *,
+        gradient_factor: Tensor | None = None,
+    ) -> Tensor:
+        """y [T, H] in fp32 (float64 for float64 input)."""
+        ...
+
+
+def _all_to_all(x: Tensor, output_splits: list[int], input_splits: list[int], group: dist.ProcessGroup) -> Tensor:
+    out = x.new_empty(sum(output_splits), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), output_splits, input_splits, group=group)
+    return out
+
+
+def _gather(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Rows of every rank, in rank order. An all-to-all of copies: sizes may differ, which all-gather does not allow."""
+    return _all_to_all(torch.cat([x] * len(sizes)), sizes, [x.shape[0]] * len(sizes), group)
+
+
+def _reduce_scatter(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    """This rank's rows of the sum over ranks, added in at least fp32."""
+    mine = sizes[group.rank()]
+    parts = _all_to_all(x, [mine] * len(sizes), sizes, group).unflatten(0, (len(sizes), mine))
+    return parts.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+
+
+class _AllToAllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, output_splits: list[int], input_splits: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.args = (input_splits, output_splits, group)
+        return _all_to_all(x, output_splits, input_splits, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
+        return _all_to_all(grads[0], *ctx.args), None, None, None
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.args = (sizes, group)
+        return _gather(x, sizes, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+        return _reduce_scatter(grads[0], *ctx.args), None, None
+
+
+class _ReduceScatterRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.args = (sizes, group)
+        return _reduce_scatter(x, sizes, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+        return _gather(grads[0], *ctx.args), None, None
+
+
+class _ReorderRows(torch.autograd.Function):
+    """x[order]; the gradient is g[inverse], a gather instead of autograd's scatter-add."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
+
+
+def _gather_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[ranks, ...] of equal-shaped integer tensors."""
+    gathered = [torch.empty_like(counts) for _ in range(group.size())]
+    dist.all_gather(gathered, counts.contiguous(), group=group)
+    return torch.stack(gathered)
+
+
+def _with_zero(cumulative: Tensor) -> Tensor:
+    return torch.cat([cumulative.new_zeros(1), cumulative])
+
+
+def _per_row(values: Tensor, routing_map: Tensor) -> Tensor:
+    """Entries of values [T, E] at the assignments, in the row order of ``build_permutation`` (expert-major)."""
+    return torch.masked_select(values.t(), routing_map.t())
+
+
+class AllToAllDispatcher:
+    """Rows to the ranks of their experts by all-to-all over ``ep_group``; ``expt_tp_group`` splits each expert."""
+
+    def __init__(self, *, num_experts: int, ep_group: dist.ProcessGroup, expt_tp_group: dist.ProcessGroup) -> None:
+        self.ep_group, self.expt_tp_group = ep_group, expt_tp_group
+        self.ep_size, self.etp_size = ep_group.size(), expt_tp_group.size()
+        self.num_local_experts = num_experts // self.ep_size
+        self.first_expert = ep_group.rank() * self.num_local_experts
+
+    def __call__(
+        self,
+        x: Tensor,
+        routing_map: Tensor,
+        weights: Tensor,
+        experts: ExpertsFn,
+        *,
+        gradient_factor: Tensor | None = None,
+    ) -> Tensor:
+        """See :class:`Dispatcher`."""
+        permutation = build_permutation(routing_map)
+        rows = permute(x, permutation)
+        if self.ep_size * self.etp_size == 1:
+            rows = experts(rows, permutation.offsets)
+        else:
+            rows = self._remote(rows, permutation.offsets.diff(), experts)
+        return unpermute(
+            rows,
+            _per_row(weights, routing_map),
+            permutation,
+            num_tokens=x.shape[0],
+            gradient_factor=None if gradient_factor is None else _per_row(gradient_factor, routing_map),
+            out_dtype=torch.promote_types(x.dtype, torch.float32),
+        )
+
+    def _remote(self, rows: Tensor, counts: Tensor, experts: ExpertsFn) -> Tensor:
+        """Expert outputs of ``rows`` (``counts`` [E] per global expert, expert-major), in the same order."""
+        local = slice(self.first_expert, self.first_expert + self.num_local_experts)
+        received = _gather_counts(counts, self.ep_group)[:, local]  # [ep, E_local]: from each EP rank, by expert
+        held = _gather_counts(received, self.expt_tp_group) if self.etp_size > 1 else received.unsqueeze(0)
+        # One copy to the host for all split sizes.
+        sizes = torch.cat([counts.unflatten(0, (self.ep_size, -1)).sum(1), received.sum(1), held.sum((1, 2))]).tolist()
+        sent_to, got_from = sizes[: self.ep_size], sizes[self.ep_size : 2 * self.ep_size]
+        held_by = sizes[2 * self.ep_size :]
+
+        if self.ep_size > 1:
+            rows = _AllToAllRows.apply(rows, got_from, sent_to, self.ep_group)
+        if self.etp_size > 1:
+            rows = _GatherRows.apply(rows, held_by, self.expt_tp_group)
+        # Rows lie [ETP source, EP source, local expert]; the experts want [local expert, sources].
+        offsets = _with_zero(held.sum((0, 1)).cumsum(0))
+        reorder = self.num_local_experts > 1
+        if reorder:
+            chunk_expert = torch.arange(self.num_local_experts, device=rows.device).repeat(held[..., 0].numel())
+            order = torch.argsort(torch.repeat_interleave(chunk_expert, held.flatten()), stable=True)
+            inverse = torch.argsort(order)
+            rows = _ReorderRows.apply(rows, order, inverse)
+        rows = experts(rows, offsets)
+        if reorder:
+            rows = _ReorderRows.apply(rows, inverse, order)
+        if self.etp_size > 1:
+            rows = _ReduceScatterRows.apply(rows, held_by, self.expt_tp_group)
+        if self.ep_size > 1:
+            rows = _AllToAllRows.apply(rows, sent_to, got_from, self.ep_group)
+        return rows
+
+
+class AllGatherDispatcher:
+    """Tokens of the whole ``tp_ep_group`` (ETP x EP) to each of its ranks; outputs reduce-scattered back."""
+
+    def __init__(self, *, num_experts: int, ep_group: dist.ProcessGroup, tp_ep_group: dist.ProcessGroup) -> None:
+        self.group = tp_ep_group
+        num_local_experts = num_experts // ep_group.size()
+        first = ep_group.rank() * num_local_experts
+        self.local = slice(first, first + num_local_experts)
+
+    def __call__(
+        self,
+        x: Tensor,
+        routing_map: Tensor,
+        weights: Tensor,
+        experts: ExpertsFn,
+        *,
+        gradient_factor: Tensor | None = None,
+    ) -> Tensor:
+        """See :class:`Dispatcher`."""
+        num_experts = weights.shape[1]
+        alone = self.group.size() == 1
+        sizes = [x.shape[0]]
+        if not alone:
+            sizes = _gather_counts(torch.tensor([x.shape[0]], device=x.device), self.group).flatten().tolist()
+            x = _GatherRows.apply(x, sizes, self.group)
+            # Everything about assignments in one message; the columns of constants have no gradient.
+            facts = [weights, routing_map.to(weights.dtype)] + ([] if gradient_factor is None else [gradient_factor])
+            packed = _GatherRows.apply(torch.cat(facts, dim=1), sizes, self.group)
+            weights, routing_map = packed[:, :num_experts], packed[:, num_experts : 2 * num_experts] > 0.5
+            gradient_factor = None if gradient_factor is None else packed[:, 2 * num_experts :].detach()
+        routing_map = routing_map[:, self.local]
+        permutation = build_permutation(routing_map)
+        y = unpermute(
+            experts(permute(x, permutation), permutation.offsets),
+            _per_row(weights[:, self.local], routing_map),
+            permutation,
+            num_tokens=x.shape[0],
+            gradient_factor=None if gradient_factor is None else _per_row(gradient_factor[:, self.local], routing_map),
+            out_dtype=torch.promote_types(x.dtype, torch.float32),
+        )
+        return y if alone else _ReduceScatterRows.apply(y, sizes, self.group)

@@ -1,0 +1,170 @@
+"""The MoE layer: y = sum over selected real experts w_e FFN_e(x) + sum over shared experts w_s FFN_s(x).
+
+A Megatron ``MoELayer`` by type, because ``TransformerLayer`` asks for one, but not by construction: router,
+dispatchers and experts are ours (Megatron's assume a fixed number of experts per token, one dense shared expert and
+no null slots). Megatron's layer signature carries no token facts, so routing reads them from
+``current_token_context()``; its
+``padding_mask`` argument is not used, the context has its own.
+
+Shapes: hidden states [S / TP, B, H], flattened to [T, H].
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer, MoELayer
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron_omni.config.model import MoEConfig
+from megatron_omni.models.moe.balance import attach_loss, record_routing
+from megatron_omni.models.moe.context import TokenContext, current_token_context, token_context, without_stats
+from megatron_omni.models.moe.dispatcher import AllGatherDispatcher, AllToAllDispatcher, Dispatcher
+from megatron_omni.models.moe.experts import RoutedExperts, SharedExperts
+from megatron_omni.models.moe.router import OmniRouter
+from megatron_omni.ops.gradient_estimator import row_gradient_factor
+from megatron_omni.platform.device import device
+
+
+class OmniMoELayer(MoELayer):
+    """Dynamic-capacity MoE layer, built by a Megatron layer spec through ``functools.partial(OmniMoELayer,
+    moe=...)``."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: Any = None,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+        *,
+        moe: MoEConfig,
+    ) -> None:
+        assert pg_collection is not None, "OmniMoELayer takes its process groups as pg_collection"
+        assert submodules is None, "OmniMoELayer builds its own router and experts"
+        assert config.num_moe_experts == moe.num_routed_experts, (
+            f"TransformerConfig.num_moe_experts = {config.num_moe_experts} must be {moe.num_routed_experts}"
+        )
+        # Past MoELayer.__init__, which would build Megatron's router, dispatcher and experts.
+        BaseMoELayer.__init__(
+            self, config=config, layer_number=layer_number, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer
+        )
+        self.moe = moe
+        self.tp_group = pg_collection.tp
+        self.moe_layer_recompute = config.recompute_granularity == "selective" and "moe" in (
+            config.recompute_modules or ()
+        )
+        self.fwd_execution_map = ["route", "expert_compute", "postprocess"]  # read by Megatron's layer
+        kind: dict[str, Any] = {"dtype": config.params_dtype, "device": device()}
+        if config.use_cpu_initialization:
+            kind["device"] = "cpu"
+        self.router = OmniRouter(
+            moe,
+            hidden_size=config.hidden_size,
+            init_std=config.init_method_std,
+            sequence_parallel=config.sequence_parallel,
+            tp_group=pg_collection.tp,
+            **kind,
+        )
+        self.experts = RoutedExperts(
+            num_experts=moe.num_routed_experts,
+            hidden_size=config.hidden_size,
+            ffn_hidden_size=moe.moe_ffn_hidden_size,
+            ep_group=pg_collection.ep,
+            expt_tp_group=pg_collection.expt_tp,
+            expt_dp_group=pg_collection.expt_dp,
+            init_std=config.init_method_std,
+            **kind,
+        )
+        self.shared_experts = None
+        if moe.num_shared_experts:
+            self.shared_experts = SharedExperts(
+                num_experts=moe.num_shared_experts,
+                hidden_size=config.hidden_size,
+                ffn_hidden_size=moe.moe_shared_expert_intermediate_size,
+                sequence_parallel=config.sequence_parallel,
+                init_std=config.init_method_std,
+                **kind,
+            )
+        self.token_dispatcher: Dispatcher
+        if moe.moe_token_dispatcher_type == "alltoall":
+            self.token_dispatcher = AllToAllDispatcher(
+                num_experts=moe.num_routed_experts, ep_group=pg_collection.ep, expt_tp_group=pg_collection.expt_tp
+            )
+        else:
+            self.token_dispatcher = AllGatherDispatcher(
+                num_experts=moe.num_routed_experts, ep_group=pg_collection.ep, tp_ep_group=pg_collection.tp_ep
+            )
+        if layer_number is not None:
+            self.router.set_layer_number(layer_number)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        intermediate_tensors: Any = None,
+        padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """Output of the layer and no bias."""
+        assert intermediate_tensors is None, "partial CUDA graphs of MoE layers are not supported"
+        if self.tp_group.size() > 1 and not self.config.sequence_parallel and torch.is_grad_enabled():
+            raise ValueError(
+                "sequence_parallel = false with tensor_model_parallel_size > 1: MoE layers train only with sequence "
+                "parallelism, because every tensor-parallel rank routes its own tokens; set sequence_parallel = true"
+            )
+        ctx = current_token_context()
+        if not (self.moe_layer_recompute and torch.is_grad_enabled()):
+            return self._compute(hidden_states, ctx), None
+
+        # The replay sees the same context and draws the same numbers, but must not count its tokens again. No early
+        # stop: all ranks of an expert group have to replay the same collectives.
+        replay = iter((ctx,))
+
+        def run(hidden: Tensor) -> Tensor:
+            mine = next(replay, without_stats(ctx))
+            with token_context(mine):
+                return self._compute(hidden, mine)
+
+        output: Tensor = checkpoint(run, hidden_states, use_reentrant=False, preserve_rng_state=False, early_stop=False)
+        return output, None
+
+    def _compute(self, hidden_states: Tensor, ctx: TokenContext) -> Tensor:
+        x = hidden_states.flatten(0, -2)
+        assert ctx.padding.shape[0] == x.shape[0], (
+            f"token context of {ctx.padding.shape[0]} tokens for {x.shape[0]} hidden states: slice it to the shard"
+        )
+        trains = torch.is_grad_enabled() and ctx.stochastic
+        routed = self.router(x, ctx=ctx, with_aux_loss=trains or ctx.stats is not None)
+        routing, num_routed = routed.routing, self.moe.num_routed_experts
+        factor = row_gradient_factor(routing.scale, estimator=self.moe.gradient_estimator) if ctx.stochastic else None
+        y = self.token_dispatcher(
+            x,
+            routing.mask[:, :num_routed],
+            routing.weights[:, :num_routed],
+            self.experts,
+            gradient_factor=None if factor is None else factor[:, :num_routed],
+        )
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(x, routing.shared_weights)
+        y = y.to(hidden_states.dtype).view(hidden_states.shape)
+        if trains and ctx.aux_loss_scale:
+            y = attach_loss(y, routed.aux_loss * ctx.aux_loss_scale)
+        if ctx.stats is not None:
+            assert self.layer_number is not None
+            record_routing(
+                ctx.stats,
+                routing,
+                layer=self.layer_number,
+                ctx=ctx,
+                num_routed=num_routed,
+                num_before_drop=routed.num_before_drop,
+                aux_loss=routed.aux_loss,
+            )
+        return y
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Global layer number, called by Megatron's layer after construction."""
+        self.layer_number = layer_number
+        self.router.set_layer_number(layer_number)

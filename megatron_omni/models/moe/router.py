@@ -1,0 +1,173 @@
+"""The gate and the routing decision: hidden states [T, H] to a ``Routing`` (ops/topp_route.py) and the auxiliary loss.
+
+Gate: z = x W^T, W [E, H] without bias, rows ordered [routed | null | shared] (paper: one z for all of them), in fp32 in
+training and evaluation alike unless ``fp32_gate`` is off (the published code evaluates in bf16; spec 11.9).
+
+Training (``ctx.stochastic``) alone: the gate's input, and nothing else, times U(1 - j, 1 + j) element by element;
+slots drawn by Gumbel order; the gradient estimator; capacity. Every draw is a hash of (seed, step, layer, purpose,
+sample, position) (ops/counter_rng.py), so layouts agree and a recomputed layer repeats itself. Otherwise routing is
+deterministic.
+
+Under sequence parallelism T is this rank's shard; the auxiliary loss and capacity see the whole micro-batch through the
+TP group. T tokens, H hidden, E = routed + null + shared, E_d = routed + null.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_omni.config.model import MoEConfig
+from megatron_omni.models.moe.balance import load_balancing_loss
+from megatron_omni.models.moe.context import TokenContext
+from megatron_omni.ops.counter_rng import Purpose, gumbel, uniform
+from megatron_omni.ops.gradient_estimator import Estimator
+from megatron_omni.ops.topp_route import Routing, capacity_keep, expert_capacity, route_selected, select
+
+
+class RouterOutput(NamedTuple):
+    """Result of one routing decision."""
+
+    routing: Routing
+    aux_loss: Tensor | None
+    """L of the whole micro-batch, unscaled; None where it is not wanted."""
+    num_before_drop: Tensor | None
+    """Selected slots of this rank before capacity removed some; None without capacity."""
+
+
+def check_moe_config(moe: MoEConfig) -> None:
+    """Refuse settings that contradict each other or have no effect."""
+    slots = moe.num_routed_experts + moe.num_null_experts
+    if moe.num_routed_experts < 1:
+        raise ValueError(
+            f"moe.num_routed_experts = {moe.num_routed_experts}: needs at least 1 (moe: null is a dense model)"
+        )
+    if not 0.0 < moe.top_p <= 1.0:
+        raise ValueError(f"moe.top_p = {moe.top_p}: must lie in (0, 1]; for a fixed count set moe.top_k")
+    if moe.top_k is not None and not 1 <= moe.top_k <= slots:
+        raise ValueError(f"moe.top_k = {moe.top_k}: must lie in 1..{slots} (routed + null), or null for Top-P")
+    if moe.max_routed is not None and moe.max_routed < 1:
+        raise ValueError(f"moe.max_routed = {moe.max_routed}: must be at least 1, or null for no cap")
+    if moe.capacity_factor is not None and moe.capacity_factor <= 0:
+        raise ValueError(f"moe.capacity_factor = {moe.capacity_factor}: must be positive, or null for dropless")
+    if not 0.0 <= moe.input_jitter < 1.0:
+        raise ValueError(f"moe.input_jitter = {moe.input_jitter}: must lie in [0, 1)")
+    if moe.routing_weight_mode == "release" and moe.gradient_estimator == "paper":
+        raise ValueError(
+            "moe.gradient_estimator = paper with moe.routing_weight_mode = release: the published code has its own "
+            "estimator; set moe.gradient_estimator to grin or none"
+        )
+
+
+class OmniRouter(torch.nn.Module):
+    """Gate weight and routing decision of one layer."""
+
+    def __init__(
+        self,
+        moe: MoEConfig,
+        *,
+        hidden_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        init_std: float = 0.02,
+        sequence_parallel: bool = False,
+        tp_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        check_moe_config(moe)
+        self.moe = moe
+        self.layer_number = 0
+        self.tp_group = tp_group if sequence_parallel else None
+        self.num_slots = moe.num_routed_experts + moe.num_null_experts
+        num_rows = self.num_slots + moe.num_shared_experts
+        self.weight = torch.nn.Parameter(torch.empty(num_rows, hidden_size, dtype=dtype, device=device))
+        torch.nn.init.normal_(self.weight, std=init_std)
+        # Each TP rank sees its own tokens under sequence parallelism: Megatron sums marked gradients over the group.
+        self.weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Global layer number: part of the key of every random draw."""
+        self.layer_number = layer_number
+
+    def gate(self, x: Tensor, *, ctx: TokenContext) -> Tensor:
+        """Logits [T, E] in fp32 (float64 for float64 input); jitter touches this copy of x only."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if self.moe.fp32_gate:
+            x = x.to(dtype)
+        if ctx.stochastic and self.moe.input_jitter > 0:
+            u = self._uniform(ctx, Purpose.INPUT_JITTER, x.shape[1])
+            # 1 + j (2u - 1), in place: the draw is a fresh buffer.
+            x = x * u.mul_(2 * self.moe.input_jitter).add_(1 - self.moe.input_jitter).to(x.dtype)
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype)).to(dtype)
+
+    def _uniform(self, ctx: TokenContext, purpose: Purpose, num_draws: int) -> Tensor:
+        return uniform(
+            ctx.sample_ids,
+            ctx.sample_positions,
+            num_draws=num_draws,
+            seed=ctx.seed,
+            step=ctx.step,
+            layer=self.layer_number,
+            purpose=purpose,
+        )
+
+    def forward(self, x: Tensor, *, ctx: TokenContext, with_aux_loss: bool = True) -> RouterOutput:
+        """Route x [T, H]."""
+        moe, slots = self.moe, self.num_slots
+        z = self.gate(x, ctx=ctx)
+        estimator: Estimator = moe.gradient_estimator if ctx.stochastic else "none"
+        noise = bernoulli = None
+        if ctx.stochastic and moe.sample_experts:
+            draws = slots * slots if moe.routing_weight_mode == "release" else slots
+            noise = gumbel(self._uniform(ctx, Purpose.GUMBEL, draws)).to(z.dtype)
+            noise = noise.view(-1, slots, slots) if moe.routing_weight_mode == "release" else noise
+        if estimator != "none":
+            bernoulli = self._uniform(ctx, Purpose.BERNOULLI, slots)
+        selection = select(
+            z[:, :slots],
+            num_routed=moe.num_routed_experts,
+            top_p=moe.top_p,
+            mode=moe.routing_weight_mode,
+            estimator=estimator,
+            top_k=moe.top_k,
+            gumbel=noise,
+            bernoulli=bernoulli,
+            max_routed=moe.max_routed,
+            padding=ctx.padding,
+            release_eps=moe.router_jitter_eps,
+        )
+        aux_loss = None
+        if with_aux_loss:
+            aux_loss = load_balancing_loss(z[:, :slots], selection.mask, ctx=ctx, moe=moe, tp_group=self.tp_group)
+        keep = num_before_drop = None
+        if ctx.stochastic and moe.capacity_factor is not None:
+            num_before_drop = selection.mask.sum()
+            keep = self._capacity_keep(z.detach()[:, :slots], selection.mask)
+        routing = route_selected(z, selection, keep=keep, bernoulli=bernoulli, estimator=estimator)
+        return RouterOutput(routing, aux_loss, num_before_drop)
+
+    @torch.no_grad()
+    def _capacity_keep(self, z: Tensor, mask: Tensor) -> Tensor:
+        """Assignments kept under the cap, [T, E_d], decided over the whole micro-batch so that layouts agree."""
+        num_local, ranks = z.shape[0], 1
+        if self.tp_group is not None:
+            ranks = dist.get_world_size(self.tp_group)
+        if ranks > 1:
+            local = torch.cat([z, mask.to(z.dtype)], dim=1).contiguous()
+            gathered = [torch.empty_like(local) for _ in range(ranks)]
+            dist.all_gather(gathered, local, group=self.tp_group)
+            whole = torch.cat(gathered)
+            z, mask = whole[:, : self.num_slots], whole[:, self.num_slots :] > 0
+        assert self.moe.capacity_factor is not None
+        capacity = expert_capacity(
+            z.shape[0],
+            self.num_slots,
+            capacity_factor=self.moe.capacity_factor,
+            min_capacity=self.moe.min_capacity,
+        )
+        keep = capacity_keep(z, mask, num_routed=self.moe.num_routed_experts, capacity=capacity)
+        if ranks > 1:
+            start = dist.get_rank(self.tp_group) * num_local
+            keep = keep[start : start + num_local]
+        return keep
