@@ -1,0 +1,189 @@
+"""How a checkpoint directory becomes visible, is checked, found and retired: files only, no tensors, one process.
+
+    checkpoints/.tmp_iter_0000100/     being written
+    checkpoints/iter_0000100/          whole: hashed, flushed to disk, then renamed
+    checkpoints/latest_checkpointed_iteration.txt      "100", replaced after the rename
+
+A reader sees either no directory of a step or a whole one. ``integrity.json`` (Megatron's format: SHA-256 of every
+file) is checked before anything is read; a directory that fails the check is passed over, with a warning that names
+the file, in favour of the next older one.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+TRACKER = "latest_checkpointed_iteration.txt"
+MANIFEST = "integrity.json"
+CHECKPOINTS = "checkpoints"
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read. The previous one is untouched."""
+
+
+def iteration_dir(root: Path, step: int) -> Path:
+    """Directory of a whole checkpoint."""
+    return root / f"iter_{step:07d}"
+
+
+def temporary_dir(root: Path, step: int) -> Path:
+    """Directory of a checkpoint that is being written."""
+    return root / f".tmp_iter_{step:07d}"
+
+
+def begin(root: Path, step: int) -> Path:
+    """An empty temporary directory for ``step``; what dead runs left behind is removed."""
+    root.mkdir(parents=True, exist_ok=True)
+    for stale in [*root.glob(".tmp_iter_*"), *root.glob(".old_iter_*")]:
+        shutil.rmtree(stale, ignore_errors=True)
+    directory = temporary_dir(root, step)
+    directory.mkdir()
+    return directory
+
+
+def publish(root: Path, step: int, *, keep: int) -> Path:
+    """Make the temporary directory of ``step`` the newest checkpoint: manifest, flush, rename, tracker, retention."""
+    temporary, final = temporary_dir(root, step), iteration_dir(root, step)
+    write_manifest(temporary)
+    _flush_tree(temporary)
+    if final.exists():  # an older generation of the same step: a run that was rolled back and came here again
+        _remove(final)
+    os.rename(temporary, final)
+    _flush_directory(root)
+    write_text(root / TRACKER, f"{step}\n")
+    retire(root, keep=keep)
+    return final
+
+
+def abandon(root: Path, step: int) -> None:
+    """Remove the temporary directory of a save that failed."""
+    shutil.rmtree(temporary_dir(root, step), ignore_errors=True)
+
+
+def retire(root: Path, *, keep: int) -> None:
+    """Remove all but the ``keep`` newest checkpoints up to the tracker's; that one always stays. 0 keeps all."""
+    latest = tracked_step(root)
+    if keep <= 0 or latest is None:
+        return
+    for step in [step for step in sorted(steps(root), reverse=True) if step <= latest][max(keep, 1) :]:
+        _remove(iteration_dir(root, step))
+
+
+def steps(root: Path) -> list[int]:
+    """Steps that have a checkpoint directory."""
+    return [int(path.name[5:]) for path in root.glob("iter_*") if path.is_dir() and path.name[5:].isdigit()]
+
+
+def tracked_step(root: Path) -> int | None:
+    """The step that the tracker names; None when there is no tracker or it is damaged."""
+    try:
+        return int((root / TRACKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def find(path: Path) -> Path | None:
+    """The newest whole checkpoint at ``path``: a run directory, its ``checkpoints``, or one checkpoint itself.
+
+    The tracker bounds the search, so that writing an older step into it rolls a run back. Raises CheckpointError when
+    there are checkpoints and none is whole.
+    """
+    if (path / MANIFEST).is_file() or path.name.startswith("iter_"):
+        check(path)
+        return path
+    root = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+    candidates = sorted(steps(root), reverse=True)
+    latest = tracked_step(root)
+    if latest is not None:
+        candidates = [step for step in candidates if step <= latest]
+    elif candidates:
+        logger.warning("%s is missing or damaged; taking the newest whole checkpoint", root / TRACKER)
+    for step in candidates:
+        try:
+            check(iteration_dir(root, step))
+            return iteration_dir(root, step)
+        except CheckpointError as error:
+            logger.warning("passing over a damaged checkpoint: %s", error)
+    if candidates or latest is not None:
+        raise CheckpointError(f"{root}: no checkpoint is whole; restore one from a copy, or start a new run_dir")
+    return None
+
+
+def write_manifest(directory: Path) -> None:
+    """Write SHA-256 of every file below ``directory``."""
+    files = {name: _sha256(directory / name) for name in _files(directory)}
+    write_text(directory / MANIFEST, json.dumps({"algorithm": "sha256", "files": files}, indent=1))
+
+
+def check(directory: Path) -> None:
+    """Raise CheckpointError, naming the file, unless every file of the manifest is there and has its hash."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        recorded = dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{directory / MANIFEST}: missing or unreadable ({error}); not a whole checkpoint"
+        ) from error
+    present = set(_files(directory))
+    for name, digest in recorded.items():
+        if name not in present:
+            raise CheckpointError(f"{directory / name}: missing from the checkpoint")
+        if _sha256(directory / name) != digest:
+            raise CheckpointError(f"{directory / name}: contents do not match the manifest")
+    if extra := present - set(recorded):
+        raise CheckpointError(f"{directory / min(extra)}: a file that the manifest does not list")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text``: a reader sees the old contents or the new ones."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    _flush_directory(path.parent)
+
+
+def _files(directory: Path) -> Iterator[str]:
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            yield path.relative_to(directory).as_posix()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush_tree(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        if path.is_dir():
+            _flush_directory(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _flush_directory(directory)
+
+
+def _flush_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(directory: Path) -> None:
+    """Hide a checkpoint in one step, then delete it: half a checkpoint is never visible."""
+    hidden = directory.with_name(f".old_{directory.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(directory, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)

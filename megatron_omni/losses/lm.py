@@ -1,0 +1,63 @@
+"""Next-token loss: from per-token cross-entropy to the training loss and its breakdown.
+
+    loss = sum over label tokens of the GLOBAL batch of ce(token) / number of label tokens of the global batch
+
+The divisor is known before the first forward of a step (``training/loop.py`` sums it over the data-parallel ranks),
+so every micro-batch contributes ``sum / divisor`` and gradients are summed, not averaged: the loss does not depend on
+how samples are dealt to ranks or packed into micro-batches.
+
+The breakdown is a table of (sum, count) rows over label tokens, float64, that is added over micro-batches, ranks and
+steps and divided only where it is printed:
+
+    row 0                 every label token                                   ``lm loss``
+    rows 1..4             tokens of samples that contain the modality         ``loss/modality/{text,image,video,audio}``
+    rows 5..5+sources     tokens of samples from one source of the mixture    ``loss/source/<name>``
+
+A sample with a picture and a sound counts in ``image`` and in ``audio``; ``text`` is the samples without any media.
+
+Shapes: B rows, S tokens a row.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_omni.batch import IGNORE_LABEL, Modality, OmniBatch
+
+NUM_MODALITIES = len(Modality)
+
+
+def lm_loss(token_loss: Tensor, labels: Tensor, *, num_label_tokens: int) -> Tensor:
+    """This micro-batch's share of the training loss: sum over its label tokens, divided by those of the global batch.
+    """
+    learned = token_loss.masked_fill(labels == IGNORE_LABEL, 0.0)
+    return learned.sum() / max(num_label_tokens, 1)
+
+
+def contains_modality(modality: Tensor, segment_ids: Tensor) -> Tensor:
+    """[B, S, 4] bool: for each token, which rows of the modality table its sample belongs to; all False at padding."""
+    rows, length = modality.shape
+    row = torch.arange(rows, device=modality.device).unsqueeze(1)
+    # Padding (segment -1) falls into the last slot of its row, which no sample uses.
+    sample = row * (length + 1) + segment_ids.remainder(length + 1)
+    present = torch.zeros(rows * (length + 1), NUM_MODALITIES, dtype=torch.bool, device=modality.device)
+    present[sample, modality] = True
+    present[:, Modality.TEXT] = ~present[:, Modality.TEXT + 1 :].any(dim=1)
+    return present[sample] & (segment_ids >= 0).unsqueeze(-1)
+
+
+def loss_report(token_loss: Tensor, batch: OmniBatch, *, num_sources: int) -> Tensor:
+    """[1 + 4 + num_sources, 2] float64 table of (sum of losses, number of label tokens)."""
+    labelled = (batch.labels != IGNORE_LABEL).flatten()
+    losses = token_loss.detach().flatten().double().masked_fill(~labelled, 0.0)
+    by_modality = contains_modality(batch.modality, batch.segment_ids).flatten(0, 1)
+    by_source = torch.nn.functional.one_hot(batch.source_ids.flatten().clamp(min=0), num_sources).bool()
+    membership = torch.cat([labelled.unsqueeze(1), by_modality, by_source], dim=1) & labelled.unsqueeze(1)
+    return torch.stack([losses @ membership.double(), membership.sum(dim=0).double()], dim=1)
+
+
+def report_names(source_names: Sequence[str]) -> list[str]:
+    """Metric name of every row of :func:`loss_report`."""
+    modalities = [f"loss/modality/{modality.name.lower()}" for modality in Modality]
+    return ["lm loss", *modalities, *(f"loss/source/{name}" for name in source_names)]
