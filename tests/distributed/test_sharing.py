@@ -1,0 +1,57 @@
+"""The reader's micro-batches reach every rank of its replica unchanged; media only the ranks that embed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_omni.batch import OmniBatch
+from megatron_omni.config.parallel import ParallelConfig
+from megatron_omni.parallel.groups import layout
+from megatron_omni.parallel.sharing import INTEGERS, share_step, sum_over_ranks
+from tests.distributed.harness import Rank, run_ranks
+
+CPU = torch.device("cpu")
+
+
+def step_of(replica: int) -> list[OmniBatch]:
+    """Three micro-batches of different shapes: with pictures and sound, with sound, with text only."""
+    generator = torch.Generator().manual_seed(replica)
+
+    def batch(length: int, tiles: int, chunks: int) -> OmniBatch:
+        ints = {name: torch.randint(-100, 2**40, (2, length), generator=generator) for name in INTEGERS}
+        ints["position_ids"] = torch.randint(0, 99, (3, 2, length), generator=generator)
+        pixels = torch.randn(tiles, 3, 4, 4, generator=generator) if tiles else None
+        sound = torch.randn(chunks, 8, 5, generator=generator) if chunks else None
+        return OmniBatch(**ints, pixel_values=pixels, audio_features=sound)
+
+    return [batch(5, 3, 2), batch(9, 0, 1), batch(4, 0, 0)]
+
+
+def equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is None and b is None if a is None or b is None else torch.equal(a, b)
+
+
+def shared(rank: Rank, tensor: int, pipeline: int) -> bool:
+    pg = rank.initialize(ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline))
+    place = layout(pg)
+    for step in range(2):
+        expected = step_of(10 * step + place.dp_rank)
+        got = share_step(expected if place.is_data_reader else None, num_micro_batches=3, pg=pg, device=CPU)
+        assert got is not None and len(got) == 3
+        if not place.is_first_stage:
+            expected = [replace(batch, pixel_values=None, audio_features=None) for batch in expected]
+        for a, b in zip(got, expected, strict=True):
+            assert all(equal(getattr(a, name), getattr(b, name)) for name in vars(b))
+    # A reader that failed is known to its whole replica, and through the sum to every other.
+    failing = place.dp_rank == 0
+    got = share_step(
+        step_of(0) if place.is_data_reader and not failing else None, num_micro_batches=3, pg=pg, device=CPU
+    )
+    assert (got is None) == failing
+    return sum_over_ranks([int(failing and place.is_data_reader), 2], device=CPU) == [1, 2 * rank.world_size]
+
+
+@pytest.mark.parametrize(("world", "tensor", "pipeline"), [(1, 1, 1), (2, 1, 2), (4, 2, 1), (4, 2, 2)])
+def test_every_rank_of_a_replica_gets_its_readers_batches(world: int, tensor: int, pipeline: int) -> None:
+    assert all(run_ranks(shared, world, tensor, pipeline))
