@@ -1,0 +1,174 @@
+"""The omnimodal model: encoders on the first pipeline stage, language model over all of them. Read this file first.
+
+    hidden [S, B, H] = word embeddings of the ids
+    hidden at IMAGE and VIDEO placeholders <- rows of vision(tiles), at AUDIO placeholders <- rows of audio(chunks),
+                                              both in the order of the flattened [B, S] grid
+    loss [B, S] or logits = language(hidden, 3D positions, segments, token facts for the routers)
+
+Encoders are whole on every tensor-parallel rank. Each rank computes the same rows from the same tiles, the language
+model scatters the result over the sequence and gathers its gradient, so encoder gradients are equal on all of them
+without a reduction of their own; over data parallelism they are summed like any other.
+
+A micro-batch may lack a modality. Its encoder then runs on one empty input whose rows count zero times, if it is being
+trained: every parameter takes part in every backward, which reductions that overlap with it rely on.
+
+Shapes: B rows, S tokens, H hidden size, N tiles, C chunks.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_omni.batch import IGNORE_LABEL, Modality, OmniBatch
+from megatron_omni.config.model import ModelConfig
+from megatron_omni.models.encoders.audio import AudioEncoder
+from megatron_omni.models.encoders.vision import VisionEncoder
+from megatron_omni.models.encoders.weights import is_trainable
+from megatron_omni.models.moe.context import RoutingStats, TokenContext
+from megatron_omni.platform.seeds import named_generator
+
+if TYPE_CHECKING:
+    from megatron_omni.models.language import LanguageModel
+
+_PICTURES = (Modality.IMAGE, Modality.VIDEO)
+_SOUND = (Modality.AUDIO,)
+
+
+class OmniModel(MegatronModule):
+    """Encoders and language model of one pipeline stage. Parameters: ``vision.*``, ``audio.*``, ``language.*``."""
+
+    def __init__(self, language: "LanguageModel", model: ModelConfig, *, seed: int, pg: ProcessGroupCollection) -> None:
+        """``language`` decides whether this stage embeds; encoder weights are drawn from ``seed`` and their names."""
+        super().__init__(language.config)
+        self.model_type = ModelType.encoder_or_decoder
+        self.tp_group = pg.tp
+        self.seed = seed
+        self.pre_process = language.pre_process
+        self.post_process = language.post_process
+        self.share_embeddings_and_output_weights = language.share_embeddings_and_output_weights
+        self.language = language
+        self.vision: VisionEncoder | None = None
+        self.audio: AudioEncoder | None = None
+        if self.pre_process and model.vision is not None:
+            self.vision = VisionEncoder(model.vision, model.hidden_size)
+            self.vision.draw_weights(self._generator, prefix="vision.")
+        if self.pre_process and model.audio is not None:
+            self.audio = AudioEncoder(model.audio, model.hidden_size)
+            self.audio.draw_weights(self._generator, prefix="audio.")
+
+    def _generator(self, name: str) -> torch.Generator:
+        return named_generator(self.seed, name)
+
+    def forward(
+        self,
+        batch: OmniBatch,
+        *,
+        step: int,
+        stochastic: bool,
+        aux_loss_scale: float = 0.0,
+        stats: RoutingStats | None = None,
+        compute_loss: bool = True,
+        logits_positions: Tensor | None = None,
+    ) -> Tensor:
+        """Loss per token [B, S] (0 where nothing is learned), logits without ``compute_loss``, or hidden states.
+
+        Hidden states [S / TP, B, H] come from every stage but the last. ``logits_positions`` [B, n] asks for logits at
+        those positions only.
+        """
+        return self.language(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            segment_ids=batch.segment_ids,
+            ctx=token_facts(
+                batch, seed=self.seed, step=step, stochastic=stochastic, aux_loss_scale=aux_loss_scale, stats=stats
+            ),
+            decoder_input=self.embed(batch) if self.pre_process else None,
+            labels=batch.labels if compute_loss else None,
+            logits_positions=logits_positions,
+        )
+
+    def embed(self, batch: OmniBatch) -> Tensor:
+        """[S, B, H]: word embeddings with the encoders' rows in place of the placeholders."""
+        hidden = self.language.embed(batch.input_ids)
+        hidden = _place(hidden, batch, self.vision, batch.pixel_values, _PICTURES, config="model.vision")
+        return _place(hidden, batch, self.audio, batch.audio_features, _SOUND, config="model.audio")
+
+    # -------------------------------------------------------------------------------- what Megatron asks of a model
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Hidden states from the previous pipeline stage, for the next forward."""
+        self.language.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The word embedding, where it is tied to the output layer."""
+        return self.language.shared_embedding_or_output_weight()
+
+
+def token_facts(
+    batch: OmniBatch, *, seed: int, step: int, stochastic: bool, aux_loss_scale: float, stats: RoutingStats | None
+) -> TokenContext:
+    """What routers must know about each token, for the full sequence in the order of hidden states: [S * B]."""
+
+    def flat(per_token: Tensor) -> Tensor:
+        return per_token.t().reshape(-1)
+
+    return TokenContext(
+        sample_ids=flat(batch.sample_ids),
+        sample_positions=flat(batch.sample_positions),
+        modality=flat(batch.modality),
+        has_label=flat(batch.labels != IGNORE_LABEL),
+        padding=flat(batch.padding_mask),
+        seed=seed,
+        step=step,
+        stochastic=stochastic,
+        aux_loss_scale=aux_loss_scale,
+        stats=stats,
+    )
+
+
+def _place(
+    hidden: Tensor,
+    batch: OmniBatch,
+    encoder: VisionEncoder | AudioEncoder | None,
+    inputs: Tensor | None,
+    modalities: tuple[Modality, ...],
+    *,
+    config: str,
+) -> Tensor:
+    """``hidden`` [S, B, H] with the encoder's rows at the placeholders of ``modalities``."""
+    modality = batch.modality
+    wanted = modality == modalities[0]
+    for other in modalities[1:]:
+        wanted = wanted | (modality == other)
+    places = wanted.flatten().nonzero().squeeze(1)
+    num_inputs = 0 if inputs is None else len(inputs)
+    names = "/".join(m.name for m in modalities)
+    if encoder is None:
+        if places.numel() or num_inputs:
+            raise ValueError(
+                f"the batch has {places.numel()} {names} placeholders but {config} is null; drop those samples or give "
+                "the model the encoder"
+            )
+        return hidden
+    if inputs is None or num_inputs == 0:
+        if places.numel():
+            raise ValueError(f"the batch has {places.numel()} {names} placeholders and nothing for the encoder to read")
+        return hidden + 0.0 * encoder(encoder.idle_input()).sum() if _trains(encoder) else hidden
+    with torch.set_grad_enabled(_trains(encoder)):
+        rows = encoder(inputs).flatten(0, 1)
+    if rows.shape[0] != places.numel():
+        raise ValueError(
+            f"the batch has {places.numel()} {names} placeholders but its {num_inputs} encoder inputs give "
+            f"{rows.shape[0]} rows; the sample builder and {config} disagree"
+        )
+    length, width = batch.input_ids.shape[1], hidden.shape[-1]
+    places = places % length * batch.input_ids.shape[0] + places // length  # (b, s) of [B, S] to (s, b) of [S, B]
+    return hidden.reshape(-1, width).index_copy(0, places, rows.to(hidden.dtype)).view_as(hidden)
+
+
+def _trains(encoder: VisionEncoder | AudioEncoder) -> bool:
+    return torch.is_grad_enabled() and is_trainable(encoder)
