@@ -4,8 +4,8 @@ A selected slot with weight w and expert output E contributes ``o = w E``. Each 
 ``s = 1 if delta or B else 1/3``; delta: the slot was the argmax of what was left when it was drawn.
 
 ``paper``  ``o_est = 2 o + detach(s o - 2 o)``, B ~ Bernoulli(5/8): forward ``s w E``, gradients ``dw = 2 <E, g>`` and
-           ``dE = 2 w g``. Written as ``s w`` by ordinary autograd, and the gradient of the weighted row times ``2 / s``:
-           ``dw = s <E, (2/s) g>`` and ``dE = s w (2/s) g``. The two parts can therefore live on different ranks.
+           ``dE = 2 w g``. Written as weight ``s w`` by ordinary autograd and a factor ``2 / s`` on the gradient of the
+           weighted row (``unpermute`` applies it): ``dw = s <E, (2/s) g>`` and ``dE = s w (2/s) g``.
 ``grin``   B ~ Bernoulli(1/4) and ``scale_forward`` on the weight alone: forward ``s w E``, gradients ``dw = <E, g>``
            and ``dE = s w g``.
 ``none``   s = 1.
@@ -22,20 +22,6 @@ KEEP_PROBABILITY: dict[str, float] = {"paper": 5 / 8, "grin": 1 / 4}
 """P(B = 1): the full step of the third-order method, against the third of a step."""
 
 
-class _ScaleGradient(torch.autograd.Function):
-    """Identity whose gradient is multiplied by ``factor``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
-        ctx.save_for_backward(factor)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        (factor,) = ctx.saved_tensors
-        return grads[0] * factor.to(grads[0].dtype), None
-
-
 class _ScaleForward(torch.autograd.Function):
     """Multiplication by ``factor`` whose gradient is the identity."""
 
@@ -46,12 +32,6 @@ class _ScaleForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
         return grads[0], None
-
-
-def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
-    """``x`` unchanged; its gradient times ``factor`` (broadcastable to x)."""
-    result: Tensor = _ScaleGradient.apply(x, factor)
-    return result
 
 
 def scale_forward(x: Tensor, factor: Tensor) -> Tensor:

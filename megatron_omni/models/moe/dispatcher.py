@@ -7,8 +7,8 @@ stay in the graph.
 
 ``AllToAllDispatcher``: permute by global expert; exchange counts, then rows, over the expert-parallel (EP) group;
     with expert tensor parallelism (ETP) gather them over that group; group by local expert; experts; and the same way
-    back (the ETP gather becomes a reduce-scatter). Rows travel unweighted: weights, and the estimator's factor on row gradients, are
-    applied by the source rank when it sums a token's rows, so neither ever leaves it.
+    back (the ETP gather becomes a reduce-scatter). Rows travel unweighted: weights, and the estimator's factor on row
+    gradients, are applied by the source rank when it sums a token's rows, so neither ever leaves it.
 ``AllGatherDispatcher``: gather tokens, map and weights over the combined ETP x EP group, compute the local experts on
     whatever concerns them, weight and sum, reduce-scatter. More traffic, fewer messages: good for few experts or much
     redundancy. Ranks may hold different numbers of tokens.
