@@ -1,0 +1,111 @@
+"""From a recipe to Megatron's ``TransformerConfig`` and to the model of this rank."""
+
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+
+from megatron_omni.config.run import Recipe
+from megatron_omni.models.init import initialize_weights
+from megatron_omni.models.language import LanguageModel
+from megatron_omni.platform.device import accelerator_present, device
+
+if TYPE_CHECKING:
+    from megatron_omni.models.omni import OmniModel
+
+
+def transformer_config(recipe: Recipe) -> TransformerConfig:
+    """Megatron's configuration of the language trunk. ``model.megatron`` entries go in last and must be its fields."""
+    model, parallel = recipe.model, recipe.parallel
+    if parallel.recompute != "none" and (model.hidden_dropout > 0 or model.attention_dropout > 0):
+        raise ValueError(
+            f"parallel.recompute={parallel.recompute} replays a layer without its dropout masks; set model.hidden_dropout "
+            "and model.attention_dropout to 0, or parallel.recompute to none"
+        )
+    if model.moe is None and parallel.expert_model_parallel_size > 1:
+        raise ValueError(
+            f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} with model.moe null: a dense "
+            "model has no experts to distribute; set it to 1"
+        )
+    dtype = torch.bfloat16 if recipe.optim.precision == "bf16" else torch.float32
+    on_cpu = not accelerator_present()
+    settings: dict[str, Any] = {
+        # Megatron's hybrid pattern counts attention and FFN as a layer each.
+        "num_layers": 2 * model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups,
+        "kv_channels": model.kv_channels,
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.layernorm_epsilon,
+        "add_bias_linear": False,
+        "add_qkv_bias": model.add_qkv_bias,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "init_method_std": model.init_method_std,
+        "perform_initialization": False,  # models/init.py overwrites every weight
+        "use_cpu_initialization": on_cpu,
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+        "sequence_parallel": parallel.tensor_model_parallel_size > 1,
+        "variable_seq_lengths": True,
+        # Ours is chosen by MoEConfig; Megatron's default is refused with variable lengths, dense models included.
+        "moe_token_dispatcher_type": "alltoall",
+        "calculate_per_token_loss": True,  # gradients are summed over data parallel ranks (parallel/wrap.py)
+        "deallocate_pipeline_outputs": True,
+        "bf16": recipe.optim.precision == "bf16",
+        "params_dtype": torch.float32,  # Float16Module converts; drawing weights in fp32 keeps them layout-independent
+        "pipeline_dtype": dtype,
+        "autocast_dtype": dtype,
+        "persist_layer_norm": False,
+        "apply_rope_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": not on_cpu,
+    }
+    if model.moe is not None:
+        settings |= {
+            "num_moe_experts": model.moe.num_routed_experts,
+            "moe_ffn_hidden_size": model.moe.moe_ffn_hidden_size,
+            "moe_router_load_balancing_type": "none",
+            "moe_aux_loss_coeff": 0.0,
+        }
+    known = {f.name for f in fields(TransformerConfig)}
+    for name, value in model.megatron.items():
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"model.megatron.{name}={value!r}: Megatron's TransformerConfig has no such field{hint}")
+        settings[name] = value
+    return TransformerConfig(**settings)
+
+
+def build_language_model(recipe: Recipe, pg: ProcessGroupCollection) -> LanguageModel:
+    """This rank's part of the language trunk, with its initial weights."""
+    language = LanguageModel(transformer_config(recipe), recipe.model, recipe.parallel, pg=pg)
+    initialize_weights(
+        language, seed=recipe.seed, std=recipe.model.init_method_std, num_blocks=recipe.model.num_layers, pg=pg
+    )
+    return language
+
+
+def build_model(recipe: Recipe, pg: ProcessGroupCollection) -> "OmniModel":
+    """This rank's part of the model, on its device, with its initial weights; nothing frozen, not wrapped."""
+    from megatron_omni.models.omni import OmniModel
+
+    model = OmniModel(build_language_model(recipe, pg), recipe.model, seed=recipe.seed, pg=pg)
+    for name, parameter in model.named_parameters():
+        if not name.startswith("language."):
+            # Replicated over the tensor-parallel group, with equal gradients up to the order of sums on an accelerator.
+            parameter.average_gradients_across_tp_domain = accelerator_present()  # type: ignore[attr-defined]
+    return model.to(device())

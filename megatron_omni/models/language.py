@@ -1,0 +1,306 @@
+"""The language trunk on Megatron's hybrid model. The only file that touches ``HybridModel`` and ``HybridStack``.
+
+A transformer block is two hybrid layers: attention ``*`` and then a dense FFN ``-`` or a mixture of experts ``E``; ``|`` separates
+pipeline stages (28 MoE blocks on 2 stages: ``*E`` x 14, ``|``, ``*E`` x 14). Against upstream this file adds: 3D rotary positions,
+our core attention, a final norm and layer specs that need no Transformer Engine, the token context that MoE layers read,
+recomputation that replays it, and a loss that computes logits for labelled tokens only.
+
+Shapes: S sequence, B rows, H width; hidden states are [S, B, H], under sequence parallelism [S / TP, B, H] between layers.
+"""
+
+import functools
+import logging
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+    vocab_parallel_cross_entropy,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from megatron_omni.batch import IGNORE_LABEL
+from megatron_omni.config.model import ModelConfig
+from megatron_omni.config.parallel import ParallelConfig
+from megatron_omni.models.attention import CoreAttention, packing_mask
+from megatron_omni.models.moe.context import TokenContext, token_context, without_stats
+from megatron_omni.models.rope import rotary_angles
+from megatron_omni.platform.device import accelerator_present
+
+logger = logging.getLogger(__name__)
+
+ATTENTION, DENSE, MOE, STAGE = "*", "-", "E", "|"
+
+
+class RMSNorm(torch.nn.Module):
+    """x / rms(x) * weight, in fp32. Its gradient is summed over tensor-parallel ranks under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+def layer_pattern(num_blocks: int, *, moe: bool, pipeline_size: int) -> str:
+    """Hybrid pattern of ``num_blocks`` equal blocks over ``pipeline_size`` stages."""
+    if num_blocks % pipeline_size != 0:
+        divisors = [n for n in range(1, num_blocks + 1) if num_blocks % n == 0]
+        raise ValueError(
+            f"parallel.pipeline_model_parallel_size={pipeline_size} does not divide model.num_layers={num_blocks}; "
+            f"use one of {divisors}"
+        )
+    block = ATTENTION + (MOE if moe else DENSE)
+    return STAGE.join([block * (num_blocks // pipeline_size)] * pipeline_size)
+
+
+def padded_vocab_size(model: ModelConfig, tensor_size: int) -> int:
+    """Rows of the embedding and output matrices; the same on every layout, so that checkpoints and losses are, too."""
+    multiple = model.make_vocab_size_divisible_by
+    padded = -(-model.vocab_size // multiple) * multiple
+    if padded % tensor_size != 0:
+        raise ValueError(
+            f"model.make_vocab_size_divisible_by={multiple} pads the vocabulary to {padded} rows, which "
+            f"parallel.tensor_model_parallel_size={tensor_size} does not divide; use a multiple of {tensor_size}"
+        )
+    return padded
+
+
+@functools.cache
+def spec_provider() -> BackendSpecProvider:
+    """Linear layers and norms: Transformer Engine's where it and an accelerator are there, else Megatron's own."""
+    if accelerator_present() and HAVE_TE:
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        logger.info("backends: linear=transformer_engine norm=transformer_engine attention=torch_sdpa")
+        return TESpecProvider()
+    logger.info("backends: linear=megatron_local norm=own attention=torch_sdpa")
+    return LocalSpecProvider()
+
+
+def stack_spec(model: ModelConfig) -> ModuleSpec:
+    """What Megatron builds for each symbol of the pattern."""
+    provider = spec_provider()
+    norm: Any = RMSNorm if isinstance(provider, LocalSpecProvider) else provider.layer_norm(rms_norm=True)
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=provider.column_parallel_linear(),
+            core_attention=CoreAttention,
+            linear_proj=provider.row_parallel_linear(),
+        ),
+    )
+    mlp = functools.partial(
+        MLP.as_mlp_submodule,
+        submodules=MLPSubmodules(
+            linear_fc1=provider.column_parallel_linear(), linear_fc2=provider.row_parallel_linear()
+        ),
+    )
+
+    def feed_forward(module: Any) -> ModuleSpec:
+        parts = TransformerLayerSubmodules(pre_mlp_layernorm=norm, mlp=module, mlp_bda=get_bias_dropout_add)
+        return ModuleSpec(module=TransformerLayer, submodules=parts)
+
+    layers = HybridStackSubmodules(
+        attention_layer=ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=norm, self_attention=attention, self_attn_bda=get_bias_dropout_add
+            ),
+        ),
+        mlp_layer=feed_forward(mlp),
+    )
+    if model.moe is not None:
+        from megatron_omni.models.moe.layer import OmniMoELayer
+
+        layers.moe_layer = feed_forward(functools.partial(OmniMoELayer, moe=model.moe))
+    return ModuleSpec(module=OmniStack, submodules=layers, params={"norm": norm})
+
+
+class OmniStack(HybridStack):
+    """Megatron's layers with our forward loop: a token context around each layer, inside what recomputation replays."""
+
+    recompute: str = "none"
+    """``ParallelConfig.recompute``; set by :class:`LanguageModel`."""
+
+    def __init__(self, config: TransformerConfig, submodules: HybridStackSubmodules, *, norm: Any, **kwargs: Any) -> None:
+        super().__init__(config, submodules, post_layer_norm=False, **kwargs)
+        if self.post_process:
+            self.final_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor | None, attention_mask: Tensor | None, rotary_pos_emb: Tensor, ctx: TokenContext | None
+    ) -> Tensor:
+        """Hidden states after this stage's layers; the first stage gets them as argument, the others from the schedule."""
+        hidden = hidden_states if self.pre_process else self.input_tensor
+        assert hidden is not None, "no hidden states: the previous stage's output was not set"
+        for kind, layer in zip(self.layer_type_list, self.layers):
+            call = functools.partial(
+                _run_layer, layer, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb
+            )
+            replayed = self.recompute == "full" or (self.recompute == "moe" and kind == MOE)
+            if replayed and self.training and torch.is_grad_enabled():
+                hidden = _checkpointed(call, hidden, ctx)
+            else:
+                hidden = call(hidden, ctx)
+        if self.post_process:
+            hidden = self.final_norm(hidden)
+        # The schedule frees a stage's output after sending it, which it cannot do to a view.
+        return make_viewless_tensor(hidden, requires_grad=hidden.requires_grad, keep_graph=True)
+
+
+def _run_layer(layer: Any, hidden: Tensor, ctx: TokenContext | None, **inputs: Any) -> Tensor:
+    with token_context(ctx):
+        output, _ = layer(hidden_states=hidden, **inputs)
+    return output
+
+
+def _checkpointed(call: Any, hidden: Tensor, ctx: TokenContext | None) -> Tensor:
+    """``call(hidden, ctx)``, computed again in the backward pass, then without counting its tokens a second time."""
+    contexts = [ctx]
+
+    def run(hidden: Tensor) -> Tensor:
+        return call(hidden, contexts.pop() if contexts else None if ctx is None else without_stats(ctx))
+
+    # Stopping early would let ranks with different saved tensors (an expert without tokens) skip different collectives.
+    with set_checkpoint_early_stop(False):
+        return checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
+
+
+class LanguageModel(HybridModel):
+    """Embedding, this stage's blocks, output layer."""
+
+    def __init__(
+        self, config: TransformerConfig, model: ModelConfig, parallel: ParallelConfig, *, pg: ProcessGroupCollection
+    ) -> None:
+        tensor_size, stages = pg.tp.size(), pg.pp.size()
+        super().__init__(
+            config,
+            hybrid_stack_spec=stack_spec(model),
+            vocab_size=padded_vocab_size(model, tensor_size),
+            max_sequence_length=model.max_position_embeddings,
+            hybrid_layer_pattern=layer_pattern(model.num_layers, moe=model.moe is not None, pipeline_size=stages),
+            pre_process=pg.pp.rank() == 0,
+            post_process=pg.pp.rank() == stages - 1,
+            share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+            position_embedding_type="none",
+            scatter_embedding_sequence_parallel=False,
+            pg_collection=pg,
+        )
+        self.model_config = model
+        self.decoder.recompute = parallel.recompute
+        if self.post_process:
+            # The loss gathers the sequence itself, to keep only labelled tokens: the output layer then gets whole rows.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = tensor_size > 1
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Word embeddings [S, B, H] of ``input_ids`` [B, S], the full sequence on every tensor-parallel rank."""
+        return self.embedding.word_embeddings(input_ids).transpose(0, 1).contiguous()
+
+    def forward(  # type: ignore[override]
+        self,
+        *,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        segment_ids: Tensor,
+        ctx: TokenContext | None,
+        decoder_input: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_positions: Tensor | None = None,
+    ) -> Tensor:
+        """Loss of each token [B, S] fp32 (0 where unlabelled) with ``labels``, else logits; hidden states on earlier stages.
+
+        ``position_ids`` [3, B, S]; ``ctx`` of the full sequence in [S * B] order; ``decoder_input`` [S, B, H] replaces the word
+        embeddings; ``logits_positions`` [B, n] selects the positions whose logits [B, n, V] are wanted (all when None).
+        """
+        size, tensor_size = position_ids.shape[2], self.pg_collection.tp.size()
+        if size % tensor_size != 0:
+            raise ValueError(
+                f"sequence of {size} tokens under parallel.tensor_model_parallel_size={tensor_size}: pad it to a multiple "
+                f"(data.pad_to_multiple_of)"
+            )
+        hidden = None
+        if self.pre_process:
+            hidden = self.embed(input_ids) if decoder_input is None else decoder_input
+            if self.config.sequence_parallel:
+                hidden = scatter_to_sequence_parallel_region(hidden, group=self.pg_collection.tp)
+        angles = rotary_angles(
+            position_ids,
+            head_dim=self.model_config.kv_channels,
+            base=self.model_config.rotary_base,
+            sections=self.model_config.mrope_section,
+        )
+        hidden = self.decoder(hidden, packing_mask(segment_ids), angles, self._shard_of(ctx))
+        if not self.post_process:
+            return hidden
+        if self.config.sequence_parallel:
+            # Every rank computes the same gradient for the whole sequence below: it is split, not summed, on the way back.
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        return self._logits(hidden, logits_positions) if labels is None else self._loss(hidden, labels)
+
+    def _shard_of(self, ctx: TokenContext | None) -> TokenContext | None:
+        """The part of ``ctx`` that describes this rank's sequence shard."""
+        tensor_size = self.pg_collection.tp.size()
+        if ctx is None or tensor_size == 1:
+            return ctx
+        rank = self.pg_collection.tp.rank()
+        tokens = {f.name: getattr(ctx, f.name) for f in fields(ctx) if isinstance(getattr(ctx, f.name), Tensor)}
+        return replace(ctx, **{name: value.chunk(tensor_size)[rank] for name, value in tokens.items()})
+
+    def _output(self, rows: Tensor, *, gather: bool) -> Tensor:
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(rows, weight=weight, runtime_gather_output=gather)[0]
+
+    def _logits(self, hidden: Tensor, positions: Tensor | None) -> Tensor:
+        """[B, n, V] logits of ``positions`` [B, n] of ``hidden`` [S, B, H]."""
+        rows = hidden.transpose(0, 1)
+        if positions is not None:
+            rows = rows.gather(1, positions.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+        return self._output(rows, gather=True)[..., : self.model_config.vocab_size]
+
+    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """[B, S] cross entropy of ``labels`` [B, S]; the output layer sees labelled rows only."""
+        labelled = (labels != IGNORE_LABEL).t()
+        logits = self._output(hidden[labelled].unsqueeze(1), gather=False).float()
+        logits = self._without_padding_columns(logits)
+        targets = labels.t()[labelled].unsqueeze(1)
+        if self.pg_collection.tp.size() == 1:
+            losses = F.cross_entropy(logits.squeeze(1), targets.squeeze(1), reduction="none")
+        else:
+            losses = vocab_parallel_cross_entropy(logits, targets, tp_group=self.pg_collection.tp).squeeze(1)
+        return losses.new_zeros(labelled.shape).masked_scatter(labelled, losses).t()
+
+    def _without_padding_columns(self, logits: Tensor) -> Tensor:
+        """Logits of vocabulary rows that exist only as padding never take probability."""
+        width = logits.shape[-1]
+        real = self.model_config.vocab_size - width * self.pg_collection.tp.rank()
+        if real >= width:
+            return logits
+        column = torch.arange(width, device=logits.device)
+        return logits.masked_fill(column >= real, torch.finfo(logits.dtype).min)
