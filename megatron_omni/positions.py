@@ -76,11 +76,6 @@ class PositionRule:
     """Audio without any picture gets plain positions start, start + 1, ... (released weights only)."""
 
     def __post_init__(self) -> None:
-        if self.num_query_tokens % TOKENS_PER_AUDIO_GROUP:
-            raise ValueError(
-                f"model.audio.num_query_tokens={self.num_query_tokens}: must be a multiple of "
-                f"{TOKENS_PER_AUDIO_GROUP}, the audio tokens that share one time position"
-            )
         if self.theta <= 0:
             raise ValueError(f"model.rope_theta_seconds={self.theta}: must be positive (2.0 in the paper's MoE model)")
 
@@ -234,9 +229,10 @@ def _offsets(span: Span, rule: PositionRule) -> Tensor:
             t, r, c = torch.meshgrid(steps, torch.arange(side), torch.arange(side), indexing="ij")
             return torch.stack([t, r, c]).flatten(1)
         case AudioSpan(num_chunks):
-            num_groups = num_chunks * rule.num_query_tokens // TOKENS_PER_AUDIO_GROUP
-            steps = torch.tensor([_steps(g * rule.audio_group_seconds, rule.theta) for g in range(num_groups)])
-            return _line(steps.repeat_interleave(TOKENS_PER_AUDIO_GROUP))
+            num_tokens = audio_tokens(num_chunks, num_query_tokens=rule.num_query_tokens)
+            groups = range(ceil(num_tokens / TOKENS_PER_AUDIO_GROUP))
+            steps = torch.tensor([_steps(g * rule.audio_group_seconds, rule.theta) for g in groups])
+            return _line(steps.repeat_interleave(TOKENS_PER_AUDIO_GROUP)[:num_tokens])
 
 
 def _steps(seconds: float, theta: float) -> int:
