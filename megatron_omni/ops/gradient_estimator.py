@@ -58,7 +58,7 @@ def slot_scale(delta: Tensor, bernoulli: Tensor, *, estimator: Estimator) -> Ten
     if estimator == "none":
         return torch.ones_like(bernoulli)
     full = delta | (bernoulli < KEEP_PROBABILITY[estimator])
-    return torch.where(full, 1.0, 1.0 / 3.0).to(bernoulli.dtype)
+    return torch.full_like(bernoulli, 1 / 3).masked_fill_(full, 1.0)
 
 
 def row_gradient_factor(scale: Tensor, *, estimator: Estimator) -> Tensor | None:

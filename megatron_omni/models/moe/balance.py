@@ -72,7 +72,7 @@ def load_balancing_loss(
 ) -> Tensor:
     """L of the module docstring from dynamic logits and selection [T, E_d]; ``tp_group``: ranks that share the
     micro-batch."""
-    weight = torch.where(ctx.has_label, moe.aux_loss_label_weight, 1.0).to(z.dtype) * ~ctx.padding
+    weight = (~ctx.padding).to(z.dtype).masked_fill_(ctx.has_label & ~ctx.padding, moe.aux_loss_label_weight)
     q = torch.softmax(z, dim=1) if moe.aux_loss_probs == "full" else masked_softmax(z, mask)
     sums = torch.cat([weight @ mask.to(z.dtype), weight @ q, weight.sum().unsqueeze(0)])
     if tp_group is not None and dist.get_world_size(tp_group) > 1:
@@ -144,7 +144,7 @@ def reduce_stats(
     def stacked(name: str, shape: tuple[int, ...]) -> Tensor:
         zero = torch.zeros(shape, dtype=torch.float64, device=device)
         values = getattr(stats, name)
-        return torch.stack([values[layer].to(zero) if layer in values else zero for layer in layers]).flatten(1)
+        return torch.stack([values[layer].to(zero) if layer in values else zero for layer in layers]).reshape(len(layers), -1)
 
     def summed(x: Tensor, groups: Sequence[dist.ProcessGroup | None]) -> Tensor:
         for group in groups:
