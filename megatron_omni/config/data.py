@@ -38,7 +38,7 @@ class DataConfig:
     max_bad_fraction: float = 0.01
     """Share of bad samples above which training stops and says so."""
     num_workers: int = 0
-    """Processes that decode ahead of the training step, per rank; 0 decodes in the training process."""
+    """Threads that prepare the next steps, per rank; 0 decodes inside the training step."""
     cache_gib: float = 0.0
     """Decoded samples kept in memory per rank, so that a second epoch decodes nothing."""
     video_fps: float = 1.0

@@ -1,0 +1,318 @@
+"""The data of one optimizer step at a time, for one data-parallel rank.
+
+A step takes ``global_batch_size`` places of the mixture's order. Every rank knows the token length of each (from
+media headers, nothing is decoded), sorts them by length, longest first, and cuts that list into micro-batches; so the
+micro-batches are the same sets of samples on any number of ranks. Round j hands one to each rank, in the ranks' order
+or against it in turn, which keeps their loads level. A rank decodes its own samples only.
+
+A record that cannot be used gives way to the rows after it in its source's order of that epoch: a function of the data
+alone, the same on every layout. What a header does not show is found when one rank decodes; the rule is the same, only
+the length may then differ from the plan. Skips are counted by reason; beyond ``max_bad_fraction`` the run stops.
+
+The state is the number of samples consumed (and the counters). ``num_workers`` threads prepare the next steps; they
+change neither order nor state. Threads, because decoding, resampling and tokenizing release the interpreter lock, and
+threads leave no orphans, need no pickling and fork nothing beside CUDA; an error in one surfaces in ``next_step``.
+"""
+
+import logging
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from math import lcm
+from typing import Any, NamedTuple
+
+from megatron_omni.batch import OmniBatch
+from megatron_omni.config.data import SourceConfig
+from megatron_omni.config.run import Recipe
+from megatron_omni.data.cache import Lru, PackedSample
+from megatron_omni.data.collate import collate
+from megatron_omni.data.decode.cpu import MediaError
+from megatron_omni.data.mixture import Component, Draw, Mixture
+from megatron_omni.data.record import RecordError
+from megatron_omni.data.sample import Sample, SampleBuilder
+from megatron_omni.data.sources import open_sources
+from megatron_omni.data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+MIN_TRIED = 100
+"""Records tried before the share of bad ones can stop a run."""
+MAX_STAND_INS = 1000
+"""Rows in a row that may fail before their source counts as unusable."""
+_LOGGED_PER_REASON = 3
+_KNOWN_LENGTHS = 1 << 20
+
+
+class Place(NamedTuple):
+    """One sample of a step: its place in the global order, the row that fills it, and its length from headers."""
+
+    sample_id: int
+    draw: Draw
+    attempt: int
+    """0: the row drawn; n: its n-th stand-in."""
+    length: int
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A record that was passed over."""
+
+    source: str
+    reason: str
+    message: str
+
+
+class _Step(NamedTuple):
+    batches: list[OmniBatch]
+    planned_skips: list[Skip]
+    """Found from headers: known to every rank."""
+    own_skips: list[Skip]
+    """Found while decoding this rank's samples."""
+
+
+class StepLoader:
+    """Micro-batches of one data-parallel rank, step by step."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        data_rank: int,
+        data_size: int,
+        consumed_samples: int = 0,
+        sources: list[SourceConfig] | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        """``sources`` defaults to the recipe's mixture; an evaluation passes a held-out source instead."""
+        data = recipe.data
+        per_round = data.micro_batch_size * data_size
+        if data.global_batch_size % per_round or data.global_batch_size < 1:
+            raise ValueError(
+                f"data.global_batch_size = {data.global_batch_size} is no positive multiple of micro_batch_size x "
+                f"data-parallel ranks = {data.micro_batch_size} x {data_size} = {per_round}"
+            )
+        assert 0 <= data_rank < data_size
+        self.data, self.data_rank, self.data_size = data, data_rank, data_size
+        self.builder = SampleBuilder(recipe, tokenizer)
+        configs = data.sources if sources is None else sources
+        self.sources = open_sources(configs)
+        self.mixture = Mixture(
+            [
+                Component(name=c.name, num_rows=len(s), weight=c.weight, from_sample=c.from_sample)
+                for c, s in zip(configs, self.sources)
+            ],
+            seed=recipe.seed,
+            batch_by=data.batch_by,
+            global_batch_size=data.global_batch_size,
+        )
+        self._length_multiple = lcm(data.pad_to_multiple_of, recipe.parallel.tensor_model_parallel_size)
+        self._lengths: Lru[int | Skip] = Lru(_KNOWN_LENGTHS)
+        self._undecodable: Lru[Skip] = Lru(_KNOWN_LENGTHS)
+        self._samples: Lru[PackedSample] = Lru(int(data.cache_gib * 2**30))
+        self._pool: ThreadPoolExecutor | None = None
+        self._ahead: deque[Future[_Step]] = deque()
+        self._skipped: Counter[str] = Counter()
+        self._tried = {"planned": 0, "decoded": 0}
+        self._bad = {"planned": 0, "decoded": 0}
+        self.consumed_samples = 0
+        self.load_state_dict({"consumed_samples": consumed_samples})
+
+    # -------------------------------------------------------------------------------------------- steps
+
+    def next_step(self) -> list[OmniBatch]:
+        """This rank's micro-batches of the next step, longest first."""
+        step = self._take(self.consumed_samples)
+        self._count(step)
+        self.consumed_samples += self.data.global_batch_size
+        return step.batches
+
+    def eval_batches(self, num_steps: int) -> Iterator[list[OmniBatch]]:
+        """The first ``num_steps`` steps of the order, the same at every call; the training state stays as it is."""
+        for step in range(num_steps):
+            yield self._load(step * self.data.global_batch_size).batches
+
+    def plan(self, cursor: int) -> tuple[list[Place], list[Skip]]:
+        """The samples of the step that starts at ``cursor``, in the global order, and the records passed over."""
+        skips: list[Skip] = []
+        places = [self._place(i, skips) for i in range(cursor, cursor + self.data.global_batch_size)]
+        return places, skips
+
+    def own_micro_batches(self, places: list[Place]) -> list[list[Place]]:
+        """The micro-batches that this rank computes."""
+        ordered = sorted(places, key=lambda place: (-place.length, place.sample_id))
+        size, ranks = self.data.micro_batch_size, self.data_size
+        micro_batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+        turns = [self.data_rank, ranks - 1 - self.data_rank]
+        return [micro_batches[j * ranks + turns[j % 2]] for j in range(len(micro_batches) // ranks)]
+
+    def _load(self, cursor: int) -> _Step:
+        places, planned_skips = self.plan(cursor)
+        own_skips: list[Skip] = []
+        batches = []
+        for micro_batch in self.own_micro_batches(places):
+            batches.append(
+                collate(
+                    [self._sample(place, own_skips) for place in micro_batch],
+                    pad_id=self.builder.tokenizer.pad_id,
+                    sample_ids=[place.sample_id for place in micro_batch],
+                    source_ids=[place.draw.source for place in micro_batch],
+                    multiple_of=self._length_multiple,
+                )
+            )
+        return _Step(batches, planned_skips, own_skips)
+
+    def _take(self, cursor: int) -> _Step:
+        if self.data.num_workers == 0:
+            return self._load(cursor)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.data.num_workers, thread_name_prefix="data")
+        while len(self._ahead) <= self.data.num_workers:
+            start = cursor + len(self._ahead) * self.data.global_batch_size
+            self._ahead.append(self._pool.submit(self._load, start))
+        try:
+            return self._ahead.popleft().result()
+        except BaseException:
+            self._forget_ahead()  # what was prepared belongs to steps that will not follow this one
+            raise
+
+    def _forget_ahead(self) -> None:
+        for future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+
+    def close(self) -> None:
+        """Stop the threads; the step being prepared is finished first."""
+        self._forget_ahead()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    # -------------------------------------------------------------------------------------------- samples
+
+    def _place(self, sample_id: int, skips: list[Skip]) -> Place:
+        """The first row, from the one drawn on, whose headers are in order."""
+        drawn = self.mixture.sample_at(sample_id)
+        for attempt in range(self._last_attempt(drawn)):
+            draw = self.mixture.next_in_epoch(drawn, attempt)
+            length = self._length(draw)
+            if isinstance(length, int):
+                return Place(sample_id, draw, attempt, length)
+            skips.append(length)
+        raise self._exhausted(drawn, skips)
+
+    def _length(self, draw: Draw) -> int | Skip:
+        key = draw.source, draw.row
+        if (known := self._lengths.get(key)) is not None:
+            return known
+        try:
+            length: int | Skip = self.builder.length(self.sources[draw.source][draw.row])
+        except (RecordError, MediaError) as error:
+            length = self._skip(draw, error)
+        self._lengths.put(key, length, cost=1)
+        return length
+
+    def _sample(self, place: Place, skips: list[Skip]) -> Sample:
+        """The decoded sample of a place, or of the next row that decodes."""
+        drawn = self.mixture.sample_at(place.sample_id)
+        for attempt in range(place.attempt, self._last_attempt(drawn)):
+            draw = self.mixture.next_in_epoch(drawn, attempt)
+            key = draw.source, draw.row
+            if (packed := self._samples.get(key)) is not None:
+                return packed.unpack()
+            skip = self._undecodable.get(key)
+            if skip is None:
+                try:
+                    sample = self.builder.build_sample(self.sources[draw.source][draw.row])
+                except (RecordError, MediaError) as error:
+                    skip = self._skip(draw, error)
+                    self._undecodable.put(key, skip, cost=1)
+                else:
+                    if self._samples.limit:
+                        packed = PackedSample.pack(sample)
+                        self._samples.put(key, packed, cost=packed.num_bytes)
+                    return sample
+            skips.append(skip)
+        raise self._exhausted(drawn, skips)
+
+    def _skip(self, draw: Draw, error: RecordError | MediaError) -> Skip:
+        source, where = self.sources[draw.source], self.sources[draw.source].where(draw.row)
+        message = str(error) if str(error).startswith(where) else f"{where}: {error}"
+        return Skip(source.name, error.reason, message)
+
+    def _last_attempt(self, drawn: Draw) -> int:
+        return min(len(self.sources[drawn.source]), MAX_STAND_INS)
+
+    def _exhausted(self, drawn: Draw, skips: list[Skip]) -> ValueError:
+        name, last = self.sources[drawn.source].name, skips[-1].message
+        return ValueError(
+            f"data source {name!r}: {self._last_attempt(drawn)} records in a row cannot be used; the last one: {last}"
+        )
+
+    # -------------------------------------------------------------------------------------------- state
+
+    def _count(self, step: _Step) -> None:
+        """Count, report and judge what a consumed step passed over."""
+        own = sum(len(batch.input_ids) for batch in step.batches)
+        for stage, used, skips in (
+            ("planned", self.data.global_batch_size, step.planned_skips),
+            ("decoded", own, step.own_skips),
+        ):
+            self._tried[stage] += used + len(skips)
+            self._bad[stage] += len(skips)
+            for skip in skips:
+                self._skipped[skip.reason] += 1
+                if self._skipped[skip.reason] <= _LOGGED_PER_REASON:
+                    logger.warning("skipped a record of %s (%s): %s", skip.source, skip.reason, skip.message)
+            tried, bad = self._tried[stage], self._bad[stage]
+            if tried >= MIN_TRIED and bad > self.data.max_bad_fraction * tried:
+                counts = ", ".join(f"{reason}: {count}" for reason, count in self._skipped.most_common())
+                raise ValueError(
+                    f"{bad} of {tried} records could not be used, more than data.max_bad_fraction = "
+                    f"{self.data.max_bad_fraction} ({counts}); the last one: "
+                    f"{skips[-1].message if skips else 'in an earlier step'}. Repair the data or raise the limit"
+                )
+
+    def report(self) -> dict[str, int]:
+        """Records passed over so far, by reason."""
+        return dict(self._skipped)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: how far it is, counters, and the order that this number counts in."""
+        return {
+            "consumed_samples": self.consumed_samples,
+            "skipped": dict(self._skipped),
+            "tried": dict(self._tried),
+            "bad": dict(self._bad),
+            "order": self._order(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state`` was taken, on any number of ranks; only ``consumed_samples`` is required."""
+        consumed = state["consumed_samples"]
+        if consumed < 0 or (self.data.batch_by == "source" and consumed % self.data.global_batch_size):
+            raise ValueError(
+                f"consumed_samples = {consumed} is no whole number of steps of data.global_batch_size = "
+                f"{self.data.global_batch_size}; with data.batch_by = 'source' keep the batch size when resuming"
+            )
+        for key, mine in self._order().items():
+            saved = state.get("order", {}).get(key, mine)
+            if saved != mine:
+                raise ValueError(
+                    f"the data changed since this state was saved: {key} was {saved}, is {mine}; restore it, or start "
+                    "a new run from the weights with init_from"
+                )
+        self._forget_ahead()
+        self.consumed_samples = consumed
+        self._skipped = Counter(state.get("skipped", {}))
+        self._tried = {**dict.fromkeys(self._tried, 0), **state.get("tried", {})}
+        self._bad = {**dict.fromkeys(self._bad, 0), **state.get("bad", {})}
+
+    def _order(self) -> dict[str, Any]:
+        """Everything that the order of samples depends on."""
+        return {
+            "seed": self.mixture.seed,
+            "batch_by": self.data.batch_by,
+            "samples_per_item": self.mixture.samples_per_item,
+            "sources": [[c.name, c.num_rows, c.weight, c.from_sample] for c in self.mixture.components],
+        }

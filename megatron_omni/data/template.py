@@ -1,0 +1,145 @@
+"""Qwen's ChatML: a record's turns and the sizes of its media -> token ids, answer mask and spans for positions.
+
+    <|im_start|>system\n{prompt}<|im_end|>\n            only when the recipe or the record has a system prompt
+    <|im_start|>user\n{content}<|im_end|>\n
+    <|im_start|>assistant\n{content}<|im_end|>\n        learned: the content and <|im_end|>
+
+Markers in system and user turns become placeholders:
+
+    <image>  <|vision_start|> <|image_pad|> * (rows cols s^2) <|vision_end|>
+    <video>  <|vision_start|> <|video_pad|> * (frames s^2) <|vision_end|>, and with sound, behind it
+    <audio>  <|audio_start|> <|audio_pad|> * (chunks queries) <|audio_end|>
+
+The text between special tokens is encoded piece by piece (role line, content, content between markers), so an answer
+has the same ids whether it was given or is about to be generated.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from megatron_omni.batch import Modality
+from megatron_omni.data.record import MARKER, Message
+from megatron_omni.data.tokenizer import (
+    AUDIO_END,
+    AUDIO_PAD,
+    AUDIO_START,
+    IM_END,
+    IM_START,
+    IMAGE_PAD,
+    VIDEO_PAD,
+    VISION_END,
+    VISION_START,
+    Tokenizer,
+)
+from megatron_omni.positions import AudioSpan, ImageSpan, PositionRule, Span, TextSpan, VideoSpan, span_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaSpans:
+    """Sizes of a record's media, each kind in marker order; a video comes with its sound or None."""
+
+    images: Sequence[ImageSpan] = ()
+    audios: Sequence[AudioSpan] = ()
+    videos: Sequence[tuple[VideoSpan, AudioSpan | None]] = ()
+
+
+@dataclass
+class Rendered:
+    """Tokens of one sample: L ids, and for each whether it is part of an answer and its modality."""
+
+    input_ids: list[int] = field(default_factory=list)
+    is_answer: list[bool] = field(default_factory=list)
+    modality: list[int] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    """The same L tokens as spans for positions.position_ids."""
+
+
+def render(
+    messages: Sequence[Message],
+    media: MediaSpans,
+    *,
+    tokenizer: Tokenizer,
+    rule: PositionRule,
+    system_prompt: str = "",
+    open_answer: bool = False,
+) -> Rendered:
+    """Tokens of a conversation. A system turn of the record takes the place of ``system_prompt``.
+
+    ``open_answer`` ends with the header of an assistant turn, for generation.
+    """
+    writer = _Writer(tokenizer, rule)
+    images, audios, videos = iter(media.images), iter(media.audios), iter(media.videos)
+    if system_prompt and messages[0].role != "system":
+        messages = [Message("system", system_prompt), *messages]
+    for message in messages:
+        writer.special(IM_START)
+        writer.text(f"{message.role}\n")
+        if message.role == "assistant":
+            writer.text(message.content, answer=True)
+            writer.special(IM_END, answer=True)
+        else:
+            pieces = MARKER.split(message.content)  # text, kind, text, kind, ..., text
+            writer.text(pieces[0])
+            for kind, text in zip(pieces[1::2], pieces[2::2]):
+                if kind == "image":
+                    writer.picture(next(images), IMAGE_PAD, Modality.IMAGE)
+                elif kind == "audio":
+                    writer.sound(next(audios))
+                else:
+                    frames, sound = next(videos)
+                    writer.picture(frames, VIDEO_PAD, Modality.VIDEO)
+                    if sound is not None:
+                        writer.sound(sound)
+                writer.text(text)
+            writer.special(IM_END)
+        writer.text("\n")
+    if open_answer:
+        writer.special(IM_START)
+        writer.text("assistant\n")
+    assert next(images, None) is next(audios, None) is next(videos, None) is None, "more media than markers"
+    return writer.close()
+
+
+class _Writer:
+    """Appends tokens and keeps ids, masks and spans in step."""
+
+    def __init__(self, tokenizer: Tokenizer, rule: PositionRule) -> None:
+        self._tokenizer, self._rule = tokenizer, rule
+        self._out = Rendered()
+        self._text_tokens = 0
+
+    def text(self, text: str, *, answer: bool = False) -> None:
+        self._plain(self._tokenizer.encode(text), answer)
+
+    def special(self, name: str, *, answer: bool = False) -> None:
+        self._plain([self._tokenizer.special(name)], answer)
+
+    def picture(self, span: ImageSpan | VideoSpan, pad: str, modality: Modality) -> None:
+        self.special(VISION_START)
+        self._placeholders(span, pad, modality)
+        self.special(VISION_END)
+
+    def sound(self, span: AudioSpan) -> None:
+        self.special(AUDIO_START)
+        self._placeholders(span, AUDIO_PAD, Modality.AUDIO)
+        self.special(AUDIO_END)
+
+    def close(self) -> Rendered:
+        if self._text_tokens:
+            self._out.spans.append(TextSpan(self._text_tokens))
+            self._text_tokens = 0
+        return self._out
+
+    def _plain(self, ids: list[int], answer: bool) -> None:
+        self._append(ids, answer, Modality.TEXT)
+        self._text_tokens += len(ids)
+
+    def _placeholders(self, span: Span, pad: str, modality: Modality) -> None:
+        self.close()
+        self._out.spans.append(span)
+        self._append([self._tokenizer.special(pad)] * span_length(span, self._rule), False, modality)
+
+    def _append(self, ids: list[int], answer: bool, modality: Modality) -> None:
+        self._out.input_ids.extend(ids)
+        self._out.is_answer.extend([answer] * len(ids))
+        self._out.modality.extend([int(modality)] * len(ids))
