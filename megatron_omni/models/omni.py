@@ -61,7 +61,7 @@ class OmniModel(MegatronModule):
             self.audio.draw_weights(self._generator, prefix="audio.")
 
     def _generator(self, name: str) -> torch.Generator:
-        return named_generator(self.seed, name)
+        return named_generator(self.seed, "weights", name)
 
     def forward(
         self,
