@@ -1,11 +1,13 @@
 """Core attention: scaled dot products of rotated queries and keys, for training and for cached decoding.
 
-Megatron's attention module projects, applies rotary angles and hands over query [S, B, heads, D], key and value [S, B, groups, D]
-(this tensor-parallel rank's share); the output is [S, B, heads * D]. Who may attend to whom:
+Megatron's attention module projects, applies rotary angles and hands over query [S, B, heads, D], key and value [S,
+B, groups, D] (this tensor-parallel rank's share); the output is [S, B, heads * D]. Who may attend to whom:
 
-* training: causal; rows that hold several samples get a block-diagonal causal mask (:func:`packing_mask`). Padding stands at the
+* training: causal; rows that hold several samples get a block-diagonal causal mask (:func:`packing_mask`). Padding
+  stands at the
   end of a row, where causality already hides it from every real token.
-* decoding: inside ``kv_cache(cache)`` each call appends its keys and values to the cache and attends to all valid ones. This
+* decoding: inside ``kv_cache(cache)`` each call appends its keys and values to the cache and attends to all valid
+  ones. This
   sits below Megatron's attention module, so it is the same on every layout.
 
 Masks are boolean, True where attention is allowed (torch's convention, not Megatron's).
@@ -26,8 +28,9 @@ from torch import Tensor
 class KVCache:
     """Keys (after rotary) and values of the positions decoded so far, per attention layer, and which of them are valid.
 
-    Call :meth:`extend` once before each forward, with the validity of the tokens that it feeds; invalid ones (padding of a
-    shorter prompt, fill-up to a multiple of the tensor-parallel size) are never attended to. ``truncate`` forgets the newest.
+    Call :meth:`extend` once before each forward, with the validity of the tokens that it feeds; invalid ones (padding
+    of a shorter prompt, fill-up to a multiple of the tensor-parallel size) are never attended to. ``truncate``
+    forgets the newest.
     """
 
     def __init__(self) -> None:
@@ -56,8 +59,12 @@ class KVCache:
         self.valid, self._mask = self.valid[:, :length], None
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Store the new ``key`` and ``value`` [B, s, groups, D] of a layer; all keys, all values [B, n, groups, D], mask [B, 1, s, n]."""
-        assert self._mask is not None and self._mask.shape[2] == key.shape[1], "call extend() before each cached forward"
+        """Store the new ``key`` and ``value`` [B, s, groups, D] of a layer; all keys, all values [B, n, groups, D],
+        mask [B, 1, s, n].
+        """
+        assert self._mask is not None and self._mask.shape[2] == key.shape[1], (
+            "call extend() before each cached forward"
+        )
         total = self.length
         start = total - key.shape[1]
         buffers = self._buffers.get(layer)
@@ -88,7 +95,9 @@ def kv_cache(cache: KVCache) -> Iterator[KVCache]:
 
 
 def packing_mask(segment_ids: Tensor) -> Tensor | None:
-    """Block-diagonal causal mask [B, 1, S, S] of ``segment_ids`` [B, S]; None when no row holds two samples (plain causal)."""
+    """Block-diagonal causal mask [B, 1, S, S] of ``segment_ids`` [B, S]; None when no row holds two samples (plain
+    causal).
+    """
     if not bool((segment_ids > 0).any()):
         return None
     size = segment_ids.shape[1]
@@ -99,15 +108,17 @@ def packing_mask(segment_ids: Tensor) -> Tensor | None:
 class CoreAttention(MegatronModule):
     """Scaled dot-product attention with grouped keys and values, built by Megatron's ``SelfAttention``."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any
+    ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
-    ) -> Tensor:
-        """[S, B, heads * D] from query [S, B, heads, D], key and value [S, B, groups, D], mask as in the file's docstring."""
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
+        """[S, B, heads * D] from query [S, B, heads, D], key and value [S, B, groups, D], mask as in the file's
+        docstring.
+        """
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         cache = _CACHE.get()
         if cache is not None:

@@ -23,8 +23,8 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
     model, parallel = recipe.model, recipe.parallel
     if parallel.recompute != "none" and (model.hidden_dropout > 0 or model.attention_dropout > 0):
         raise ValueError(
-            f"parallel.recompute={parallel.recompute} replays a layer without its dropout masks; set model.hidden_dropout "
-            "and model.attention_dropout to 0, or parallel.recompute to none"
+            f"parallel.recompute={parallel.recompute} replays a layer without its dropout masks; set "
+            "model.hidden_dropout and model.attention_dropout to 0, or parallel.recompute to none"
         )
     if model.moe is None and parallel.expert_model_parallel_size > 1:
         raise ValueError(
@@ -67,6 +67,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         "pipeline_dtype": dtype,
         "autocast_dtype": dtype,
         "persist_layer_norm": False,
+        "cuda_graph_modules": [],  # its default asks for what it calls deprecated
         "apply_rope_fusion": False,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,

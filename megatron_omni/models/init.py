@@ -1,15 +1,17 @@
 """Initial weights that do not depend on the layout.
 
-Every parameter is drawn as the full tensor of the unpartitioned model, on the CPU in fp32, by a generator that is seeded by the
-run's seed and the parameter's global name (global layer index, global expert index), then cut to this rank's share. So every
-tensor, pipeline and expert layout, on any device, starts from the same weights.
+Every parameter is drawn as the full tensor of the unpartitioned model, on the CPU in fp32, by a generator that is
+seeded by the run's seed and the parameter's global name (global layer index, global expert index), then cut to this
+rank's share. So every tensor, pipeline and expert layout, on any device, starts from the same weights.
 
-Rules: norms 1, biases 0, everything else N(0, init_method_std); matrices that write to the residual stream (attention output,
-second FFN matrix) N(0, init_method_std / sqrt(2 * blocks)). Encoders have drawn theirs already, by rules of their own.
+Rules: norms 1, biases 0, everything else N(0, init_method_std); matrices that write to the residual stream (attention
+output, second FFN matrix) N(0, init_method_std / sqrt(2 * blocks)). Encoders have drawn theirs already, by rules of
+their own.
 """
 
 import math
 import re
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -23,9 +25,7 @@ _RESIDUAL_OUTPUT = re.compile(r"(linear_proj|linear_fc2)\.weight$|experts\.weigh
 
 
 @torch.no_grad()
-def initialize_weights(
-    model: nn.Module, *, seed: int, std: float, num_blocks: int, pg: ProcessGroupCollection
-) -> None:
+def initialize_weights(model: nn.Module, *, seed: int, std: float, num_blocks: int, pg: ProcessGroupCollection) -> None:
     """Overwrite every parameter of the language model ``model``."""
     done: set[int] = set()
     for prefix, module in model.named_modules():
@@ -33,6 +33,7 @@ def initialize_weights(
             _draw_experts(module, _global_name(model, prefix), seed=seed, std=std, num_blocks=num_blocks)
             done.update(id(p) for p in module.parameters())
     shared_output = getattr(model, "share_embeddings_and_output_weights", False)
+    parameter: Any  # Megatron hangs its partition on parameters as attributes
     for name, parameter in model.named_parameters():
         if id(parameter) in done:
             continue
@@ -57,7 +58,9 @@ def initialize_weights(
 
 
 def partition(full: Tensor, dim: int, *, parts: int, index: int, stride: int) -> Tensor:
-    """Share ``index`` of ``full`` cut into ``parts`` along ``dim``; ``stride`` blocks (gate, up) are each cut so and joined."""
+    """Share ``index`` of ``full`` cut into ``parts`` along ``dim``; ``stride`` blocks (gate, up) are each cut so and
+    joined.
+    """
     return torch.cat([block.chunk(parts, dim)[index] for block in full.chunk(stride, dim)], dim)
 
 

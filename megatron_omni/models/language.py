@@ -1,11 +1,13 @@
 """The language trunk on Megatron's hybrid model. The only file that touches ``HybridModel`` and ``HybridStack``.
 
-A transformer block is two hybrid layers: attention ``*`` and then a dense FFN ``-`` or a mixture of experts ``E``; ``|`` separates
-pipeline stages (28 MoE blocks on 2 stages: ``*E`` x 14, ``|``, ``*E`` x 14). Against upstream this file adds: 3D rotary positions,
-our core attention, a final norm and layer specs that need no Transformer Engine, the token context that MoE layers read,
-recomputation that replays it, and a loss that computes logits for labelled tokens only.
+A transformer block is two hybrid layers: attention ``*`` and then a dense FFN ``-`` or a mixture of experts ``E``;
+``|`` separates pipeline stages (28 MoE blocks on 2 stages: ``*E`` x 14, ``|``, ``*E`` x 14). Against upstream this
+file adds: 3D rotary positions, our core attention, a final norm and layer specs that need no Transformer Engine, the
+token context that MoE layers read, recomputation that replays it, and a loss that computes logits for labelled tokens
+only.
 
-Shapes: S sequence, B rows, H width; hidden states are [S, B, H], under sequence parallelism [S / TP, B, H] between layers.
+Shapes: S sequence, B rows, H width; hidden states are [S, B, H], under sequence parallelism [S / TP, B, H] between
+layers.
 """
 
 import functools
@@ -146,21 +148,27 @@ class OmniStack(HybridStack):
     recompute: str = "none"
     """``ParallelConfig.recompute``; set by :class:`LanguageModel`."""
 
-    def __init__(self, config: TransformerConfig, submodules: HybridStackSubmodules, *, norm: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, submodules: HybridStackSubmodules, *, norm: Any, **kwargs: Any
+    ) -> None:
         super().__init__(config, submodules, post_layer_norm=False, **kwargs)
         if self.post_process:
             self.final_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor | None, attention_mask: Tensor | None, rotary_pos_emb: Tensor, ctx: TokenContext | None
+        self,
+        hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+        rotary_pos_emb: Tensor,
+        ctx: TokenContext | None,
     ) -> Tensor:
-        """Hidden states after this stage's layers; the first stage gets them as argument, the others from the schedule."""
+        """Hidden states after this stage's layers; the first stage gets them as argument, the others from the
+        schedule.
+        """
         hidden = hidden_states if self.pre_process else self.input_tensor
         assert hidden is not None, "no hidden states: the previous stage's output was not set"
         for kind, layer in zip(self.layer_type_list, self.layers):
-            call = functools.partial(
-                _run_layer, layer, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb
-            )
+            call = functools.partial(_run_layer, layer, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb)
             replayed = self.recompute == "full" or (self.recompute == "moe" and kind == MOE)
             if replayed and self.training and torch.is_grad_enabled():
                 hidden = _checkpointed(call, hidden, ctx)
@@ -232,16 +240,18 @@ class LanguageModel(HybridModel):
         labels: Tensor | None = None,
         logits_positions: Tensor | None = None,
     ) -> Tensor:
-        """Loss of each token [B, S] fp32 (0 where unlabelled) with ``labels``, else logits; hidden states on earlier stages.
+        """Loss of each token [B, S] fp32 (0 where unlabelled) with ``labels``, else logits; hidden states on earlier
+        stages.
 
-        ``position_ids`` [3, B, S]; ``ctx`` of the full sequence in [S * B] order; ``decoder_input`` [S, B, H] replaces the word
-        embeddings; ``logits_positions`` [B, n] selects the positions whose logits [B, n, V] are wanted (all when None).
+        ``position_ids`` [3, B, S]; ``ctx`` of the full sequence in [S * B] order; ``decoder_input`` [S, B, H]
+        replaces the word embeddings; ``logits_positions`` [B, n] selects the positions whose logits [B, n, V] are
+        wanted (all when None).
         """
         size, tensor_size = position_ids.shape[2], self.pg_collection.tp.size()
         if size % tensor_size != 0:
             raise ValueError(
-                f"sequence of {size} tokens under parallel.tensor_model_parallel_size={tensor_size}: pad it to a multiple "
-                f"(data.pad_to_multiple_of)"
+                f"sequence of {size} tokens under parallel.tensor_model_parallel_size={tensor_size}: pad it to a "
+                f"multiple (data.pad_to_multiple_of)"
             )
         hidden = None
         if self.pre_process:
@@ -258,7 +268,8 @@ class LanguageModel(HybridModel):
         if not self.post_process:
             return hidden
         if self.config.sequence_parallel:
-            # Every rank computes the same gradient for the whole sequence below: it is split, not summed, on the way back.
+            # Every rank computes the same gradient for the whole sequence below: it is split, not summed, on the way
+            # back.
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )

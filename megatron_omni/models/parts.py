@@ -1,6 +1,7 @@
 """Named parts of the model: what ``freeze`` and ``optim.lr_scale`` speak of.
 
-Every parameter belongs to exactly one part, decided by its name alone, so that all ranks agree without talking to each other.
+Every parameter belongs to exactly one part, decided by its name alone, so that all ranks agree without talking to
+each other.
 """
 
 import re
@@ -43,10 +44,14 @@ def parameter_parts(model: nn.Module) -> dict[str, str]:
 def check_part_names(names: list[str], *, field: str) -> None:
     """Raise ValueError for a name that is no part; ``field`` is where the user wrote it."""
     for name in names:
+        if name == "new_token_rows":
+            raise ValueError(f"{field} names new_token_rows, which is not supported yet; freeze embeddings as a whole")
         if name not in PART_NAMES:
             near = get_close_matches(name, PART_NAMES, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{field} names the part {name!r}, which does not exist{hint} Parts: {', '.join(PART_NAMES)}")
+            raise ValueError(
+                f"{field} names the part {name!r}, which does not exist{hint} Parts: {', '.join(PART_NAMES)}"
+            )
 
 
 def apply_freeze(model: nn.Module, names: list[str]) -> None:

@@ -55,8 +55,8 @@ def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
     if world_size % (tp * pp) != 0:
         raise ValueError(
-            f"parallel.tensor_model_parallel_size={tp} x parallel.pipeline_model_parallel_size={pp} = {tp * pp} does not "
-            f"divide the {world_size} ranks of this run; start a multiple of {tp * pp} ranks or change the sizes"
+            f"parallel.tensor_model_parallel_size={tp} x parallel.pipeline_model_parallel_size={pp} = {tp * pp} does "
+            f"not divide the {world_size} ranks of this run; start a multiple of {tp * pp} ranks or change the sizes"
         )
     if world_size % (etp * ep * pp) != 0:
         raise ValueError(
@@ -102,6 +102,10 @@ def destroy() -> None:
     """Tear down the groups and torch.distributed, so that :func:`initialize` may be called again."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+        # Megatron forgets some of its groups here; they would outlive torch.distributed and die with the next ones.
+        for name, value in vars(parallel_state).items():
+            if isinstance(value, dist.ProcessGroup):
+                setattr(parallel_state, name, None)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -161,6 +161,20 @@ def _seed_cpu(seed: int) -> None:
     torch.random.default_generator.manual_seed(seed)
 
 
+def _l2_norm(chunk_size: int, flag: Tensor, tensor_lists: list[list[Tensor]], *args: Any) -> tuple[Tensor, None]:
+    """Norm of all tensors of the first list as one vector, [1], with Transformer Engine's signature."""
+    norms = torch._foreach_norm(tensor_lists[0])
+    return torch.linalg.vector_norm(torch.stack(norms)).reshape(1), None
+
+
+def _scale_into(chunk_size: int, flag: Tensor, tensor_lists: list[list[Tensor]], scale: float) -> None:
+    """Write the first list times ``scale`` into the second."""
+    source, target = tensor_lists
+    if source is not target:
+        torch._foreach_copy_(target, source)
+    torch._foreach_mul_(target, scale)
+
+
 @dataclass(frozen=True)
 class Patch:
     """One row: ``target`` is ``module:attribute.path``."""
@@ -212,6 +226,8 @@ MEGATRON_PATCHES: tuple[Patch, ...] = (
     Patch("megatron.core.pipeline_parallel.schedules:torch", _TORCH_VIEW, _LITERALS),
     Patch("megatron.core.optimizer.optimizer:torch", _TORCH_VIEW, _LITERALS),
     Patch("megatron.core.optimizer.clip_grads:torch", _TORCH_VIEW, _LITERALS),
+    Patch("megatron.core.optimizer.clip_grads:l2_norm_impl", _l2_norm, "a device='cuda' literal, and a loop in Python"),
+    Patch("megatron.core.optimizer.clip_grads:multi_tensor_scale_impl", _scale_into, "a loop in Python"),
     Patch("megatron.core.optimizer.grad_scaler:torch", _TORCH_VIEW, _LITERALS),
     Patch("megatron.core.optimizer.layer_wise_optimizer:torch", _TORCH_VIEW, _LITERALS),
     Patch("megatron.core.distributed.param_and_grad_buffer:torch", _TORCH_VIEW, _LITERALS),
@@ -257,8 +273,9 @@ def _import_megatron_without_compilation() -> None:
     torch.compile = lambda model=None, **kwargs: model if model is not None else (lambda f: f)  # type: ignore[assignment]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "Transformer Engine and Apex are not installed", five times
+            warnings.simplefilter("ignore")  # "... is not installed", six times
             jit = importlib.import_module("megatron.core.jit")
+            importlib.import_module("megatron.core.models.backends")
     finally:
         torch.compile = compile_function
     jit.disable_jit_fuser()

@@ -50,6 +50,7 @@ class Rank:
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120.0) -> list[Any]:
     """Results of ``fn(rank, *args)`` on ``world_size`` forked ranks, in rank order. Results travel by pickle."""
+    assert not dist.is_initialized(), "the test process holds process groups: call groups.destroy() first"
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="ranks-") as directory:
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]

@@ -1,0 +1,170 @@
+"""The dense trunk trains alike on every layout: same weights at the start, same losses over 20 steps as one rank."""
+
+from functools import cache, partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+from megatron_omni.batch import IGNORE_LABEL, OmniBatch
+from megatron_omni.config.model import ModelConfig
+from megatron_omni.config.optim import OptimConfig
+from megatron_omni.config.parallel import ParallelConfig
+from megatron_omni.config.run import Recipe
+from megatron_omni.models.build import build_language_model
+from megatron_omni.parallel import groups
+from megatron_omni.parallel.schedule import run_step
+from megatron_omni.parallel.wrap import wrap_model
+from tests.distributed.harness import Rank, run_ranks
+
+STEPS, MICRO_BATCHES, ROWS, VOCAB = 20, 4, 2, 250
+
+
+def _recipe(*, tied: bool = False, precision: str = "fp32", recompute: str = "none", **sizes: int) -> Recipe:
+    model = ModelConfig(
+        num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, kv_channels=16,
+        vocab_size=VOCAB, make_vocab_size_divisible_by=64, mrope_section=[2, 3, 3], moe=None, vision=None, audio=None,
+        untie_embeddings_and_output_weights=not tied, init_method_std=0.1,
+    )  # fmt: skip
+    return Recipe(
+        model=model, parallel=ParallelConfig(recompute=recompute, **sizes), optim=OptimConfig(precision=precision)
+    )
+
+
+def _batch(step: int, index: int) -> OmniBatch:
+    """Micro-batch ``index`` of a step; lengths differ, labels are the next tokens of half the row."""
+    size = 8 * (1 + index % 2)
+    generator = torch.Generator().manual_seed(100 * (step % 3) + index)
+    ids = torch.randint(0, VOCAB, (ROWS, size + 1), generator=generator)
+    labels = ids[:, 1:].clone()
+    labels[:, : size // 2] = IGNORE_LABEL
+    positions = torch.arange(size).expand(ROWS, size)
+    zeros = torch.zeros(ROWS, size, dtype=torch.long)
+    return OmniBatch(
+        input_ids=ids[:, :-1], labels=labels, position_ids=positions.expand(3, ROWS, size), segment_ids=zeros,
+        sample_ids=zeros, sample_positions=positions, modality=zeros, source_ids=zeros,
+    )  # fmt: skip
+
+
+def _forward_step(batch, model, *, num_labels):
+    losses = model(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids, ctx=None,
+        labels=batch.labels,
+    )  # fmt: skip
+
+    def loss_function(losses):
+        loss = losses.sum() / num_labels
+        return loss, loss.detach()
+
+    return losses, loss_function
+
+
+def _train(rank: Rank | None, recipe: Recipe, steps: int = STEPS) -> list[float]:
+    """Loss of each step, over all micro-batches of all ranks."""
+    pg = groups.initialize(recipe.parallel) if rank is None else rank.initialize(recipe.parallel)
+    layout = groups.layout(pg)
+    model = wrap_model(build_language_model(recipe, pg), recipe, pg)
+    config = OptimizerConfig(
+        optimizer="adam", lr=0.01, weight_decay=0.01, clip_grad=1.0, bf16=recipe.optim.precision == "bf16",
+        params_dtype=model.config.pipeline_dtype, use_distributed_optimizer=recipe.optim.use_distributed_optimizer,
+    )  # fmt: skip
+    optimizer = get_megatron_optimizer(config, [model], pg_collection=pg, use_gloo_process_groups=False)
+    losses = []
+    for step in range(steps):
+        batches = [_batch(step, i) for i in range(MICRO_BATCHES)]
+        num_labels = sum(b.num_label_tokens for b in batches)
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        reports = run_step(
+            partial(_forward_step, num_labels=num_labels),
+            batches[layout.dp_rank :: layout.dp_size],
+            model,
+            pg=pg,
+            recipe=recipe,
+        )
+        total = torch.stack(reports).sum() if layout.is_last_stage else torch.zeros(())
+        dist.all_reduce(total)
+        losses.append(total.item() / layout.tp_size)
+        updated, _, _ = optimizer.step()
+        assert updated
+    if rank is None:
+        groups.destroy()
+    return losses
+
+
+@cache
+def _one_rank(tied: bool = False, precision: str = "fp32") -> list[float]:
+    return _train(None, _recipe(tied=tied, precision=precision))
+
+
+LAYOUTS = {
+    "TP2": {"tensor_model_parallel_size": 2},
+    "PP2": {"pipeline_model_parallel_size": 2},
+    "TP2xPP2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    "DP2": {},
+}
+RANKS = {"TP2": 2, "PP2": 2, "TP2xPP2": 4, "DP2": 2}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_equal_one_rank(layout: str, tied: bool) -> None:
+    expected = _one_rank(tied=tied)
+    assert expected[-1] < 0.8 * expected[0], "the reference does not learn, so equality would prove little"
+    for losses in run_ranks(_train, RANKS[layout], _recipe(tied=tied, **LAYOUTS[layout])):
+        assert losses == pytest.approx(expected, rel=1e-4)
+
+
+def test_recompute_under_pipeline_and_tensor_parallelism_equals_one_rank() -> None:
+    recipe = _recipe(recompute="full", **LAYOUTS["TP2xPP2"])
+    for losses in run_ranks(_train, 4, recipe, 5):
+        assert losses == pytest.approx(_one_rank()[:5], rel=1e-4)
+
+
+def test_bf16_follows_fp32() -> None:
+    """bf16 keeps 8 bits: losses agree to a percent while the model learns."""
+    recipe = _recipe(precision="bf16", **LAYOUTS["TP2"])
+    losses = run_ranks(_train, 2, recipe)[0]
+    assert losses == pytest.approx(_one_rank(), rel=0.02)
+    assert losses != pytest.approx(_one_rank(), rel=1e-5), "computed in fp32?"
+
+
+def test_first_gradient_of_every_parameter_equals_one_rank() -> None:
+    """Beyond losses: embedding, norm, bias and projection gradients after reduction, gathered over the tensor ranks."""
+    expected = run_ranks(_gradients, 1, _recipe())[0]
+    shards = run_ranks(_gradients, 2, _recipe(**LAYOUTS["TP2"]))
+    assert set(expected) == set(shards[0])
+    for name, (_, _, value) in expected.items():
+        dim, stride, _ = shards[0][name]
+        parts = [shard[name][2] for shard in shards]
+        if dim is None:
+            assert torch.equal(parts[0], parts[1]), f"{name} differs between tensor-parallel ranks"
+            whole = parts[0]
+        else:
+            blocks = zip(*(part.chunk(stride, dim) for part in parts), strict=True)
+            whole = torch.cat([torch.cat(block, dim) for block in blocks], dim)
+        torch.testing.assert_close(whole, value, rtol=1e-4, atol=1e-5 * value.abs().max().item(), msg=name)
+
+
+def _gradients(rank: Rank, recipe: Recipe):
+    pg = rank.initialize(recipe.parallel)
+    model = wrap_model(build_language_model(recipe, pg), recipe, pg)
+    batches = [_batch(0, i) for i in range(MICRO_BATCHES)]
+    model.zero_grad_buffer()
+    run_step(partial(_forward_step, num_labels=10), batches, model, pg=pg, recipe=recipe)
+    return {
+        name: (
+            p.partition_dim if getattr(p, "tensor_model_parallel", False) else None,
+            getattr(p, "partition_stride", 1),
+            p.main_grad.clone(),
+        )
+        for name, p in model.module.named_parameters()
+    }
+
+
+def test_uneven_pipeline_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"pipeline_model_parallel_size=2 does not divide model.num_layers=3"):
+        from megatron_omni.models.language import layer_pattern
+
+        layer_pattern(3, moe=False, pipeline_size=2)
