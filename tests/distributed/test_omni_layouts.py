@@ -155,11 +155,15 @@ LAYOUTS = {
 }
 
 
+@cache
+def ranks_of(layout: str) -> list[dict[str, Any]]:
+    world_size, sizes = LAYOUTS[layout]
+    return run_ranks(one_step, world_size, ParallelConfig(**sizes), [])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_and_encoder_gradients_equal_one_rank(layout: str) -> None:
-    world_size, sizes = LAYOUTS[layout]
-    expected = one_rank()
-    ranks = run_ranks(one_step, world_size, ParallelConfig(**sizes), [])
+    expected, ranks = one_rank(), ranks_of(layout)
     losses = {name: value for rank in ranks for name, value in rank["losses"].items()}
     assert losses == pytest.approx(expected["losses"], rel=1e-5)
     seen: set[str] = set()
@@ -181,9 +185,7 @@ def test_every_encoder_parameter_gets_a_gradient() -> None:
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "tp2_pp2"])
 def test_checkpoint_keys_do_not_depend_on_the_layout(layout: str) -> None:
-    world_size, sizes = LAYOUTS[layout]
-    ranks = run_ranks(one_step, world_size, ParallelConfig(**sizes), [])
-    keys = set().union(*(rank["keys"] for rank in ranks))
+    keys = set().union(*(rank["keys"] for rank in ranks_of(layout)))
     assert keys == one_rank()["keys"]
     assert {key.split(".")[0] for key in keys} == {"language", "vision", "audio"}
 

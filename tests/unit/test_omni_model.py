@@ -265,3 +265,11 @@ def test_a_model_without_the_encoder_refuses_its_modality() -> None:
     run(model, batch_of([[P, P, P, P]], tiles=1))
     with pytest.raises(ValueError, match=r"3 AUDIO placeholders but model\.audio is null"):
         run(model, batch_of([[A, A, A, T]], chunks=1))
+
+
+def test_bf16_weights_take_fp32_inputs_and_stay_close() -> None:
+    expected = run(omni(), MIXED)
+    hidden = run(omni().bfloat16(), MIXED)
+    assert hidden.dtype == torch.bfloat16
+    error = (hidden.float() - expected).norm() / expected.norm()
+    assert 1e-4 < error < 0.02
