@@ -1,0 +1,34 @@
+"""Supervised training: next-token prediction on assistant turns (stages 1 to 4 of the recipe chain).
+
+The model's last stage returns per-token cross-entropy; ``losses/lm.py`` turns it into the loss and its breakdown.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_omni.batch import OmniBatch
+from megatron_omni.losses.lm import lm_loss, loss_report, report_names
+from megatron_omni.training.task import LossFunction, StepInfo
+
+
+class SupervisedTask:
+    """Language-model loss over the label tokens of the batch; ``source_names`` in the order of the batch's source ids.
+    """
+
+    def __init__(self, source_names: Sequence[str]) -> None:
+        self.num_sources = len(source_names)
+        self.report_names: Sequence[str] = report_names(source_names)
+
+    def forward_step(self, batch: OmniBatch, model: torch.nn.Module, *, info: StepInfo) -> tuple[Tensor, LossFunction]:
+        """See :class:`megatron_omni.training.task.Task`."""
+        output = model(
+            batch, step=info.step, stochastic=info.training, aux_loss_scale=info.aux_loss_scale, stats=info.stats
+        )
+
+        def loss_function(token_loss: Tensor) -> tuple[Tensor, Tensor]:
+            loss = lm_loss(token_loss, batch.labels, num_label_tokens=info.num_label_tokens)
+            return loss, loss_report(token_loss, batch, num_sources=self.num_sources)
+
+        return output, loss_function

@@ -1,0 +1,59 @@
+"""How a run ends when something goes wrong on one rank: the first cause is printed once, and no rank is left waiting.
+
+The ranks share a key-value store. The first to fail claims the report and prints the cause; the others, whose
+collectives break because of it, print one line. Every failing rank then ends its process at once, which closes its
+connections: gloo peers notice within half a second, and torchrun ends the rest.
+"""
+
+import multiprocessing
+import os
+import sys
+import traceback
+from typing import NoReturn
+
+import torch.distributed as dist
+
+EXIT_FAILURE = 1
+EXIT_BAD_INPUT = 2
+_CLAIM = "megatron_omni/first_failure"
+
+
+def report_failure(error: BaseException) -> int:
+    """Print ``error`` as this rank's role asks for; the exit status: 2 for bad input (ValueError), else 1."""
+    bad_input = isinstance(error, ValueError)
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    if _is_first(rank):
+        if bad_input:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            print(f"[rank {rank}] {''.join(traceback.format_exception(error))}", file=sys.stderr, flush=True)
+            print(f"error: [rank {rank}] {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    elif not bad_input:
+        print(f"[rank {rank}] ends: another rank failed first ({type(error).__name__})", file=sys.stderr, flush=True)
+    return _status(error)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process and the helpers it started, now."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _status(error: BaseException) -> int:
+    from megatron_omni.parallel.sharing import ReaderFailed
+
+    return EXIT_BAD_INPUT if isinstance(error, ValueError | ReaderFailed) else EXIT_FAILURE
+
+
+def _is_first(rank: int) -> bool:
+    """Whether this rank reports the cause. Without a store each process speaks for itself only if it is rank 0."""
+    if not dist.is_initialized():
+        return rank == 0
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return bool(store.add(_CLAIM, 1) == 1)
+    except Exception:  # the store went down with the rank that failed first
+        return False

@@ -1,0 +1,148 @@
+"""Where numbers go: ``metrics.jsonl``, TensorBoard and the progress line.
+
+One record per logging step, written by one rank, flushed at once: a run that dies loses no line. A resumed run drops
+the lines after the step it resumes from, so that a file never holds a step twice.
+
+Names: ``lm loss``, ``loss/modality/*``, ``loss/source/*`` (losses/lm.py; means over the label tokens since the last
+record), ``grad-norm``, ``learning-rate``, ``tokens/s`` (all tokens of the run, padding not counted), ``TFLOP/s`` per
+rank and ``MFU`` where the device's peak is known, ``step time`` and ``time/*`` in seconds per step, ``moe/*``
+(models/moe/balance.py; of the logged step), ``eval/loss/*``.
+
+FLOPs are those of the language model (estimate.py) at the measured mean number of experts per token; the encoders are
+not counted.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron_omni.config.run import Recipe
+from megatron_omni.estimate import flops_per_token
+
+
+class MetricsWriter:
+    """Writes records under ``run_dir``; only the rank that logs creates one."""
+
+    def __init__(self, run_dir: Path, *, tensorboard: bool, after_step: int = 0) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / "metrics.jsonl"
+        if path.exists():
+            drop_lines_after(path, after_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=after_step + 1, flush_secs=30)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line and one TensorBoard point per metric."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Remove the records of later steps and a torn last line; the file is replaced whole."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and record.get("step", 0) <= step:
+            kept.append(line)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def throughput(
+    recipe: Recipe,
+    *,
+    tokens: float,
+    samples: float,
+    seconds: float,
+    world_size: int,
+    mean_k: float,
+    peak_tflops: float | None,
+) -> dict[str, float]:
+    """Tokens per second of the run, TFLOP/s of a rank, and MFU where the peak of the device is known."""
+    if seconds <= 0 or samples <= 0:
+        return {}
+    mean_length = max(1, round(tokens / samples))
+    flops = tokens * flops_per_token(recipe.model, mean_length, mean_k)
+    tflops = flops / seconds / world_size / 1e12
+    rates = {"tokens/s": tokens / seconds, "TFLOP/s": tflops}
+    return rates if peak_tflops is None else rates | {"MFU": tflops / peak_tflops}
+
+
+def progress_line(step: int, train_iters: int, metrics: Mapping[str, float]) -> str:
+    """The facts that tell at a glance how a run is doing."""
+    parts = [f"step {step}/{train_iters}"]
+    for name, label, form in (
+        ("lm loss", "loss", "{:.4f}"),
+        ("grad-norm", "grad-norm", "{:.3f}"),
+        ("learning-rate", "lr", "{:.2e}"),
+        ("tokens/s", "tokens/s", "{:.0f}"),
+        ("moe/mean_k", "mean k", "{:.2f}"),
+        ("moe/null_share", "null", "{:.1%}"),
+        ("step time", "s/step", "{:.3f}"),
+    ):
+        if name in metrics:
+            parts.append(f"{label} {form.format(metrics[name])}")
+    split = [
+        f"{name.removeprefix('time/')} {value * 1e3:.0f}" for name, value in metrics.items() if name.startswith("time/")
+    ]
+    if split:
+        parts.append(f"ms ({', '.join(split)})")
+    return " | ".join(parts)
+
+
+class Progress:
+    """A bar on a terminal; a line per record in a log."""
+
+    def __init__(self, train_iters: int, *, initial: int, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self._train_iters = train_iters
+        self._bar: Any = None
+        if self._stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=train_iters, initial=initial, unit="step", file=self._stream, dynamic_ncols=True)
+
+    def advance(self) -> None:
+        """One step is done."""
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show a record."""
+        line = progress_line(step, self._train_iters, metrics)
+        if self._bar is None:
+            self.say(line)
+        else:
+            self._bar.set_postfix_str(line.partition(" | ")[2], refresh=False)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal in order."""
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,135 @@
+"""Optimizer and learning-rate schedule on Megatron's pieces, and the update that a non-finite gradient cannot spoil.
+
+Parameter groups: weight decay is left out for vectors (norms, biases) and for masked embeddings; ``optim.lr_scale``
+multiplies the learning rate of the named parts (models/parts.py). Expert parameters always form an optimizer of their
+own (they carry ``allreduce=False`` whatever the expert-parallel size), so a checkpoint has the same structure for
+every layout.
+
+New token rows: with ``embeddings`` or ``output`` frozen but ``new_token_rows`` not, the matrix stays trainable and
+its gradient is masked to the rows of the special tokens. Adam leaves a row whose gradient is always zero where it is.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_omni.config.run import Recipe
+from megatron_omni.models.parts import part_of
+
+MASKED_ROWS = "masked_rows"
+"""Attribute of a parameter whose gradient is masked to some rows."""
+
+
+def build_optimizer(
+    model: DistributedDataParallel, recipe: Recipe, pg: ProcessGroupCollection
+) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
+    """The optimizer of the trainable parameters and its schedule, standing before the first step."""
+    optim = recipe.optim
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.adam_beta1,
+        adam_beta2=optim.adam_beta2,
+        adam_eps=optim.adam_eps,
+        clip_grad=optim.clip_grad,
+        bf16=optim.precision == "bf16",
+        params_dtype=torch.bfloat16 if optim.precision == "bf16" else torch.float32,
+        use_distributed_optimizer=optim.use_distributed_optimizer,
+        overlap_param_gather=recipe.parallel.overlap_param_gather,
+    )
+    optimizer = get_megatron_optimizer(
+        config, [model], config_overrides=_overrides(recipe), use_gloo_process_groups=False, pg_collection=pg
+    )
+    assert isinstance(optimizer, ChainedOptimizer)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.min_lr,
+        lr_warmup_steps=optim.lr_warmup_iters,
+        lr_decay_steps=optim.lr_decay_iters or recipe.train_iters,
+        lr_decay_style=optim.lr_decay_style,
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=recipe.train_iters,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler
+
+
+def _overrides(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:
+    """Megatron's per-parameter settings: no weight decay on vectors, learning rates of the scaled parts."""
+    overrides = {_key("no weight decay", _undecayed): ParamGroupOverride(wd_mult=0.0)}
+    for part, scale in recipe.optim.lr_scale.items():
+        key = _key(f"lr_scale {part}", lambda _, name, part=part: part_of(_bare(name)) == part)
+        overrides[key] = ParamGroupOverride(max_lr=recipe.optim.lr * scale, min_lr=recipe.optim.min_lr * scale)
+    return overrides
+
+
+def _key(name: str, predicate: object) -> ParamKey:
+    return ParamKey(with_name_predicate=ParamWithNamePredicate(name=name, fn=predicate))  # type: ignore[arg-type]
+
+
+def _undecayed(param: torch.nn.Parameter, name: str) -> bool:
+    return param.dim() <= 1 or name.endswith(".bias") or hasattr(param, MASKED_ROWS)
+
+
+def _bare(name: str) -> str:
+    """Parameter name without the prefixes of the wrappers."""
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
+
+
+def train_only_rows(weight: torch.nn.Parameter, rows: Sequence[int], *, first_row: int) -> None:
+    """Mask the gradient of this rank's vocabulary shard ``weight`` [V / TP, H] to global ``rows``; shard starts at
+    ``first_row``.
+    """
+    mask = torch.zeros(weight.shape[0], 1, device=weight.device, dtype=weight.dtype)
+    local = [row - first_row for row in rows if 0 <= row - first_row < weight.shape[0]]
+    mask[local] = 1
+    setattr(weight, MASKED_ROWS, len(local))
+    weight.register_hook(lambda grad: grad * mask)
+
+
+def update(optimizer: ChainedOptimizer, scheduler: OptimizerParamScheduler, *, clip_grad: float) -> tuple[bool, float]:
+    """Clip, advance the schedule and update the weights; (whether they changed, gradient norm before clipping).
+
+    A norm that is not finite leaves weights, optimizer state and schedule untouched. Megatron reduces the norm over
+    all ranks that hold parts of the model, so every rank takes the same branch.
+    """
+    found_inf = optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if found_inf or not math.isfinite(norm):
+        return False, norm
+    scheduler.step(1)
+    if clip_grad > 0.0:
+        for member in _with_parameters(optimizer):
+            clip_grad_by_total_norm_fp32(member, max_norm=clip_grad, total_norm=norm)
+    changed = optimizer.step_with_ready_grads()
+    assert changed, "the update failed with finite gradients"
+    return True, norm
+
+
+def _with_parameters(optimizer: ChainedOptimizer) -> Iterable[list[Tensor]]:
+    for member in optimizer.chained_optimizers:
+        if not member.is_stub_optimizer and (parameters := member.get_parameters()):
+            yield parameters
+
+
+def learning_rate(optimizer: ChainedOptimizer) -> float:
+    """Learning rate of the unscaled groups (the first group when every one is scaled)."""
+    groups = optimizer.param_groups
+    plain = [group["lr"] for group in groups if group.get("default_config")]
+    return float((plain or [group["lr"] for group in groups] or [0.0])[0])

@@ -1,0 +1,169 @@
+"""From a validated recipe to everything a run needs: groups, model, optimizer, schedule, data, where it stands.
+
+The order matters: parts are frozen and weights loaded before the wrapper moves parameters into its buffers, and the
+optimizer copies its fp32 master weights from them.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_omni.checkpoint.commit import CHECKPOINTS
+from megatron_omni.checkpoint.distributed import find_checkpoint, load_checkpoint, load_weights, save_checkpoint
+from megatron_omni.config.data import SourceConfig
+from megatron_omni.config.load import load_recipe
+from megatron_omni.config.run import Recipe
+from megatron_omni.data.loader import StepLoader
+from megatron_omni.data.tokenizer import load_tokenizer
+from megatron_omni.models.build import build_model
+from megatron_omni.models.parts import apply_freeze
+from megatron_omni.parallel.groups import Layout, initialize, layout
+from megatron_omni.parallel.wrap import unwrap_model, wrap_model
+from megatron_omni.platform.device import device
+from megatron_omni.platform.seeds import seed_everything
+from megatron_omni.training.optimizer import build_optimizer, train_only_rows
+from megatron_omni.training.state import TrainState
+from megatron_omni.training.task import Task
+
+NEW_TOKEN_ROWS = "new_token_rows"
+FIXED_ON_RESUME = ("model", "optim", "freeze", "seed")
+"""Groups of the recipe that a resumed run may not change: the optimizer's state belongs to them."""
+
+
+@dataclass
+class Run:
+    """A run that is ready for its next step."""
+
+    recipe: Recipe
+    task: Task
+    pg: ProcessGroupCollection
+    layout: Layout
+    device: torch.device
+    model: DistributedDataParallel
+    optimizer: ChainedOptimizer
+    scheduler: OptimizerParamScheduler
+    loader: StepLoader | None
+    """On data-reader ranks."""
+    eval_loaders: dict[str, StepLoader | None] = field(default_factory=dict)
+    state: TrainState = field(default_factory=TrainState)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of this replica in a step."""
+        data = self.recipe.data
+        return data.global_batch_size // (data.micro_batch_size * self.layout.dp_size)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of the run's checkpoints."""
+        return Path(self.recipe.run_dir) / CHECKPOINTS
+
+
+def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = None) -> Run:
+    """Build the run of ``recipe`` on this rank, resumed when ``load`` says so; ``pg`` when the groups exist already."""
+    pg = pg if pg is not None else initialize(recipe.parallel)
+    place = layout(pg)
+    seed_everything(recipe.seed, tp_rank=place.tp_rank, ep_rank=place.ep_rank, expert_tp_rank=place.expert_tp_rank)
+    model = build_model(recipe, pg)
+    freeze(model, recipe, pg)
+    if recipe.init_from is not None:
+        load_weights(Path(recipe.init_from), model=model, pg=pg)
+    wrapped = wrap_model(model, recipe, pg)
+    optimizer, scheduler = build_optimizer(wrapped, recipe, pg)
+    run = Run(
+        recipe=recipe,
+        task=task,
+        pg=pg,
+        layout=place,
+        device=device(),
+        model=wrapped,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        loader=_loader(recipe, place),
+        eval_loaders={s.name: _loader(recipe, place, [s]) for s in recipe.data.eval_sources},
+    )
+    if (directory := _resume_from(recipe)) is not None:
+        resume(run, directory)
+    return run
+
+
+def freeze(model: torch.nn.Module, recipe: Recipe, pg: ProcessGroupCollection) -> None:
+    """Mark the parts that are not trained; see training/optimizer.py for ``new_token_rows``."""
+    frozen = [part for part in recipe.freeze if part != NEW_TOKEN_ROWS]
+    apply_freeze(model, frozen)
+    if NEW_TOKEN_ROWS in recipe.freeze or not {"embeddings", "output"} & set(frozen):
+        return
+    rows = sorted(load_tokenizer(recipe.data.tokenizer).specials.values())
+    for name, parameter in model.named_parameters():
+        for part, suffix in (("embeddings", "word_embeddings.weight"), ("output", "output_layer.weight")):
+            if part in frozen and name.endswith(suffix):
+                parameter.requires_grad_(True)
+                train_only_rows(parameter, rows, first_row=pg.tp.rank() * parameter.shape[0])
+
+
+def save(run: Run) -> Path:
+    """Write a checkpoint of the run as it stands after its last step."""
+    # Rank 0 is always a reader; its cursor is everyone's, its counts of skipped records stand for the run.
+    data = [run.loader.state_dict() if run.loader is not None else None]
+    dist.broadcast_object_list(data, src=0)
+    common = {"train_state": run.state.state_dict(), "data": data[0]}
+    return save_checkpoint(
+        run.checkpoints,
+        run.state.step,
+        model=unwrap_model(run.model),
+        optimizer=run.optimizer,
+        common=common,
+        recipe=run.recipe,
+        pg=run.pg,
+    )
+
+
+def resume(run: Run, directory: Path) -> None:
+    """Continue from a checkpoint: weights, optimizer, schedule, counters, data cursor, random state."""
+    _check_same_run(run.recipe, load_recipe(directory / "run_config.yaml"), directory)
+    common = load_checkpoint(directory, model=unwrap_model(run.model), optimizer=run.optimizer, pg=run.pg)
+    run.state.load_state_dict(common["train_state"])
+    run.scheduler.num_steps = 0
+    run.scheduler.step(run.state.updates)
+    if run.loader is not None:
+        run.loader.load_state_dict(common["data"])
+
+
+def _resume_from(recipe: Recipe) -> Path | None:
+    if recipe.load is None:
+        return None
+    if recipe.load == "auto":
+        return find_checkpoint(Path(recipe.run_dir))
+    directory = find_checkpoint(Path(recipe.load))
+    if directory is None:
+        raise ValueError(
+            f"load={recipe.load!r}: no checkpoint there; give a run directory or an iter_* directory, or load=auto"
+        )
+    return directory
+
+
+def _check_same_run(now: Recipe, then: Recipe, directory: Path) -> None:
+    for group in FIXED_ON_RESUME:
+        mine, saved = getattr(now, group), getattr(then, group)
+        if mine == saved:
+            continue
+        names = [n for n in vars(mine) if getattr(mine, n) != getattr(saved, n)] if hasattr(mine, "__dict__") else []
+        name = f"{group}.{names[0]}" if names else group
+        old = getattr(saved, names[0]) if names else saved
+        new = getattr(mine, names[0]) if names else mine
+        raise ValueError(
+            f"{name}={new!r}: the checkpoint {directory} was made with {old!r}, to which its optimizer state "
+            "belongs; set it back, or start a new run with init_from"
+        )
+
+
+def _loader(recipe: Recipe, place: Layout, sources: list[SourceConfig] | None = None) -> StepLoader | None:
+    if not place.is_data_reader:
+        return None
+    return StepLoader(recipe, data_rank=place.dp_rank, data_size=place.dp_size, sources=sources)
