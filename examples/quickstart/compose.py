@@ -12,6 +12,7 @@ Sources, each also a task:
 
     image      one emoji on a gradient, 64 x 64 px         -> "cat"
     image_two  two emoji                                   -> "cat left of dog", "猫在狗上边"
+    word       one spoken word                             -> "cat"
     speech     two spoken words                            -> "cat dog"
     sound      one note                                    -> "violin"
     video      4 frames of a moving emoji, a spoken word   -> "cat left said: dog"
@@ -39,7 +40,9 @@ from PIL import Image
 from examples.quickstart import media
 from examples.quickstart.assets import Assets, load_assets
 
-SIZES = {"image": 6000, "image_two": 10000, "speech": 6000, "sound": 3000, "video": 3000, "text": 8000}
+SIZES = {
+    "image": 6000, "image_two": 10000, "word": 4000, "speech": 8000, "sound": 3000, "video": 3000, "text": 8000,
+}  # fmt: skip
 FAST_SHARE = 0.15
 EVAL_SIZE = 240
 SPLITS = ("train", "held_out", "harder")
@@ -48,11 +51,12 @@ CHUNK_SAMPLES = 250  # per call to a worker
 SPLIT_RULE = (
     "Concepts have indices 0..63. An ordered pair (a, b) is held out when (7919 a + 104729 b) % 5 == 0: "
     "pairs are (left or upper, right or lower) in image_two, (first, second) in speech and text, "
-    "(picture, spoken word) in video. sound holds out every 6th pitch; image, only new positions and backgrounds. "
+    "(picture, spoken word) in video. sound holds out every 6th pitch; image and word, only new positions, "
+    "backgrounds, pauses and loudness. "
     "harder: Twemoji art, 3 unseen voices, noise 6 dB under the note, captions of three objects."
 )
 CHANCE = {
-    "image": 1 / 64, "image_two": 1 / (64 * 63 * 2), "speech": 1 / (64 * 63), "sound": 1 / 18,
+    "image": 1 / 64, "image_two": 1 / (64 * 63 * 2), "word": 1 / 64, "speech": 1 / (64 * 63), "sound": 1 / 18,
     "video": 1 / (64 * 63 * 4), "text": 1 / (64 * 63),
 }  # fmt: skip
 
@@ -62,6 +66,7 @@ OPPOSITE = {"left": "right", "above": "below", "right": "left", "below": "above"
 PROMPTS = {
     "image": ("<image> what is it?", "<image> 这是什么？"),
     "image_two": ("<image> what is in the picture?", "<image> 图里有什么？"),
+    "word": ("<audio> which word is it?",),
     "speech": ("<audio> write down the words.",),
     "sound": ("<audio> which instrument is it?",),
     "video": ("<video><audio> what moves where, and what is said?",),
@@ -150,6 +155,13 @@ def compose_image_two(assets: Assets, rng: np.random.Generator, split: str) -> S
     return Sample(PROMPTS["image_two"][language], caption, ".png", png_bytes(canvas))
 
 
+def compose_word(assets: Assets, rng: np.random.Generator, split: str) -> Sample:
+    """One word: the step that makes two learnable soon. Held out are only new pauses and loudness."""
+    concept = int(rng.integers(64))
+    wave = media.join_words(rng, [assets.words[draw_voice(assets, rng, split)][concept]])
+    return Sample(PROMPTS["word"][0], assets.english[concept], ".flac", media.flac_bytes(wave))
+
+
 def compose_speech(assets: Assets, rng: np.random.Generator, split: str) -> Sample:
     """Two words of one voice with a short pause between."""
     first, second = draw_pair(rng, split)
@@ -201,8 +213,8 @@ def compose_text(assets: Assets, rng: np.random.Generator, split: str) -> Sample
 
 
 COMPOSERS: dict[str, Callable[[Assets, np.random.Generator, str], Sample]] = {
-    "image": compose_image, "image_two": compose_image_two, "speech": compose_speech, "sound": compose_sound,
-    "video": compose_video, "text": compose_text,
+    "image": compose_image, "image_two": compose_image_two, "word": compose_word, "speech": compose_speech,
+    "sound": compose_sound, "video": compose_video, "text": compose_text,
 }  # fmt: skip
 MEDIA_FIELDS = {".png": ("images",), ".flac": ("audios",), ".mp4": ("videos", "audios"), "": ()}
 

@@ -21,8 +21,8 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
 def gradient(rng: np.random.Generator) -> Image.Image:
-    """A canvas that fades between two random colours in a random direction."""
-    start, end = rng.integers(0, 256, size=(2, 3)).astype(np.float32)
+    """A canvas that fades between two random light colours in a random direction."""
+    start, end = rng.integers(150, 256, size=(2, 3)).astype(np.float32)
     angle = rng.uniform(0, 2 * np.pi)
     ramp = np.linspace(-0.5, 0.5, TILE_PX, dtype=np.float32)
     share = np.clip(0.5 + np.cos(angle) * ramp[None, :] + np.sin(angle) * ramp[:, None], 0, 1)[..., None]

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))  # examples/ is not installed
 from examples.quickstart import compose  # noqa: E402
 from examples.quickstart.assets import load_assets  # noqa: E402
 
-SIZES = {"image": 60, "image_two": 120, "speech": 60, "sound": 60, "video": 30, "text": 200}
+SIZES = {"image": 60, "image_two": 120, "word": 30, "speech": 60, "sound": 60, "video": 30, "text": 200}
 EVAL_SIZE = 30
 
 
