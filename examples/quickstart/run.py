@@ -1,0 +1,126 @@
+"""The quickstart: compose a corpus, train a tokenizer, train the tiny recipe on 2 ranks, score it, draw it, let it answer.
+
+    python -m examples.quickstart.run [--fast] [--out DIR]
+
+Every step is a command that can be typed by itself; it is printed before it runs. DIR (runs/quickstart) then holds the run
+directory of the training (metrics.jsonl, tensorboard/, checkpoints/) and beside it data/, tokenizer.model, scores.json,
+losses.png, expert_use.png, scores.png and timings.json. A second run composes and trains anew.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+RECIPE = "recipes/tiny/quickstart.yaml"
+FAST_RECIPE = "recipes/tiny/quickstart_fast.yaml"
+NUM_RANKS = 2
+
+
+class PeakMemory:
+    """Largest sum of resident memory over this process and its descendants, sampled twice a second."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while not self._stop.wait(0.5):
+            total = 0
+            for process in [me, *me.children(recursive=True)]:
+                try:
+                    memory = process.memory_full_info()  # proportional share: pages shared between ranks count once
+                except psutil.Error:
+                    continue
+                total += getattr(memory, "pss", memory.rss)
+            self.peak_bytes = max(self.peak_bytes, total)
+
+    def close(self) -> float:
+        """Stop; the peak in GiB."""
+        self._stop.set()
+        self._thread.join()
+        return self.peak_bytes / 2**30
+
+
+class Steps:
+    """Runs the commands in order, timing each."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+    def run(self, name: str, *words: str) -> None:
+        """One command; a failure ends the quickstart with its status."""
+        print(f"\n== {name} ==\n$ python {' '.join(words)}", flush=True)
+        start = time.perf_counter()
+        status = subprocess.run([sys.executable, *words], env=self.environment, check=False).returncode
+        if status:
+            sys.exit(f"error: {name} failed with status {status}; its message is above")
+        self.seconds[name] = round(time.perf_counter() - start, 1)
+        print(f"-- {name}: {self.seconds[name]:.0f} s", flush=True)
+
+
+def torchrun(*words: str) -> list[str]:
+    """The launcher's words for the ranks of this machine."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(NUM_RANKS), "-m", *words]
+
+
+def main() -> None:
+    """Run everything."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="a small corpus and few steps: shows that everything runs, not that it learns",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/quickstart"), help="run directory (default runs/quickstart)"
+    )
+    args = parser.parse_args()
+    out, recipe = args.out, FAST_RECIPE if args.fast else RECIPE
+    if out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    memory, steps, start = PeakMemory(), Steps(), time.perf_counter()
+
+    steps.run(
+        "compose the corpus", "-m", "examples.quickstart.compose", "--out", f"{out}/data", *["--fast"] * args.fast
+    )
+    steps.run(
+        "train the tokenizer",
+        "-m",
+        "examples.quickstart.tokenizer",
+        "--corpus",
+        f"{out}/data/tokenizer_corpus.txt",
+        "--out",
+        f"{out}/tokenizer.model",
+    )
+    overrides = [] if str(out) == "runs/quickstart" else [f"run_dir={out}"]
+    steps.run("train", *torchrun("megatron_omni.cli.train", recipe, *overrides))
+    steps.run("score", *torchrun("examples.quickstart.score", str(out)))
+
+    timings = {
+        "seconds": steps.seconds,
+        "total_seconds": round(time.perf_counter() - start, 1),
+        "peak_memory_gib": round(memory.close(), 2),
+    }
+    (out / "timings.json").write_text(json.dumps(timings, indent=1) + "\n")
+    print(f"\nall of it took {timings['total_seconds']:.0f} s and at most {timings['peak_memory_gib']} GiB of memory")
+    print(f"look at {out}/losses.png, {out}/expert_use.png and {out}/scores.png; ask it something yourself:")
+    print(
+        f'  python -m megatron_omni.cli.generate {out} --image {out}/data/eval/media/image.held_out/000000.png --prompt "<image> what is it?" --out {out}/answer'
+    )
+
+
+if __name__ == "__main__":
+    main()

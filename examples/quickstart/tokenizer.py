@@ -1,0 +1,25 @@
+"""Train the quickstart's SentencePiece tokenizer on the words and phrases of its corpus.
+
+python -m examples.quickstart.tokenizer --corpus DIR/tokenizer_corpus.txt --out FILE.model
+"""
+
+import argparse
+from pathlib import Path
+
+from megatron_omni.data.tokenizer import load_tokenizer, train_sentencepiece
+
+VOCAB_SIZE = 900
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    train_sentencepiece([args.corpus.read_text(encoding="utf-8")], args.out, vocab_size=VOCAB_SIZE, model_type="bpe")
+    print(f"{args.out}: {load_tokenizer(args.out).vocab_size} pieces")
+
+
+if __name__ == "__main__":
+    main()

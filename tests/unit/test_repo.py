@@ -1,0 +1,127 @@
+"""The repository's own rules: documents name files that exist, generated pages are current, unsafe calls are absent."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_omni.config.load import load_recipe
+from megatron_omni.config.validate import validate
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = sorted((ROOT / "megatron_omni").rglob("*.py"))
+SOURCES = [*PACKAGE, *sorted((ROOT / "tools").glob("*.py")), *sorted((ROOT / "examples").rglob("*.py"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+STATUSES = {"verified", "unverified", "unsupported"}
+
+
+def test_config_page_is_current() -> None:
+    done = subprocess.run([sys.executable, "tools/config_docs.py"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_documents_name_files_that_exist(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    prefixes = r"(?:megatron_omni|tests|tools|recipes|examples|docs)/[\w./-]+\.(?:py|md|yaml)"
+    for target in re.findall(rf"`({prefixes})`", text):
+        assert (ROOT / target).exists(), f"{page.name} names {target}"
+
+
+def test_no_document_or_source_names_a_path_of_a_machine() -> None:
+    for path in [*SOURCES, *PAGES, *RECIPES]:
+        assert not re.search(r"(/home/\w|/root/|/work/|/mnt/\w)", path.read_text()), path
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_unsafe_calls(path: Path) -> None:
+    banned = {"pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load", "eval", "exec", "os.system"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        assert name not in banned, f"{path}:{node.lineno} calls {name}"
+        assert not name.endswith("extractall"), f"{path}:{node.lineno} extracts an archive"
+        for keyword in node.keywords:
+            value = getattr(keyword.value, "value", None)
+            unsafe = {"weights_only": False, "shell": True, "trust_remote_code": True}
+            assert not (keyword.arg in unsafe and value is unsafe[keyword.arg]), f"{path}:{node.lineno} {keyword.arg}={value}"
+
+
+def test_only_platform_names_cuda_or_a_backend() -> None:
+    for path in PACKAGE:
+        if "platform" in path.parts:
+            continue
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            assert not (isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.cuda")), f"{path}:{node.lineno}"
+            assert not (isinstance(node, ast.Constant) and node.value in ("nccl", "gloo")), f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize(
+    ("module", "owner"),
+    [
+        ("megatron.core.models.hybrid", "models/language.py"),
+        ("megatron.core.parallel_state", "parallel/groups.py"),
+        ("megatron.training", ""),
+        ("diffusers", "models/generators/image.py"),
+        ("nvidia.dali", "data/decode/dali.py"),
+    ],
+)
+def test_module_is_imported_by_its_owner_alone(module: str, owner: str) -> None:
+    for path in PACKAGE:
+        if owner and path == ROOT / "megatron_omni" / owner:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
+            assert not any(n == module or n.startswith(module + ".") for n in names), f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_module_docstring_and_size(path: Path) -> None:
+    text = path.read_text()
+    assert ast.get_docstring(ast.parse(text)), f"{path} has no module docstring"
+    assert text.count("\n") <= 500, f"{path} is longer than 500 lines"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_recipe_validates(path: Path) -> None:
+    recipe = load_recipe(path)
+    parallel = recipe.parallel
+    smallest = parallel.pipeline_model_parallel_size * max(
+        parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
+    )
+    validate(recipe, world_size=smallest, check_files=False)
+
+
+def test_verification_page_has_a_status_and_a_reason_for_each_entry() -> None:
+    entries = yaml.safe_load((ROOT / "docs" / "verification.yaml").read_text())
+    assert len(entries) >= 10
+    for entry in entries:
+        assert entry["status"] in STATUSES, entry
+        assert entry.get("command") if entry["status"] == "verified" else entry.get("reason"), entry
+
+
+def test_help_answers_without_torch() -> None:
+    for module in ("megatron_omni.cli.train", "megatron_omni.cli.generate"):
+        code = (
+            "import sys, runpy\n"
+            f"sys.argv = ['{module}', '--help']\n"
+            "try:\n"
+            f"    runpy.run_module('{module}', run_name='__main__')\n"
+            "except SystemExit as end:\n"
+            "    assert not end.code, end.code\n"
+            "assert 'torch' not in sys.modules, 'torch was imported'\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{module}: {done.stderr}"
+        assert "usage" in done.stdout
