@@ -46,8 +46,8 @@ cannot work is an error that names the field, the value and the fix. This page i
 
 | part | parameters |
 |---|---|
-| `vision`, `audio` | the towers: SigLIP; Whisper encoder and Q-former (queries included) |
-| `projectors` | the projections of both towers into the language model |
+| `vision`, `audio` | the towers: SigLIP; Whisper encoder |
+| `projectors` | what joins the towers to the language model: the vision MLP; the Q-former (queries included) and its projection |
 | `attention`, `norms` | of the language model |
 | `ffn` | dense FFN (a model without `moe`) |
 | `experts`, `shared_experts`, `gate` | of the MoE layers |
