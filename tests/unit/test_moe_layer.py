@@ -3,8 +3,9 @@
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from torch.utils.checkpoint import checkpoint
 
-from megatron_omni.models.moe.context import token_context
+from megatron_omni.models.moe.context import token_context, without_stats
 from tests.unit.moe_problem import (
     AUX_SCALE,
     HIDDEN,
@@ -141,18 +142,30 @@ def test_all_tokens_to_null(dispatcher):
     assert torch.isfinite(hidden.grad).all()
 
 
-def test_selective_recomputation_repeats_the_layer_and_counts_once():
+def test_a_replayed_forward_repeats_its_draws():
+    """Gradients through a checkpoint that runs the layer again equal the plain ones bit by bit: same noise."""
     results = []
-    for changes in ({}, {"recompute_granularity": "selective", "recompute_modules": ["moe"]}):
-        layer = build_layer(settings(capacity_factor=0.8), weights(), **changes)
+    for replayed in (False, True):
+        layer = build_layer(settings(capacity_factor=0.8), weights())
         hidden, gradient, ctx = micro_batch(0)
         hidden.requires_grad_()
-        with token_context(ctx):
-            y, _ = layer(hidden)
-        y.backward(gradient)  # outside the context, as a schedule does
+        contexts = iter([ctx])
+
+        def run(hidden, layer=layer, contexts=contexts, ctx=ctx):
+            with token_context(next(contexts, without_stats(ctx))):
+                return layer(hidden)[0]
+
+        y = checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False) if replayed else run(hidden)
+        torch.rand(5)  # the generator moves on in between
+        y.backward(gradient)
         results.append([y.detach(), hidden.grad, *(p.grad for p in layer.parameters()), ctx.stats.tokens[LAYER]])
-    for plain, recomputed in zip(*results, strict=True):
-        assert torch.equal(plain, recomputed)
+    for plain, repeated in zip(*results, strict=True):
+        assert torch.equal(plain, repeated)
+
+
+def test_megatrons_own_recomputation_is_refused():
+    with pytest.raises(ValueError, match=r"set parallel\.recompute = moe"):
+        build_layer(settings(), weights(), recompute_granularity="selective", recompute_modules=["moe"])
 
 
 def test_layer_without_shared_experts():

@@ -144,7 +144,9 @@ def reduce_stats(
     def stacked(name: str, shape: tuple[int, ...]) -> Tensor:
         zero = torch.zeros(shape, dtype=torch.float64, device=device)
         values = getattr(stats, name)
-        return torch.stack([values[layer].to(zero) if layer in values else zero for layer in layers]).reshape(len(layers), -1)
+        return torch.stack([values[layer].to(zero) if layer in values else zero for layer in layers]).reshape(
+            len(layers), -1
+        )
 
     def summed(x: Tensor, groups: Sequence[dist.ProcessGroup | None]) -> Tensor:
         for group in groups:

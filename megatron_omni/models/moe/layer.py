@@ -16,11 +16,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer, MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from megatron_omni.config.model import MoEConfig
 from megatron_omni.models.moe.balance import attach_loss, record_routing
-from megatron_omni.models.moe.context import TokenContext, current_token_context, token_context, without_stats
+from megatron_omni.models.moe.context import TokenContext, current_token_context
 from megatron_omni.models.moe.dispatcher import AllGatherDispatcher, AllToAllDispatcher, Dispatcher
 from megatron_omni.models.moe.experts import RoutedExperts, SharedExperts
 from megatron_omni.models.moe.router import OmniRouter
@@ -48,15 +47,16 @@ class OmniMoELayer(MoELayer):
         assert config.num_moe_experts == moe.num_routed_experts, (
             f"TransformerConfig.num_moe_experts = {config.num_moe_experts} must be {moe.num_routed_experts}"
         )
+        if config.recompute_granularity == "selective" and "moe" in (config.recompute_modules or ()):
+            raise ValueError(
+                "model.megatron.recompute_modules = [moe]: the stack replays MoE layers; set parallel.recompute = moe"
+            )
         # Past MoELayer.__init__, which would build Megatron's router, dispatcher and experts.
         BaseMoELayer.__init__(
             self, config=config, layer_number=layer_number, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer
         )
         self.moe = moe
         self.tp_group = pg_collection.tp
-        self.moe_layer_recompute = config.recompute_granularity == "selective" and "moe" in (
-            config.recompute_modules or ()
-        )
         self.fwd_execution_map = ["route", "expert_compute", "postprocess"]  # read by Megatron's layer
         kind: dict[str, Any] = {"dtype": config.params_dtype, "device": device()}
         if config.use_cpu_initialization:
@@ -114,21 +114,7 @@ class OmniMoELayer(MoELayer):
                 "sequence_parallel = false with tensor_model_parallel_size > 1: MoE layers train only with sequence "
                 "parallelism, because every tensor-parallel rank routes its own tokens; set sequence_parallel = true"
             )
-        ctx = current_token_context()
-        if not (self.moe_layer_recompute and torch.is_grad_enabled()):
-            return self._compute(hidden_states, ctx), None
-
-        # The replay sees the same context and draws the same numbers, but must not count its tokens again. No early
-        # stop: all ranks of an expert group have to replay the same collectives.
-        replay = iter((ctx,))
-
-        def run(hidden: Tensor) -> Tensor:
-            mine = next(replay, without_stats(ctx))
-            with token_context(mine):
-                return self._compute(hidden, mine)
-
-        output: Tensor = checkpoint(run, hidden_states, use_reentrant=False, preserve_rng_state=False, early_stop=False)
-        return output, None
+        return self._compute(hidden_states, current_token_context()), None
 
     def _compute(self, hidden_states: Tensor, ctx: TokenContext) -> Tensor:
         x = hidden_states.flatten(0, -2)
