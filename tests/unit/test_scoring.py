@@ -9,8 +9,8 @@ from torch import nn
 
 from megatron_omni.data.sample import Sample, SampleBuilder
 from megatron_omni.data.sources import JsonlSource
-from megatron_omni.evaluation import scoring
 from megatron_omni.evaluation.scoring import TaskScore, score_source
+from megatron_omni.generation import batches
 from megatron_omni.models.build import build_model
 from tests.distributed.harness import Rank, run_ranks
 from tests.distributed.tiny_run import chat, make_corpus, tiny_recipe
@@ -58,7 +58,7 @@ def answering(monkeypatch: pytest.MonkeyPatch, builder: SampleBuilder, answer: A
         texts = [builder.tokenizer.decode(prompt.input_ids.tolist()) for prompt in prompts]
         return [builder.tokenizer.encode(answer(text)) for text in texts]
 
-    monkeypatch.setattr(scoring, "generate", generate)
+    monkeypatch.setattr(batches, "generate", generate)
     return calls
 
 
@@ -104,7 +104,7 @@ def test_impossible_sizes_are_refused(corpus: Path, builder: SampleBuilder) -> N
     source = source_of(corpus, [chat("say one", "one")], "sizes")
     with pytest.raises(ValueError, match="batch_size is 0"):
         score_source(nn.Identity(), builder, source, pg=Groups, batch_size=0)
-    with pytest.raises(ValueError, match="limit 0"):
+    with pytest.raises(ValueError, match="limit is 0"):
         score_source(nn.Identity(), builder, source, pg=Groups, limit=0)
 
 
