@@ -145,13 +145,17 @@ def decode_audio(file: str | Path, *, max_seconds: float = MAX_AUDIO_SECONDS) ->
     with _named(file):
         if (info := _sound_info(file)) is None:
             with _open_container(file) as container:
+                # The track of a video may be shorter than the picture, and its header then says the longer of both.
+                promised = 0.0 if container.streams.video else _track_seconds(container, file)
                 samples, rate, _ = _decode_track(container, file, max_seconds)
         else:
-            _check_seconds(file, info.frames / info.samplerate, max_seconds)
+            promised = info.frames / info.samplerate
+            _check_seconds(file, promised, max_seconds)
             data, rate = soundfile.read(file, dtype="float32", always_2d=True)
             samples = data.mean(axis=1)
         if not len(samples):
             raise MediaError(file, "holds no sound samples")
+        _check_whole(file, len(samples) / rate, promised)
         return to_sample_rate(samples, rate)
 
 
@@ -192,6 +196,12 @@ def _check_seconds(file: str | Path, seconds: float, max_seconds: float) -> None
         )
 
 
+def _check_whole(file: str | Path, seconds: float, promised: float) -> None:
+    """A file that ends well before its header says was cut off; headers are rarely exact to the frame."""
+    if promised - seconds > max(0.5, 0.1 * promised):
+        raise MediaError(file, f"is cut off: its header promises {promised:.1f} s, {seconds:.1f} s are there")
+
+
 def _open_container(file: str | Path) -> av.container.InputContainer:
     if not Path(file).is_file():
         raise FileNotFoundError(file)
@@ -211,8 +221,7 @@ def _track_seconds(container: av.container.InputContainer, file: str | Path) -> 
         return float(stream.duration * stream.time_base)
     if container.duration is not None:
         return container.duration / av.time_base
-    samples, rate, _ = _decode_track(container, file, MAX_AUDIO_SECONDS)
-    return len(samples) / rate
+    raise MediaError(file, "its header does not say how long the sound is")
 
 
 def _decode_track(
@@ -308,25 +317,28 @@ def _picture_stream(container: av.container.InputContainer, file: str | Path) ->
 def _frame_times(container: av.container.InputContainer, file: str | Path) -> tuple[list[float], float]:
     """Times of all frames in seconds, ascending, and how long the picture lasts; from packets, nothing is decoded."""
     stream = _picture_stream(container, file)
-    stamps, last_duration = [], 0
-    for packet in container.demux(stream):
-        if packet.size and not packet.is_discard:  # the flush packet is empty; edit lists discard frames
+    stamps, last_duration, end_seconds = [], 0, 0.0
+    for packet in container.demux(stream, *container.streams.audio[:1]):
+        if not packet.size or packet.is_discard:  # the flush packet is empty; edit lists discard frames
+            continue
+        if packet.pts is not None and packet.time_base is not None:
+            end_seconds = max(end_seconds, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.stream_index == stream.index:
             if packet.pts is None:
                 raise MediaError(file, "has a frame without a time stamp")
             stamps.append(packet.pts)
             last_duration = packet.duration or last_duration
     if not stamps:
         raise MediaError(file, "has no frames")
+    if container.duration is not None:
+        promised = (container.duration + (container.start_time or 0)) / av.time_base
+        _check_whole(file, end_seconds, promised)
     base = stream.time_base
     assert base is not None
     stamps.sort()
     if not last_duration and len(stamps) > 1:
         last_duration = round((stamps[-1] - stamps[0]) / (len(stamps) - 1))
-    seconds = float((stamps[-1] - stamps[0] + last_duration) * base)
-    promised = float(stream.duration * base) if stream.duration else 0.0
-    if promised - seconds > max(0.5, 0.1 * promised):
-        raise MediaError(file, f"is cut off: its header promises {promised:.1f} s, {seconds:.1f} s are there")
-    return [float(stamp * base) for stamp in stamps], seconds
+    return [float(stamp * base) for stamp in stamps], float((stamps[-1] - stamps[0] + last_duration) * base)
 
 
 def _decode_frames(file: str | Path, wanted: set[float]) -> dict[float, NDArray[np.uint8]]:

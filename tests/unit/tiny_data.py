@@ -1,0 +1,80 @@
+"""A tiny recipe with real files: a tokenizer, pictures, sound and clips written into a folder, and their records."""
+
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import soundfile
+from PIL import Image
+
+from megatron_omni.config.data import DataConfig, SourceConfig
+from megatron_omni.config.model import AudioConfig, ModelConfig, VisionConfig
+from megatron_omni.config.run import Recipe
+from megatron_omni.data.tokenizer import train_sentencepiece
+
+CORPUS = ["the cat is left of the dog", "a banana and a violin: what do you hear?", "user system assistant"] * 4
+
+
+def tokenizer_file(folder: Path) -> str:
+    path = folder / "t.model"
+    if not path.exists():
+        train_sentencepiece(CORPUS, path, vocab_size=295)
+    return str(path)
+
+
+def tiny_recipe(folder: Path, sources: list[SourceConfig], *, seed: int = 11, **data) -> Recipe:
+    """Tiles of 28 px and 4 tokens, sound chunks of 1 s and 20 tokens."""
+    model = ModelConfig(
+        vocab_size=512,
+        vision=VisionConfig(image_size=28, pooled_side=2, max_tiles_per_side=3),
+        audio=AudioConfig(num_mel_bins=80, chunk_seconds=1.0, num_query_tokens=20, max_chunks=4),
+    )
+    defaults = dict(seq_length=256, micro_batch_size=2, global_batch_size=8, video_fps=2.0, min_frames=1, max_frames=8)
+    config = DataConfig(sources=sources, tokenizer=tokenizer_file(folder), **{**defaults, **data})
+    return Recipe(seed=seed, model=model, data=config)
+
+
+def row(question: str, answer: str = "a cat", **media) -> dict:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": turns, **media}
+
+
+def write_source(folder: Path, name: str, rows: list[dict | str], **config) -> SourceConfig:
+    lines = [line if isinstance(line, str) else json.dumps(line) for line in rows]
+    (folder / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines))
+    return SourceConfig(name=name, path=str(folder / f"{name}.jsonl"), **config)
+
+
+def write_image(path: Path, *, level: int = 128, size: tuple[int, int] = (28, 28)) -> Path:
+    Image.new("RGB", size, (level, level, level)).save(path)
+    return path
+
+
+def write_sound(path: Path, seconds: float, *, hertz: float = 440.0) -> Path:
+    wave = 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * 16000)) / 16000)
+    soundfile.write(path, wave.astype(np.float32), 16000)
+    return path
+
+
+def write_clip(path: Path, levels: list[int], *, sound: bool = False) -> Path:
+    """Grey frames at 2 a second; with sound, a tone as long as the picture."""
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=2)
+        video.width = video.height = 32
+        video.pix_fmt = "yuv420p"
+        video.codec_context.thread_count = 1
+        audio = container.add_stream("aac", rate=16000, layout="mono") if sound else None
+        for i, level in enumerate(levels):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), level, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, 2)
+            container.mux(video.encode(frame))
+        container.mux(video.encode())
+        if audio is not None:
+            wave = 0.5 * np.sin(2 * np.pi * 440 * np.arange(len(levels) * 8000) / 16000)
+            samples = av.AudioFrame.from_ndarray(wave[None].astype(np.float32), format="fltp", layout="mono")
+            samples.sample_rate, samples.pts = 16000, 0
+            container.mux(audio.encode(samples))
+            container.mux(audio.encode())
+    return path
