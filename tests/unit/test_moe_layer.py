@@ -198,3 +198,22 @@ def test_wrong_context_is_caught():
         layer(hidden)
     with token_context(ctx), pytest.raises(AssertionError, match="48 tokens for 24 hidden states"):
         layer(hidden[:12])
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_bfloat16_layer_stays_close_to_float64(dispatcher):
+    """Same rounded weights and input, so the fp32 gate selects alike; what is left is bf16 rounding (2^-9)."""
+    moe = settings(moe_token_dispatcher_type=dispatcher)
+    rounded = {name: value.bfloat16() for name, value in weights().items()}
+    hidden, gradient, ctx = micro_batch(0)
+    results = {}
+    for dtype in (torch.bfloat16, torch.float64):
+        layer = build_layer(moe, rounded, dtype=dtype)
+        x = hidden.bfloat16().to(dtype).requires_grad_()
+        with token_context(ctx):
+            y, _ = layer(x)
+        assert y.dtype == dtype
+        y.backward(gradient.bfloat16().to(dtype))
+        results[dtype] = [y.detach().double(), x.grad.double(), *(p.grad.double() for p in layer.parameters())]
+    for got, exact in zip(results[torch.bfloat16], results[torch.float64], strict=True):
+        assert ((got - exact).norm() / exact.norm()).item() < 0.01
