@@ -135,7 +135,9 @@ def test_statistics_count_tokens_once_and_padding_never():
     reduced = reduce_stats(stats, layers=[2, 4], moe=MoEConfig())
     assert torch.equal(reduced.selected[4], stats.selected[4]) and reduced.tokens[2].sum() == 0
     reduced = reduce_stats(stats, layers=[4], moe=MoEConfig())
-    metrics = routing_metrics(reduced, layers=[4], moe=MoEConfig())
+    metrics = routing_metrics(reduced, layers=[4], moe=MoEConfig(capacity_factor=1.0))
+    assert metrics["moe/dropped"] == pytest.approx(6 / (2 * mask.sum().item() + 6))
+    assert "moe/dropped" not in routing_metrics(reduced, layers=[4], moe=MoEConfig())
     assert metrics["moe/mean_k"] == pytest.approx(real.double().mean().item())
     assert metrics["moe/null_share"] == pytest.approx((mask[:, 4].sum() / mask.sum()).item())
     per_token = (2 * mask.sum().item() + 6) / 66

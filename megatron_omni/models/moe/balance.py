@@ -177,13 +177,14 @@ def routing_metrics(stats: RoutingStats, *, layers: Sequence[int], moe: MoEConfi
     ``moe/mean_k``: real experts per token; ``moe/null_share``: part of the selected slots that are null;
     ``moe/aux_loss``: L over the mean number of counted slots per token (1 is balanced), mean over layers and
     micro-batches;
+    ``moe/dropped``: part of the selected slots that capacity removed (where there is a capacity);
     ``moe/load/layer_{i}/{modality}/expert_{e}``: part of that modality's tokens that use slot e (``null_{e}`` after
     them).
     """
     if not layers or sum(float(stats.tokens[layer].sum()) for layer in layers) == 0:
         return {}
     metrics: dict[str, float] = {}
-    real_per_token, null_shares, losses = [], [], []
+    real_per_token, null_shares, dropped_shares, losses = [], [], [], []
     num_routed = moe.num_routed_experts
     names = [f"expert_{e}" for e in range(num_routed)] + [f"null_{e}" for e in range(moe.num_null_experts)]
     for i, layer in enumerate(layers):
@@ -200,10 +201,11 @@ def routing_metrics(stats: RoutingStats, *, layers: Sequence[int], moe: MoEConfi
             if tokens[modality] > 0:
                 for name, load in zip(names, (selected[modality] / tokens[modality]).tolist()):
                     metrics[f"moe/load/layer_{i}/{modality.name.lower()}/{name}"] = load
-        if float(stats.dropped[layer]):
-            metrics[f"moe/dropped/layer_{i}"] = float(stats.dropped[layer]) / before_drop
+        dropped_shares.append(float(stats.dropped[layer]) / max(before_drop, 1.0))
     metrics["moe/mean_k"] = sum(real_per_token) / len(layers)
     metrics["moe/null_share"] = sum(null_shares) / len(layers)
+    if moe.capacity_factor is not None:
+        metrics["moe/dropped"] = sum(dropped_shares) / len(layers)
     if losses:
         metrics["moe/aux_loss"] = sum(losses) / len(losses)
     return metrics
