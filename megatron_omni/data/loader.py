@@ -41,7 +41,7 @@ MIN_TRIED = 100
 MAX_STAND_INS = 1000
 """Rows in a row that may fail before their source counts as unusable."""
 _LOGGED_PER_REASON = 3
-_KNOWN_LENGTHS = 1 << 20
+_KNOWN_LENGTHS = 1 << 18
 
 
 class Place(NamedTuple):
@@ -262,7 +262,8 @@ class StepLoader:
             self._bad[stage] += len(skips)
             for skip in skips:
                 self._skipped[skip.reason] += 1
-                if self._skipped[skip.reason] <= _LOGGED_PER_REASON:
+                everyone_knows = stage == "planned" and self.data_rank > 0
+                if self._skipped[skip.reason] <= _LOGGED_PER_REASON and not everyone_knows:
                     logger.warning("skipped a record of %s (%s): %s", skip.source, skip.reason, skip.message)
             tried, bad = self._tried[stage], self._bad[stage]
             if tried >= MIN_TRIED and bad > self.data.max_bad_fraction * tried:
