@@ -27,9 +27,12 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     merged = OmegaConf.structured(Recipe)
     for file, layer in _extends_chain(Path(path)):
         merged = _merge(merged, layer, origin=str(file))
-    for override in overrides or []:
-        merged = _merge(merged, _parse_override(override), origin=f"override {override!r}")
-    return recipe_from_config(merged)
+    return recipe_from_config(_override(merged, overrides or []))
+
+
+def recipe_from_overrides(overrides: list[str]) -> Recipe:
+    """The defaults with ``key=value`` overrides applied (what a command line alone says)."""
+    return recipe_from_config(_override(OmegaConf.structured(Recipe), overrides))
 
 
 def recipe_from_dict(values: dict[str, Any], origin: str = "recipe") -> Recipe:
@@ -78,6 +81,12 @@ def _read_yaml(path: Path) -> DictConfig:
     if not isinstance(values, DictConfig):
         raise ValueError(f"{path}: a recipe is a mapping of fields, found a {type(values).__name__}")
     return values
+
+
+def _override(config: DictConfig, overrides: list[str]) -> DictConfig:
+    for override in overrides:
+        config = _merge(config, _parse_override(override), origin=f"override {override!r}")
+    return config
 
 
 def _parse_override(override: str) -> DictConfig:

@@ -1,0 +1,237 @@
+"""Answer a prompt with a trained checkpoint: text, images, audio and video in, text out.
+
+    python -m megatron_omni.cli.generate CHECKPOINT --image cat.png --audio q.wav --prompt "What is this?" --out DIR
+    torchrun --nproc-per-node 2 -m megatron_omni.cli.generate CHECKPOINT --jsonl records.jsonl --out DIR \
+        parallel.tensor_model_parallel_size=2
+
+One prompt writes DIR/answer.txt and prints the answer; ``--jsonl`` answers every record and writes DIR/answers.jsonl,
+a row {"record", "id", "answer"} for each. Nothing is written unless every answer is there. Exit status 2 for bad input,
+with one ``error:`` line. torch is imported after the command line has been accepted, so ``--help`` answers at once.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+EXIT_BAD_INPUT = 2
+MEDIA_KINDS = ("image", "audio", "video")
+OVERRIDES = (
+    "parallel.tensor_model_parallel_size",
+    "parallel.pipeline_model_parallel_size",
+    "parallel.expert_model_parallel_size",
+    "parallel.expert_tensor_parallel_size",
+    "parallel.distributed_timeout_seconds",
+    "data.system_prompt",
+    "data.seq_length",
+    "data.video_fps",
+    "data.min_frames",
+    "data.max_frames",
+    "data.max_frames_with_audio",
+    "data.use_video_sound",
+)
+"""Fields of the checkpoint's recipe that mean something when generating."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The command line, checked as far as that goes without reading a file's content."""
+
+    checkpoint: Path
+    out: Path
+    record: dict[str, Any] | None
+    """The one record of --prompt, --image, --audio and --video; None in --jsonl mode."""
+    jsonl: Path | None
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    batch_size: int
+    overrides: list[str]
+
+
+class _AppendMedium(argparse.Action):
+    """Keep --image, --audio and --video in the order in which they were given."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        namespace.media = [*namespace.media, (self.dest, values)]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad command line as a ValueError, like every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = _Parser(
+        prog="python -m megatron_omni.cli.generate",
+        description="Answer a prompt with text, images, audio and video from a trained checkpoint.",
+        epilog="The sizes of the layout default to 1 whatever the checkpoint was trained on; what is left of the world "
+        "size shares the records of --jsonl.",
+    )
+    p.add_argument("checkpoint", type=Path, help="run directory, or one of its checkpoints/iter_* directories")
+    for kind in MEDIA_KINDS:
+        p.add_argument(
+            f"--{kind}",
+            action=_AppendMedium,
+            metavar="FILE",
+            help=f"may be repeated; stands where the prompt has <{kind}>, or before a prompt without that marker",
+        )
+    p.add_argument("--prompt", metavar="TEXT", help="text of the user's turn")
+    p.add_argument("--jsonl", type=Path, metavar="FILE", help="answer every record of this file instead of one prompt")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the answer is written")
+    p.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default 128)")
+    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+    p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus to sample from (default 1, all)")
+    p.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the sampling (default 0)")
+    p.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts decoded together (default 16)")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help=f"one of {', '.join(OVERRIDES)}")
+    p.set_defaults(media=[])
+    return p
+
+
+def parse(argv: Sequence[str] | None = None) -> Request:
+    """The checked command line. ValueError names what is wrong."""
+    args = parser().parse_intermixed_args(argv)
+    if args.jsonl is not None and (args.media or args.prompt is not None):
+        raise ValueError("--jsonl brings its own prompts and media; leave out --prompt, --image, --audio and --video")
+    if args.jsonl is None and args.prompt is None and not args.media:
+        raise ValueError("nothing to answer: give --prompt (and media), or --jsonl")
+    for name, value in (("--max-new-tokens", args.max_new_tokens), ("--batch-size", args.batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    for override in args.overrides:
+        if override.partition("=")[0] not in OVERRIDES:
+            raise ValueError(f"override {override!r}: generation knows {', '.join(OVERRIDES)}")
+    files = [args.jsonl] if args.jsonl is not None else [Path(path) for _, path in args.media]
+    for path in files:
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+    if not args.checkpoint.is_dir():
+        raise ValueError(f"{args.checkpoint}: no such checkpoint directory")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out}: exists and is no directory")
+    return Request(
+        checkpoint=args.checkpoint,
+        out=args.out,
+        record=None if args.jsonl is not None else user_record(args.prompt or "", args.media),
+        jsonl=args.jsonl,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        overrides=args.overrides,
+    )
+
+
+def user_record(prompt: str, media: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """One user turn with its media; kinds without a marker in ``prompt`` are put before it in the order of ``media``.
+
+    ValueError where a kind has markers, but not as many as files.
+    """
+    unmarked = []
+    for kind in MEDIA_KINDS:
+        marker = f"<{kind}>"
+        num_markers = len(re.findall(re.escape(marker), prompt))
+        num_files = sum(k == kind for k, _ in media)
+        if num_markers == 0:
+            unmarked.append(kind)
+        elif num_markers != num_files:
+            raise ValueError(
+                f"the prompt has {num_markers} {marker} marker(s) for {num_files} --{kind} file(s); "
+                f"give one file for each marker, or leave {marker} out to put the files first"
+            )
+    before = "".join(f"<{kind}>" for kind, _ in media if kind in unmarked)
+    record: dict[str, Any] = {"messages": [{"role": "user", "content": before + prompt}]}
+    for kind in MEDIA_KINDS:
+        record[f"{kind}s"] = [str(Path(path).absolute()) for k, path in media if k == kind]
+    return record
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, answer, and turn what happened into an exit status."""
+    try:
+        request = parse(argv)
+    except ValueError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    from megatron_omni.platform.device import install
+
+    install()
+    from megatron_omni.parallel.groups import destroy
+    from megatron_omni.training.failure import leave, report_failure
+
+    try:
+        run(request)
+    except BaseException as error:
+        status = report_failure(error)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            leave(status)  # a rank that unwinds politely waits for peers that are waiting for it
+        return status
+    finally:
+        destroy()
+    return 0
+
+
+def run(request: Request) -> None:
+    """Answer ``request`` and write the result, on rank 0."""
+    import torch.distributed as dist
+
+    from megatron_omni.checkpoint.commit import write_text
+    from megatron_omni.data.record import Record, parse_record
+    from megatron_omni.data.sources import JsonlSource, Source
+    from megatron_omni.generation.batches import generate_all
+    from megatron_omni.generation.load import open_checkpoint
+    from megatron_omni.generation.sampling import Sampling
+
+    sampling = Sampling(temperature=request.temperature, top_p=request.top_p)
+    checkpoint = open_checkpoint(request.checkpoint, overrides=request.overrides)
+    builder = checkpoint.builder
+    records: Source | list[Record]
+    if request.jsonl is None:
+        records = [parse_record(request.record, where="command line")]
+    else:
+        records = JsonlSource(request.jsonl, name=str(request.jsonl))
+    first = builder.build_prompt(records[0])  # before the weights: a bad file shows at once
+    answers = generate_all(
+        checkpoint.load_model(),
+        lambda row: builder.build_prompt(records[row]) if row else first,
+        len(records),
+        batch_size=request.batch_size,
+        pg=checkpoint.pg,
+        tokenizer=builder.tokenizer,
+        max_new_tokens=request.max_new_tokens,
+        sampling=sampling,
+        seed=request.seed,
+    )
+    if dist.get_rank() != 0:
+        return
+    texts = [builder.tokenizer.decode(answers[row]) for row in range(len(records))]
+    request.out.mkdir(parents=True, exist_ok=True)
+    if request.jsonl is None:
+        write_text(request.out / "answer.txt", texts[0] + "\n")
+        print(texts[0])
+    else:
+        rows = [{"record": i, "id": records[i].id, "answer": text} for i, text in enumerate(texts)]
+        write_text(request.out / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        print(f"{len(rows)} answers in {request.out / 'answers.jsonl'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

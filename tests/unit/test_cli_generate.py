@@ -1,0 +1,193 @@
+"""The generation command line: what it accepts, and one clear error with status 2 for everything else."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_omni.cli.generate import main, parse, user_record
+from megatron_omni.data.record import parse_record
+from megatron_omni.generation.engine import generate
+from megatron_omni.generation.load import open_checkpoint
+from tests.distributed.harness import Rank, run_ranks
+from tests.distributed.tiny_run import chat, make_corpus, run_tiny, tiny_recipe
+
+
+def test_media_without_markers_come_first_in_the_order_given() -> None:
+    record = user_record("What?", [("audio", "a.wav"), ("image", "b.png"), ("audio", "c.wav")])
+    assert record["messages"] == [{"role": "user", "content": "<audio><image><audio>What?"}]
+    assert [Path(p).name for p in record["audios"]] == ["a.wav", "c.wav"]
+    assert [Path(p).name for p in record["images"]] == ["b.png"]
+    assert record["videos"] == []
+
+
+def test_markers_keep_their_place_and_unmarked_kinds_come_first() -> None:
+    record = user_record("Is <image> like <image>?", [("image", "a.png"), ("video", "v.mp4"), ("image", "b.png")])
+    assert record["messages"][0]["content"] == "<video>Is <image> like <image>?"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "media", "message"),
+    [
+        ("<image> and <image>", [("image", "a.png")], r"2 <image> marker\(s\) for 1 --image"),
+        ("<audio>", [], r"1 <audio> marker\(s\) for 0 --audio"),
+        ("<video>", [("video", "a"), ("video", "b")], r"1 <video> marker\(s\) for 2 --video"),
+    ],
+)
+def test_a_count_that_does_not_fit_names_marker_and_count(prompt: str, media: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        user_record(prompt, media)
+
+
+def test_command_line_in_any_order(tmp_path: Path) -> None:
+    image = tmp_path / "a.png"
+    image.touch()
+    size = "parallel.tensor_model_parallel_size=2"
+    request = parse(["--out", "o", str(tmp_path), "--image", str(image), size, "--temperature", "0.5", "--seed", "7"])
+    assert request.checkpoint == tmp_path
+    assert request.overrides == [size]
+    assert (request.temperature, request.top_p, request.seed) == (0.5, 1.0, 7)
+    assert request.record is not None and request.record["images"] == [str(image)]
+
+
+BAD_COMMAND_LINES = {
+    "no checkpoint": (["{tmp}/nothing", "--prompt", "hi", "--out", "{tmp}/out"], "nothing: no such checkpoint"),
+    "no image": (["{tmp}", "--image", "{tmp}/no.png", "--out", "{tmp}/out"], "no.png: no such file"),
+    "no jsonl": (["{tmp}", "--jsonl", "{tmp}/no.jsonl", "--out", "{tmp}/out"], "no.jsonl: no such file"),
+    "nothing to answer": (["{tmp}", "--out", "{tmp}/out"], "give --prompt"),
+    "two sources of prompts": (["{tmp}", "--jsonl", "{file}", "--prompt", "x", "--out", "{tmp}/out"], "--jsonl brings"),
+    "no out": (["{tmp}", "--prompt", "hi"], "--out"),
+    "out is a file": (["{tmp}", "--prompt", "hi", "--out", "{file}"], "is no directory"),
+    "marker without file": (["{tmp}", "--prompt", "<image>", "--out", "{tmp}/out"], "1 <image> marker(s) for 0"),
+    "unknown option": (["{tmp}", "--prompt", "hi", "--out", "{tmp}/out", "--wrong", "1"], "--wrong"),
+    "unknown override": (["{tmp}", "--prompt", "hi", "--out", "{tmp}/out", "optim.lr=1"], "optim.lr=1"),
+    "no override": (["{tmp}", "--prompt", "hi", "--out", "{tmp}/out", "word"], "'word'"),
+    "no tokens": (["{tmp}", "--prompt", "hi", "--out", "{tmp}/out", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+    "top-p of greedy": (["{tmp}", "--prompt", "hi", "--out", "{tmp}/out", "--top-p", "0.5"], "top_p is 0.5"),
+    "temperature": (["{tmp}", "--prompt", "hi", "--out", "{tmp}/out", "--temperature", "-1"], "temperature is -1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_COMMAND_LINES)
+def test_bad_command_line_ends_with_status_2_and_one_line(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    arguments, message = BAD_COMMAND_LINES[name]
+    assert main([a.format(tmp=tmp_path, file=file) for a in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert message in captured.err
+    assert captured.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+@dataclass(frozen=True)
+class Trained:
+    run_dir: Path
+    media: Path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A run of three steps with large weights, whose answers to different questions differ."""
+    directory = tmp_path_factory.mktemp("cli")
+    corpus = make_corpus(directory / "corpus")
+    run_tiny(tiny_recipe(corpus, directory / "run", train_iters=3, model__init_method_std=0.25), 1)
+    return Trained(directory / "run", corpus)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    status: int
+    out: str
+    err: str
+
+
+def run_command(rank: Rank, arguments: list[str], port: int) -> Outcome:
+    if rank.world_size > 1:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {k: str(v) for k, v in {"RANK": rank.index, "WORLD_SIZE": rank.world_size, **address}.items()}
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(arguments)
+    return Outcome(status, out.getvalue(), err.getvalue())
+
+
+def command(*arguments: object, ranks: int = 1) -> list[Outcome]:
+    """The outcome of the command on each rank, in processes of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return run_ranks(run_command, ranks, [str(a) for a in arguments], port)
+
+
+def answer_directly(rank: Rank, run_dir: Path, record: dict[str, Any]) -> str:
+    """The library's answer to a record, without the command line."""
+    checkpoint = open_checkpoint(run_dir)
+    tokenizer = checkpoint.builder.tokenizer
+    prompt = checkpoint.builder.build_prompt(parse_record(record))
+    return tokenizer.decode(
+        generate(checkpoint.load_model(), [prompt], tokenizer=tokenizer, max_new_tokens=8, pg=checkpoint.pg)[0]
+    )
+
+
+def test_answers_a_prompt_with_media_as_the_library_does(trained: Trained, tmp_path: Path) -> None:
+    image, sound = str(trained.media / "1.png"), str(trained.media / "2.wav")
+    record = chat("<audio>red or <image> then", "") | {"images": [image], "audios": [sound]}
+    record["messages"].pop()
+    expected = run_ranks(answer_directly, 1, trained.run_dir, record)[0]
+    assert expected
+    media = ["--image", image, "--audio", sound, "--prompt", "red or <image> then", "--max-new-tokens", 8]
+    outcome = command(trained.run_dir, *media, "--out", tmp_path / "new" / "out")[0]
+    assert (outcome.status, outcome.out, outcome.err) == (0, expected + "\n", "")
+    assert (tmp_path / "new" / "out" / "answer.txt").read_text() == expected + "\n"
+
+
+def test_answers_records_in_order_on_any_layout(trained: Trained, tmp_path: Path) -> None:
+    jsonl = trained.media / "text.jsonl"
+    common = ["--jsonl", jsonl, "--max-new-tokens", 5, "--batch-size", 3, "--temperature", 0.8, "--seed", 4]
+    outcome = command(trained.run_dir, *common, "--out", tmp_path / "alone")[0]
+    assert outcome.status == 0, outcome.err
+    rows = [json.loads(line) for line in (tmp_path / "alone" / "answers.jsonl").read_text().splitlines()]
+    assert [row["record"] for row in rows] == list(range(len(jsonl.read_text().splitlines())))
+    assert len({row["answer"] for row in rows}) > 5
+    for name, override in {"dp": [], "tp": ["parallel.tensor_model_parallel_size=2"]}.items():
+        outcomes = command(trained.run_dir, *common, "--out", tmp_path / name, *override, ranks=2)
+        assert [outcome.status for outcome in outcomes] == [0, 0], outcomes
+        assert outcomes[1].out == ""
+        assert (tmp_path / name / "answers.jsonl").read_text() == (tmp_path / "alone" / "answers.jsonl").read_text()
+
+
+def test_bad_files_end_with_status_2_and_write_nothing(trained: Trained, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    (tmp_path / "empty.wav").touch()
+    (tmp_path / "bad.jsonl").write_text('{"messages": "x"}\n')
+    (tmp_path / "empty").mkdir()
+    damaged = tmp_path / "damaged"
+    shutil.copytree(trained.run_dir, damaged)
+    for file in damaged.rglob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:-1])
+    for arguments, message in (
+        ([trained.run_dir, "--image", tmp_path / "broken.png"], "broken.png"),
+        ([trained.run_dir, "--audio", tmp_path / "empty.wav"], "empty.wav"),
+        ([trained.run_dir, "--jsonl", tmp_path / "bad.jsonl"], "bad.jsonl:1"),
+        ([trained.run_dir, "--prompt", "red " * 500], "exceed data.seq_length"),
+        ([trained.run_dir, "--prompt", "x", "parallel.tensor_model_parallel_size=2"], "tensor_model_parallel_size=2"),
+        ([tmp_path / "empty", "--prompt", "x"], "no checkpoint there"),
+        ([damaged, "--prompt", "x"], "no checkpoint is whole"),
+    ):
+        outcome = command(*arguments, "--out", tmp_path / "out")[0]
+        assert outcome.status == 2, outcome
+        assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err
+        assert message in outcome.err
+        assert outcome.out == ""
+        assert not (tmp_path / "out").exists()
