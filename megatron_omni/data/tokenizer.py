@@ -6,7 +6,8 @@ places the special ids itself. Two backends behind one class:
 * ``SentencePieceTokenizer``: a ``.model`` file. Specials are its control symbols, which are never matched in text.
 * ``HuggingFaceTokenizer``: a directory with ``tokenizer.json`` (Qwen2.5). Special tokens that the file lacks are
   appended in the order of ``ALL_SPECIALS``; for Qwen2.5, whose last id is 151664, that gives Uni-MoE-2.0's ids
-  151665..151706, and any other outcome on a Qwen vocabulary is refused.
+  151665..151706, and any other outcome on a Qwen vocabulary is refused. Added tokens that the file itself marks as
+  not special (``<tool_call>``, ``<|fim_prefix|>``) remain text, as in Qwen.
 
 ``train_sentencepiece`` makes a small tokenizer from a corpus, the same bytes for the same input.
 """
