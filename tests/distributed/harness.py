@@ -7,6 +7,7 @@ shown. It never hangs.
 """
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -48,9 +49,11 @@ class Rank:
         return groups.initialize(parallel, store=self.store, rank=self.index, world_size=self.world_size)
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120.0) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 40.0) -> list[Any]:
     """Results of ``fn(rank, *args)`` on ``world_size`` forked ranks, in rank order. Results travel by pickle."""
     assert not dist.is_initialized(), "the test process holds process groups: call groups.destroy() first"
+    # Process groups that earlier tests dropped must die here: a fork has not the threads that their destructors join.
+    gc.collect()
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="ranks-") as directory:
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
@@ -110,6 +113,7 @@ def _child(
     fn: Callable[..., Any], index: int, world_size: int, directory: Path, sender: Connection, args: tuple[Any, ...]
 ) -> None:
     """Body of one rank: run, answer, then wait to be killed, so that no peer sees its sockets close early."""
+    gc.freeze()  # the parent's objects are not this process's to collect
     torch.set_num_threads(1)
     with open(directory / f"stack{index}", "w") as stack_file:
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)

@@ -1,4 +1,7 @@
-"""The dense trunk trains alike on every layout: same weights at the start, same losses over 20 steps as one rank."""
+"""The trunk trains alike on every layout: same weights at the start, same losses over 20 AdamW steps as one rank.
+
+Dense and with experts, whose routing is drawn: draws are keyed by token, so a layout changes nothing but rounding.
+"""
 
 from functools import cache, partial
 
@@ -8,11 +11,13 @@ import torch.distributed as dist
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from megatron_omni.batch import IGNORE_LABEL, OmniBatch
-from megatron_omni.config.model import ModelConfig
+from megatron_omni.config.model import ModelConfig, MoEConfig
 from megatron_omni.config.optim import OptimConfig
 from megatron_omni.config.parallel import ParallelConfig
 from megatron_omni.config.run import Recipe
 from megatron_omni.models.build import build_language_model
+from megatron_omni.models.language import layer_pattern
+from megatron_omni.models.omni import token_facts
 from megatron_omni.parallel import groups
 from megatron_omni.parallel.schedule import run_step
 from megatron_omni.parallel.wrap import wrap_model
@@ -21,15 +26,17 @@ from tests.distributed.harness import Rank, run_ranks
 STEPS, MICRO_BATCHES, ROWS, VOCAB = 20, 4, 2, 250
 
 
-def _recipe(*, tied: bool = False, precision: str = "fp32", recompute: str = "none", **sizes: int) -> Recipe:
+def _recipe(
+    *, tied: bool = False, precision: str = "fp32", recompute: str = "none", moe: bool = False, **sizes: int
+) -> Recipe:
+    experts = MoEConfig(num_shared_experts=1, moe_ffn_hidden_size=24, moe_shared_expert_intermediate_size=8)
     model = ModelConfig(
         num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, kv_channels=16,
-        vocab_size=VOCAB, make_vocab_size_divisible_by=64, mrope_section=[2, 3, 3], moe=None, vision=None, audio=None,
-        untie_embeddings_and_output_weights=not tied, init_method_std=0.1,
+        vocab_size=VOCAB, make_vocab_size_divisible_by=64, mrope_section=[2, 3, 3], moe=experts if moe else None,
+        vision=None, audio=None, untie_embeddings_and_output_weights=not tied, init_method_std=0.1,
     )  # fmt: skip
-    return Recipe(
-        model=model, parallel=ParallelConfig(recompute=recompute, **sizes), optim=OptimConfig(precision=precision)
-    )
+    parallel = ParallelConfig(recompute=recompute, **sizes)
+    return Recipe(model=model, parallel=parallel, optim=OptimConfig(precision=precision))
 
 
 def _batch(step: int, index: int) -> OmniBatch:
@@ -43,13 +50,15 @@ def _batch(step: int, index: int) -> OmniBatch:
     zeros = torch.zeros(ROWS, size, dtype=torch.long)
     return OmniBatch(
         input_ids=ids[:, :-1], labels=labels, position_ids=positions.expand(3, ROWS, size), segment_ids=zeros,
-        sample_ids=zeros, sample_positions=positions, modality=zeros, source_ids=zeros,
+        sample_ids=zeros + torch.arange(ROWS)[:, None] + ROWS * index, sample_positions=positions, modality=zeros,
+        source_ids=zeros,
     )  # fmt: skip
 
 
-def _forward_step(batch, model, *, num_labels):
+def _forward_step(batch, model, *, num_labels, step):
+    ctx = token_facts(batch, seed=1, step=step, stochastic=True, aux_loss_scale=0.01, stats=None)
     losses = model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids, ctx=None,
+        input_ids=batch.input_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids, ctx=ctx,
         labels=batch.labels,
     )  # fmt: skip
 
@@ -60,8 +69,8 @@ def _forward_step(batch, model, *, num_labels):
     return losses, loss_function
 
 
-def _train(rank: Rank | None, recipe: Recipe, steps: int = STEPS) -> list[float]:
-    """Loss of each step, over all micro-batches of all ranks."""
+def _train(rank: Rank | None, recipe: Recipe, steps: int = STEPS) -> tuple[list[float], list[float]]:
+    """Loss and gradient norm of each step, over all micro-batches of all ranks."""
     pg = groups.initialize(recipe.parallel) if rank is None else rank.initialize(recipe.parallel)
     layout = groups.layout(pg)
     model = wrap_model(build_language_model(recipe, pg), recipe, pg)
@@ -70,14 +79,14 @@ def _train(rank: Rank | None, recipe: Recipe, steps: int = STEPS) -> list[float]
         params_dtype=model.config.pipeline_dtype, use_distributed_optimizer=recipe.optim.use_distributed_optimizer,
     )  # fmt: skip
     optimizer = get_megatron_optimizer(config, [model], pg_collection=pg, use_gloo_process_groups=False)
-    losses = []
+    losses, norms = [], []
     for step in range(steps):
         batches = [_batch(step, i) for i in range(MICRO_BATCHES)]
         num_labels = sum(b.num_label_tokens for b in batches)
         model.zero_grad_buffer()
         optimizer.zero_grad()
         reports = run_step(
-            partial(_forward_step, num_labels=num_labels),
+            partial(_forward_step, num_labels=num_labels, step=step),
             batches[layout.dp_rank :: layout.dp_size],
             model,
             pg=pg,
@@ -86,16 +95,17 @@ def _train(rank: Rank | None, recipe: Recipe, steps: int = STEPS) -> list[float]
         total = torch.stack(reports).sum() if layout.is_last_stage else torch.zeros(())
         dist.all_reduce(total)
         losses.append(total.item() / layout.tp_size)
-        updated, _, _ = optimizer.step()
+        updated, norm, _ = optimizer.step()
+        norms.append(norm)
         assert updated
     if rank is None:
         groups.destroy()
-    return losses
+    return losses, norms
 
 
 @cache
-def _one_rank(tied: bool = False, precision: str = "fp32") -> list[float]:
-    return _train(None, _recipe(tied=tied, precision=precision))
+def _one_rank(tied: bool = False, moe: bool = False) -> tuple[list[float], list[float]]:
+    return _train(None, _recipe(tied=tied, moe=moe))
 
 
 LAYOUTS = {
@@ -104,30 +114,53 @@ LAYOUTS = {
     "TP2xPP2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
     "DP2": {},
 }
-RANKS = {"TP2": 2, "PP2": 2, "TP2xPP2": 4, "DP2": 2}
+MOE_LAYOUTS = {
+    "EP2": {"expert_model_parallel_size": 2},
+    "TP2xEP2": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
+    "PP2xEP2": {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
+    "TP2xETP2": {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2},
+}
+RANKS = {"TP2": 2, "PP2": 2, "TP2xPP2": 4, "DP2": 2, "EP2": 2, "TP2xEP2": 2, "PP2xEP2": 4, "TP2xETP2": 2}
+
+
+def _assert_equal_training(recipe: Recipe, num_ranks: int, expected: tuple[list[float], list[float]]) -> None:
+    losses, norms = expected
+    assert losses[-1] < 0.8 * losses[0], "the reference does not learn, so equality would prove little"
+    assert max(norms) > 1.0, "nothing is clipped, so a wrong norm would not show"
+    for their_losses, their_norms in run_ranks(_train, num_ranks, recipe):
+        assert their_losses == pytest.approx(losses, rel=1e-4)
+        assert their_norms == pytest.approx(norms, rel=1e-3)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_equal_one_rank(layout: str, tied: bool) -> None:
-    expected = _one_rank(tied=tied)
-    assert expected[-1] < 0.8 * expected[0], "the reference does not learn, so equality would prove little"
-    for losses in run_ranks(_train, RANKS[layout], _recipe(tied=tied, **LAYOUTS[layout])):
-        assert losses == pytest.approx(expected, rel=1e-4)
+def test_training_equals_one_rank(layout: str, tied: bool) -> None:
+    _assert_equal_training(_recipe(tied=tied, **LAYOUTS[layout]), RANKS[layout], _one_rank(tied=tied))
 
 
-def test_recompute_under_pipeline_and_tensor_parallelism_equals_one_rank() -> None:
-    recipe = _recipe(recompute="full", **LAYOUTS["TP2xPP2"])
-    for losses in run_ranks(_train, 4, recipe, 5):
-        assert losses == pytest.approx(_one_rank()[:5], rel=1e-4)
+@pytest.mark.parametrize("layout", MOE_LAYOUTS)
+def test_training_with_experts_equals_one_rank(layout: str) -> None:
+    _assert_equal_training(_recipe(moe=True, **MOE_LAYOUTS[layout]), RANKS[layout], _one_rank(moe=True))
+
+
+@pytest.mark.parametrize(
+    ("recompute", "sizes"),
+    [("moe", MOE_LAYOUTS["PP2xEP2"]), ("full", MOE_LAYOUTS["PP2xEP2"]), ("full", LAYOUTS["TP2xPP2"])],
+    ids=["moe-PP2xEP2", "full-PP2xEP2", "full-TP2xPP2"],
+)
+def test_recompute_with_micro_batches_in_flight_equals_one_rank(recompute: str, sizes: dict[str, int]) -> None:
+    """A replayed layer must see the tokens of its own micro-batch, not of the one computed last."""
+    losses, norms = _one_rank(moe=True)
+    for their_losses, their_norms in run_ranks(_train, 4, _recipe(moe=True, recompute=recompute, **sizes), 5):
+        assert their_losses == pytest.approx(losses[:5], rel=1e-4)
+        assert their_norms == pytest.approx(norms[:5], rel=1e-3)
 
 
 def test_bf16_follows_fp32() -> None:
     """bf16 keeps 8 bits: losses agree to a percent while the model learns."""
-    recipe = _recipe(precision="bf16", **LAYOUTS["TP2"])
-    losses = run_ranks(_train, 2, recipe)[0]
-    assert losses == pytest.approx(_one_rank(), rel=0.02)
-    assert losses != pytest.approx(_one_rank(), rel=1e-5), "computed in fp32?"
+    losses, _ = run_ranks(_train, 2, _recipe(precision="bf16", **LAYOUTS["TP2"]))[0]
+    assert losses == pytest.approx(_one_rank()[0], rel=0.02)
+    assert losses != pytest.approx(_one_rank()[0], rel=1e-5), "computed in fp32?"
 
 
 def test_first_gradient_of_every_parameter_equals_one_rank() -> None:
@@ -152,7 +185,7 @@ def _gradients(rank: Rank, recipe: Recipe):
     model = wrap_model(build_language_model(recipe, pg), recipe, pg)
     batches = [_batch(0, i) for i in range(MICRO_BATCHES)]
     model.zero_grad_buffer()
-    run_step(partial(_forward_step, num_labels=10), batches, model, pg=pg, recipe=recipe)
+    run_step(partial(_forward_step, num_labels=10, step=0), batches, model, pg=pg, recipe=recipe)
     return {
         name: (
             p.partition_dim if getattr(p, "tensor_model_parallel", False) else None,
@@ -165,6 +198,4 @@ def _gradients(rank: Rank, recipe: Recipe):
 
 def test_uneven_pipeline_is_refused() -> None:
     with pytest.raises(ValueError, match=r"pipeline_model_parallel_size=2 does not divide model.num_layers=3"):
-        from megatron_omni.models.language import layer_pattern
-
         layer_pattern(3, moe=False, pipeline_size=2)
