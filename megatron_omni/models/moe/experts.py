@@ -74,6 +74,8 @@ class RoutedExperts(torch.nn.Module):
             # too): otherwise an optimizer checkpoint could not move between EP = 1 and EP > 1.
             weight.allreduce = False  # type: ignore[attr-defined]
             weight.global_expert_offset = self.global_expert_offset  # type: ignore[attr-defined]
+            # Slices under expert tensor parallelism: every rank's share counts in the gradient norm, copies count once.
+            weight.tensor_model_parallel = self.etp_size > 1  # type: ignore[attr-defined]
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Outputs [A, H] of rows [A, H] grouped by local expert with ``offsets`` [E_local + 1]; partial under etp."""
