@@ -11,12 +11,15 @@ Every rank sees the same outcome: after each phase the ranks exchange their erro
 Shapes and dtypes are compared before a tensor is read: Megatron would cast a wrong dtype in silence.
 """
 
+import gc
+import logging
 import queue
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -261,10 +264,13 @@ def _set_rng_state(state: dict[str, Any]) -> None:
 def _together(action: Callable[[], Any], *, what: str) -> None:
     """Run ``action`` on every rank; if it fails on any, CheckpointError on all of them."""
     failure = None
-    try:
-        action()
-    except FAILURES as error:
-        failure = f"[rank {dist.get_rank()}] {what}: {_reason(error)}"
+    with _writer_errors() as errors, _no_garbage_collection():
+        try:
+            action()
+        except FAILURES as error:
+            gc.freeze()
+            text = errors[0] if errors else _reason(error)
+            failure = _Failure(f"[rank {dist.get_rank()}] {what}: {text}", is_cause=bool(errors))
     _agree(failure)
 
 
@@ -275,15 +281,57 @@ def _on_first_rank(action: Callable[[], Any], *, what: str) -> None:
         try:
             action()
         except FAILURES as error:
-            failure = f"{what}: {_reason(error)}"
+            failure = _Failure(f"{what}: {_reason(error)}", is_cause=True)
     _agree(failure)
 
 
-def _agree(failure: str | None) -> None:
-    failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    if first := next((text for text in failures if text is not None), None):
-        raise CheckpointError(first)
+class _Failure(NamedTuple):
+    text: str
+    is_cause: bool
+    """Whether this rank itself failed, not merely heard of it."""
+
+
+def _agree(failure: _Failure | None) -> None:
+    everyone: list[_Failure | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, failure)
+    failures = sorted((f for f in everyone if f is not None), key=lambda f: not f.is_cause)
+    if failures:
+        raise CheckpointError(failures[0].text)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """torch's zip writer, left in a reference cycle by a write that failed, crashes the process when the collector
+    finds it.
+
+    So nothing is collected while files are written, and after a failure what exists then is exempt for good.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def _writer_errors() -> Iterator[list[str]]:
+    """What Megatron's file writer logs as errors inside the block: it drops the text of an OSError from its exception.
+    """
+    errors: list[str] = []
+    writer = logging.getLogger(filesystem_async.__name__)
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            errors.append(record.getMessage().split("an error: ")[-1])
+        return record.levelno < logging.ERROR
+
+    writer.addFilter(keep)
+    try:
+        yield errors
+    finally:
+        writer.removeFilter(keep)
 
 
 def _reason(error: BaseException) -> str:

@@ -52,6 +52,10 @@ def build_optimizer(
         config, [model], config_overrides=_overrides(recipe), use_gloo_process_groups=False, pg_collection=pg
     )
     assert isinstance(optimizer, ChainedOptimizer)
+    for member in optimizer.chained_optimizers:
+        if not member.is_stub_optimizer:
+            # So that a checkpoint has the same tensors before the first update as after it.
+            member.init_state_fn(member.optimizer, member.config)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -73,6 +73,8 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
     model = build_model(recipe, pg)
     freeze(model, recipe, pg)
     if recipe.init_from is not None:
+        if recipe.optim.precision == "bf16":  # as the wrapper will: a checkpoint must have this run's dtype
+            model.bfloat16()
         load_weights(Path(recipe.init_from), model=model, pg=pg)
     wrapped = wrap_model(model, recipe, pg)
     optimizer, scheduler = build_optimizer(wrapped, recipe, pg)

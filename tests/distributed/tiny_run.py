@@ -92,7 +92,7 @@ def tiny_values() -> dict[str, Any]:
             },
         },
         "data": {"seq_length": 128, "micro_batch_size": 2, "global_batch_size": 8, "batch_by": "mixed"},
-        "optim": {"lr": 2e-3, "lr_warmup_iters": 2, "precision": "fp32", "weight_decay": 0.01},
+        "optim": {"lr": 2e-3, "lr_warmup_iters": 2, "lr_decay_iters": 20, "precision": "fp32", "weight_decay": 0.01},
         "checkpoint": {"save_interval": 0},
         "log": {"interval": 1, "tensorboard": False, "expert_load": False},
     }

@@ -1,0 +1,234 @@
+"""A run that was stopped and resumed equals one that never stopped: bit for bit on the same layout, to rounding on
+another.
+"""
+
+import os
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_omni.checkpoint import commit
+from megatron_omni.checkpoint.commit import CheckpointError
+from megatron_omni.config.load import load_recipe
+from megatron_omni.config.run import Recipe
+from megatron_omni.data.tokenizer import load_tokenizer
+from megatron_omni.parallel.wrap import unwrap_model
+from megatron_omni.training.loop import train
+from megatron_omni.training.setup import Run, save
+from tests.distributed.harness import COLLECTIVE_TIMEOUT_SECONDS, Rank, run_ranks
+from tests.distributed.tiny_run import make_corpus, prepare, records, run_tiny, tiny_recipe, train_rank
+
+STEPS, STOP = 8, 4
+TP, PP = {"parallel__tensor_model_parallel_size": 2}, {"parallel__pipeline_model_parallel_size": 2}
+EP = {"parallel__expert_model_parallel_size": 2}
+BF16 = {"optim__precision": "bf16"}
+PLAIN = {"optim__use_distributed_optimizer": False}
+TIMES = ("time/", "step time", "tokens/s", "TFLOP/s")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """One rank, fp32, never stopped."""
+    return run_tiny(tiny_recipe(corpus, tmp_path_factory.mktemp("undisturbed"), train_iters=STEPS), 1)
+
+
+def stop_at(step: int, *, rank: int = 0, number: int = signal.SIGTERM) -> Callable[[Run], None]:
+    """Send this process a signal while ``rank`` reads the data of ``step``."""
+
+    def before(run: Run) -> None:
+        if dist.get_rank() != rank or run.loader is None:
+            return
+        read = run.loader.next_step
+
+        def next_step() -> Any:
+            if run.state.step + 1 == step:
+                os.kill(os.getpid(), number)
+            return read()
+
+        run.loader.next_step = next_step  # type: ignore[method-assign]
+
+    return before
+
+
+def stop_and_resume(
+    corpus: Path, run_dir: Path, first: tuple[int, dict[str, Any]], second: tuple[int, dict[str, Any]], **settings: Any
+) -> list[dict[str, float]]:
+    """Stop after ``STOP`` on one layout, finish on another; the records of both parts."""
+    stopped = tiny_recipe(corpus, run_dir, train_iters=STEPS, **first[1], **settings)
+    assert set(run_ranks(train_rank, first[0], stopped, stop_at(STOP, rank=first[0] - 1 if not first[1] else 0))) == {
+        75
+    }
+    assert (run_dir / "requeue").read_text() == f"{STOP}\n"
+    assert records(stopped)[-1]["step"] == STOP
+    resumed = tiny_recipe(corpus, run_dir, train_iters=STEPS, load="auto", **second[1], **settings)
+    result = run_tiny(resumed, second[0])
+    assert not (run_dir / "requeue").exists()
+    return result
+
+
+def exact(run: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{name: value for name, value in record.items() if not name.startswith(TIMES)} for record in run]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        pytest.param(2, EP | BF16, id="ep2-bf16"),
+        pytest.param(2, PP | BF16 | PLAIN, id="pp2-bf16-plain-adam"),
+        pytest.param(2, TP, id="tp2-fp32"),
+    ],
+)
+def test_bit_equal_on_the_same_layout(corpus: Path, tmp_path: Path, world_size: int, layout: dict[str, Any]) -> None:
+    straight = run_tiny(tiny_recipe(corpus, tmp_path / "straight", train_iters=STEPS, **layout), world_size)
+    resumed = stop_and_resume(corpus, tmp_path / "stopped", (world_size, layout), (world_size, layout))
+    assert exact(resumed) == exact(straight)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        pytest.param((1, {}), (2, EP), id="ep1-to-ep2"),
+        pytest.param((2, EP), (1, {}), id="ep2-to-ep1"),
+        pytest.param((2, EP | PLAIN), (1, PLAIN), id="ep2-to-ep1-plain-adam"),
+        pytest.param((4, TP | PP | EP), (2, {}), id="tp2pp2ep2-to-dp2"),
+    ],
+)
+def test_equal_to_rounding_on_another_layout(
+    undisturbed: list[dict[str, float]],
+    corpus: Path,
+    tmp_path: Path,
+    first: tuple[int, dict[str, Any]],
+    second: tuple[int, dict[str, Any]],
+) -> None:
+    resumed = stop_and_resume(corpus, tmp_path, first, second)
+    for mine, theirs in zip(resumed, undisturbed, strict=True):
+        assert mine["lm loss"] == pytest.approx(theirs["lm loss"], rel=1e-6)
+        assert mine["grad-norm"] == pytest.approx(theirs["grad-norm"], rel=1e-5)
+        assert mine["learning-rate"] == theirs["learning-rate"]
+        assert mine["consumed samples"] == theirs["consumed samples"]
+
+
+def test_a_checkpoint_is_complete_and_describes_itself(corpus: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(corpus, tmp_path, train_iters=4, checkpoint__save_interval=1, checkpoint__keep=2)
+    recipe.parallel.distributed_timeout_seconds = COLLECTIVE_TIMEOUT_SECONDS  # as the harness sets it
+    run_tiny(recipe, 1)
+    root = tmp_path / "checkpoints"
+    assert sorted(commit.steps(root)) == [3, 4]
+    newest = commit.find(tmp_path)
+    assert newest == root / "iter_0000004"
+    assert load_recipe(newest / "run_config.yaml") == recipe
+    assert load_tokenizer(newest / "tokenizer" / "tokenizer.model").vocab_size == 300
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+
+def refusal(rank: Rank, recipe: Recipe) -> str:
+    with pytest.raises(ValueError) as caught:
+        prepare(rank, recipe)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run directory of a finished one-step run."""
+    run_dir = tmp_path_factory.mktemp("finished")
+    run_tiny(tiny_recipe(corpus, run_dir, train_iters=1), 1)
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model__moe__moe_ffn_hidden_size": 40}, ("experts.linear_fc1.weight", "64]", "80]")),
+        ({"optim__precision": "bf16"}, ("torch.float32", "torch.bfloat16", "optim.precision")),
+        ({"model__vision": None}, ("vision.", "does not have")),
+        ({"model__num_layers": 3}, ("has no tensor", "layers.4")),
+    ],
+)
+def test_weights_of_another_model_are_refused_by_name(
+    corpus: Path, tmp_path: Path, finished: Path, change: dict[str, Any], named: tuple[str, ...]
+) -> None:
+    recipe = tiny_recipe(corpus, tmp_path, init_from=str(finished), **change)
+    if recipe.model.vision is None:
+        recipe.data.sources = recipe.data.sources[:1]
+    message = run_ranks(refusal, 1, recipe)[0]
+    assert all(text in message for text in named), message
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"optim__lr": 1e-4}, "optim.lr=0.0001"),
+        ({"model__moe__top_p": 0.5}, "model.moe"),
+        ({"freeze": ["vision"]}, "freeze"),
+        ({"load": "nowhere"}, "load='nowhere'"),
+    ],
+)
+def test_a_resumed_run_may_not_change_what_its_optimizer_belongs_to(
+    corpus: Path, finished: Path, change: dict[str, Any], named: str
+) -> None:
+    recipe = tiny_recipe(corpus, finished, train_iters=2, **{"load": str(finished), **change})
+    message = run_ranks(refusal, 1, recipe)[0]
+    assert (named in message and "init_from" in message) or "run directory" in message
+
+
+def weights(rank: Rank, recipe: Recipe) -> dict[str, torch.Tensor]:
+    run = prepare(rank, recipe)
+    assert run.state.step == 0
+    return {name: p.detach().clone() for name, p in unwrap_model(run.model).named_parameters()}
+
+
+def test_init_from_takes_the_weights_and_starts_at_step_0(corpus: Path, tmp_path: Path, finished: Path) -> None:
+    trained = run_ranks(weights, 1, tiny_recipe(corpus, tmp_path, init_from=str(finished), seed=99))[0]
+    fresh = run_ranks(weights, 1, tiny_recipe(corpus, tmp_path, seed=99))[0]
+    again = run_ranks(weights, 2, tiny_recipe(corpus, tmp_path, init_from=str(finished), **EP))[0]
+    assert all(not torch.equal(trained[name], fresh[name]) for name in trained if name.endswith("mlp.router.weight"))
+    for name, value in again.items():
+        expected = trained[name]
+        assert torch.equal(value, expected[: len(value)] if ".experts.weight" in name else expected), name
+
+
+# ---------------------------------------------------------------------------------------------------- disk full
+
+
+def fill_the_disk_of_one_rank(rank: Rank, recipe: Recipe) -> tuple[str, list[int], int]:
+    """Save twice with a small file-size limit on the last rank in between; (error, checkpoints then, status after)."""
+    run = prepare(rank, recipe)
+    run.state.step = 1
+    save(run)
+    run.state.step = 2
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank.index == rank.world_size - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    with pytest.raises(CheckpointError) as caught:
+        save(run)
+    dist.barrier()
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    found = sorted(commit.steps(run.checkpoints))
+    assert not list(run.checkpoints.glob(".*")), "something was left behind"
+    assert commit.find(run.checkpoints) == run.checkpoints / "iter_0000001"
+    dist.barrier()
+    return str(caught.value), found, train(run)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_disk_full_is_one_error_on_every_rank_and_costs_nothing(corpus: Path, tmp_path: Path, world_size: int) -> None:
+    recipe = tiny_recipe(corpus, tmp_path, train_iters=3)
+    results = run_ranks(fill_the_disk_of_one_rank, world_size, recipe)
+    errors, found, statuses = zip(*results, strict=True)
+    assert len(set(errors)) == 1
+    assert f"[rank {world_size - 1}] saving: [Errno 27] File too large" in errors[0]
+    assert found[0] == [1] and set(statuses) == {0}
+    assert commit.find(tmp_path) == tmp_path / "checkpoints" / "iter_0000003"

@@ -1,0 +1,205 @@
+"""How runs end: stop signals, non-finite gradients, a failure on one rank. No rank is left waiting."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_omni.config.load import recipe_to_yaml
+from megatron_omni.config.run import Recipe
+from megatron_omni.parallel.wrap import unwrap_model
+from megatron_omni.training import hooks
+from megatron_omni.training.hooks import StopSignals
+from megatron_omni.training.loop import train
+from megatron_omni.training.setup import Run
+from tests.distributed.harness import Rank, RankFailure, run_ranks
+from tests.distributed.test_resume import exact
+from tests.distributed.tiny_run import make_corpus, prepare, records, run_tiny, tiny_recipe, train_rank
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+# ---------------------------------------------------------------------------------------------------- signals
+
+
+class Exited(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("seconds_later", "exits"), [(0.01, False), (3.0, True)])
+def test_a_second_signal_ends_the_process_but_copies_of_one_do_not(
+    monkeypatch: pytest.MonkeyPatch, seconds_later: float, exits: bool
+) -> None:
+    clock = [100.0]
+
+    def leave(status: int) -> None:
+        raise Exited(status)
+
+    monkeypatch.setattr(hooks.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(hooks.os, "_exit", leave)
+    with StopSignals().installed() as signals:
+        signal.raise_signal(signal.SIGINT)
+        assert signals.received is signal.SIGINT
+        clock[0] += seconds_later
+        if exits:
+            with pytest.raises(Exited, match=str(128 + signal.SIGTERM)):
+                signal.raise_signal(signal.SIGTERM)
+        else:
+            signal.raise_signal(signal.SIGTERM)
+            assert signals.received is signal.SIGINT
+
+
+def command(recipe: Recipe, *overrides: str) -> list[str]:
+    file = Path(recipe.run_dir).with_suffix(".yaml")
+    file.write_text(recipe_to_yaml(recipe))
+    return [sys.executable, "-m", "megatron_omni.cli.train", str(file), *overrides]
+
+
+def test_the_command_saves_on_sigterm_exits_75_and_resumes_bit_equal(corpus: Path, tmp_path: Path) -> None:
+    long = {"train_iters": 400, "optim__lr_decay_iters": 400}
+    recipe = tiny_recipe(corpus, tmp_path / "run", **long)
+    with subprocess.Popen(command(recipe), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("step 2/") for line in process.stdout), "no step was reported"
+        process.send_signal(signal.SIGTERM)
+        process.stdout.read()
+        assert process.wait(timeout=60) == 75
+    stopped = int(records(recipe)[-1]["step"])
+    assert 2 <= stopped < 400
+    done = subprocess.run(command(recipe, f"train_iters={stopped + 2}", "load=auto"), cwd=ROOT, check=False)
+    assert done.returncode == 0
+    straight = tiny_recipe(corpus, tmp_path / "straight", **{**long, "train_iters": stopped + 2})
+    assert exact(records(recipe)) == exact(run_tiny(straight, 1))
+
+
+# ---------------------------------------------------------------------------------------------------- failures
+
+
+def test_a_failure_on_one_rank_ends_all_and_is_reported_once(corpus: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(corpus, tmp_path / "run")
+    argv = command(recipe)[3:]
+    program = (
+        "import sys, torch.distributed as dist\n"
+        "from megatron_omni.platform.device import install; install()\n"
+        "from megatron_omni.training import loop\n"
+        "update = loop.update\n"
+        "def failing(*args, **kwargs):\n"
+        "    if dist.get_rank() == 1:\n"
+        "        raise ZeroDivisionError('the injected cause')\n"
+        "    return update(*args, **kwargs)\n"
+        "loop.update = failing\n"
+        "from megatron_omni.cli.train import main\n"
+        f"sys.exit(main({argv!r}))\n"
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env={**os.environ, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=90)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    assert "error: [rank 1] ZeroDivisionError: the injected cause" in errors[1] and "Traceback" in errors[1]
+    assert "[rank 0] ends: another rank failed first" in errors[0] and "Traceback" not in errors[0]
+
+
+def unreadable_on_one_rank(rank: Rank, recipe: Recipe) -> tuple[str, int]:
+    run = prepare(rank, recipe)
+    if rank.index == 1:
+        assert run.loader is not None
+        run.loader.next_step = lambda: (_ for _ in ()).throw(ValueError("a bad record"))  # type: ignore[method-assign]
+    with pytest.raises(Exception) as caught:
+        train(run)
+    return f"{caught.type.__name__}: {caught.value}", run.state.step
+
+
+def test_data_that_one_rank_cannot_read_stops_every_rank_at_the_same_step(corpus: Path, tmp_path: Path) -> None:
+    started = time.monotonic()
+    results = run_ranks(unreadable_on_one_rank, 2, tiny_recipe(corpus, tmp_path))
+    assert results == [("ReaderFailed: another rank could not load its data", 0), ("ValueError: a bad record", 0)]
+    assert time.monotonic() - started < 30, "a rank waited for a timeout"
+
+
+# ---------------------------------------------------------------------------------------------------- non-finite
+
+
+def poison(run: Run, steps: set[int], *, value: float) -> None:
+    """Make one element of one gradient on rank 1 non-finite in ``steps``; remember the weights before and after."""
+    snapshots: dict[int, list[torch.Tensor]] = {}
+    inner = run.task.forward_step
+
+    def forward_step(batch: Any, model: Any, *, info: Any) -> Any:
+        if info.step not in snapshots:
+            snapshots[info.step] = [p.detach().clone() for p in unwrap_model(run.model).parameters()]
+        return inner(batch, model, info=info)
+
+    run.task.forward_step = forward_step  # type: ignore[method-assign]
+    run.snapshots = snapshots  # type: ignore[attr-defined]
+    if dist.get_rank() == 1:
+        weight = unwrap_model(run.model).get_parameter("language.decoder.layers.0.input_layernorm.weight")
+
+        def spoil(grad: torch.Tensor) -> torch.Tensor:
+            if run.state.step in steps:
+                grad = grad.clone()
+                grad[0] = value
+            return grad
+
+        weight.register_hook(spoil)
+
+
+def skip_steps(rank: Rank, recipe: Recipe, steps: set[int], value: float) -> tuple[int, list[bool], int]:
+    run = prepare(rank, recipe)
+    poison(run, steps, value=value)
+    status = train(run)
+    snapshots: dict[int, list[torch.Tensor]] = run.snapshots  # type: ignore[attr-defined]
+    changed = [
+        any(not torch.equal(a, b) for a, b in zip(snapshots[step], snapshots[step + 1], strict=True))
+        for step in range(1, len(snapshots))
+    ]
+    return status, changed, run.state.updates
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("distributed", [True, False])
+def test_a_non_finite_gradient_on_one_rank_changes_no_weight_on_any(
+    corpus: Path, tmp_path: Path, value: float, distributed: bool
+) -> None:
+    recipe = tiny_recipe(corpus, tmp_path, train_iters=6, optim__use_distributed_optimizer=distributed)
+    for status, changed, updates in run_ranks(skip_steps, 2, recipe, {2, 4}, value):
+        assert status == 0 and changed == [True, False, True, False, True] and updates == 4
+    skipped = [record for record in records(recipe) if "lm loss" not in record]
+    assert [record["step"] for record in skipped] == [2, 4]
+
+
+def test_too_many_in_a_row_end_the_run(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(RankFailure, match="3 steps in a row had non-finite gradients"):
+        run_ranks(skip_steps, 2, tiny_recipe(corpus, tmp_path), {3, 4, 5}, float("nan"))
+
+
+def test_sigusr1_stops_every_rank_after_the_same_step(corpus: Path, tmp_path: Path) -> None:
+    from tests.distributed.test_resume import stop_at
+
+    recipe = tiny_recipe(corpus, tmp_path)
+    assert run_ranks(train_rank, 2, recipe, stop_at(3, rank=1, number=signal.SIGUSR1)) == [75, 75]
+    assert records(recipe)[-1]["step"] == 3
