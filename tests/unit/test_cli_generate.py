@@ -167,6 +167,18 @@ def test_answers_records_in_order_on_any_layout(trained: Trained, tmp_path: Path
         assert (tmp_path / name / "answers.jsonl").read_text() == (tmp_path / "alone" / "answers.jsonl").read_text()
 
 
+def test_answers_with_a_bf16_checkpoint_over_two_stages(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus")
+    settings = {"model__init_method_std": 0.25, "optim__precision": "bf16"}
+    run_tiny(tiny_recipe(corpus, tmp_path / "run", train_iters=3, **settings), 1)
+    common = [tmp_path / "run", "--prompt", "one two", "--image", corpus / "1.png", "--max-new-tokens", 4]
+    alone = command(*common, "--out", tmp_path / "alone")[0]
+    assert (alone.status, alone.err) == (0, "")
+    staged = command(*common, "--out", tmp_path / "staged", "parallel.pipeline_model_parallel_size=2", ranks=2)
+    assert [outcome.status for outcome in staged] == [0, 0], staged
+    assert staged[0].out == alone.out
+
+
 def test_bad_files_end_with_status_2_and_write_nothing(trained: Trained, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
     (tmp_path / "empty.wav").touch()
