@@ -118,9 +118,20 @@ MOE_LAYOUTS = {
     "EP2": {"expert_model_parallel_size": 2},
     "TP2xEP2": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
     "PP2xEP2": {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
+    "DP2-overlap": {"overlap_grad_reduce": True, "overlap_param_gather": True},
     "TP2xETP2": {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2},
 }
-RANKS = {"TP2": 2, "PP2": 2, "TP2xPP2": 4, "DP2": 2, "EP2": 2, "TP2xEP2": 2, "PP2xEP2": 4, "TP2xETP2": 2}
+RANKS = {
+    "TP2": 2,
+    "PP2": 2,
+    "TP2xPP2": 4,
+    "DP2": 2,
+    "EP2": 2,
+    "TP2xEP2": 2,
+    "PP2xEP2": 4,
+    "TP2xETP2": 2,
+    "DP2-overlap": 2,
+}
 
 
 def _assert_equal_training(recipe: Recipe, num_ranks: int, expected: tuple[list[float], list[float]]) -> None:
