@@ -8,8 +8,10 @@ torch is imported after the arguments are parsed, so ``--help`` answers at once.
 """
 
 import argparse
+import logging
 import os
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ def run(recipe: "Recipe") -> int:
     """Train; a failure on any rank ends every rank soon, and its first cause is printed once."""
     from megatron_omni.platform.device import install
 
+    quiet()
     install()
     from megatron_omni.parallel.groups import destroy
     from megatron_omni.tasks.supervised import SupervisedTask
@@ -71,6 +74,17 @@ def run(recipe: "Recipe") -> int:
         leave(report_failure(error))
     destroy()
     return status
+
+
+def quiet() -> None:
+    """Plain log lines; upstream's notes about itself stay out of a training log, warnings of ours stay in."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if int(os.environ.get("RANK", "0")) != 0:
+        logging.getLogger("megatron_omni").setLevel(logging.WARNING)
+    for name in ("megatron.core", "torch", "transformers", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for module in ("megatron", "torch", "transformers"):
+        warnings.filterwarnings("ignore", module=rf"{module}\.")
 
 
 def write_resolved(recipe: "Recipe") -> None:

@@ -11,6 +11,8 @@ A step whose gradients are not finite changes nothing, on any rank; ``NON_FINITE
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -20,6 +22,7 @@ from megatron_omni.batch import OmniBatch
 from megatron_omni.data.loader import StepLoader
 from megatron_omni.models.moe.balance import aux_loss_coefficient, reduce_stats, routing_metrics
 from megatron_omni.models.moe.context import RoutingStats
+from megatron_omni.models.parts import parameter_table
 from megatron_omni.parallel.schedule import run_step
 from megatron_omni.parallel.sharing import ReaderFailed, share_step, sum_over_ranks
 from megatron_omni.platform.peak import peak_tflops
@@ -89,13 +92,33 @@ def _train(run: Run, signals: StopSignals, logger: "_Logger") -> int:
                 "lower optim.lr or look at the data of these steps, then resume from the last checkpoint"
             )
         if eval_due(run.recipe, state.step):
-            logger.write(evaluate(run))
+            with logger.paused():
+                logger.write(evaluate(run))
         if stopping or save_due(run.recipe, state.step):
-            logger.say(f"saved {save(run)}")
+            with logger.paused():
+                logger.say(f"saved {save(run)}")
     if stopping and state.step < run.recipe.train_iters:
         logger.mark_stopped()
         return EXIT_REQUEUE
     return 0
+
+
+def describe(run: Run) -> list[str]:
+    """What is about to run, as this rank sees it."""
+    place, data, state = run.layout, run.recipe.data, run.state
+    table = parameter_table(run.model)
+    trained = ", ".join(f"{part} {count:,}" for part, (_, count) in table.items() if count)
+    frozen = ", ".join(f"{part} {total - count:,}" for part, (total, count) in table.items() if total > count)
+    sizes = f"tp {place.tp_size} x pp {place.pp_size} x dp {place.dp_size}, ep {place.ep_size}"
+    step = (
+        f"{data.global_batch_size} samples; {run.num_micro_batches} micro-batches of {data.micro_batch_size} a replica"
+    )
+    lines = [f"layout: {sizes}, on {run.device.type}", f"step: {step}", f"trained on this rank: {trained}"]
+    if frozen:
+        lines.append(f"frozen on this rank: {frozen}")
+    if state.step:
+        lines.append(f"resumed after step {state.step}, {state.consumed_samples} samples")
+    return lines
 
 
 def next_batches(
@@ -186,6 +209,8 @@ class _Logger:
             )
             self._progress = Progress(run.recipe.train_iters, initial=run.state.step)
             self._marker.unlink(missing_ok=True)
+            for line in describe(run):
+                self.say(line)
 
     def due(self, step: int) -> bool:
         """Whether ``step`` is logged."""
@@ -245,6 +270,13 @@ class _Logger:
         )
         parts = {f"time/{part}": value / steps for part, value in self.timer.take().items()}
         return {**rates, "step time": seconds / steps, **parts}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside the block does not count as training."""
+        start = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - start
 
     def write(self, metrics: dict[str, float]) -> None:
         """Write metrics of the current step."""

@@ -4,7 +4,8 @@ The order matters: parts are frozen and weights loaded before the wrapper moves 
 optimizer copies its fp32 master weights from them.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 import torch
@@ -20,9 +21,19 @@ from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.load import load_recipe
 from megatron_omni.config.run import Recipe
 from megatron_omni.data.loader import StepLoader
-from megatron_omni.data.tokenizer import load_tokenizer
+from megatron_omni.data.tokenizer import (
+    ALL_SPECIALS,
+    ENDOFTEXT,
+    IM_END,
+    IM_START,
+    IMAGE_PAD,
+    VIDEO_PAD,
+    VISION_END,
+    VISION_START,
+    load_tokenizer,
+)
 from megatron_omni.models.build import build_model
-from megatron_omni.models.parts import apply_freeze
+from megatron_omni.models.parts import apply_freeze, part_of
 from megatron_omni.parallel.groups import Layout, initialize, layout
 from megatron_omni.parallel.wrap import unwrap_model, wrap_model
 from megatron_omni.platform.device import device
@@ -34,6 +45,9 @@ from megatron_omni.training.task import Task
 NEW_TOKEN_ROWS = "new_token_rows"
 FIXED_ON_RESUME = ("model", "optim", "freeze", "seed")
 """Groups of the recipe that a resumed run may not change: the optimizer's state belongs to them."""
+FREE_ON_RESUME = ("model.moe.moe_token_dispatcher_type",)
+"""Except what belongs to the layout, which may change."""
+QWEN_SPECIALS = (ENDOFTEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
 
 
 @dataclass
@@ -97,16 +111,24 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
 
 def freeze(model: torch.nn.Module, recipe: Recipe, pg: ProcessGroupCollection) -> None:
     """Mark the parts that are not trained; see training/optimizer.py for ``new_token_rows``."""
-    frozen = [part for part in recipe.freeze if part != NEW_TOKEN_ROWS]
-    apply_freeze(model, frozen)
-    if NEW_TOKEN_ROWS in recipe.freeze or not {"embeddings", "output"} & set(frozen):
+    frozen = {part for part in recipe.freeze if part != NEW_TOKEN_ROWS}
+    matrices = {"embeddings", "output"}
+    if not recipe.model.untie_embeddings_and_output_weights and frozen & matrices:
+        frozen |= matrices  # one matrix, held twice under pipeline parallelism
+    apply_freeze(model, sorted(frozen))
+    if NEW_TOKEN_ROWS in recipe.freeze or not frozen & matrices:
         return
-    rows = sorted(load_tokenizer(recipe.data.tokenizer).specials.values())
+    rows = new_token_ids(recipe)
     for name, parameter in model.named_parameters():
-        for part, suffix in (("embeddings", "word_embeddings.weight"), ("output", "output_layer.weight")):
-            if part in frozen and name.endswith(suffix):
-                parameter.requires_grad_(True)
-                train_only_rows(parameter, rows, first_row=pg.tp.rank() * parameter.shape[0])
+        if part_of(name) in frozen & matrices:
+            parameter.requires_grad_(True)
+            train_only_rows(parameter, rows, first_row=pg.tp.rank() * parameter.shape[0])
+
+
+def new_token_ids(recipe: Recipe) -> list[int]:
+    """Ids of the special tokens that Uni-MoE-2.0 adds to Qwen2.5's (151665..151706 there)."""
+    specials = load_tokenizer(recipe.data.tokenizer).specials
+    return sorted(specials[name] for name in ALL_SPECIALS if name in specials and name not in QWEN_SPECIALS)
 
 
 def save(run: Run) -> Path:
@@ -152,17 +174,21 @@ def _resume_from(recipe: Recipe) -> Path | None:
 
 def _check_same_run(now: Recipe, then: Recipe, directory: Path) -> None:
     for group in FIXED_ON_RESUME:
-        mine, saved = getattr(now, group), getattr(then, group)
-        if mine == saved:
-            continue
-        names = [n for n in vars(mine) if getattr(mine, n) != getattr(saved, n)] if hasattr(mine, "__dict__") else []
-        name = f"{group}.{names[0]}" if names else group
-        old = getattr(saved, names[0]) if names else saved
-        new = getattr(mine, names[0]) if names else mine
-        raise ValueError(
-            f"{name}={new!r}: the checkpoint {directory} was made with {old!r}, to which its optimizer state "
-            "belongs; set it back, or start a new run with init_from"
-        )
+        for name, new, old in _differences(getattr(now, group), getattr(then, group), name=group):
+            if name not in FREE_ON_RESUME:
+                raise ValueError(
+                    f"{name}={new!r}: the checkpoint {directory} was made with {old!r}, to which its optimizer state "
+                    "belongs; set it back, or start a new run with init_from"
+                )
+
+
+def _differences(now: object, then: object, *, name: str) -> Iterator[tuple[str, object, object]]:
+    """(dotted field, value now, value then) of the fields that differ."""
+    if is_dataclass(now) and type(now) is type(then):
+        for field_ in fields(now):
+            yield from _differences(getattr(now, field_.name), getattr(then, field_.name), name=f"{name}.{field_.name}")
+    elif now != then:
+        yield name, now, then
 
 
 def _loader(recipe: Recipe, place: Layout, sources: list[SourceConfig] | None = None) -> StepLoader | None:

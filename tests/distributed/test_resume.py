@@ -21,8 +21,8 @@ from megatron_omni.data.tokenizer import load_tokenizer
 from megatron_omni.parallel.wrap import unwrap_model
 from megatron_omni.training.loop import train
 from megatron_omni.training.setup import Run, save
-from tests.distributed.harness import COLLECTIVE_TIMEOUT_SECONDS, Rank, run_ranks
-from tests.distributed.tiny_run import make_corpus, prepare, records, run_tiny, tiny_recipe, train_rank
+from tests.distributed.harness import COLLECTIVE_TIMEOUT_SECONDS, Rank
+from tests.distributed.tiny_run import make_corpus, prepare, records, run_ranks, run_tiny, tiny_recipe, train_rank
 
 STEPS, STOP = 8, 4
 TP, PP = {"parallel__tensor_model_parallel_size": 2}, {"parallel__pipeline_model_parallel_size": 2}

@@ -20,9 +20,9 @@ from megatron_omni.training import hooks
 from megatron_omni.training.hooks import StopSignals
 from megatron_omni.training.loop import train
 from megatron_omni.training.setup import Run
-from tests.distributed.harness import Rank, RankFailure, run_ranks
+from tests.distributed.harness import Rank, RankFailure
 from tests.distributed.test_resume import exact
-from tests.distributed.tiny_run import make_corpus, prepare, records, run_tiny, tiny_recipe, train_rank
+from tests.distributed.tiny_run import make_corpus, prepare, records, run_ranks, run_tiny, tiny_recipe, train_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 
