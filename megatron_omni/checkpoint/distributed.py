@@ -75,17 +75,13 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, *, model: MegatronModule, optimizer: MegatronOptimizer, pg: ProcessGroupCollection
+    directory: Path, *, model: MegatronModule, optimizer: MegatronOptimizer, pg: ProcessGroupCollection
 ) -> dict[str, Any]:
-    """Restore weights, optimizer and (on the same number of ranks) RNG state from the newest whole checkpoint; its
-    common state.
+    """Restore weights, optimizer and (on the same number of ranks) RNG state; the common state.
 
-    ``path`` is a run directory, its ``checkpoints`` or one checkpoint. Raises ValueError when there is none or when
-    its tensors differ from the model's, naming the tensor and both shapes.
+    ``directory`` as :func:`find_checkpoint` returned it, so verified. Raises ValueError when the checkpoint's tensors
+    are not the model's, naming the tensor and both shapes.
     """
-    directory = find_checkpoint(path)
-    if directory is None:
-        raise ValueError(f"load={str(path)!r}: no checkpoint there; give a run directory or an iter_* directory")
     metadata = _metadata(pg)
     weights = model.sharded_state_dict(prefix="", metadata=metadata)
     wanted: dict[str, Any] = {
@@ -104,17 +100,14 @@ def load_checkpoint(
     return dict(state["common"])
 
 
-def load_weights(path: Path, *, model: MegatronModule, pg: ProcessGroupCollection) -> Path:
-    """Restore the weights alone, strictly: the same tensors with the same shapes and dtypes. Returns the checkpoint
-    used.
+def load_weights(directory: Path, *, model: MegatronModule, pg: ProcessGroupCollection) -> None:
+    """Restore the weights alone, strictly: the same tensors with the same shapes and dtypes.
+
+    ``directory`` as :func:`find_checkpoint` returned it, so verified.
     """
-    directory = find_checkpoint(path)
-    if directory is None:
-        raise ValueError(f"{str(path)!r}: no checkpoint there; give a run directory or an iter_* directory")
     wanted = {"model": model.sharded_state_dict(prefix="", metadata=_metadata(pg))}
     _compare(wanted, directory, prefix="optimizer.")
     model.load_state_dict(dist_checkpointing.load(wanted, str(directory))["model"])
-    return directory
 
 
 def find_checkpoint(path: Path) -> Path | None:

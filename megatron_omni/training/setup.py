@@ -89,7 +89,7 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
     if recipe.init_from is not None:
         if recipe.optim.precision == "bf16":  # as the wrapper will: a checkpoint must have this run's dtype
             model.bfloat16()
-        load_weights(Path(recipe.init_from), model=model, pg=pg)
+        load_weights(_checkpoint(recipe.init_from, field="init_from"), model=model, pg=pg)
     wrapped = wrap_model(model, recipe, pg)
     optimizer, scheduler = build_optimizer(wrapped, recipe, pg)
     run = Run(
@@ -164,11 +164,14 @@ def _resume_from(recipe: Recipe) -> Path | None:
         return None
     if recipe.load == "auto":
         return find_checkpoint(Path(recipe.run_dir))
-    directory = find_checkpoint(Path(recipe.load))
+    return _checkpoint(recipe.load, field="load")
+
+
+def _checkpoint(path: str, *, field: str) -> Path:
+    """The newest whole checkpoint at ``path``; ValueError when there is none."""
+    directory = find_checkpoint(Path(path))
     if directory is None:
-        raise ValueError(
-            f"load={recipe.load!r}: no checkpoint there; give a run directory or an iter_* directory, or load=auto"
-        )
+        raise ValueError(f"{field}={path!r}: no checkpoint there; give a run directory or an iter_* directory")
     return directory
 
 
