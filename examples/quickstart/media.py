@@ -16,6 +16,7 @@ from PIL import Image
 SAMPLE_RATE = 16000
 TILE_PX = 64
 NUM_FRAMES, FRAMES_A_SECOND = 4, 2  # sampling a clip at its own rate gives its 4 frames, 0.5 s apart
+PAUSE_SECONDS = (0.03, 0.18)  # the two longest words of any voice, 1.72 s, and their pauses stay within 2.1 s
 X264_OPTIONS = {"preset": "ultrafast", "tune": "zerolatency", "crf": "14"}
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
@@ -58,7 +59,7 @@ def join_words(rng: np.random.Generator, waves: list[np.ndarray]) -> np.ndarray:
     """Waves in a row with random pauses before each, random loudness, and faint noise throughout."""
     parts: list[np.ndarray] = []
     for wave in waves:
-        parts.append(np.zeros(int(rng.uniform(0.05, 0.25) * SAMPLE_RATE), dtype=np.float32))
+        parts.append(np.zeros(int(rng.uniform(*PAUSE_SECONDS) * SAMPLE_RATE), dtype=np.float32))
         parts.append(wave * np.float32(rng.uniform(0.4, 1.0)))
     joined = np.concatenate(parts)
     return joined + rng.normal(0, 1e-3, len(joined)).astype(np.float32)

@@ -78,6 +78,13 @@ def test_voices_and_pitches_are_disjoint():
     assert len(assets.held_out_pitches) == 6 and not set(assets.held_out_pitches) & set(assets.train_pitches)
 
 
+def test_two_words_of_any_voice_fit_the_recipes_chunk():
+    assets = load_assets()
+    for words in assets.words.values():
+        longest = sorted(len(wave) for wave in words)[-2:]
+        assert sum(longest) / 16000 + 2 * compose.media.PAUSE_SECONDS[1] < 2.1
+
+
 @pytest.mark.parametrize("split", compose.SPLITS)
 def test_sound_draws_only_the_pitches_of_its_split(split, monkeypatch):
     """Notes replaced by the number of their pitch: what reaches the mixer tells which pitch was drawn."""
