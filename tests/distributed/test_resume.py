@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from megatron_omni.data.tokenizer import load_tokenizer
 from megatron_omni.parallel.wrap import unwrap_model
 from megatron_omni.training.loop import train
 from megatron_omni.training.setup import Run, save
+from tests.distributed import tiny_run
 from tests.distributed.harness import COLLECTIVE_TIMEOUT_SECONDS, Rank
-from tests.distributed.tiny_run import make_corpus, prepare, records, run_ranks, run_tiny, tiny_recipe, train_rank
+from tests.distributed.tiny_run import make_corpus, prepare, records, run_ranks, run_tiny, train_rank
 
-STEPS, STOP = 8, 4
+STEPS, STOP = 6, 3
 TP, PP = {"parallel__tensor_model_parallel_size": 2}, {"parallel__pipeline_model_parallel_size": 2}
 EP = {"parallel__expert_model_parallel_size": 2}
 BF16 = {"optim__precision": "bf16"}
@@ -36,6 +38,9 @@ DENSE_TEXT = {
 }
 PLAIN = {"optim__use_distributed_optimizer": False}
 TIMES = ("time/", "step time", "tokens/s", "TFLOP/s")
+
+
+tiny_recipe = partial(tiny_run.tiny_recipe, data__micro_batch_size=4)
 
 
 @pytest.fixture(scope="module")
