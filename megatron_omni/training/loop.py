@@ -10,6 +10,7 @@ when they are logged.
 A step whose gradients are not finite changes nothing, on any rank; ``NON_FINITE_LIMIT`` of them in a row end the run.
 """
 
+import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,9 @@ STOP_MARKER = "requeue"
 
 def train(run: Run) -> int:
     """Run until ``train_iters`` or a stop signal; the exit status (0, or 75 after a stop signal)."""
+    # A million objects of imported modules and the model live as long as the process: the collector may leave them out.
+    gc.collect()
+    gc.freeze()
     with StopSignals().installed() as signals:
         logger = _Logger(run)
         try:
