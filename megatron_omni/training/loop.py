@@ -50,6 +50,9 @@ def train(run: Run) -> int:
             return _train(run, signals, logger)
         finally:
             logger.close()
+            for loader in (run.loader, *run.eval_loaders.values()):
+                if loader is not None:
+                    loader.close()
 
 
 def _train(run: Run, signals: StopSignals, logger: "_Logger") -> int:
@@ -239,6 +242,7 @@ class _Logger:
         self._mean_k = routing.get("moe/mean_k", self._mean_k)
         metrics |= self._speed()
         metrics |= {"consumed samples": run.state.consumed_samples, "consumed tokens": run.state.consumed_tokens}
+        metrics |= {"skipped steps": run.state.step - run.state.updates}
         self.write(metrics | routing)
         self._tables, self._tokens = None, 0
         if self._writes:

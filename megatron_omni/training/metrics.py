@@ -13,6 +13,7 @@ not counted.
 """
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -39,7 +40,8 @@ class MetricsWriter:
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=after_step + 1, flush_secs=30)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line and one TensorBoard point per metric."""
+        """One line and one TensorBoard point per metric; what is not finite is left out, JSON has no word for it."""
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         if self._board is not None:
