@@ -9,26 +9,31 @@ import multiprocessing
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
 
+from megatron_omni.checkpoint.commit import CheckpointError
+from megatron_omni.parallel.sharing import ReaderFailed
+
+PACKAGE = Path(__file__).resolve().parents[1]
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
 _CLAIM = "megatron_omni/first_failure"
 
 
 def report_failure(error: BaseException) -> int:
-    """Print ``error`` as this rank's role asks for; the exit status: 2 for bad input (ValueError), else 1."""
-    bad_input = isinstance(error, ValueError)
+    """Print ``error`` as this rank's role asks for; the exit status: 2 for bad input, else 1."""
+    explained = is_for_users(error)
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
     if _is_first(rank):
-        if bad_input:
+        if explained:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             print(f"[rank {rank}] {''.join(traceback.format_exception(error))}", file=sys.stderr, flush=True)
             print(f"error: [rank {rank}] {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    elif not bad_input:
+    elif not explained:
         print(f"[rank {rank}] ends: another rank failed first ({type(error).__name__})", file=sys.stderr, flush=True)
     return _status(error)
 
@@ -42,10 +47,17 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _status(error: BaseException) -> int:
-    from megatron_omni.parallel.sharing import ReaderFailed
+def is_for_users(error: BaseException) -> bool:
+    """Whether the message says it all: a refusal of ours, not a ValueError from inside a library."""
+    if isinstance(error, CheckpointError):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, ValueError) and bool(frames) and PACKAGE in Path(frames[-1].filename).parents
 
-    return EXIT_BAD_INPUT if isinstance(error, ValueError | ReaderFailed) else EXIT_FAILURE
+
+def _status(error: BaseException) -> int:
+    bad_input = isinstance(error, ReaderFailed) or (isinstance(error, ValueError) and is_for_users(error))
+    return EXIT_BAD_INPUT if bad_input else EXIT_FAILURE
 
 
 def _is_first(rank: int) -> bool:
