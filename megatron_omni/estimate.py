@@ -63,7 +63,9 @@ def count_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> Param
         norms=(2 * blocks + 1) * width,
         ffn=0 if moe else blocks * 3 * width * model.ffn_hidden_size,
         experts=blocks * 3 * width * moe.moe_ffn_hidden_size * moe.num_routed_experts if moe else 0,
-        shared_experts=blocks * 3 * width * moe.moe_shared_expert_intermediate_size * moe.num_shared_experts if moe else 0,
+        shared_experts=blocks * 3 * width * moe.moe_shared_expert_intermediate_size * moe.num_shared_experts
+        if moe
+        else 0,
         gate=blocks * slots * width,
         vision=vision,
         audio=audio,
@@ -106,7 +108,13 @@ def flops_per_token(model: ModelConfig, seq_length: int, mean_k: float, tensor_p
     ``mean_k`` is the measured mean number of real experts per token: null slots cost nothing.
     """
     counts = count_parameters(model, tensor_parallel_size)
-    dense = counts.attention + counts.ffn + counts.shared_experts + counts.gate + padded_vocab_size(model) * model.hidden_size
+    dense = (
+        counts.attention
+        + counts.ffn
+        + counts.shared_experts
+        + counts.gate
+        + padded_vocab_size(model) * model.hidden_size
+    )
     routed = counts.experts / model.moe.num_routed_experts * mean_k if model.moe else 0.0
     scores = 2 * model.num_layers * model.num_attention_heads * model.kv_channels * seq_length / 2
     return 6.0 * (dense + routed + scores)

@@ -1,7 +1,7 @@
 """Write docs/config.md from the recipe dataclasses, so that the page cannot drift from the code.
 
-    python tools/config_docs.py --write     # regenerate
-    python tools/config_docs.py             # print; exit 1 when the file on disk differs
+python tools/config_docs.py --write     # regenerate
+python tools/config_docs.py             # print; exit 1 when the file on disk differs
 """
 
 import argparse
@@ -53,7 +53,7 @@ cannot work is an error that names the field, the value and the fix. This page i
 | `experts`, `shared_experts`, `gate` | of the MoE layers |
 | `embeddings`, `output` | word embeddings and output layer |
 | `new_token_rows` | rows of the special tokens that Qwen2.5 does not have; trained even where `embeddings` and `output` are frozen, unless named too |
-"""
+"""  # noqa: E501
 
 
 def field_docs(schema: type) -> dict[str, str]:
@@ -73,7 +73,9 @@ def type_name(hint: object) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(f"`{value}`" for value in typing.get_args(hint))
     if isinstance(hint, types.UnionType):
-        return " or ".join("null" if option is types.NoneType else type_name(option) for option in typing.get_args(hint))
+        return " or ".join(
+            "null" if option is types.NoneType else type_name(option) for option in typing.get_args(hint)
+        )
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
 
 
@@ -82,7 +84,9 @@ def default_text(item: dataclasses.Field) -> str:
     if item.default_factory is not dataclasses.MISSING:
         value = item.default_factory()
         return "see below" if dataclasses.is_dataclass(value) else f"`{value}`"
-    return "required" if item.default is dataclasses.MISSING else f"`{'null' if item.default is None else item.default}`"
+    return (
+        "required" if item.default is dataclasses.MISSING else f"`{'null' if item.default is None else item.default}`"
+    )
 
 
 def render() -> str:

@@ -1,15 +1,16 @@
-"""The quickstart: compose a corpus, train a tokenizer, train the tiny recipe on 2 ranks, score it, draw it, let it answer.
+"""The quickstart: compose a corpus, train a tokenizer, train the tiny recipe on 2 ranks, score it, draw it, ask it.
 
-    python -m examples.quickstart.run [--fast] [--out DIR]
+    python -m examples.quickstart.run [--fast]
 
-Every step is a command that can be typed by itself; it is printed before it runs. DIR (runs/quickstart) then holds the run
+Every step is a command that can be typed by itself; it is printed before it runs. runs/quickstart then holds the run
 directory of the training (metrics.jsonl, tensorboard/, checkpoints/) and beside it data/, tokenizer.model, scores.json,
-losses.png, expert_use.png, scores.png and timings.json. A second run composes and trains anew.
+answers.jsonl, losses.png, expert_use.png, scores.png and timings.json. A second run starts over.
 """
 
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from pathlib import Path
 
 import psutil
 
+OUT = Path("runs/quickstart")
+"""As in the recipes."""
 RECIPE = "recipes/tiny/quickstart.yaml"
 FAST_RECIPE = "recipes/tiny/quickstart_fast.yaml"
 NUM_RANKS = 2
@@ -61,7 +64,7 @@ class Steps:
 
     def run(self, name: str, *words: str) -> None:
         """One command; a failure ends the quickstart with its status."""
-        print(f"\n== {name} ==\n$ python {' '.join(words)}", flush=True)
+        print(f"\n== {name} ==\n$ python {shlex.join(words)}", flush=True)
         start = time.perf_counter()
         status = subprocess.run([sys.executable, *words], env=self.environment, check=False).returncode
         if status:
@@ -79,47 +82,32 @@ def main() -> None:
     """Run everything."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--fast",
-        action="store_true",
-        help="a small corpus and few steps: shows that everything runs, not that it learns",
+        "--fast", action="store_true", help="a few minutes: shows that everything runs, not that it learns"
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/quickstart"), help="run directory (default runs/quickstart)"
-    )
-    args = parser.parse_args()
-    out, recipe = args.out, FAST_RECIPE if args.fast else RECIPE
-    if out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
+    fast = parser.parse_args().fast
+    if OUT.exists():
+        shutil.rmtree(OUT)
+    OUT.mkdir(parents=True)
     memory, steps, start = PeakMemory(), Steps(), time.perf_counter()
 
-    steps.run(
-        "compose the corpus", "-m", "examples.quickstart.compose", "--out", f"{out}/data", *["--fast"] * args.fast
-    )
-    steps.run(
-        "train the tokenizer",
-        "-m",
-        "examples.quickstart.tokenizer",
-        "--corpus",
-        f"{out}/data/tokenizer_corpus.txt",
-        "--out",
-        f"{out}/tokenizer.model",
-    )
-    overrides = [] if str(out) == "runs/quickstart" else [f"run_dir={out}"]
-    steps.run("train", *torchrun("megatron_omni.cli.train", recipe, *overrides))
-    steps.run("score", *torchrun("examples.quickstart.score", str(out)))
+    corpus, tokenizer = f"{OUT}/data", f"{OUT}/tokenizer.model"
+    steps.run("compose the corpus", "-m", "examples.quickstart.compose", "--out", corpus, *["--fast"] * fast)
+    text = f"{corpus}/tokenizer_corpus.txt"
+    steps.run("train the tokenizer", "-m", "examples.quickstart.tokenizer", "--corpus", text, "--out", tokenizer)
+    steps.run("train", *torchrun("megatron_omni.cli.train", FAST_RECIPE if fast else RECIPE))
+    steps.run("score", *torchrun("examples.quickstart.score", str(OUT)))
+    picture = f"{corpus}/eval/media/image.held_out/000000.png"
+    question = ["--image", picture, "--prompt", "<image> what is it?", "--out", f"{OUT}/answer"]
+    steps.run("ask about a picture", "-m", "megatron_omni.cli.generate", str(OUT), *question)
 
     timings = {
         "seconds": steps.seconds,
         "total_seconds": round(time.perf_counter() - start, 1),
         "peak_memory_gib": round(memory.close(), 2),
     }
-    (out / "timings.json").write_text(json.dumps(timings, indent=1) + "\n")
+    (OUT / "timings.json").write_text(json.dumps(timings, indent=1) + "\n")
     print(f"\nall of it took {timings['total_seconds']:.0f} s and at most {timings['peak_memory_gib']} GiB of memory")
-    print(f"look at {out}/losses.png, {out}/expert_use.png and {out}/scores.png; ask it something yourself:")
-    print(
-        f'  python -m megatron_omni.cli.generate {out} --image {out}/data/eval/media/image.held_out/000000.png --prompt "<image> what is it?" --out {out}/answer'
-    )
+    print(f"look at {OUT}/losses.png, {OUT}/expert_use.png, {OUT}/scores.png and {OUT}/answers.jsonl")
 
 
 if __name__ == "__main__":

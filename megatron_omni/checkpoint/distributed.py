@@ -137,8 +137,7 @@ def _write_tensors(
     common: dict[str, Any],
     pg: ProcessGroupCollection,
 ) -> None:
-    """Megatron's ``dist_checkpointing.save`` in its parts, so that no rank waits at a barrier for one that has failed.
-    """
+    """Megatron's ``dist_checkpointing.save`` in its parts, so that no rank waits at a barrier for one that has failed."""
     metadata = _metadata(pg)
     weights = model.sharded_state_dict(prefix="", metadata=metadata)
     state: dict[str, Any] = {
@@ -310,8 +309,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 @contextmanager
 def _writer_errors() -> Iterator[list[str]]:
-    """What Megatron's file writer logs as errors inside the block: it drops the text of an OSError from its exception.
-    """
+    """What Megatron's file writer logs as errors inside the block: it drops the text of an OSError from its exception."""
     errors: list[str] = []
     writer = logging.getLogger(filesystem_async.__name__)
 

@@ -101,12 +101,14 @@ def _parse_override(override: str) -> DictConfig:
 
 def _merge(base: DictConfig, layer: DictConfig, *, origin: str) -> DictConfig:
     if "${" in OmegaConf.to_yaml(layer, resolve=False):
-        raise ValueError(f"{origin}: '${{...}}' is not expanded in recipes (environment values stay out); write the value")
+        raise ValueError(
+            f"{origin}: '${{...}}' is not expanded in recipes (environment values stay out); write the value"
+        )
     _check_keys(layer, Recipe, origin=origin, prefix="")
     try:
         return typing.cast(DictConfig, OmegaConf.merge(base, layer))
-    except OmegaConfBaseException as error:
-        field = getattr(error, "full_key", None) or "?"
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a mapping given for a list, or the reverse
+        field = getattr(error, "full_key", None) or str(next(iter(layer), "?"))
         reason = str(error).splitlines()[0]
         raise ValueError(f"{origin}: {field}: {reason}; see docs/config.md for the type") from error
 
@@ -131,7 +133,7 @@ def _check_keys(values: DictConfig, schema: type, *, origin: str, prefix: str) -
 def _dataclass_in(hint: Any) -> type | None:
     """The dataclass of ``X`` or ``X | None``."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+    return next((o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
 
 
 def all_fields(schema: type = Recipe, prefix: str = "") -> list[str]:

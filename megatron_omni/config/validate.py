@@ -187,7 +187,9 @@ def _layout(recipe: Recipe, world_size: int) -> Iterator[str]:
 
 def _run(recipe: Recipe) -> Iterator[str]:
     optim, data = recipe.optim, recipe.data
-    yield from _positive({"train_iters": recipe.train_iters, "data.seq_length": data.seq_length, "log.interval": recipe.log.interval})
+    yield from _positive(
+        {"train_iters": recipe.train_iters, "data.seq_length": data.seq_length, "log.interval": recipe.log.interval}
+    )
     if optim.lr <= 0:
         yield f"optim.lr={optim.lr}: must be positive"
     if optim.min_lr > optim.lr:

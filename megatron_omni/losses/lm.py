@@ -29,8 +29,7 @@ NUM_MODALITIES = len(Modality)
 
 
 def lm_loss(token_loss: Tensor, labels: Tensor, *, num_label_tokens: int) -> Tensor:
-    """This micro-batch's share of the training loss: sum over its label tokens, divided by those of the global batch.
-    """
+    """This micro-batch's share of the training loss: sum over its label tokens, divided by those of the global batch."""
     learned = token_loss.masked_fill(labels == IGNORE_LABEL, 0.0)
     return learned.sum() / max(num_label_tokens, 1)
 

@@ -14,8 +14,7 @@ from megatron_omni.training.task import LossFunction, StepInfo
 
 
 class SupervisedTask:
-    """Language-model loss over the label tokens of the batch; ``source_names`` in the order of the batch's source ids.
-    """
+    """Language-model loss over the label tokens of the batch; ``source_names`` in the order of the batch's source ids."""
 
     def __init__(self, source_names: Sequence[str]) -> None:
         self.num_sources = len(source_names)

@@ -88,7 +88,9 @@ def test_all_problems_are_listed_at_once() -> None:
 
 
 def test_missing_data_files_are_named() -> None:
-    recipe = recipe_from_dict({"data": {"sources": [{"name": "s", "path": "absent.jsonl"}], "tokenizer": "absent.model"}})
+    recipe = recipe_from_dict(
+        {"data": {"sources": [{"name": "s", "path": "absent.jsonl"}], "tokenizer": "absent.model"}}
+    )
     with pytest.raises(ValueError) as caught:
         validate(recipe)
     assert "absent.jsonl" in str(caught.value) and "absent.model" in str(caught.value)

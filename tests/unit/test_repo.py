@@ -21,7 +21,9 @@ STATUSES = {"verified", "unverified", "unsupported"}
 
 
 def test_config_page_is_current() -> None:
-    done = subprocess.run([sys.executable, "tools/config_docs.py"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "tools/config_docs.py"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -53,7 +55,9 @@ def test_no_unsafe_calls(path: Path) -> None:
         for keyword in node.keywords:
             value = getattr(keyword.value, "value", None)
             unsafe = {"weights_only": False, "shell": True, "trust_remote_code": True}
-            assert not (keyword.arg in unsafe and value is unsafe[keyword.arg]), f"{path}:{node.lineno} {keyword.arg}={value}"
+            assert not (keyword.arg in unsafe and value is unsafe[keyword.arg]), (
+                f"{path}:{node.lineno} {keyword.arg}={value}"
+            )
 
 
 def test_only_platform_names_cuda_or_a_backend() -> None:
@@ -62,7 +66,9 @@ def test_only_platform_names_cuda_or_a_backend() -> None:
             continue
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
-            assert not (isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.cuda")), f"{path}:{node.lineno}"
+            assert not (isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.cuda")), (
+                f"{path}:{node.lineno}"
+            )
             assert not (isinstance(node, ast.Constant) and node.value in ("nccl", "gloo")), f"{path}:{node.lineno}"
 
 

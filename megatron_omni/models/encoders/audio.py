@@ -9,6 +9,8 @@ bidirectional by ``causal_queries: false``. Both are built from Hugging Face's W
 decoder's token table has no use here and does not exist.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import WhisperConfig
@@ -30,6 +32,9 @@ from megatron_omni.models.encoders.weights import (
 
 FRAMES_PER_SECOND = 50
 """Encoder positions; the log-mel input has twice as many."""
+ALIGNED_QUERY_SIZE, ALIGNED_SHARPNESS, ALIGNED_VALUE_GAIN = 0.3, 2.0, 3.0
+ALIGNED_CONVOLUTION_GAIN, ALIGNED_BRANCH_GAIN = 2.0, 0.05
+"""Of ``query_init: aligned``; chosen on spoken words (docs/quickstart.md)."""
 
 
 def whisper_config(config: AudioConfig) -> WhisperConfig:
@@ -132,8 +137,13 @@ class AudioEncoder(nn.Module):
     def draw_weights(self, generator_for: GeneratorFor, *, prefix: str = "") -> None:
         """Weights for training from scratch.
 
-        Encoder positions are Whisper's fixed sinusoids; decoder positions and queries N(0, 0.02). With ``query_init:
-        aligned`` the queries are the sinusoid of the encoder position in the middle of their span of the chunk.
+        Encoder positions are Whisper's fixed sinusoids; decoder positions and queries N(0, 0.02). ``query_init:
+        aligned`` starts with an alignment instead of having to find one: query j is the sinusoid of the encoder
+        position in the middle of its span, and cross-attention begins as a similarity (query matrix = 2 x key matrix),
+        so that it looks at its span. Convolutions are drawn twice as wide, for sound to stand out against the
+        unit-sized positions; queries smaller and cross-attention values larger, for it to stand out in the Q-former's
+        residual stream; the other branches (self-attention, feed-forward) start small. Otherwise a tiny model has
+        outputs that hardly differ between clips, and stays at chance for thousands of steps.
         """
         draw_weights(self, generator_for, prefix=prefix)
         width, num_positions = self.config.hidden_size, self.tower.max_source_positions
@@ -142,9 +152,20 @@ class AudioEncoder(nn.Module):
             for name in ("qformer.query_tokens", "qformer.embed_positions.weight"):
                 draw_normal(self.get_parameter(name), 0.02, generator_for(prefix + name))
             if self.config.query_init == "aligned":
-                span = num_positions / self.config.num_query_tokens
-                middles = (torch.arange(self.config.num_query_tokens) + 0.5) * span - 0.5
-                self.qformer.query_tokens.copy_(sinusoids(middles, width)[None])
+                self._align_queries(num_positions / self.config.num_query_tokens)
+
+    def _align_queries(self, span: float) -> None:
+        middles = (torch.arange(self.config.num_query_tokens) + 0.5) * span - 0.5
+        self.qformer.query_tokens.copy_(ALIGNED_QUERY_SIZE * sinusoids(middles, self.config.hidden_size)[None])
+        layer: Any
+        for layer in self.qformer.layers:
+            layer.encoder_attn.q_proj.weight.copy_(ALIGNED_SHARPNESS * layer.encoder_attn.k_proj.weight)
+            layer.encoder_attn.v_proj.weight.mul_(ALIGNED_VALUE_GAIN)
+        for convolution in (self.tower.conv1, self.tower.conv2):
+            convolution.weight.mul_(ALIGNED_CONVOLUTION_GAIN)
+        for layer in (*self.tower.layers, *self.qformer.layers):
+            for branch in (layer.self_attn.out_proj, layer.fc2):
+                branch.weight.mul_(ALIGNED_BRANCH_GAIN)
 
     def load_whisper(self, state: dict[str, Tensor]) -> LoadReport:
         """Tower and Q-former weights from a ``WhisperModel`` or ``WhisperForConditionalGeneration`` state dict.
