@@ -14,6 +14,8 @@ class SourceConfig:
     """Share of the mixture, relative to the other active sources."""
     from_sample: int = 0
     """Global sample count at which the source joins the mixture (curriculum)."""
+    reweight: dict[int, float] = field(default_factory=dict)
+    """Later weights: global sample count at which each takes effect -> weight (0 takes the source out)."""
 
 
 @dataclass(kw_only=True)

@@ -108,7 +108,7 @@ def _merge(base: DictConfig, layer: DictConfig, *, origin: str) -> DictConfig:
     try:
         return typing.cast(DictConfig, OmegaConf.merge(base, layer))
     except (OmegaConfBaseException, TypeError) as error:  # TypeError: a mapping given for a list, or the reverse
-        field = getattr(error, "full_key", None) or str(next(iter(layer), "?"))
+        field: Any = getattr(error, "full_key", None) or next(iter(layer), "?")
         reason = str(error).splitlines()[0]
         raise ValueError(f"{origin}: {field}: {reason}; see docs/config.md for the type") from error
 

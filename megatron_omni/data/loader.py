@@ -99,7 +99,13 @@ class StepLoader:
         self.sources = open_sources(configs)
         self.mixture = Mixture(
             [
-                Component(name=c.name, num_rows=len(s), weight=c.weight, from_sample=c.from_sample)
+                Component(
+                    name=c.name,
+                    num_rows=len(s),
+                    weight=c.weight,
+                    from_sample=c.from_sample,
+                    reweight=tuple(sorted(c.reweight.items())),
+                )
                 for c, s in zip(configs, self.sources)
             ],
             seed=recipe.seed,
@@ -315,5 +321,7 @@ class StepLoader:
             "seed": self.mixture.seed,
             "batch_by": self.data.batch_by,
             "samples_per_item": self.mixture.samples_per_item,
-            "sources": [[c.name, c.num_rows, c.weight, c.from_sample] for c in self.mixture.components],
+            "sources": [
+                [c.name, c.num_rows, c.weight, c.from_sample, *map(list, c.reweight)] for c in self.mixture.components
+            ],
         }

@@ -2,7 +2,8 @@
 
 ``Mixture.sample_at(i)`` answers which row of which source is the i-th sample of the run; its cost does not grow with i.
 
-* **Phases.** A source with ``from_sample`` joins there (curriculum); between two joins the set of sources is constant.
+* **Phases.** A source with ``from_sample`` joins there and ``reweight`` changes its weight later (curriculum); between two
+  such places the weights are constant.
 * **Weights, exactly.** Inside a phase, items come in blocks. The items of each source are spread evenly: its j-th item
   of a phase is due between places (j - 1) / f and j / f, f its share, and the most urgent item that is due goes next
   (Pfair scheduling, Baruah et al. 1996). So at every place each source is less than one item off its exact share, and
@@ -43,6 +44,16 @@ class Component:
     num_rows: int
     weight: float = 1.0
     from_sample: int = 0
+    reweight: tuple[tuple[int, float], ...] = ()
+    """(sample count, weight from there on), in ascending order."""
+
+    def weight_at(self, item: int, *, samples_per_item: int) -> float:
+        """Weight of the items from number ``item`` on; changes take effect at whole items, so a step is never split."""
+        weight = 0.0
+        for start, value in ((self.from_sample, self.weight), *self.reweight):
+            if -(-start // samples_per_item) <= item:
+                weight = value
+        return weight
 
 
 class Draw(NamedTuple):
@@ -72,10 +83,12 @@ class Mixture:
         self.samples_per_item = global_batch_size if batch_by == "source" else 1
         block = BLOCK_STEPS if batch_by == "source" else BLOCK_SAMPLES
         self._phases: list[_Phase] = []
-        starts = sorted({-(-c.from_sample // self.samples_per_item) for c in components})  # a step is never split
+        changes = [start for c in components for start in (c.from_sample, *(at for at, _ in c.reweight))]
+        starts = sorted({0, *(-(-start // self.samples_per_item) for start in changes)})
         before = np.zeros(len(components), np.int64)
         for number, start in enumerate(starts):
-            weights = [c.weight if -(-c.from_sample // self.samples_per_item) <= start else 0.0 for c in components]
+            weights = [c.weight_at(start, samples_per_item=self.samples_per_item) for c in components]
+            _check_weights(components, weights, start * self.samples_per_item)
             phase = _Phase(start, weights, before, block=block, key=(seed, number))
             self._phases.append(phase)
             if number + 1 < len(starts):
@@ -218,17 +231,28 @@ def _validate(components: list[Component]) -> None:
         name = f"data.sources[{component.name!r}]"
         if component.num_rows < 1:
             raise ValueError(f"{name} has {component.num_rows} rows; give a file with records")
-        if not 0 <= component.weight < float("inf"):
-            raise ValueError(f"{name}.weight = {component.weight} must be finite and not negative (0 leaves it out)")
+        for weight in (component.weight, *(weight for _, weight in component.reweight)):
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"{name}.weight = {weight} must be finite and not negative (0 leaves it out)")
         if component.from_sample < 0:
             raise ValueError(f"{name}.from_sample = {component.from_sample} must not be negative")
-    drawn = [component for component in components if component.weight > 0]
-    if not any(component.from_sample == 0 for component in drawn):
-        raise ValueError("data.sources: no source with weight > 0 starts at sample 0; give one from_sample = 0")
-    lightest = min(drawn, key=lambda c: c.weight)
-    share = lightest.weight / sum(component.weight for component in drawn)
+        counts = [component.from_sample, *(start for start, _ in component.reweight)]
+        if sorted(set(counts)) != counts:
+            raise ValueError(
+                f"{name}.reweight = {counts[1:]}: sample counts must ascend, above from_sample = {counts[0]}"
+            )
+
+
+def _check_weights(components: list[Component], weights: list[float], sample: int) -> None:
+    drawn = [(weight, component) for weight, component in zip(weights, components, strict=True) if weight > 0]
+    if not drawn:
+        raise ValueError(
+            f"data.sources: no source with weight > 0 at sample {sample}; give one from_sample = 0, or keep one above 0"
+        )
+    weight, lightest = min(drawn, key=lambda pair: pair[0])
+    share = weight / sum(weight for weight, _ in drawn)
     if share * _LONGEST_PERIOD < 1:
         raise ValueError(
-            f"data.sources[{lightest.name!r}].weight = {lightest.weight} is {share:.1e} of the mixture, below "
+            f"data.sources[{lightest.name!r}].weight = {weight} is {share:.1e} of the mixture, below "
             f"the smallest share of {1 / _LONGEST_PERIOD:.1e}; raise it or drop the source"
         )

@@ -104,7 +104,13 @@ def build_model(recipe: Recipe, pg: ProcessGroupCollection) -> "OmniModel":
     """This rank's part of the model, on its device, with its initial weights; nothing frozen, not wrapped."""
     from megatron_omni.models.omni import OmniModel
 
-    model = OmniModel(build_language_model(recipe, pg), recipe.model, seed=recipe.seed, pg=pg)
+    model = OmniModel(
+        build_language_model(recipe, pg),
+        recipe.model,
+        seed=recipe.seed,
+        pg=pg,
+        run_idle_encoders=recipe.parallel.overlap_grad_reduce,
+    )
     for name, parameter in model.named_parameters():
         if not name.startswith("language."):
             # Replicated over the tensor-parallel group, with equal gradients up to the order of sums on an accelerator.

@@ -41,8 +41,21 @@ _SOUND = (Modality.AUDIO,)
 class OmniModel(MegatronModule):
     """Encoders and language model of one pipeline stage. Parameters: ``vision.*``, ``audio.*``, ``language.*``."""
 
-    def __init__(self, language: "LanguageModel", model: ModelConfig, *, seed: int, pg: ProcessGroupCollection) -> None:
-        """``language`` decides whether this stage embeds; encoder weights are drawn from ``seed`` and their names."""
+    def __init__(
+        self,
+        language: "LanguageModel",
+        model: ModelConfig,
+        *,
+        seed: int,
+        pg: ProcessGroupCollection,
+        run_idle_encoders: bool = True,
+    ) -> None:
+        """``language`` decides whether this stage embeds; encoder weights are drawn from ``seed`` and their names.
+
+        ``run_idle_encoders``: a trained encoder without input runs on a small one times zero, so that every parameter
+        takes part in every backward. Gradient reduction that overlaps the backward needs that (a bucket waits for all of
+        its parameters); without overlap their gradient buffers are zero and are reduced all the same.
+        """
         super().__init__(language.config)
         self.model_type = ModelType.encoder_or_decoder
         self.tp_group = pg.tp
@@ -51,6 +64,7 @@ class OmniModel(MegatronModule):
         self.post_process = language.post_process
         self.share_embeddings_and_output_weights = language.share_embeddings_and_output_weights
         self.language = language
+        self.run_idle_encoders = run_idle_encoders
         self.vision: VisionEncoder | None = None
         self.audio: AudioEncoder | None = None
         if self.pre_process and model.vision is not None:
@@ -94,8 +108,9 @@ class OmniModel(MegatronModule):
     def embed(self, batch: OmniBatch) -> Tensor:
         """[S, B, H]: word embeddings with the encoders' rows in place of the placeholders."""
         hidden = self.language.embed(batch.input_ids)
-        hidden = _place(hidden, batch, self.vision, batch.pixel_values, _PICTURES, config="model.vision")
-        return _place(hidden, batch, self.audio, batch.audio_features, _SOUND, config="model.audio")
+        idle = self.run_idle_encoders
+        hidden = _place(hidden, batch, self.vision, batch.pixel_values, _PICTURES, config="model.vision", idle=idle)
+        return _place(hidden, batch, self.audio, batch.audio_features, _SOUND, config="model.audio", idle=idle)
 
     # -------------------------------------------------------------------------------- what Megatron asks of a model
 
@@ -138,8 +153,9 @@ def _place(
     modalities: tuple[Modality, ...],
     *,
     config: str,
+    idle: bool,
 ) -> Tensor:
-    """``hidden`` [S, B, H] with the encoder's rows at the placeholders of ``modalities``."""
+    """``hidden`` [S, B, H] with the encoder's rows at the placeholders of ``modalities``; ``idle``: see OmniModel."""
     modality = batch.modality
     wanted = modality == modalities[0]
     for other in modalities[1:]:
@@ -157,7 +173,7 @@ def _place(
     if inputs is None or num_inputs == 0:
         if places.numel():
             raise ValueError(f"the batch has {places.numel()} {names} placeholders and nothing for the encoder to read")
-        return hidden + 0.0 * encoder(encoder.idle_input()).sum() if _trains(encoder) else hidden
+        return hidden + 0.0 * encoder(encoder.idle_input()).sum() if idle and _trains(encoder) else hidden
     with torch.set_grad_enabled(_trains(encoder)):
         rows = encoder(inputs).flatten(0, 1)
     if rows.shape[0] != places.numel():

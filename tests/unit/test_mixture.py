@@ -138,11 +138,37 @@ def test_one_sample_costs_no_more_far_into_the_run():
         (components((1, -1.0)), r"data.sources\['s0'\].weight = -1.0 must be finite and not negative"),
         (components((1, float("nan"))), "must be finite and not negative"),
         (components((1, 1.0), from_sample=[-1]), r"from_sample = -1 must not be negative"),
-        (components((1, 1.0), (1, 1.0), from_sample=[5, 6]), "no source with weight > 0 starts at sample 0"),
-        (components((1, 0.0)), "no source with weight > 0 starts at sample 0"),
+        (components((1, 1.0), (1, 1.0), from_sample=[5, 6]), "no source with weight > 0 at sample 0"),
+        (components((1, 0.0)), "no source with weight > 0 at sample 0"),
         (components((1, 1.0), (1, 1e-9)), r"data.sources\['s1'\].weight = 1e-09 is 1.0e-09 of the mixture"),
     ],
 )
 def test_impossible_mixtures_are_named(parts, message):
     with pytest.raises(ValueError, match=message):
         Mixture(parts, seed=0)
+
+
+def test_reweight_changes_the_shares_from_its_place_on() -> None:
+    """s0 : s1 is 3 : 1 until sample 384, 1 : 3 until 768, and s0 is out from there."""
+    parts = [
+        Component(name="s0", num_rows=1000, weight=3, reweight=((384, 1.0), (768, 0.0))),
+        Component(name="s1", num_rows=1000, weight=1, reweight=((384, 3.0),)),
+    ]
+    mixture = Mixture(parts, seed=5)
+    sources = [mixture.sample_at(i).source for i in range(960)]
+    assert [sources[a:b].count(0) for a, b in ((0, 384), (384, 768), (768, 960))] == [288, 96, 0]
+    # Rows go on where the source left off: no row twice in its first epoch.
+    rows = [draw.row for i in range(960) if (draw := mixture.sample_at(i)).source == 0]
+    assert len(set(rows)) == len(rows) == 384
+
+
+def test_reweight_never_splits_a_step_and_is_checked() -> None:
+    parts = [Component(name="s0", num_rows=90, reweight=((20, 0.0),)), Component(name="s1", num_rows=90, weight=1)]
+    mixture = Mixture(parts, seed=5, batch_by="source", global_batch_size=8)
+    steps = [{mixture.sample_at(8 * step + i).source for i in range(8)} for step in range(12)]
+    assert all(len(step) == 1 for step in steps)
+    assert all(step == {1} for step in steps[3:])  # sample 20 lies in step 2: the change takes effect at step 3
+    with pytest.raises(ValueError, match="must ascend"):
+        Mixture([Component(name="s0", num_rows=9, from_sample=0, reweight=((0, 1.0),))], seed=5)
+    with pytest.raises(ValueError, match="no source with weight > 0 at sample 30"):
+        Mixture([Component(name="s0", num_rows=9, reweight=((30, 0.0),))], seed=5)
