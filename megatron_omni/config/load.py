@@ -116,15 +116,15 @@ def _merge(base: DictConfig, layer: DictConfig, *, origin: str) -> DictConfig:
 def _check_keys(values: DictConfig, schema: type, *, origin: str, prefix: str) -> None:
     """Reject keys that the schema does not have, with the nearest one that it has."""
     hints = typing.get_type_hints(schema)
-    for key in values:
+    for key in map(str, values):
         name = f"{prefix}{key}"
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1)
+            near = difflib.get_close_matches(key, hints, n=1)
             elsewhere = [p for p in all_fields() if p.rsplit(".", 1)[-1] == key]
             guess = near[0] if near else (elsewhere[0] if elsewhere else None)
             hint = f"did you mean {guess!r}?" if guess else f"known here: {', '.join(hints)}"
             raise ValueError(f"{origin}: unknown field {name!r}; {hint}")
-        nested = _dataclass_in(hints[str(key)])
+        nested = _dataclass_in(hints[key])
         child = None if OmegaConf.is_missing(values, key) else values.get(key)
         if nested is not None and isinstance(child, DictConfig):
             _check_keys(child, nested, origin=origin, prefix=f"{name}.")
