@@ -36,6 +36,7 @@ def draw_losses(records: list[dict[str, Any]], path: Path) -> None:
     """Loss of every source over training, held-out loss as dots, and the number of experts per token below."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=[3, 1], layout="constrained")
     names = sorted({name for record in records for name in record if name.startswith("loss/source/")})
+    evaluated = False
     for index, name in enumerate(names):
         points = [(record["step"], record[name]) for record in records if name in record]
         steps, losses = zip(*points)
@@ -43,10 +44,11 @@ def draw_losses(records: list[dict[str, Any]], path: Path) -> None:
         top.plot(steps, smooth(list(losses), 8), color=colour, label=source)
         held_out = [(r["step"], r[f"eval/loss/{source}"]) for r in records if f"eval/loss/{source}" in r]
         if held_out:
+            evaluated = True
             top.plot(*zip(*held_out), "o", color=colour, markersize=4)
     top.set_yscale("log")
     top.set_ylabel("loss per answer token (nats)")
-    top.set_title("Training loss by source (lines), held-out loss (dots)")
+    top.set_title("Training loss by source" + (" (lines), held-out loss (dots)" if evaluated else ""))
     top.legend(ncols=3, fontsize=9)
     top.grid(alpha=0.3)
     routed = [(r["step"], r["moe/mean_k"], r["moe/null_share"]) for r in records if "moe/mean_k" in r]
