@@ -99,7 +99,7 @@ def _audio(config: AudioConfig | None, out: int) -> tuple[int, int]:
     encoder = convolutions + positions + config.num_encoder_layers * _transformer_layer(width, ffn, 1, 3) + 2 * width
     queries = config.num_query_tokens * width + config.max_target_positions * width
     decoder = queries + config.num_decoder_layers * _transformer_layer(width, ffn, 2, 3) + 2 * width
-    return encoder + decoder, width * out + out
+    return encoder, decoder + width * out + out  # the Q-former belongs to the projectors (models/parts.py)
 
 
 def flops_per_token(model: ModelConfig, seq_length: int, mean_k: float, tensor_parallel_size: int = 1) -> float:

@@ -13,6 +13,7 @@ def test_full_model_counts() -> None:
     assert counts.gate == 702_464
     assert counts.experts == 4 * 5_703_204_864
     assert counts.shared_experts == 2 * 712_900_608
+    assert counts.audio == 636_968_960  # Whisper-large-v3's encoder, as in the paper's Table 1
     # The paper's 398M keeps the tower's post-layernorm, which nothing uses.
     assert counts.vision == 397_747_744 - 2 * 1152
 
