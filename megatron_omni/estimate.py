@@ -40,16 +40,16 @@ class ParameterCount:
         return sum(vars(self).values())
 
 
-def padded_vocab_size(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
-    """Rows of the embedding: the vocabulary rounded up so that every tensor-parallel rank holds the same number."""
-    multiple = model.make_vocab_size_divisible_by * tensor_parallel_size
+def padded_vocab_size(model: ModelConfig) -> int:
+    """Rows of the embedding and output matrices; the same on every layout, so that checkpoints and losses are, too."""
+    multiple = model.make_vocab_size_divisible_by
     return -(-model.vocab_size // multiple) * multiple
 
 
-def count_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> ParameterCount:
+def count_parameters(model: ModelConfig) -> ParameterCount:
     """Parameter counts by part."""
     width, blocks, moe = model.hidden_size, model.num_layers, model.moe
-    vocab = padded_vocab_size(model, tensor_parallel_size) * width
+    vocab = padded_vocab_size(model) * width
     query = model.num_attention_heads * model.kv_channels
     key_value = 2 * model.num_query_groups * model.kv_channels
     attention = width * (query + key_value) + query * width + (query + key_value) * model.add_qkv_bias
@@ -102,12 +102,12 @@ def _audio(config: AudioConfig | None, out: int) -> tuple[int, int]:
     return encoder, decoder + width * out + out  # the Q-former belongs to the projectors (models/parts.py)
 
 
-def flops_per_token(model: ModelConfig, seq_length: int, mean_k: float, tensor_parallel_size: int = 1) -> float:
+def flops_per_token(model: ModelConfig, seq_length: int, mean_k: float) -> float:
     """Training FLOPs (forward + backward) of the language model for one token of a sequence of ``seq_length``.
 
     ``mean_k`` is the measured mean number of real experts per token: null slots cost nothing.
     """
-    counts = count_parameters(model, tensor_parallel_size)
+    counts = count_parameters(model)
     dense = (
         counts.attention
         + counts.ffn
@@ -125,7 +125,7 @@ def weight_bytes_per_rank(recipe: Recipe, world_size: int) -> dict[str, int]:
     model, parallel = recipe.model, recipe.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     expert_ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
-    counts = count_parameters(model, tp)
+    counts = count_parameters(model)
     sharded = (counts.attention + counts.ffn) // (tp * pp) + counts.embeddings // tp
     if pp == 1:
         sharded += counts.output // tp

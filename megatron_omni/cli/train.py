@@ -104,7 +104,7 @@ def describe(recipe: "Recipe", *, world_size: int) -> str:
     from megatron_omni.config.load import recipe_to_yaml
     from megatron_omni.estimate import count_parameters, weight_bytes_per_rank
 
-    counts = count_parameters(recipe.model, recipe.parallel.tensor_model_parallel_size)
+    counts = count_parameters(recipe.model)
     lines = [recipe_to_yaml(recipe).rstrip(), "", f"{'part':<16}{'parameters':>18}  trained"]
     for part, number in vars(counts).items():
         trained = "no" if part in recipe.freeze else "yes"

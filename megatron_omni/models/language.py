@@ -41,6 +41,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from megatron_omni.batch import IGNORE_LABEL
 from megatron_omni.config.model import ModelConfig
 from megatron_omni.config.parallel import ParallelConfig
+from megatron_omni.estimate import padded_vocab_size
 from megatron_omni.models.attention import CoreAttention, packing_mask
 from megatron_omni.models.moe.context import TokenContext, token_context, without_stats
 from megatron_omni.models.rope import rotary_angles
@@ -78,13 +79,12 @@ def layer_pattern(num_blocks: int, *, moe: bool, pipeline_size: int) -> str:
     return STAGE.join([block * (num_blocks // pipeline_size)] * pipeline_size)
 
 
-def padded_vocab_size(model: ModelConfig, tensor_size: int) -> int:
-    """Rows of the embedding and output matrices; the same on every layout, so that checkpoints and losses are, too."""
-    multiple = model.make_vocab_size_divisible_by
-    padded = -(-model.vocab_size // multiple) * multiple
+def vocab_rows(model: ModelConfig, tensor_size: int) -> int:
+    """Padded vocabulary, checked to divide over ``tensor_size`` ranks."""
+    padded = padded_vocab_size(model)
     if padded % tensor_size != 0:
         raise ValueError(
-            f"model.make_vocab_size_divisible_by={multiple} pads the vocabulary to {padded} rows, which "
+            f"model.make_vocab_size_divisible_by={model.make_vocab_size_divisible_by} pads the vocabulary to {padded} rows, which "
             f"parallel.tensor_model_parallel_size={tensor_size} does not divide; use a multiple of {tensor_size}"
         )
     return padded
@@ -208,7 +208,7 @@ class LanguageModel(HybridModel):
         super().__init__(
             config,
             hybrid_stack_spec=stack_spec(model),
-            vocab_size=padded_vocab_size(model, tensor_size),
+            vocab_size=vocab_rows(model, tensor_size),
             max_sequence_length=model.max_position_embeddings,
             hybrid_layer_pattern=layer_pattern(model.num_layers, moe=model.moe is not None, pipeline_size=stages),
             pre_process=pg.pp.rank() == 0,

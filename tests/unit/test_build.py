@@ -15,7 +15,7 @@ from megatron_omni.config.run import Recipe
 from megatron_omni.config.validate import PARTS
 from megatron_omni.models.build import build_model, transformer_config
 from megatron_omni.models.init import partition
-from megatron_omni.models.language import layer_pattern, padded_vocab_size
+from megatron_omni.models.language import layer_pattern, vocab_rows
 from megatron_omni.models.parts import PART_NAMES, apply_freeze, parameter_parts, parameter_table
 from megatron_omni.parallel import groups
 from tests.distributed.harness import Rank, run_ranks
@@ -154,7 +154,7 @@ def test_settings_that_cannot_work_are_refused_with_the_fix() -> None:
     with pytest.raises(ValueError, match=r"pipeline_model_parallel_size=2 does not divide model\.num_layers=3"):
         layer_pattern(3, moe=False, pipeline_size=2)
     with pytest.raises(ValueError, match=r"make_vocab_size_divisible_by=8 .* use a multiple of 3"):
-        padded_vocab_size(_recipe().model, 3)
+        vocab_rows(_recipe().model, 3)
     with pytest.raises(ValueError, match=r"expert_model_parallel_size=2 with model\.moe null"):
         transformer_config(_recipe(moe=False, expert_model_parallel_size=2))
     recipe = _recipe()
