@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test lint types layers docs checks golden clean
+.PHONY: help venv ext quickstart test lint types layers docs checks golden clean
 
 # The first Python >= 3.12 that really runs (a pyenv shim may exist and refuse).
 PYTHON := $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python python3.13 python3; do \
@@ -10,17 +10,26 @@ PYTHON := $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python py
 VENV := .venv
 BIN := $(VENV)/bin
 FAST ?= 0
+KERNELS := megatron_omni/ops/_kernels.so
+CSRC := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-venv: $(VENV)/.installed ## make .venv and install the package with its test tools
+venv: $(VENV)/.installed $(KERNELS) ## make .venv and install the package with its test tools
 
-$(VENV)/.installed: pyproject.toml
+# torch first: the build of csrc then uses this one instead of fetching its own (setup.py).
+$(VENV)/.installed: pyproject.toml setup.py
 	@[ -n "$(PYTHON)" ] || { echo "error: no Python 3.12 or 3.13 found. Install one (Debian: apt-get install python3.12 python3.12-venv, or pyenv install 3.12) and run make again."; exit 1; }
 	@[ -x $(BIN)/python ] || "$(PYTHON)" -m venv $(VENV) || { echo "error: $(PYTHON) cannot make a virtual environment; install its venv module (Debian: apt-get install python3.12-venv)."; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$($(BIN)/python -c 'import tomllib; print(*[d for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if d.startswith("torch")])')"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' 2>&1 | { grep -v '^WARNING: Location' || true; }
 	@touch $@
+
+ext: venv ## compile what changed in csrc (CPU side)
+
+$(KERNELS): $(CSRC) | $(VENV)/.installed
+	$(BIN)/python setup.py --quiet build_ext --inplace
 
 quickstart: venv ## compose a small real corpus, train the tiny recipe, score it, show what it made (FAST=1: a few minutes)
 	$(BIN)/python -m examples.quickstart.run $(if $(filter 1,$(FAST)),--fast)
@@ -44,4 +53,4 @@ docs: venv ## regenerate docs/config.md from the dataclasses
 checks: lint types layers ## everything but the tests
 
 clean: ## remove the environment and build products, keep runs/
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build *.egg-info megatron_omni/ops/*.so .mypy_cache .ruff_cache .pytest_cache

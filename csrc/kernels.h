@@ -1,0 +1,79 @@
+// The kernels behind the ops of megatron_omni, as plain C++17 without torch: csrc/bindings.cpp (and bindings_cuda.cpp)
+// check arguments, allocate results and call these. Every pointer is to contiguous memory; sizes are in elements.
+// T tokens, E experts, A assignments (token, expert), H hidden, F ffn, K and N the sides of a weight.
+#pragma once
+
+#include <cstdint>
+
+namespace omni {
+
+// 16-bit values are passed as raw uint16_t.
+enum class DType : int32_t { F32 = 0, BF16 = 1, F16 = 2, F64 = 3 };
+
+inline int64_t size_of(DType d) { return d == DType::F64 ? 8 : d == DType::F32 ? 4 : 2; }
+
+// How a CPU kernel runs its tasks. The bindings hand in torch's own intra-op pool, so that there is one pool.
+struct Parallel {
+  int threads;  // that a call may use at once
+  void (*run)(int64_t num_tasks, void (*task)(void* context, int64_t index), void* context);
+
+  // run f(index) for index in 0..num_tasks; tasks may run in any order and at the same time
+  template <class F>
+  void operator()(int64_t num_tasks, const F& f) const {
+    if (num_tasks <= 1 || threads <= 1) {
+      for (int64_t i = 0; i < num_tasks; ++i) f(i);
+      return;
+    }
+    run(num_tasks, [](void* context, int64_t i) { (*static_cast<const F*>(context))(i); }, const_cast<F*>(&f));
+  }
+};
+
+namespace cpu {
+
+// ---- permute.cpp ----------------------------------------------------------------------------------------------------
+// The metadata of a routing map: offsets[E + 1] rows of each expert, row_token[A], row_expert[A] (expert-major, tokens
+// in order), token_offsets[T + 1] and token_rows[A] (token-major: the rows of each token, ascending).
+
+// Number of true entries of map[t * stride + e].
+int64_t count_assignments(const bool* map, int64_t stride, int64_t T, int64_t E, int64_t* offsets, int64_t* token_offsets);
+// Fills the rest from the offsets that count_assignments wrote.
+void fill_permutation(const bool* map, int64_t stride, int64_t T, int64_t E, const int64_t* offsets,
+                      const int64_t* token_offsets, int64_t* row_token, int64_t* row_expert, int64_t* token_rows);
+
+// out[a] = x[row_token[a]]; rows A..num_rows are zero.
+void permute(const void* x, const int64_t* row_token, const int64_t* token_offsets, const int64_t* token_rows, int64_t T,
+             int64_t A, int64_t num_rows, int64_t H, DType dtype, void* out, const Parallel& parallel);
+
+// out[t] = sum over the rows a of token t of weights[a] rows[a], in fp32 (fp64 for F64), rows ascending. weights: null is
+// 1; fp32, or fp64 for F64 rows. dtype_out: any for F32/BF16/F16 rows but F64, F64 for F64.
+void unpermute(const void* rows, const void* weights, const int64_t* token_offsets, const int64_t* token_rows, int64_t T,
+               int64_t H, DType dtype_in, DType dtype_out, void* out, const Parallel& parallel);
+
+// grad_rows[a] = f[a] weights[a] g[t], grad_weights[a] = f[a] <rows[a], g[t]>; f and weights: null is 1. Either result
+// may be null; rows may be null where grad_weights is. grad_rows rows A..num_rows are zero. grad_weights is fp32 (fp64).
+void unpermute_backward(const void* grad_y, const void* rows, const void* weights, const void* factor,
+                        const int64_t* token_offsets, const int64_t* token_rows, int64_t T, int64_t A, int64_t num_rows,
+                        int64_t H, DType dtype_rows, DType dtype_grad, void* grad_rows, void* grad_weights,
+                        const Parallel& parallel);
+
+// ---- topp_route.cpp -------------------------------------------------------------------------------------------------
+enum class Estimator : int32_t { None = 0, Grin = 1, Paper = 2 };
+
+struct ToppRoute {
+  int64_t T, num_dynamic, num_shared, num_routed;
+  double top_p;
+  int64_t top_k;       // 0: by top_p
+  int64_t max_routed;  // < 0: no cap
+  Estimator estimator;
+};
+// z[T, num_dynamic + num_shared]; gumbel, bernoulli [T, num_dynamic] and padding [T] may be null. F32 or F64.
+void topp_route(const ToppRoute& r, DType dtype, const void* z, const void* gumbel, const void* bernoulli,
+                const bool* padding, bool* mask, void* weights, void* shared_weights, void* scale, int64_t* k,
+                int64_t* draw_rank, const Parallel& parallel);
+// grad_z[T, num_dynamic + num_shared] from the gradients of weights and shared weights (either may be null: zero).
+void topp_route_backward(const ToppRoute& r, DType dtype, const void* grad_weights, const void* grad_shared,
+                         const void* weights, const void* shared_weights, const void* scale, void* grad_z,
+                         const Parallel& parallel);
+
+}  // namespace cpu
+}  // namespace omni

@@ -1,0 +1,43 @@
+"""The compiled kernels: loads ``_kernels.so`` (and ``_kernels_cuda.so`` where it was built) once, at import.
+
+``op(name)`` is the operator ``torch.ops.megatron_omni.<name>`` for the ops files to call. Without the shared object, or
+with one built for another torch, the package still imports and its references work; an op then raises with what to do.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_FOLDER = Path(__file__).parent
+_REBUILD = "build the kernels with `pip install -e .` (or `make ext` in a checkout)"
+
+
+def _load(file: str) -> str | None:
+    """Load a shared object; None when it is loaded, else why not."""
+    path = _FOLDER / file
+    if not path.exists():
+        return f"{path} is missing: {_REBUILD}"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path} does not load with torch {torch.__version__}: {_REBUILD} ({error})"
+    return None
+
+
+CPU_ERROR = _load("_kernels.so")
+"""None, or why the CPU kernels (and with them every op) are not there."""
+CUDA_ERROR = _load("_kernels_cuda.so") if CPU_ERROR is None else CPU_ERROR
+"""None, or why the CUDA kernels are not there."""
+
+
+def op(name: str) -> Callable[..., Any]:
+    """The operator ``megatron_omni::name``, or a function that raises RuntimeError where kernels are not built."""
+    if CPU_ERROR is None:
+        return getattr(torch.ops.megatron_omni, name).default
+
+    def missing(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(f"megatron_omni::{name} is not available: {CPU_ERROR}")
+
+    return missing
