@@ -8,6 +8,7 @@ Every rank sees the same outcome: after each phase the ranks exchange their erro
 :class:`CheckpointError` everywhere, with the temporary directory removed. torch's ``CheckpointException`` derives from
 ``BaseException``, so it is named wherever errors are caught.
 
+Files are read without running what is pickled in them (``untrusted.py``).
 Shapes and dtypes are compared before a tensor is read: Megatron would cast a wrong dtype in silence.
 """
 
@@ -38,7 +39,7 @@ from megatron.core.tensor_parallel.random import _get_cuda_rng_state, _set_cuda_
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_omni.checkpoint import commit
+from megatron_omni.checkpoint import commit, untrusted
 from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.config.load import recipe_to_yaml
 from megatron_omni.config.run import Recipe
@@ -46,6 +47,8 @@ from megatron_omni.config.run import Recipe
 RUN_CONFIG = "run_config.yaml"
 TOKENIZER = "tokenizer"
 FAILURES = (Exception, CheckpointException)
+
+untrusted.install()
 
 
 def save_checkpoint(
@@ -89,10 +92,10 @@ def load_checkpoint(
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata),
     }
     _compare(wanted, directory, prefix="")
-    layout = dist_checkpointing.load_common_state_dict(directory)["layout"]
+    layout = _read(lambda: dist_checkpointing.load_common_state_dict(directory), directory)["layout"]
     if layout["world_size"] == dist.get_world_size():
         wanted["rng"] = _rng_shard()
-    state = dist_checkpointing.load(wanted, str(directory))
+    state = _read(lambda: dist_checkpointing.load(wanted, str(directory)), directory)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if "rng" in state:
@@ -107,7 +110,15 @@ def load_weights(directory: Path, *, model: MegatronModule, pg: ProcessGroupColl
     """
     wanted = {"model": model.sharded_state_dict(prefix="", metadata=_metadata(pg))}
     _compare(wanted, directory, prefix="optimizer.")
-    model.load_state_dict(dist_checkpointing.load(wanted, str(directory))["model"])
+    model.load_state_dict(_read(lambda: dist_checkpointing.load(wanted, str(directory)), directory)["model"])
+
+
+def _read(action: Callable[[], dict[str, Any]], directory: Path) -> dict[str, Any]:
+    """``action()``; what torch's reader refused or could not read becomes a CheckpointError."""
+    try:
+        return action()
+    except CheckpointException as error:
+        raise CheckpointError(f"{directory}: {_reason(error)}") from error
 
 
 def find_checkpoint(path: Path) -> Path | None:
