@@ -65,6 +65,11 @@ class OmniBatch:
         return self.segment_ids < 0
 
     @property
+    def num_samples(self) -> int:
+        """Samples in all rows."""
+        return int((self.segment_ids.amax(dim=1) + 1).sum())
+
+    @property
     def num_label_tokens(self) -> int:
         """Tokens that carry a label."""
         return int((self.labels != IGNORE_LABEL).sum())

@@ -120,6 +120,25 @@ def flops_per_token(model: ModelConfig, seq_length: int, mean_k: float) -> float
     return 6.0 * (dense + routed + scores)
 
 
+def encoder_flops(model: ModelConfig) -> tuple[float, float]:
+    """Training FLOPs of one vision tile and of one audio chunk, without attention scores; 0 for an absent encoder."""
+    tile = chunk = 0.0
+    if (vision := model.vision) is not None:
+        patches = (vision.image_size // vision.patch_size) ** 2
+        tile = 6.0 * patches * vision.num_layers * _transformer_layer(vision.hidden_size, vision.ffn_hidden_size)
+    if (audio := model.audio) is not None:
+        width, ffn = audio.hidden_size, audio.ffn_hidden_size
+        frames = int(audio.chunk_seconds * 50)
+        convolutions = 3 * width * (2 * audio.num_mel_bins + width)  # the first runs before the time axis is halved
+        encoder = frames * (convolutions + audio.num_encoder_layers * _transformer_layer(width, ffn, 1, 3))
+        # Every decoder layer projects all frames to keys and values once more.
+        decoder = audio.num_decoder_layers * (
+            audio.num_query_tokens * _transformer_layer(width, ffn, 2, 3) + frames * 2 * width * width
+        )
+        chunk = 6.0 * (encoder + decoder)
+    return tile, chunk
+
+
 def weight_bytes_per_rank(recipe: Recipe, world_size: int) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer state on the fullest rank (first stage), without activations."""
     model, parallel = recipe.model, recipe.parallel

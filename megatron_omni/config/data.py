@@ -30,10 +30,15 @@ class DataConfig:
     system_prompt: str = ""
     """System turn of the chat template; empty leaves the turn out."""
     seq_length: int = 8192
-    """Longest sample in tokens, media placeholders included; a longer one is skipped and counted."""
+    """Longest sample in tokens, media placeholders included; a longer one is skipped and counted. The row length when
+    samples are packed."""
+    packing: bool = False
+    """Several samples share a row of ``seq_length`` tokens (first fit), attention and positions kept apart. A step then
+    takes as many samples as its rows hold."""
     micro_batch_size: int = 1
+    """Rows of a micro-batch: samples, or packed rows."""
     global_batch_size: int = 8
-    """Samples per optimizer step over all data-parallel ranks."""
+    """Rows per optimizer step over all data-parallel ranks."""
     batch_by: Literal["mixed", "source"] = "mixed"
     """``source``: all samples of a step come from one source, drawn by weight (less padding at small scale)."""
     pad_to_multiple_of: int = 8

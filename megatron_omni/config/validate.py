@@ -190,6 +190,8 @@ def _run(recipe: Recipe) -> Iterator[str]:
     yield from _positive(
         {"train_iters": recipe.train_iters, "data.seq_length": data.seq_length, "log.interval": recipe.log.interval}
     )
+    if data.packing and data.batch_by == "source":
+        yield "data.packing=True: packed rows mix sources; set data.batch_by=mixed"
     if optim.lr <= 0:
         yield f"optim.lr={optim.lr}: must be positive"
     if optim.min_lr > optim.lr:

@@ -1,7 +1,8 @@
-"""Samples -> one ``OmniBatch``, one sample a row, padded to a common length.
+"""Samples -> one ``OmniBatch``, one or several samples a row, padded to a common length.
 
-Padding carries segment -1, sample -1, no label, position 0 and the pad id; the length is the longest row rounded up to
-``multiple_of``. Tiles and chunks are joined in row order, which is the order of their placeholders in the [B, S] grid.
+Samples that share a row follow each other as segments 0, 1, .. Padding stands at the end and carries segment -1, sample
+-1, no label, position 0 and the pad id; the length is the longest row rounded up to ``multiple_of``. Tiles and chunks
+are joined in row order, which is the order of their placeholders in the [B, S] grid.
 """
 
 from collections.abc import Sequence
@@ -19,25 +20,35 @@ def collate(
     pad_id: int,
     sample_ids: Sequence[int] | None = None,
     source_ids: Sequence[int] | None = None,
+    row_of: Sequence[int] | None = None,
     multiple_of: int = 1,
 ) -> OmniBatch:
-    """One micro-batch. ``sample_ids`` are places in the global order (default: the row), ``source_ids`` sources."""
+    """One micro-batch. ``sample_ids`` are places in the global order (default: the sample's number here),
+    ``source_ids`` sources, ``row_of`` each sample's row, ascending (default: a row of its own).
+    """
     if not samples:
         raise ValueError("collate needs at least one sample")
     sample_ids = range(len(samples)) if sample_ids is None else sample_ids
     source_ids = [0] * len(samples) if source_ids is None else source_ids
-    assert len(samples) == len(sample_ids) == len(source_ids)
-    longest = max(sample.length for sample in samples)
-    length = -(-longest // multiple_of) * multiple_of
+    row_of = range(len(samples)) if row_of is None else row_of
+    assert len(samples) == len(sample_ids) == len(source_ids) == len(row_of)
+    assert list(row_of) == sorted(row_of), "tiles and chunks are joined in row order: samples must come row by row"
+    filled = [0] * (row_of[-1] + 1)
+    starts, segments, used = [], [], list(filled)
+    for row, sample in zip(row_of, samples):
+        starts.append(filled[row])
+        segments.append(used[row])
+        filled[row] += sample.length
+        used[row] += 1
+    length = -(-max(filled) // multiple_of) * multiple_of
 
-    def padded(rows: Sequence[Tensor], value: int) -> Tensor:
-        out = torch.full((*rows[0].shape[:-1], len(rows), length), value, dtype=torch.int64)
-        for i, row in enumerate(rows):
-            out[..., i, : row.shape[-1]] = row
+    def padded(parts: Sequence[Tensor | int], value: int) -> Tensor:
+        """[.., B, S] of the samples' [.., L] tensors or constants."""
+        leading = parts[0].shape[:-1] if isinstance(parts[0], Tensor) else ()
+        out = torch.full((*leading, len(filled), length), value, dtype=torch.int64)
+        for row, start, sample, part in zip(row_of, starts, samples, parts):
+            out[..., row, start : start + sample.length] = part
         return out
-
-    def constant(values: Sequence[int], padding: int) -> Tensor:
-        return padded([torch.full((s.length,), v, dtype=torch.int64) for s, v in zip(samples, values)], padding)
 
     tiles = [sample.tiles for sample in samples if sample.tiles is not None]
     chunks = [sample.chunks for sample in samples if sample.chunks is not None]
@@ -45,11 +56,11 @@ def collate(
         input_ids=padded([s.input_ids for s in samples], pad_id),
         labels=padded([s.labels for s in samples], IGNORE_LABEL),
         position_ids=padded([s.position_ids for s in samples], 0),
-        segment_ids=constant([0] * len(samples), -1),
-        sample_ids=constant(sample_ids, -1),
+        segment_ids=padded(segments, -1),
+        sample_ids=padded(sample_ids, -1),
         sample_positions=padded([torch.arange(s.length) for s in samples], 0),
         modality=padded([s.modality for s in samples], int(Modality.TEXT)),
-        source_ids=constant(source_ids, -1),
+        source_ids=padded(source_ids, -1),
         pixel_values=torch.cat(tiles) if tiles else None,
         audio_features=torch.cat(chunks) if chunks else None,
     )

@@ -1,24 +1,28 @@
 """The data of one optimizer step at a time, for one data-parallel rank.
 
-A step takes ``global_batch_size`` places of the mixture's order. Every rank knows the token length of each (from
-media headers, nothing is decoded), sorts them by length, longest first, and cuts that list into micro-batches; so the
-micro-batches are the same sets of samples on any number of ranks. Round j hands one to each rank, in the ranks' order
-or against it in turn, which keeps their loads level. A rank decodes its own samples only.
+A step takes ``global_batch_size`` rows: the next samples of the mixture's order, one a row, or several with
+``packing`` (packing.py). Every rank knows the size of each (from media headers, nothing is decoded) and cuts the rows
+into micro-batches: by length, longest first, so that little is padded; packed rows, which are full anyway, so that all
+micro-batches hold about the same work for the encoders. So the micro-batches are the same sets of samples on any number
+of ranks. Round j hands one to each rank, in the ranks' order or against it in turn, which keeps their loads level. A
+rank decodes its own samples only.
 
 A record that cannot be used gives way to the rows after it in its source's order of that epoch: a function of the data
 alone, the same on every layout. What a header does not show is found when one rank decodes; the rule is the same, only
-the length may then differ from the plan. Skips are counted by reason; beyond ``max_bad_fraction`` the run stops.
+the length may then differ from the plan (in a packed row a stand-in must fit the place, or the place stays empty).
+Skips are counted by reason; beyond ``max_bad_fraction`` the run stops.
 
-The state is the number of samples consumed (and the counters). ``num_workers`` threads prepare the next steps; they
-change neither order nor state. Threads, because decoding, resampling and tokenizing release the interpreter lock, and
-threads leave no orphans, need no pickling and fork nothing beside CUDA; an error in one surfaces in ``next_step``.
+The state is the number of samples consumed, those that packing made wait, and the counters. ``num_workers`` threads
+prepare the next steps; they change neither order nor state. Threads, because decoding, resampling and tokenizing
+release the interpreter lock, and threads leave no orphans, need no pickling and fork nothing beside CUDA; an error in
+one surfaces in ``next_step``.
 """
 
 import logging
 from collections import Counter, deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count, islice
 from math import lcm
 from typing import Any, NamedTuple
 
@@ -29,10 +33,12 @@ from megatron_omni.data.cache import Lru, PackedSample
 from megatron_omni.data.collate import collate
 from megatron_omni.data.decode.cpu import MediaError
 from megatron_omni.data.mixture import Component, Draw, Mixture
+from megatron_omni.data.packing import deal, fill_rows
 from megatron_omni.data.record import RecordError
-from megatron_omni.data.sample import Sample, SampleBuilder
+from megatron_omni.data.sample import Sample, SampleBuilder, SampleSize
 from megatron_omni.data.sources import open_sources
 from megatron_omni.data.tokenizer import Tokenizer
+from megatron_omni.estimate import encoder_flops
 
 logger = logging.getLogger(__name__)
 
@@ -41,17 +47,50 @@ MIN_TRIED = 100
 MAX_STAND_INS = 1000
 """Rows in a row that may fail before their source counts as unusable."""
 _LOGGED_PER_REASON = 3
-_KNOWN_LENGTHS = 1 << 18
+_KNOWN_SIZES = 1 << 18
 
 
 class Place(NamedTuple):
-    """One sample of a step: its place in the global order, the row that fills it, and its length from headers."""
+    """One sample of a step: its place in the global order, the row that fills it, and its size from headers."""
 
     sample_id: int
     draw: Draw
     attempt: int
     """0: the row drawn; n: its n-th stand-in."""
-    length: int
+    size: SampleSize
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return self.size.tokens
+
+
+Row = list[Place]
+"""The samples of one row of a batch."""
+
+
+class Cursor(NamedTuple):
+    """Where the order stands between two steps."""
+
+    next_sample: int
+    waiting: tuple[int, ...] = ()
+    """Samples before ``next_sample`` that no row had room for yet, oldest first."""
+
+    @property
+    def consumed_samples(self) -> int:
+        """Samples that were part of a step."""
+        return self.next_sample - len(self.waiting)
+
+
+class Plan(NamedTuple):
+    """A step, the same on every rank."""
+
+    micro_batches: list[list[Row]]
+    skips: list["Skip"]
+    """Records passed over because of what their headers show."""
+    num_samples: int
+    """Samples that left the order for this step; those that wait were seen before."""
+    after: Cursor
 
 
 @dataclass(frozen=True)
@@ -65,8 +104,7 @@ class Skip:
 
 class _Step(NamedTuple):
     batches: list[OmniBatch]
-    planned_skips: list[Skip]
-    """Found from headers: known to every rank."""
+    plan: Plan
     own_skips: list[Skip]
     """Found while decoding this rank's samples."""
 
@@ -113,69 +151,99 @@ class StepLoader:
             global_batch_size=data.global_batch_size,
         )
         self._length_multiple = lcm(data.pad_to_multiple_of, recipe.parallel.tensor_model_parallel_size)
-        self._lengths: Lru[int | Skip] = Lru(_KNOWN_LENGTHS)
-        self._undecodable: Lru[Skip] = Lru(_KNOWN_LENGTHS)
+        self._tile_flops, self._chunk_flops = encoder_flops(recipe.model)
+        self._sizes: Lru[SampleSize | Skip] = Lru(_KNOWN_SIZES)
+        self._undecodable: Lru[Skip] = Lru(_KNOWN_SIZES)
         self._samples: Lru[PackedSample] = Lru(int(data.cache_gib * 2**30))
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: deque[Future[_Step]] = deque()
         self._skipped: Counter[str] = Counter()
         self._tried = {"planned": 0, "decoded": 0}
         self._bad = {"planned": 0, "decoded": 0}
-        self.consumed_samples = 0
+        self._cursor = self._planned_to = Cursor(0)
         self.load_state_dict({"consumed_samples": consumed_samples})
+
+    @property
+    def consumed_samples(self) -> int:
+        """Samples that were part of a step so far."""
+        return self._cursor.consumed_samples
 
     # -------------------------------------------------------------------------------------------- steps
 
     def next_step(self) -> list[OmniBatch]:
-        """This rank's micro-batches of the next step, longest first."""
-        step = self._take(self.consumed_samples)
+        """This rank's micro-batches of the next step."""
+        step = self._take()
         self._count(step)
-        self.consumed_samples += self.data.global_batch_size
+        self._cursor = step.plan.after
         return step.batches
 
-    def eval_batches(self, num_steps: int) -> Iterator[list[OmniBatch]]:
-        """The first ``num_steps`` steps of the order, the same at every call; the training state stays as it is."""
-        for step in range(num_steps):
-            yield self._load(step * self.data.global_batch_size).batches
-
-    def plan(self, cursor: int) -> tuple[list[Place], list[Skip]]:
-        """The samples of the step that starts at ``cursor``, in the global order, and the records passed over."""
+    def plan(self, cursor: Cursor) -> Plan:
+        """The step that starts at ``cursor``."""
+        data = self.data
         skips: list[Skip] = []
-        places = [self._place(i, skips) for i in range(cursor, cursor + self.data.global_batch_size)]
-        return places, skips
+        num_rows = data.global_batch_size
+        waiting = [self._place(i, []) for i in cursor.waiting]
+        coming = (self._place(i, skips) for i in count(cursor.next_sample))
+        if data.packing:
+            rows, left_over = fill_rows(waiting, coming, num_rows=num_rows, capacity=data.seq_length)
+        else:  # samples wait here only when a packed run was resumed without packing
+            rows = [[place] for place in (*waiting[:num_rows], *islice(coming, max(num_rows - len(waiting), 0)))]
+            left_over = waiting[num_rows:]
+        seen = [place.sample_id for row in (*rows, left_over) for place in row]
+        after = Cursor(max(seen) + 1, tuple(place.sample_id for place in left_over))
+        return Plan(self._cut(rows), skips, after.next_sample - cursor.next_sample, after)
 
-    def own_micro_batches(self, places: list[Place]) -> list[list[Place]]:
-        """The micro-batches that this rank computes."""
-        ordered = sorted(places, key=lambda place: (-place.length, place.sample_id))
-        size, ranks = self.data.micro_batch_size, self.data_size
-        micro_batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    def _cut(self, rows: list[Row]) -> list[list[Row]]:
+        """Rows into micro-batches."""
+        size = self.data.micro_batch_size
+        if self.data.packing:
+            return [[rows[i] for i in hand] for hand in deal([*map(self._encoder_cost, rows)], len(rows) // size)]
+        ordered = sorted(rows, key=lambda row: (-row[0].length, row[0].sample_id))
+        return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+    def _encoder_cost(self, row: Row) -> float:
+        return sum(self._tile_flops * place.size.tiles + self._chunk_flops * place.size.chunks for place in row)
+
+    def own_micro_batches(self, micro_batches: list[list[Row]]) -> list[list[Row]]:
+        """Those that this rank computes."""
+        ranks = self.data_size
         turns = [self.data_rank, ranks - 1 - self.data_rank]
         return [micro_batches[j * ranks + turns[j % 2]] for j in range(len(micro_batches) // ranks)]
 
-    def _load(self, cursor: int) -> _Step:
-        places, planned_skips = self.plan(cursor)
+    def _load(self, plan: Plan) -> _Step:
         own_skips: list[Skip] = []
-        batches = []
-        for micro_batch in self.own_micro_batches(places):
-            batches.append(
-                collate(
-                    [self._sample(place, own_skips) for place in micro_batch],
-                    pad_id=self.builder.tokenizer.pad_id,
-                    sample_ids=[place.sample_id for place in micro_batch],
-                    source_ids=[place.draw.source for place in micro_batch],
-                    multiple_of=self._length_multiple,
-                )
-            )
-        return _Step(batches, planned_skips, own_skips)
+        batches = [self._batch(rows, own_skips) for rows in self.own_micro_batches(plan.micro_batches)]
+        return _Step(batches, plan, own_skips)
 
-    def _take(self, cursor: int) -> _Step:
+    def _batch(self, rows: list[Row], skips: list[Skip]) -> OmniBatch:
+        samples, places, row_of = [], [], []
+        for number, row in enumerate(rows):
+            for place in row:
+                sample = self._sample(place, skips)
+                if sample is not None:
+                    samples.append(sample)
+                    places.append(place)
+                    row_of.append(number)
+        if not samples:
+            raise self._exhausted(rows[0][0].draw, skips)
+        return collate(
+            samples,
+            pad_id=self.builder.tokenizer.pad_id,
+            sample_ids=[place.sample_id for place in places],
+            source_ids=[place.draw.source for place in places],
+            row_of=row_of,
+            multiple_of=self._length_multiple,
+        )
+
+    def _take(self) -> _Step:
         if self.data.num_workers == 0:
-            return self._load(cursor)
+            return self._load(self.plan(self._cursor))
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.data.num_workers, thread_name_prefix="data")
         while len(self._ahead) <= self.data.num_workers:
-            start = cursor + len(self._ahead) * self.data.global_batch_size
-            self._ahead.append(self._pool.submit(self._load, start))
+            plan = self.plan(self._planned_to)
+            self._planned_to = plan.after
+            self._ahead.append(self._pool.submit(self._load, plan))
         try:
             return self._ahead.popleft().result()
         except BaseException:
@@ -186,6 +254,7 @@ class StepLoader:
         for future in self._ahead:
             future.cancel()
         self._ahead.clear()
+        self._planned_to = self._cursor
 
     def close(self) -> None:
         """Stop the threads; the step being prepared is finished first."""
@@ -201,28 +270,32 @@ class StepLoader:
         drawn = self.mixture.sample_at(sample_id)
         for attempt in range(self._last_attempt(drawn)):
             draw = self.mixture.next_in_epoch(drawn, attempt)
-            length = self._length(draw)
-            if isinstance(length, int):
-                return Place(sample_id, draw, attempt, length)
-            skips.append(length)
+            size = self._size(draw)
+            if isinstance(size, SampleSize):
+                return Place(sample_id, draw, attempt, size)
+            skips.append(size)
         raise self._exhausted(drawn, skips)
 
-    def _length(self, draw: Draw) -> int | Skip:
+    def _size(self, draw: Draw) -> SampleSize | Skip:
         key = draw.source, draw.row
-        if (known := self._lengths.get(key)) is not None:
+        if (known := self._sizes.get(key)) is not None:
             return known
         try:
-            length: int | Skip = self.builder.length(self.sources[draw.source][draw.row])
+            size: SampleSize | Skip = self.builder.size(self.sources[draw.source][draw.row])
         except (RecordError, MediaError) as error:
-            length = self._skip(draw, error)
-        self._lengths.put(key, length, cost=1)
-        return length
+            size = self._skip(draw, error)
+        self._sizes.put(key, size, cost=1)
+        return size
 
-    def _sample(self, place: Place, skips: list[Skip]) -> Sample:
-        """The decoded sample of a place, or of the next row that decodes."""
+    def _sample(self, place: Place, skips: list[Skip]) -> Sample | None:
+        """The decoded sample of a place, or of the next row that decodes; None where no row fits a packed place."""
         drawn = self.mixture.sample_at(place.sample_id)
         for attempt in range(place.attempt, self._last_attempt(drawn)):
             draw = self.mixture.next_in_epoch(drawn, attempt)
+            if self.data.packing and attempt > place.attempt:
+                size = self._size(draw)
+                if isinstance(size, SampleSize) and size.tokens > place.length:
+                    continue
             key = draw.source, draw.row
             if (packed := self._samples.get(key)) is not None:
                 return packed.unpack()
@@ -239,6 +312,8 @@ class StepLoader:
                         self._samples.put(key, packed, cost=packed.num_bytes)
                     return sample
             skips.append(skip)
+        if self.data.packing:
+            return None
         raise self._exhausted(drawn, skips)
 
     def _skip(self, draw: Draw, error: RecordError | MediaError) -> Skip:
@@ -259,9 +334,9 @@ class StepLoader:
 
     def _count(self, step: _Step) -> None:
         """Count, report and judge what a consumed step passed over."""
-        own = sum(len(batch.input_ids) for batch in step.batches)
+        own = sum(batch.num_samples for batch in step.batches)
         for stage, used, skips in (
-            ("planned", self.data.global_batch_size, step.planned_skips),
+            ("planned", step.plan.num_samples, step.plan.skips),
             ("decoded", own, step.own_skips),
         ):
             self._tried[stage] += used + len(skips)
@@ -288,6 +363,7 @@ class StepLoader:
         """What a resumed run needs: how far it is, counters, and the order that this number counts in."""
         return {
             "consumed_samples": self.consumed_samples,
+            "waiting": list(self._cursor.waiting),
             "skipped": dict(self._skipped),
             "tried": dict(self._tried),
             "bad": dict(self._bad),
@@ -309,8 +385,9 @@ class StepLoader:
                     f"the data changed since this state was saved: {key} was {saved}, is {mine}; restore it, or start "
                     "a new run from the weights with init_from"
                 )
+        waiting = tuple(state.get("waiting", ()))
+        self._cursor = Cursor(consumed + len(waiting), waiting)
         self._forget_ahead()
-        self.consumed_samples = consumed
         self._skipped = Counter(state.get("skipped", {}))
         self._tried = {**dict.fromkeys(self._tried, 0), **state.get("tried", {})}
         self._bad = {**dict.fromkeys(self._bad, 0), **state.get("bad", {})}

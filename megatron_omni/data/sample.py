@@ -1,11 +1,12 @@
 """Record -> ``Sample``: the tensors of one conversation, the same code for training, evaluation and generation.
 
-``SampleBuilder`` holds what the recipe says (tokenizer, template, sizes). ``length`` reads media headers only, the
+``SampleBuilder`` holds what the recipe says (tokenizer, template, sizes). ``size`` reads media headers only, the
 ``build_*`` methods decode. Labels are the ids shifted by one, on answers alone; tiles and chunks stand in the order of
 their placeholders.
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +59,14 @@ class Sample:
         return replace(self, labels=torch.full_like(self.labels, IGNORE_LABEL))
 
 
+class SampleSize(NamedTuple):
+    """What a sample will cost, known before anything is decoded."""
+
+    tokens: int
+    tiles: int
+    chunks: int
+
+
 class SampleBuilder:
     """Turns records into samples as a recipe says."""
 
@@ -86,8 +95,8 @@ class SampleBuilder:
             )
         self._sound_seconds = self.audio.max_chunks * self.audio.chunk_seconds if self.audio else 0.0
 
-    def length(self, record: Record) -> int:
-        """Tokens of the training sample, from media headers; RecordError or MediaError for what cannot be used."""
+    def size(self, record: Record) -> SampleSize:
+        """Size of the training sample, from media headers; RecordError or MediaError for what cannot be used."""
         self._check(record)
         _require_answer(record)
         media = MediaSpans(
@@ -97,7 +106,13 @@ class SampleBuilder:
         )
         rendered = self._render(record, media)
         self._check_length(record, rendered)
-        return len(rendered.input_ids)
+        frames = sum(len(video.times_seconds) for video, _ in media.videos)
+        sounds = (*media.audios, *(sound for _, sound in media.videos if sound is not None))
+        return SampleSize(
+            tokens=len(rendered.input_ids),
+            tiles=sum(image.rows * image.cols for image in media.images) + frames,
+            chunks=sum(sound.num_chunks for sound in sounds),
+        )
 
     def build_sample(self, record: Record) -> Sample:
         """The training sample; RecordError or MediaError for what cannot be used."""

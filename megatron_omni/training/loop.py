@@ -81,13 +81,13 @@ def _train(run: Run, signals: StopSignals, logger: "_Logger") -> int:
             stats.micro_batches = run.num_micro_batches
         with timer.measure("optimizer"):
             updated, grad_norm = update(run.optimizer, run.scheduler, clip_grad=run.recipe.optim.clip_grad)
-        state.consumed_samples += run.recipe.data.global_batch_size
+        state.consumed_samples += totals["samples"]
         state.consumed_tokens += tokens
         state.consumed_label_tokens += labels
         if updated:
             state.updates += 1
             state.skipped_in_a_row = 0
-            logger.add(reports, tokens=tokens)
+            logger.add(reports, tokens=tokens, samples=totals["samples"])
         else:
             state.skipped_in_a_row += 1
             logger.say(f"step {state.step}: gradient norm is {grad_norm}; no weight changed, the step is skipped")
@@ -117,8 +117,9 @@ def describe(run: Run) -> list[str]:
     trained = ", ".join(f"{part} {count:,}" for part, (_, count) in table.items() if count)
     frozen = ", ".join(f"{part} {total - count:,}" for part, (total, count) in table.items() if total > count)
     sizes = f"tp {place.tp_size} x pp {place.pp_size} x dp {place.dp_size}, ep {place.ep_size}"
+    rows = f"packed rows of {data.seq_length} tokens" if data.packing else "samples"
     step = (
-        f"{data.global_batch_size} samples; {run.num_micro_batches} micro-batches of {data.micro_batch_size} a replica"
+        f"{data.global_batch_size} {rows}; {run.num_micro_batches} micro-batches of {data.micro_batch_size} a replica"
     )
     lines = [f"layout: {sizes}, on {run.device.type}", f"step: {step}", f"trained on this rank: {trained}"]
     if frozen:
@@ -131,7 +132,7 @@ def describe(run: Run) -> list[str]:
 def next_batches(
     run: Run, loader: StepLoader | None, signals: StopSignals | None = None
 ) -> tuple[list[OmniBatch], dict[str, int]]:
-    """This rank's micro-batches of the next step and, over all ranks, its label tokens, tokens and stop requests.
+    """This rank's micro-batches of the next step and, over all ranks, its label tokens, tokens, samples and stop requests.
 
     A reader that fails raises its own error; the other ranks raise ReaderFailed at the same step.
     """
@@ -141,19 +142,20 @@ def next_batches(
             batches = loader.next_step()
         except Exception as caught:  # reported below, once every rank knows that it must not wait for this one
             error = caught
-    labels = tokens = 0
+    labels = tokens = samples = 0
     if batches is not None:
         labels = sum(batch.num_label_tokens for batch in batches)
         tokens = sum(int((batch.segment_ids >= 0).sum()) for batch in batches)
+        samples = sum(batch.num_samples for batch in batches)
     shared = share_step(batches, num_micro_batches=run.num_micro_batches, pg=run.pg, device=run.device)
     stop = signals is not None and signals.received is not None
-    values = [labels, tokens, int(error is not None), int(stop)]
-    labels, tokens, failed, stops = sum_over_ranks(values, device=run.device)
+    values = [labels, tokens, samples, int(error is not None), int(stop)]
+    labels, tokens, samples, failed, stops = sum_over_ranks(values, device=run.device)
     if error is not None:
         raise error
     if failed or shared is None:
         raise ReaderFailed("another rank could not load its data")
-    return shared, {"labels": labels, "tokens": tokens, "stop": stops}
+    return shared, {"labels": labels, "tokens": tokens, "samples": samples, "stop": stops}
 
 
 def aux_loss_scale(run: Run, step: int) -> float:
@@ -204,7 +206,7 @@ class _Logger:
         self.run = run
         self.timer = PartTimer()
         self._tables: torch.Tensor | None = None
-        self._tokens = 0
+        self._tokens = self._samples = 0
         self._started = time.perf_counter()
         self._step = run.state.step
         self._mean_k = 0.0
@@ -223,9 +225,10 @@ class _Logger:
         """Whether ``step`` is logged."""
         return step % self.run.recipe.log.interval == 0 or step >= self.run.recipe.train_iters or step == 1
 
-    def add(self, reports: list[torch.Tensor], *, tokens: int) -> None:
+    def add(self, reports: list[torch.Tensor], *, tokens: int, samples: int) -> None:
         """Add the report tables of a step that updated the weights."""
         self._tokens += tokens
+        self._samples += samples
         for report in reports:
             self._tables = report if self._tables is None else self._tables + report
         if self._writes:
@@ -244,7 +247,7 @@ class _Logger:
         metrics |= {"consumed samples": run.state.consumed_samples, "consumed tokens": run.state.consumed_tokens}
         metrics |= {"skipped steps": run.state.step - run.state.updates}
         self.write(metrics | routing)
-        self._tables, self._tokens = None, 0
+        self._tables, self._tokens, self._samples = None, 0, 0
         if self._writes:
             self._progress.show(run.state.step, metrics | routing)
 
@@ -270,7 +273,7 @@ class _Logger:
         rates = throughput(
             self.run.recipe,
             tokens=self._tokens,
-            samples=steps * self.run.recipe.data.global_batch_size,
+            samples=self._samples,
             seconds=seconds,
             world_size=dist.get_world_size(),
             mean_k=self._mean_k,

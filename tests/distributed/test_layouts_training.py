@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 
+from megatron_omni.config.run import Recipe
+from megatron_omni.data.collate import collate
 from megatron_omni.data.loader import StepLoader
-from tests.distributed.tiny_run import make_corpus, run_tiny, tiny_recipe
+from megatron_omni.parallel.wrap import unwrap_model
+from tests.distributed.harness import Rank, run_ranks
+from tests.distributed.tiny_run import make_corpus, prepare, run_tiny, tiny_recipe
 
 TP, PP = {"parallel__tensor_model_parallel_size": 2}, {"parallel__pipeline_model_parallel_size": 2}
 EP = {"parallel__expert_model_parallel_size": 2}
@@ -104,3 +108,39 @@ def test_lm_loss_does_not_depend_on_the_partition_into_micro_batches(corpus: Pat
             for name in ("lm loss", "grad-norm", "moe/mean_k"):
                 if name in theirs:
                     assert mine[name] == pytest.approx(theirs[name], rel=1e-5), f"step {theirs['step']}: {name}"
+
+
+PACKED = {"data__packing": True, "data__micro_batch_size": 1, "data__global_batch_size": 4, "train_iters": 8}
+
+
+def test_packed_rows_give_the_same_curve_on_every_layout(corpus: Path, tmp_path: Path) -> None:
+    one = curve(corpus, tmp_path / "one", 1, **PACKED)
+    per_step = [record["consumed samples"] for record in one if "lm loss" in record]
+    assert per_step[-1] > 8 * 4  # several samples a row
+    for world_size, layout in ((2, TP), (2, PP), (4, TP | EP)):
+        assert_same_curve(curve(corpus, tmp_path / f"{world_size}-{len(layout)}", world_size, **layout, **PACKED), one)
+    assert_same_curve(curve(corpus, tmp_path / "dp2", 2, **PACKED), one)
+
+
+def test_a_packed_batch_gives_the_losses_of_its_samples_alone(corpus: Path, tmp_path: Path) -> None:
+    (differences,) = run_ranks(packed_against_alone, 1, tiny_recipe(corpus, tmp_path, **PACKED))
+    assert len(differences) >= 8 and max(differences) < 1e-5
+
+
+def packed_against_alone(rank: Rank, recipe: Recipe) -> list[float]:
+    """Relative difference of each sample's summed loss, in a packed row with sampled routing and by itself."""
+    run = prepare(rank, recipe)
+    model, loader, differences = unwrap_model(run.model), run.loader, []
+    assert loader is not None
+    facts = {"step": 3, "stochastic": True}
+    for batch in loader.next_step():
+        losses = model(batch, **facts)
+        for s in range(batch.num_samples):
+            here = batch.segment_ids[0] == s
+            (sample_id,) = batch.sample_ids[0][here].unique().tolist()
+            draw = loader.mixture.sample_at(sample_id)
+            sample = loader.builder.build_sample(loader.sources[draw.source][draw.row])
+            pad_id = loader.builder.tokenizer.pad_id
+            alone = model(collate([sample], pad_id=pad_id, sample_ids=[sample_id]), **facts).sum()
+            differences.append(float((losses[0][here].sum() - alone).abs() / alone.abs()))
+    return differences

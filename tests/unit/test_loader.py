@@ -96,7 +96,7 @@ def test_lengths_are_alike_in_a_round_and_level_between_ranks(tmp_path, sources)
     )
     builder = SampleBuilder(recipe)
     loader = StepLoader(recipe, data_rank=0, data_size=1)
-    lengths = [builder.length(loader.sources[d.source][d.row]) for d in (unsorted.sample_at(i) for i in range(32))]
+    lengths = [builder.size(loader.sources[d.source][d.row]).tokens for d in (unsorted.sample_at(i) for i in range(32))]
     padding = sum(max(lengths[i : i + 2]) * 2 for i in range(0, 32, 2)) - sum(lengths)
     assert 2 * (widths.sum() * 2 - sum(lengths)) < padding  # less than half the padding of the order as it comes
 
@@ -256,10 +256,10 @@ def test_an_error_in_a_thread_surfaces_in_the_step_it_belongs_to(tmp_path, sourc
     reference = StepLoader(tiny_recipe(tmp_path, sources), data_rank=0, data_size=1)
     load = StepLoader._load
 
-    def failing(self, cursor):
-        if cursor == 16 and self is loader and not healed:
+    def failing(self, plan):
+        if plan.after.next_sample == 24 and self is loader and not healed:
             raise RuntimeError("disk on fire")
-        return load(self, cursor)
+        return load(self, plan)
 
     healed = False
     monkeypatch.setattr(StepLoader, "_load", failing)
@@ -293,12 +293,12 @@ def test_the_cache_decodes_nothing_twice_and_changes_nothing(tmp_path, monkeypat
     assert len(decoded) == len(set(decoded)) == 5
 
 
-def test_evaluation_repeats_itself_and_leaves_training_alone(tmp_path, sources):
+def test_evaluation_repeats_itself(tmp_path, sources):
     recipe = tiny_recipe(tmp_path, sources[:2])
     loader = StepLoader(recipe, data_rank=0, data_size=1, sources=[sources[2]])
-    first = list(loader.eval_batches(3))
-    assert loader.consumed_samples == 0
-    second = list(loader.eval_batches(3))
+    first = [loader.next_step() for _ in range(3)]
+    loader.load_state_dict({"consumed_samples": 0})
+    second = [loader.next_step() for _ in range(3)]
     assert len(first) == 3
     for a, b in zip(first, second):
         assert_equal(a, b)
@@ -316,3 +316,88 @@ def test_the_length_fits_tensor_parallelism(tmp_path, sources):
 def test_a_batch_size_that_does_not_divide_is_named(tmp_path, sources):
     with pytest.raises(ValueError, match=r"data.global_batch_size = 8 is no positive multiple of .* = 2 x 3 = 6"):
         StepLoader(tiny_recipe(tmp_path, sources), data_rank=0, data_size=3)
+
+
+def packed(tmp_path, sources, **data):
+    data = {"packing": True, "seq_length": 200, "micro_batch_size": 1, "global_batch_size": 8} | data
+    return tiny_recipe(tmp_path, sources, **data)
+
+
+def samples_in(batches: list[OmniBatch]) -> list[int]:
+    """Sample ids of packed micro-batches, in the order in which they lie there."""
+    found = []
+    for batch in batches:
+        for ids, segments in zip(batch.sample_ids, batch.segment_ids):
+            found += [int(ids[segments == s][0]) for s in range(int(segments.max()) + 1)]
+    return found
+
+
+def test_packed_rows_hold_each_sample_whole_and_once(tmp_path, sources):
+    loader = StepLoader(packed(tmp_path, sources), data_rank=0, data_size=1)
+    seen: list[int] = []
+    for _ in range(12):
+        batches = loader.next_step()
+        assert len(batches) == 8 and all(batch.input_ids.shape[1] <= 200 for batch in batches)
+        for batch in batches:
+            for s in range(batch.num_samples):
+                here = batch.segment_ids[0] == s
+                (sample_id,) = batch.sample_ids[0][here].unique().tolist()
+                draw = loader.mixture.sample_at(sample_id)
+                alone = loader.builder.build_sample(loader.sources[draw.source][draw.row])
+                assert batch.input_ids[0][here].tolist() == alone.input_ids.tolist()
+                assert torch.equal(batch.position_ids[:, 0, here], alone.position_ids)  # restarts in each sample
+                assert batch.sample_positions[0][here].tolist() == list(range(alone.length))
+        seen += samples_in(batches)
+        waiting = loader.state_dict()["waiting"]
+        assert sorted(seen + waiting) == list(range(max(seen + waiting) + 1))
+        assert loader.consumed_samples == len(seen)
+    assert len(seen) > 12 * 8  # rows are shared
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_packed_steps_resume_anywhere_on_any_number_of_ranks(tmp_path, sources, num_workers):
+    recipe = packed(tmp_path, sources, num_workers=num_workers)
+    reference = StepLoader(recipe, data_rank=0, data_size=1)
+    steps, states = [], []
+    for _ in range(14):
+        states.append(reference.state_dict())
+        steps.append(reference.next_step())
+    assert any(state["waiting"] for state in states)
+    rng = random.Random(3)
+    for size in (1, 2, 4, 8):
+        at = rng.randrange(1, 12)
+        loaders = [StepLoader(recipe, data_rank=r, data_size=size) for r in range(size)]
+        for loader in loaders:
+            loader.load_state_dict(states[at])
+        for step in steps[at : at + 2]:
+            batches = [loader.next_step() for loader in loaders]
+            together = [batches[r][j] for j in range(8 // size) for r in range(size)]
+            assert sorted(samples_in(together)) == sorted(samples_in(step))
+            assert sorted(map(samples_in, ([b] for b in together))) == sorted(map(samples_in, ([b] for b in step)))
+        for loader in loaders:
+            assert loader.state_dict()["waiting"] == states[at + 2]["waiting"]
+            loader.close()
+    reference.close()
+
+
+def test_a_packed_run_may_be_resumed_without_packing(tmp_path, sources):
+    loader = StepLoader(packed(tmp_path, sources), data_rank=0, data_size=1)
+    seen: list[int] = []
+    while not loader.state_dict()["waiting"]:
+        seen += samples_in(loader.next_step())
+    plain = StepLoader(packed(tmp_path, sources, packing=False), data_rank=0, data_size=1)
+    plain.load_state_dict(loader.state_dict())
+    for _ in range(12):
+        seen += samples_in(plain.next_step())
+    assert sorted(seen) == list(range(len(seen))) and not plain.state_dict()["waiting"]
+
+
+def test_a_record_that_fails_while_decoding_leaves_or_fills_its_packed_place(tmp_path):
+    recipe = packed(tmp_path, bad_source(tmp_path), max_bad_fraction=1.0, global_batch_size=4)
+    loaders = {size: [StepLoader(recipe, data_rank=r, data_size=size) for r in range(size)] for size in (1, 2, 4)}
+    for _ in range(3):
+        steps = {s: [b for loader in group for b in loader.next_step()] for s, group in loaders.items()}
+        contents = {s: sorted(samples_in(batches)) for s, batches in steps.items()}
+        assert contents[1] == contents[2] == contents[4]
+        assert all(batch.input_ids.shape[1] <= 200 for batch in steps[1])
+    assert loaders[1][0].report()["unreadable_media"] >= 1

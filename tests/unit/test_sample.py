@@ -61,7 +61,7 @@ def test_every_placeholder_has_its_row_of_encoder_output(tmp_path, build):
     # Positions: frames 0.5 s apart are one step of theta = 2 apart; all three channels start together.
     times = sample.position_ids[0][sample.modality == Modality.VIDEO].view(3, 4)
     assert (times - times[0, 0]).tolist() == [[0] * 4, [1] * 4, [2] * 4]
-    assert builder.length(record) == sample.length
+    assert builder.size(record).tokens == sample.length
 
 
 @pytest.mark.parametrize("sound", [True, False])
@@ -72,7 +72,7 @@ def test_length_from_headers_is_the_length_after_decoding(tmp_path, build, sound
     builder = build(use_video_sound=use_video_sound, max_frames_with_audio=4, max_frames=6)
     record = record_of(tmp_path, "<video><image>", videos=["v.mp4"], images=["a.png"])
     sample = builder.build_sample(record)
-    assert builder.length(record) == sample.length
+    assert builder.size(record).tokens == sample.length
     assert int((sample.modality == Modality.VIDEO).sum()) == 4 * (4 if sound and use_video_sound else 6)
     assert (sample.chunks is not None) == (sound and use_video_sound)
 
@@ -97,7 +97,7 @@ def test_a_sample_that_is_too_long_says_what_it_is_made_of(tmp_path, build):
     write_image(tmp_path / "a.png", size=(84, 84))
     builder = build(seq_length=50)
     record = record_of(tmp_path, "<image>", images=["a.png"])
-    for function in (builder.length, builder.build_sample, builder.build_prompt):
+    for function in (builder.size, builder.build_sample, builder.build_prompt):
         counts = r"\d+ tokens \(text \d+, image 36, video 0, audio 0\) exceed data.seq_length = 50; shorten"
         with pytest.raises(RecordError, match=r"f.jsonl:4: length = \d+: " + counts) as caught:
             function(record)
@@ -106,7 +106,7 @@ def test_a_sample_that_is_too_long_says_what_it_is_made_of(tmp_path, build):
 
 def test_a_record_without_an_answer_is_refused_for_training(tmp_path, build):
     builder = build()
-    for function in (builder.length, builder.build_sample):
+    for function in (builder.size, builder.build_sample):
         with pytest.raises(RecordError, match="has no answer to learn") as caught:
             function(parse_record({"messages": [{"role": "user", "content": "hi"}]}))
         assert caught.value.reason == "no_answer"
@@ -127,7 +127,7 @@ def test_media_without_an_encoder_are_refused(tmp_path):
 def test_a_clip_longer_than_the_model_takes_is_refused(tmp_path, build):
     write_sound(tmp_path / "a.wav", 4.5)
     builder = build()
-    for function in (builder.length, builder.build_sample):
+    for function in (builder.size, builder.build_sample):
         with pytest.raises(MediaError, match=r"a.wav': 4.5 s of sound, above the limit of 4 s"):
             function(record_of(tmp_path, "<audio>", audios=["a.wav"]))
 
