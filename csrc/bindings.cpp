@@ -9,7 +9,9 @@
 #include <torch/library.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
+#include <vector>
 
 #include "kernels.h"
 
@@ -41,12 +43,13 @@ void check_matrix(const Tensor& x, const char* name) {
   TORCH_CHECK_VALUE(x.is_contiguous(), name, ": must be contiguous; call .contiguous()");
 }
 
-void check_index(const Tensor& x, int64_t length, const char* name) {
-  TORCH_CHECK_VALUE(x.scalar_type() == at::kLong, name, ": dtype ", x.scalar_type(), " must be int64");
+void check_vector(const Tensor& x, int64_t length, at::ScalarType dtype, const char* name) {
+  TORCH_CHECK_VALUE(x.scalar_type() == dtype, name, ": dtype ", x.scalar_type(), " must be ", dtype);
   TORCH_CHECK_VALUE(x.dim() == 1 && x.is_contiguous(), name, ": must be a contiguous vector");
   TORCH_CHECK_VALUE(x.numel() == length, name, ": has ", x.numel(), " entries, must have ", length);
 }
 
+// Every entry within 0..bound.
 void check_range(const Tensor& x, int64_t bound, const char* name) {
   const int64_t* p = x.const_data_ptr<int64_t>();
   bool good = true;
@@ -54,41 +57,256 @@ void check_range(const Tensor& x, int64_t bound, const char* name) {
   TORCH_CHECK_VALUE(good, name, ": has an entry outside 0..", bound - 1);
 }
 
-void check_offsets(const Tensor& x, int64_t last, const char* name) {
+// Offsets ascending from 0, to `last` at most (exactly, with `all`).
+void check_offsets(const Tensor& x, int64_t last, bool all, const char* name) {
   const int64_t* p = x.const_data_ptr<int64_t>();
+  const int64_t end = p[x.numel() - 1];
   bool good = p[0] == 0;
   for (int64_t i = 1, n = x.numel(); i < n; ++i) good &= p[i] >= p[i - 1];
   TORCH_CHECK_VALUE(good, name, ": must ascend from 0");
-  TORCH_CHECK_VALUE(p[x.numel() - 1] == last, name, ": ends at ", p[x.numel() - 1], ", must end at ", last);
+  TORCH_CHECK_VALUE(all ? end == last : end <= last, name, ": ends at ", end, all ? ", must end at " : ", past ", last);
 }
 
+const void* data_or_null(const std::optional<Tensor>& x) { return x ? x->const_data_ptr() : nullptr; }
+
 // ---- permute ---------------------------------------------------------------------------------------------------------
+
+// token_rows must list rows 0..A once each, those of token t (row_token == t) at token_offsets[t]..token_offsets[t + 1],
+// ascending: then no kernel leaves a row unwritten, writes one twice, or reaches outside.
+void check_permutation(const Tensor& row_token, const Tensor& token_offsets, const Tensor& token_rows, int64_t T) {
+  const int64_t A = row_token.numel();
+  check_vector(row_token, A, at::kLong, "row_token");
+  check_vector(token_offsets, T + 1, at::kLong, "token_offsets");
+  check_vector(token_rows, A, at::kLong, "token_rows");
+  check_offsets(token_offsets, A, true, "token_offsets");
+  check_range(row_token, T, "row_token");
+  check_range(token_rows, A, "token_rows");
+  const int64_t* begin = token_offsets.const_data_ptr<int64_t>();
+  const int64_t* row = token_rows.const_data_ptr<int64_t>();
+  const int64_t* token = row_token.const_data_ptr<int64_t>();
+  bool good = true;
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t j = begin[t]; j < begin[t + 1]; ++j)
+      good &= token[row[j]] == t && (j == begin[t] || row[j] > row[j - 1]);
+  TORCH_CHECK_VALUE(good, "token_rows: must list the rows of each token as row_token has them, ascending");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> build_permutation(const Tensor& routing_map,
+                                                                     std::optional<int64_t> num_assignments) {
+  TORCH_CHECK_VALUE(routing_map.scalar_type() == at::kBool, "routing_map: dtype ", routing_map.scalar_type(),
+                    " must be bool");
+  TORCH_CHECK_VALUE(routing_map.dim() == 2, "routing_map: has ", routing_map.dim(), " dimensions, must have 2");
+  const int64_t T = routing_map.size(0), E = routing_map.size(1);
+  const Tensor map = routing_map.stride(1) == 1 || E <= 1 ? routing_map : routing_map.contiguous();
+  const auto options = map.options().dtype(at::kLong);
+  Tensor offsets = at::empty({E + 1}, options), token_offsets = at::empty({T + 1}, options);
+  const bool* p = map.const_data_ptr<bool>();
+  const int64_t A = omni::cpu::count_assignments(p, map.stride(0), T, E, offsets.mutable_data_ptr<int64_t>(),
+                                                 token_offsets.mutable_data_ptr<int64_t>());
+  TORCH_CHECK_VALUE(!num_assignments || *num_assignments == A, "num_assignments: ", num_assignments.value_or(0),
+                    " for a routing_map with ", A, " true entries");
+  Tensor row_token = at::empty({A}, options), row_expert = at::empty({A}, options), token_rows = at::empty({A}, options);
+  std::vector<int64_t> next_row(E);
+  omni::cpu::fill_permutation(p, map.stride(0), T, E, offsets.const_data_ptr<int64_t>(), next_row.data(),
+                              row_token.mutable_data_ptr<int64_t>(), row_expert.mutable_data_ptr<int64_t>(),
+                              token_rows.mutable_data_ptr<int64_t>());
+  return {offsets, row_token, row_expert, token_offsets, token_rows};
+}
 
 Tensor permute(const Tensor& x, const Tensor& row_token, const Tensor& token_offsets, const Tensor& token_rows,
                int64_t num_rows) {
   const DType dtype = dtype_of(x, "x");
   check_matrix(x, "x");
   const int64_t T = x.size(0), H = x.size(1), A = row_token.numel();
-  check_index(row_token, A, "row_token");
-  check_index(token_offsets, T + 1, "token_offsets");
-  check_index(token_rows, A, "token_rows");
-  check_range(row_token, T, "row_token");
-  check_range(token_rows, A, "token_rows");
-  check_offsets(token_offsets, A, "token_offsets");
+  check_permutation(row_token, token_offsets, token_rows, T);
   TORCH_CHECK_VALUE(num_rows >= A, "num_rows: ", num_rows, " output rows cannot hold ", A, " assignments");
   Tensor out = at::empty({num_rows, H}, x.options());
-  omni::cpu::permute(x.const_data_ptr(), row_token.const_data_ptr<int64_t>(), token_offsets.const_data_ptr<int64_t>(),
-                     token_rows.const_data_ptr<int64_t>(), T, A, num_rows, H, dtype, out.mutable_data_ptr(), pool());
+  omni::cpu::permute(x.const_data_ptr(), token_offsets.const_data_ptr<int64_t>(), token_rows.const_data_ptr<int64_t>(), T,
+                     A, num_rows, H, dtype, out.mutable_data_ptr(), pool());
   return out;
+}
+
+// Checks what unpermute and its backward share; the dtype of rows.
+DType check_unpermute(const Tensor& rows, const std::optional<Tensor>& weights, const std::optional<Tensor>& factor,
+                      const Tensor& row_token, const Tensor& token_offsets, const Tensor& token_rows, int64_t T,
+                      at::ScalarType sum_dtype, const char* sum_name) {
+  const DType dtype = dtype_of(rows, "rows");
+  check_matrix(rows, "rows");
+  const int64_t A = row_token.numel();
+  TORCH_CHECK_VALUE(rows.size(0) >= A, "rows: has ", rows.size(0), " rows for ", A, " assignments");
+  TORCH_CHECK_VALUE(T >= 0, "num_tokens: ", T, " must not be negative");
+  check_permutation(row_token, token_offsets, token_rows, T);
+  const auto accumulator = dtype == DType::F64 ? at::kDouble : at::kFloat;
+  if (weights) check_vector(*weights, A, accumulator, "weights");
+  if (factor) check_vector(*factor, A, accumulator, "gradient_factor");
+  TORCH_CHECK_VALUE(
+      dtype == DType::F64 ? sum_dtype == at::kDouble
+                          : sum_dtype == at::kFloat || sum_dtype == at::kBFloat16 || sum_dtype == at::kHalf,
+      sum_name, ": dtype ", sum_dtype, " does not go with rows of ", rows.scalar_type());
+  return dtype;
+}
+
+Tensor unpermute(const Tensor& rows, const std::optional<Tensor>& weights, const Tensor& row_token,
+                 const Tensor& token_offsets, const Tensor& token_rows, int64_t num_tokens,
+                 const std::optional<Tensor>& gradient_factor, at::ScalarType out_dtype) {
+  const DType dtype = check_unpermute(rows, weights, gradient_factor, row_token, token_offsets, token_rows, num_tokens,
+                                      out_dtype, "out_dtype");
+  Tensor out = at::empty({num_tokens, rows.size(1)}, rows.options().dtype(out_dtype));
+  omni::cpu::unpermute(rows.const_data_ptr(), data_or_null(weights), token_offsets.const_data_ptr<int64_t>(),
+                       token_rows.const_data_ptr<int64_t>(), num_tokens, rows.size(1), dtype, dtype_of(out, "out_dtype"),
+                       out.mutable_data_ptr(), pool());
+  return out;
+}
+
+std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad, const Tensor& rows,
+                                              const std::optional<Tensor>& weights,
+                                              const std::optional<Tensor>& gradient_factor, const Tensor& row_token,
+                                              const Tensor& token_offsets, const Tensor& token_rows, bool needs_rows,
+                                              bool needs_weights) {
+  check_matrix(grad, "grad");
+  const int64_t T = grad.size(0), A = row_token.numel(), H = rows.size(1);
+  const DType dtype = check_unpermute(rows, weights, gradient_factor, row_token, token_offsets, token_rows, T,
+                                      grad.scalar_type(), "grad");
+  TORCH_CHECK_VALUE(grad.size(1) == H, "grad: is ", grad.size(1), " wide, rows are ", H);
+  const auto accumulator = dtype == DType::F64 ? at::kDouble : at::kFloat;
+  Tensor grad_rows = at::empty({needs_rows ? rows.size(0) : 0, H}, rows.options());
+  Tensor grad_weights = at::empty({needs_weights ? A : 0}, rows.options().dtype(accumulator));
+  omni::cpu::unpermute_backward(
+      grad.const_data_ptr(), rows.const_data_ptr(), data_or_null(weights), data_or_null(gradient_factor),
+      token_offsets.const_data_ptr<int64_t>(), token_rows.const_data_ptr<int64_t>(), T, A, rows.size(0), H, dtype,
+      dtype_of(grad, "grad"), needs_rows ? grad_rows.mutable_data_ptr() : nullptr,
+      needs_weights ? grad_weights.mutable_data_ptr() : nullptr, pool());
+  return {grad_rows, grad_weights};
+}
+
+// Entries of a matrix [T, E] at the assignments, and back.
+Tensor gather_assignments(const Tensor& values, const Tensor& row_token, const Tensor& row_expert) {
+  dtype_of(values, "values");
+  TORCH_CHECK_VALUE(values.dim() == 2, "values: has ", values.dim(), " dimensions, must have 2");
+  const int64_t A = row_token.numel();
+  check_vector(row_token, A, at::kLong, "row_token");
+  check_vector(row_expert, A, at::kLong, "row_expert");
+  check_range(row_token, values.size(0), "row_token");
+  check_range(row_expert, values.size(1), "row_expert");
+  Tensor out = at::empty({A}, values.options());
+  omni::cpu::gather_entries(values.const_data_ptr(), values.stride(0), values.stride(1),
+                            row_token.const_data_ptr<int64_t>(), row_expert.const_data_ptr<int64_t>(), A,
+                            values.element_size(), out.mutable_data_ptr());
+  return out;
+}
+
+Tensor scatter_assignments(const Tensor& entries, const Tensor& row_token, const Tensor& row_expert, int64_t num_tokens,
+                           int64_t num_experts) {
+  dtype_of(entries, "entries");
+  TORCH_CHECK_VALUE(num_tokens >= 0 && num_experts >= 0, "num_tokens and num_experts must not be negative");
+  const int64_t A = row_token.numel();
+  check_vector(entries, A, entries.scalar_type(), "entries");
+  check_vector(row_token, A, at::kLong, "row_token");
+  check_vector(row_expert, A, at::kLong, "row_expert");
+  check_range(row_token, num_tokens, "row_token");
+  check_range(row_expert, num_experts, "row_expert");
+  Tensor out = at::empty({num_tokens, num_experts}, entries.options());
+  omni::cpu::scatter_entries(entries.const_data_ptr(), row_token.const_data_ptr<int64_t>(),
+                             row_expert.const_data_ptr<int64_t>(), A, num_tokens, num_experts, entries.element_size(),
+                             out.mutable_data_ptr());
+  return out;
+}
+
+// ---- topp_route ------------------------------------------------------------------------------------------------------
+
+omni::cpu::Estimator estimator_of(c10::string_view name) {
+  if (name == "paper") return omni::cpu::Estimator::Paper;
+  if (name == "grin") return omni::cpu::Estimator::Grin;
+  TORCH_CHECK_VALUE(name == "none", "estimator: ", std::string(name), " is not paper, grin or none");
+  return omni::cpu::Estimator::None;
+}
+
+void check_like_logits(const std::optional<Tensor>& x, const Tensor& z, int64_t slots, const char* name) {
+  if (!x) return;
+  TORCH_CHECK_VALUE(x->scalar_type() == z.scalar_type(), name, ": dtype ", x->scalar_type(), " must be that of z, ",
+                    z.scalar_type());
+  check_matrix(*x, name);
+  TORCH_CHECK_VALUE(x->size(0) == z.size(0) && x->size(1) == slots, name, ": has shape ", x->sizes(), ", must be [",
+                    z.size(0), ", ", slots, "]");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topp_route(
+    const Tensor& z, int64_t num_routed, int64_t num_null, double top_p, std::optional<int64_t> top_k,
+    c10::string_view estimator, const std::optional<Tensor>& gumbel, const std::optional<Tensor>& bernoulli,
+    std::optional<int64_t> max_routed, const std::optional<Tensor>& padding) {
+  TORCH_CHECK_VALUE(z.scalar_type() == at::kFloat || z.scalar_type() == at::kDouble, "z: dtype ", z.scalar_type(),
+                    " must be float32 or float64");
+  check_matrix(z, "z");
+  TORCH_CHECK_VALUE(num_routed >= 1, "num_routed: ", num_routed, " must be at least 1");
+  TORCH_CHECK_VALUE(num_null >= 0, "num_null: ", num_null, " must not be negative");
+  const int64_t T = z.size(0), slots = num_routed + num_null, shared = z.size(1) - slots;
+  TORCH_CHECK_VALUE(shared >= 0, "z: has ", z.size(1), " columns for ", slots, " dynamic slots");
+  TORCH_CHECK_VALUE(!top_k || (*top_k >= 1 && *top_k <= slots), "top_k: ", top_k.value_or(0), " is not in 1..", slots);
+  TORCH_CHECK_VALUE(!max_routed || *max_routed >= 0, "max_routed: ", max_routed.value_or(0), " must not be negative");
+  check_like_logits(gumbel, z, slots, "gumbel");
+  check_like_logits(bernoulli, z, slots, "bernoulli");
+  if (padding) check_vector(*padding, T, at::kBool, "padding");
+  const omni::cpu::ToppRoute r{
+      T, slots, shared, num_routed, top_p, top_k.value_or(0), max_routed.value_or(-1), estimator_of(estimator)};
+  const auto index = z.options().dtype(at::kLong);
+  Tensor mask = at::empty({T, slots}, z.options().dtype(at::kBool)), weights = at::empty({T, slots}, z.options());
+  Tensor shared_weights = at::empty({T, shared}, z.options()), scale = at::empty({T, slots}, z.options());
+  Tensor k = at::empty({T}, index), draw_rank = at::empty({T, slots}, index);
+  omni::cpu::topp_route(r, dtype_of(z, "z"), z.const_data_ptr(), data_or_null(gumbel), data_or_null(bernoulli),
+                        padding ? padding->const_data_ptr<bool>() : nullptr, mask.mutable_data_ptr<bool>(),
+                        weights.mutable_data_ptr(), shared_weights.mutable_data_ptr(), scale.mutable_data_ptr(),
+                        k.mutable_data_ptr<int64_t>(), draw_rank.mutable_data_ptr<int64_t>(), pool());
+  return {mask, weights, shared_weights, scale, k, draw_rank};
+}
+
+Tensor topp_route_backward(const std::optional<Tensor>& grad_weights, const std::optional<Tensor>& grad_shared,
+                           const Tensor& weights, const Tensor& shared_weights, const Tensor& scale,
+                           c10::string_view estimator) {
+  TORCH_CHECK_VALUE(weights.scalar_type() == at::kFloat || weights.scalar_type() == at::kDouble, "weights: dtype ",
+                    weights.scalar_type(), " must be float32 or float64");
+  check_matrix(weights, "weights");
+  check_matrix(shared_weights, "shared_weights");
+  const int64_t T = weights.size(0), slots = weights.size(1), shared = shared_weights.size(1);
+  check_like_logits(scale, weights, slots, "scale");
+  check_like_logits(shared_weights, weights, shared, "shared_weights");
+  check_like_logits(grad_weights, weights, slots, "grad_weights");
+  check_like_logits(grad_shared, weights, shared, "grad_shared");
+  const omni::cpu::ToppRoute r{T, slots, shared, slots, 0, 0, -1, estimator_of(estimator)};
+  Tensor grad_z = at::empty({T, slots + shared}, weights.options());
+  omni::cpu::topp_route_backward(r, dtype_of(weights, "weights"), data_or_null(grad_weights), data_or_null(grad_shared),
+                                 weights.const_data_ptr(), shared_weights.const_data_ptr(), scale.const_data_ptr(),
+                                 grad_z.mutable_data_ptr(), pool());
+  return grad_z;
 }
 
 }  // namespace
 
+// One line an op: what follows the arrow is what the fake kernels in megatron_omni/ops describe.
 TORCH_LIBRARY(megatron_omni, m) {
-  m.def("permute(Tensor x, Tensor row_token, Tensor token_offsets, Tensor token_rows, SymInt num_rows) -> Tensor",
-        {at::Tag::pt2_compliant_tag});
+  m.def("build_permutation(Tensor routing_map, SymInt? num_assignments=None)"
+        " -> (Tensor offsets, Tensor row_token, Tensor row_expert, Tensor token_offsets, Tensor token_rows)");
+  m.def("permute(Tensor x, Tensor row_token, Tensor token_offsets, Tensor token_rows, SymInt num_rows) -> Tensor");
+  m.def("unpermute(Tensor rows, Tensor? weights, Tensor row_token, Tensor token_offsets, Tensor token_rows,"
+        " SymInt num_tokens, Tensor? gradient_factor, ScalarType out_dtype) -> Tensor");
+  m.def("unpermute_backward(Tensor grad, Tensor rows, Tensor? weights, Tensor? gradient_factor, Tensor row_token,"
+        " Tensor token_offsets, Tensor token_rows, bool needs_rows, bool needs_weights) -> (Tensor, Tensor)");
+  m.def("gather_assignments(Tensor values, Tensor row_token, Tensor row_expert) -> Tensor");
+  m.def("scatter_assignments(Tensor entries, Tensor row_token, Tensor row_expert, SymInt num_tokens, SymInt num_experts)"
+        " -> Tensor");
+  m.def("topp_route(Tensor z, int num_routed, int num_null, float top_p, int? top_k, str estimator, Tensor? gumbel,"
+        " Tensor? bernoulli, int? max_routed, Tensor? padding)"
+        " -> (Tensor mask, Tensor weights, Tensor shared_weights, Tensor scale, Tensor k, Tensor draw_rank)");
+  m.def("topp_route_backward(Tensor? grad_weights, Tensor? grad_shared, Tensor weights, Tensor shared_weights,"
+        " Tensor scale, str estimator) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(megatron_omni, CPU, m) {
+  m.impl("build_permutation", build_permutation);
   m.impl("permute", permute);
+  m.impl("unpermute", unpermute);
+  m.impl("unpermute_backward", unpermute_backward);
+  m.impl("gather_assignments", gather_assignments);
+  m.impl("scatter_assignments", scatter_assignments);
+  m.impl("topp_route", topp_route);
+  m.impl("topp_route_backward", topp_route_backward);
 }

@@ -36,13 +36,13 @@ namespace cpu {
 
 // Number of true entries of map[t * stride + e].
 int64_t count_assignments(const bool* map, int64_t stride, int64_t T, int64_t E, int64_t* offsets, int64_t* token_offsets);
-// Fills the rest from the offsets that count_assignments wrote.
-void fill_permutation(const bool* map, int64_t stride, int64_t T, int64_t E, const int64_t* offsets,
-                      const int64_t* token_offsets, int64_t* row_token, int64_t* row_expert, int64_t* token_rows);
+// Fills the rest from the offsets that count_assignments wrote; next_row[E] is scratch.
+void fill_permutation(const bool* map, int64_t stride, int64_t T, int64_t E, const int64_t* offsets, int64_t* next_row,
+                      int64_t* row_token, int64_t* row_expert, int64_t* token_rows);
 
 // out[a] = x[row_token[a]]; rows A..num_rows are zero.
-void permute(const void* x, const int64_t* row_token, const int64_t* token_offsets, const int64_t* token_rows, int64_t T,
-             int64_t A, int64_t num_rows, int64_t H, DType dtype, void* out, const Parallel& parallel);
+void permute(const void* x, const int64_t* token_offsets, const int64_t* token_rows, int64_t T, int64_t A,
+             int64_t num_rows, int64_t H, DType dtype, void* out, const Parallel& parallel);
 
 // out[t] = sum over the rows a of token t of weights[a] rows[a], in fp32 (fp64 for F64), rows ascending. weights: null is
 // 1; fp32, or fp64 for F64 rows. dtype_out: any for F32/BF16/F16 rows but F64, F64 for F64.
@@ -55,6 +55,13 @@ void unpermute_backward(const void* grad_y, const void* rows, const void* weight
                         const int64_t* token_offsets, const int64_t* token_rows, int64_t T, int64_t A, int64_t num_rows,
                         int64_t H, DType dtype_rows, DType dtype_grad, void* grad_rows, void* grad_weights,
                         const Parallel& parallel);
+
+// out[a] = values[row_token[a], row_expert[a]], values with strides in items of 2, 4 or 8 bytes; and back into a matrix
+// [T, E] that is zero elsewhere.
+void gather_entries(const void* values, int64_t token_stride, int64_t expert_stride, const int64_t* row_token,
+                    const int64_t* row_expert, int64_t A, int64_t item_bytes, void* out);
+void scatter_entries(const void* entries, const int64_t* row_token, const int64_t* row_expert, int64_t A, int64_t T,
+                     int64_t E, int64_t item_bytes, void* out);
 
 // ---- topp_route.cpp -------------------------------------------------------------------------------------------------
 enum class Estimator : int32_t { None = 0, Grin = 1, Paper = 2 };
