@@ -1,0 +1,146 @@
+"""``config.json`` of Qwen2, SigLIP and Whisper to the fields of our configuration, and Qwen2's back.
+
+What this model cannot compute (another activation, scaled rotary positions, sliding windows, another architecture) is
+an error that names the file, the field, and what was expected.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_omni.checkpoint.tensor_files import ConversionError
+from megatron_omni.config.model import AudioConfig, ModelConfig, VisionConfig
+
+FRAMES_PER_SECOND = 50
+TOKENS_PER_SECOND = 20 / 3
+"""Of the Q-former: 20 tokens for 3 seconds."""
+
+
+def qwen2_model(config: dict[str, Any], path: Path) -> ModelConfig:
+    """A dense text model. ``path`` of the configuration, for messages."""
+    field = _Fields(config, path)
+    field.expect("model_type", "qwen2")
+    field.expect("hidden_act", "silu", default="silu")
+    field.expect("use_sliding_window", False, default=False)
+    rope = config.get("rope_parameters") or {}
+    scaling = (config.get("rope_scaling") or rope or {}).get("rope_type", "default")
+    if scaling != "default":
+        raise ConversionError(f"{path}: rope_type is {scaling!r}, expected 'default' (unscaled rotary positions)")
+    hidden, heads = field.size("hidden_size"), field.size("num_attention_heads")
+    head = config.get("head_dim") or hidden // heads
+    return ModelConfig(
+        num_layers=field.size("num_hidden_layers"),
+        hidden_size=hidden,
+        ffn_hidden_size=field.size("intermediate_size"),
+        num_attention_heads=heads,
+        num_query_groups=field.size("num_key_value_heads"),
+        kv_channels=head,
+        vocab_size=field.size("vocab_size"),
+        max_position_embeddings=field.size("max_position_embeddings"),
+        rotary_base=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+        mrope_section=mrope_section(head),
+        layernorm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
+        moe=None,
+        vision=None,
+        audio=None,
+    )
+
+
+def qwen2_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
+    """``config.json`` of a dense text model, as ``transformers`` reads it; ``dtype`` as ``bfloat16``."""
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.kv_channels,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.max_position_embeddings,
+        "rope_theta": model.rotary_base,
+        "rms_norm_eps": model.layernorm_epsilon,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "use_sliding_window": False,
+        "torch_dtype": dtype,
+    }
+
+
+def siglip_vision(config: dict[str, Any], path: Path, *, drop_last: int = 1) -> VisionConfig:
+    """The tower of SigLIP without its last ``drop_last`` layers (so400m: 26 of 27)."""
+    if config.get("model_type") == "siglip":
+        config = config.get("vision_config") or {}
+    field = _Fields(config, path)
+    field.expect("model_type", "siglip_vision_model", default="siglip_vision_model")
+    field.expect("hidden_act", "gelu_pytorch_tanh", default="gelu_pytorch_tanh")
+    layers = field.size("num_hidden_layers", 12)
+    if not 0 <= drop_last < layers:
+        raise ConversionError(f"{path}: num_hidden_layers is {layers}: cannot leave out {drop_last}")
+    image, patch = field.size("image_size", 224), field.size("patch_size", 16)
+    return VisionConfig(
+        image_size=image,
+        patch_size=patch,
+        hidden_size=field.size("hidden_size", 768),
+        ffn_hidden_size=field.size("intermediate_size", 3072),
+        num_layers=layers - drop_last,
+        num_attention_heads=field.size("num_attention_heads", 12),
+        pooled_side=min(12, image // patch),
+    )
+
+
+def whisper_audio(config: dict[str, Any], path: Path) -> AudioConfig:
+    """Whisper's encoder, and its decoder as the Q-former."""
+    field = _Fields(config, path)
+    field.expect("model_type", "whisper")
+    field.expect("activation_function", "gelu", default="gelu")
+    field.expect("scale_embedding", False, default=False)
+    heads, ffn = field.size("encoder_attention_heads"), field.size("encoder_ffn_dim")
+    field.expect("decoder_attention_heads", heads)
+    field.expect("decoder_ffn_dim", ffn)
+    seconds = field.size("max_source_positions") / FRAMES_PER_SECOND
+    return AudioConfig(
+        num_mel_bins=field.size("num_mel_bins"),
+        chunk_seconds=seconds,
+        hidden_size=field.size("d_model"),
+        ffn_hidden_size=ffn,
+        num_encoder_layers=field.size("encoder_layers"),
+        num_decoder_layers=field.size("decoder_layers"),
+        num_attention_heads=heads,
+        num_query_tokens=max(1, round(seconds * TOKENS_PER_SECOND)),
+        max_target_positions=field.size("max_target_positions"),
+    )
+
+
+def mrope_section(head_size: int) -> list[int]:
+    """Rotary frequencies of time, height and width in the proportion 2 : 3 : 3 of the full model's [16, 24, 24]."""
+    half = head_size // 2
+    time = half // 4
+    return [time, (half - time) // 2, half - time - (half - time) // 2]
+
+
+def with_perception(model: ModelConfig, vision: VisionConfig | None, audio: AudioConfig | None) -> ModelConfig:
+    """``model`` with these encoders."""
+    return replace(model, vision=vision, audio=audio)
+
+
+class _Fields:
+    """Checked access to a configuration."""
+
+    def __init__(self, config: dict[str, Any], path: Path) -> None:
+        self.config, self.path = config, path
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """A positive whole number."""
+        value = self.config.get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConversionError(f"{self.path}: {name}: expected a positive whole number, found {value!r}")
+        return value
+
+    def expect(self, name: str, wanted: Any, *, default: Any = None) -> None:
+        """The one value that this model computes."""
+        found = self.config.get(name, default)
+        if found != wanted:
+            raise ConversionError(f"{self.path}: {name}: expected {wanted!r}, found {found!r}")

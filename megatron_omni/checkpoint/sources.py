@@ -1,0 +1,201 @@
+"""Foreign checkpoints to read from: a Hugging Face directory of safetensors or ``.bin`` files, one file, or drawn values.
+
+A source lists its tensors from headers alone and reads one at a time. Files may only lie in the directory itself (an
+index that names ``../x`` is refused; links are followed, as model caches use them). ``.bin`` and ``.pt`` files are read
+through the restricted reader of ``untrusted.py``.
+"""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_omni.checkpoint.tensor_files import ConversionError, TensorInfo, read_header, read_tensor
+from megatron_omni.checkpoint.untrusted import PICKLE_SUFFIXES, read_torch_file
+
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+class Source(Protocol):
+    """What the converter asks of a place that holds tensors."""
+
+    label: str
+    """For messages: where the tensors come from."""
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by key; ``path`` of an info is the file to name in messages."""
+        ...
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, in memory of its own."""
+        ...
+
+    def files(self) -> list[Path]:
+        """Files whose hashes belong into the ledger."""
+        ...
+
+
+class HuggingFaceSource:
+    """A directory with ``config.json`` and weights, or a single weights file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.label = path, str(path)
+        if not path.exists():
+            raise ConversionError(f"{path}: does not exist; give a Hugging Face directory or a weights file")
+        self._tensors: dict[str, Tensor] = {}
+        self._infos: dict[str, TensorInfo] = {}
+        self._weights = [path] if path.is_file() else _weight_files(path)
+        for file in self._weights:
+            for key, info in self._read_infos(file).items():
+                if key in self._infos:
+                    raise ConversionError(f"{file}: {key!r} is in {self._infos[key].path.name} too; expected once")
+                self._infos[key] = info
+        if path.is_dir():
+            self._check_index(path)
+
+    def config(self) -> dict[str, Any]:
+        """``config.json``."""
+        return read_json(self.path / "config.json")
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self._infos
+
+    def read(self, key: str) -> Tensor:
+        return self._tensors[key].clone() if key in self._tensors else read_tensor(self._infos[key])
+
+    def files(self) -> list[Path]:
+        extra = [self.path / "config.json"] if self.path.is_dir() else []
+        return [*(file for file in extra if file.is_file()), *self._weights]
+
+    def _read_infos(self, file: Path) -> dict[str, TensorInfo]:
+        if file.suffix not in PICKLE_SUFFIXES:
+            return read_header(file)
+        try:
+            tensors = read_torch_file(file)
+        except ValueError as error:
+            raise ConversionError(str(error)) from error
+        self._tensors |= tensors
+        return {key: TensorInfo(file, key, t.dtype, tuple(t.shape), 0) for key, t in tensors.items()}
+
+    def _check_index(self, path: Path) -> None:
+        """The index and the files must agree on what lies where."""
+        index = next((path / name for name in INDEXES if (path / name).is_file()), None)
+        if index is None:
+            return
+        for key, name in read_json(index)["weight_map"].items():
+            found = self._infos.get(key)
+            if found is None or found.path.name != name:
+                where = "nowhere" if found is None else f"in {found.path.name}"
+                raise ConversionError(f"{index}: expected {key!r} in {name}, found it {where}; copy the files again")
+        extra = [key for key in self._infos if key not in read_json(index)["weight_map"]]
+        if extra:
+            raise ConversionError(f"{self._infos[extra[0]].path}: {extra[0]!r} is not in {index.name}; copy it again")
+
+
+class ValuesSource:
+    """Tensors that are in memory already (drawn weights)."""
+
+    def __init__(self, label: str, tensors: dict[str, Tensor]) -> None:
+        self.label, self._tensors = label, tensors
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        path = Path(self.label)
+        return {key: TensorInfo(path, key, t.dtype, tuple(t.shape), 0) for key, t in self._tensors.items()}
+
+    def read(self, key: str) -> Tensor:
+        return self._tensors[key].clone()
+
+    def files(self) -> list[Path]:
+        return []
+
+
+class Digests:
+    """SHA-256 of files, computed by a thread while the main one converts."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._files = list(dict.fromkeys(files))
+        self._digests: dict[Path, str] = {}
+        self._error: OSError | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def result(self) -> dict[Path, str]:
+        """Digest of every file; waits for the rest."""
+        self._thread.join()
+        if self._error is not None:
+            raise ConversionError(f"{self._error.filename}: cannot be read: {self._error.strerror}") from self._error
+        return self._digests
+
+    def stop(self) -> None:
+        """Give up (after a failure)."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        buffer = bytearray(4 << 20)
+        try:
+            for path in self._files:
+                digest = hashlib.sha256()
+                with path.open("rb", buffering=0) as file:
+                    while (count := file.readinto(buffer)) and not self._stop.is_set():
+                        digest.update(memoryview(buffer)[:count])
+                self._digests[path] = digest.hexdigest()
+        except OSError as error:
+            self._error = error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON table; ConversionError names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConversionError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConversionError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConversionError(f"{path}: expected a JSON table, found a {type(value).__name__}")
+    return value
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The files that an index names, else the single file."""
+    for name in INDEXES:
+        if (index := directory / name).is_file():
+            names = read_json(index).get("weight_map")
+            if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+                raise ConversionError(f"{index}: weight_map: expected a table of key to file name")
+            return [_member(directory, index, str(name)) for name in sorted(set(names.values()))]
+    for name in SINGLE_FILES:
+        if (directory / name).is_file():
+            return [directory / name]
+    raise ConversionError(
+        f"{directory}: expected {' or '.join((*INDEXES, *SINGLE_FILES))}, found none; give a Hugging Face directory"
+    )
+
+
+def _member(directory: Path, index: Path, name: str) -> Path:
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise ConversionError(f"{index}: names the file {name!r}; expected a plain file name inside the directory")
+    if not (directory / name).is_file():
+        raise ConversionError(f"{index}: expected the shard {name}, found no such file in {directory}; copy it there")
+    return directory / name
+
+
+def check_finite(tensor: Tensor, info: TensorInfo) -> None:
+    """ConversionError when a floating tensor holds NaN or infinity."""
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.dtype.itemsize == 1:
+        return
+    low, high = torch.aminmax(tensor)
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        bad = (~torch.isfinite(tensor)).flatten().nonzero()
+        raise ConversionError(
+            f"{info.path}: {info.key!r}: expected finite weights, found {len(bad)} NaN or infinite values, the first at "
+            f"element {int(bad[0])}; take the checkpoint from a step before it diverged"
+        )
