@@ -52,6 +52,9 @@ class MoEConfig:
     """Training only: cap per real expert, keeping the tokens of largest logit; None is dropless."""
     min_capacity: int = 8
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    kernels: Literal["omni", "torch", "te", "megatron"] = "omni"
+    """What moves rows and multiplies experts, on the same weights and checkpoints (docs/kernels.md): ours, plain PyTorch,
+    Transformer Engine's grouped linear, megatron-core's functions expert by expert. Free to change on resume."""
 
 
 @dataclass(kw_only=True)

@@ -45,8 +45,8 @@ from megatron_omni.training.task import Task
 NEW_TOKEN_ROWS = "new_token_rows"
 FIXED_ON_RESUME = ("model", "optim", "freeze", "seed")
 """Groups of the recipe that a resumed run may not change: the optimizer's state belongs to them."""
-FREE_ON_RESUME = ("model.moe.moe_token_dispatcher_type",)
-"""Except what belongs to the layout, which may change."""
+FREE_ON_RESUME = ("model.moe.moe_token_dispatcher_type", "model.moe.kernels")
+"""Except what belongs to the layout and to the machine, which may change."""
 QWEN_SPECIALS = (ENDOFTEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
 
 

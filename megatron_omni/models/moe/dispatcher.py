@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_omni.ops.permute import build_permutation, permute, unpermute
+from megatron_omni.models.moe.kernels import Kernels
+from megatron_omni.ops.permute import build_permutation
 
 ExpertsFn = Callable[[Tensor, Tensor], Tensor]
 """(rows [A, H], offsets [E_local + 1]) -> [A, H]."""
@@ -131,7 +132,10 @@ def _per_row(values: Tensor, routing_map: Tensor) -> Tensor:
 class AllToAllDispatcher:
     """Rows to the ranks of their experts by all-to-all over ``ep_group``; ``expt_tp_group`` splits each expert."""
 
-    def __init__(self, *, num_experts: int, ep_group: dist.ProcessGroup, expt_tp_group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, *, num_experts: int, ep_group: dist.ProcessGroup, expt_tp_group: dist.ProcessGroup, kernels: Kernels
+    ) -> None:
+        self.kernels = kernels
         self.ep_group, self.expt_tp_group = ep_group, expt_tp_group
         self.ep_size, self.etp_size = ep_group.size(), expt_tp_group.size()
         self.num_local_experts = num_experts // self.ep_size
@@ -148,12 +152,12 @@ class AllToAllDispatcher:
     ) -> Tensor:
         """See :class:`Dispatcher`."""
         permutation = build_permutation(routing_map)
-        rows = permute(x, permutation)
+        rows = self.kernels.permute(x, permutation)
         if self.ep_size * self.etp_size == 1:
             rows = experts(rows, permutation.offsets)
         else:
             rows = self._remote(rows, permutation.offsets.diff(), experts)
-        return unpermute(
+        return self.kernels.unpermute(
             rows,
             _per_row(weights, routing_map),
             permutation,
@@ -197,7 +201,10 @@ class AllToAllDispatcher:
 class AllGatherDispatcher:
     """Tokens of the whole ``tp_ep_group`` (ETP x EP) to each of its ranks; outputs reduce-scattered back."""
 
-    def __init__(self, *, num_experts: int, ep_group: dist.ProcessGroup, tp_ep_group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, *, num_experts: int, ep_group: dist.ProcessGroup, tp_ep_group: dist.ProcessGroup, kernels: Kernels
+    ) -> None:
+        self.kernels = kernels
         self.group = tp_ep_group
         num_local_experts = num_experts // ep_group.size()
         first = ep_group.rank() * num_local_experts
@@ -226,8 +233,8 @@ class AllGatherDispatcher:
             gradient_factor = None if gradient_factor is None else packed[:, 2 * num_experts :].detach()
         routing_map = routing_map[:, self.local]
         permutation = build_permutation(routing_map)
-        y = unpermute(
-            experts(permute(x, permutation), permutation.offsets),
+        y = self.kernels.unpermute(
+            experts(self.kernels.permute(x, permutation), permutation.offsets),
             _per_row(weights[:, self.local], routing_map),
             permutation,
             num_tokens=x.shape[0],

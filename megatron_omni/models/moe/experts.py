@@ -1,5 +1,5 @@
-"""The experts: SwiGLU MLPs y = (silu(x Wg) * (x Wu)) Wd, routed ones as grouped products, shared ones as one dense
-pair.
+"""The experts: SwiGLU MLPs y = (silu(x Wg) * (x Wu)) Wd, routed ones by ``model.moe.kernels`` (kernels.py), shared ones
+as one dense pair.
 
 Routed: ``weight1`` [E_local, H, 2 F / etp] holds (gate | up) side by side, ``weight2`` [E_local, F / etp, H]; this
 rank owns experts ``global_expert_offset`` .. + E_local and, under expert tensor parallelism (etp), the same slice of
@@ -13,19 +13,14 @@ applied to the rank's own sequence shard (docs/decisions/0002-own-dispatcher.md)
 A rows, T tokens, H hidden, F expert width, E_s shared experts.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_omni.ops.grouped_gemm import grouped_gemm
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of [.., 2 F] (gate | up)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+from megatron_omni.models.moe.kernels import swiglu
 
 
 class RoutedExperts(torch.nn.Module):
@@ -40,11 +35,13 @@ class RoutedExperts(torch.nn.Module):
         ep_group: dist.ProcessGroup,
         expt_tp_group: dist.ProcessGroup,
         expt_dp_group: dist.ProcessGroup | None = None,
+        expert_mlp: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         init_std: float = 0.02,
     ) -> None:
         super().__init__()
+        self.expert_mlp = expert_mlp
         self.ep_size, self.ep_rank = ep_group.size(), ep_group.rank()
         self.etp_size, self.etp_rank = expt_tp_group.size(), expt_tp_group.rank()
         self.expt_dp_rank = expt_dp_group.rank() if expt_dp_group is not None else 0
@@ -79,8 +76,7 @@ class RoutedExperts(torch.nn.Module):
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Outputs [A, H] of rows [A, H] grouped by local expert with ``offsets`` [E_local + 1]; partial under etp."""
-        hidden = swiglu(grouped_gemm(rows, self.weight1.to(rows.dtype), offsets))
-        return grouped_gemm(hidden, self.weight2.to(rows.dtype), offsets)
+        return self.expert_mlp(rows, self.weight1.to(rows.dtype), self.weight2.to(rows.dtype), offsets)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

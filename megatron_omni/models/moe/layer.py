@@ -22,6 +22,7 @@ from megatron_omni.models.moe.balance import attach_loss, record_routing
 from megatron_omni.models.moe.context import TokenContext, current_token_context
 from megatron_omni.models.moe.dispatcher import AllGatherDispatcher, AllToAllDispatcher, Dispatcher
 from megatron_omni.models.moe.experts import RoutedExperts, SharedExperts
+from megatron_omni.models.moe.kernels import load_kernels
 from megatron_omni.models.moe.router import OmniRouter
 from megatron_omni.ops.gradient_estimator import row_gradient_factor
 from megatron_omni.platform.device import device
@@ -69,6 +70,7 @@ class OmniMoELayer(MoELayer):
             tp_group=pg_collection.tp,
             **kind,
         )
+        kernels = load_kernels(moe.kernels)
         self.experts = RoutedExperts(
             num_experts=moe.num_routed_experts,
             hidden_size=config.hidden_size,
@@ -76,6 +78,7 @@ class OmniMoELayer(MoELayer):
             ep_group=pg_collection.ep,
             expt_tp_group=pg_collection.expt_tp,
             expt_dp_group=pg_collection.expt_dp,
+            expert_mlp=kernels.expert_mlp,
             init_std=config.init_method_std,
             **kind,
         )
@@ -92,11 +95,17 @@ class OmniMoELayer(MoELayer):
         self.token_dispatcher: Dispatcher
         if moe.moe_token_dispatcher_type == "alltoall":
             self.token_dispatcher = AllToAllDispatcher(
-                num_experts=moe.num_routed_experts, ep_group=pg_collection.ep, expt_tp_group=pg_collection.expt_tp
+                num_experts=moe.num_routed_experts,
+                ep_group=pg_collection.ep,
+                expt_tp_group=pg_collection.expt_tp,
+                kernels=kernels,
             )
         else:
             self.token_dispatcher = AllGatherDispatcher(
-                num_experts=moe.num_routed_experts, ep_group=pg_collection.ep, tp_ep_group=pg_collection.tp_ep
+                num_experts=moe.num_routed_experts,
+                ep_group=pg_collection.ep,
+                tp_ep_group=pg_collection.tp_ep,
+                kernels=kernels,
             )
         if layer_number is not None:
             self.router.set_layer_number(layer_number)

@@ -1,0 +1,1 @@
+"""Measurements of this project's own parts against the alternatives; results under ``results/``."""

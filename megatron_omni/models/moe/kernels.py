@@ -1,0 +1,180 @@
+"""Who moves the rows of an MoE layer and multiplies them by its experts: ``model.moe.kernels``.
+
+A choice is three functions with one meaning: ``permute`` and ``unpermute`` as in ops/permute.py, and ``expert_mlp``,
+``y[a] = (silu(x[a] Wg) * (x[a] Wu)) Wd`` with the weights of row a's expert, W1 = (gate | up). All take the same
+stacked weights, so parameters, checkpoints and gradients do not depend on the choice.
+
+``omni``      the ops of this project: csrc/ kernels on CPU and CUDA
+``torch``     plain PyTorch: index_select, index_add_ and ``F.grouped_mm``, or one product per expert where that
+              function does not take the dtype or shape
+``te``        Transformer Engine's ``GroupedLinear``; rows are moved by our ops. It wants weights [out, in], of which
+              a copy is made in each forward
+``megatron``  megatron-core's scatter-add and, one expert after the other, the linear and SwiGLU functions its
+              ``SequentialMLP`` calls
+
+x rows [A, H], w1 [E, H, 2 F], w2 [E, F, H], offsets [E + 1]; A assignments, E experts, H hidden, F expert width.
+"""
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_omni.ops.grouped_gemm import grouped_gemm
+from megatron_omni.ops.grouped_gemm import grouped_gemm as grouped_gemm_reference
+from megatron_omni.ops.permute import Permutation, permute, unpermute
+from megatron_omni.ops.permute import permute as permute_reference
+from megatron_omni.ops.permute import unpermute as unpermute_reference
+from megatron_omni.platform.device import accelerator_present
+
+logger = logging.getLogger(__name__)
+
+GROUPED_MM_ALIGN_BYTES = 16
+"""``F.grouped_mm`` refuses matrices whose rows are no multiple of this."""
+
+
+class Kernels(NamedTuple):
+    """One choice of ``model.moe.kernels``."""
+
+    permute: Callable[..., Tensor]
+    unpermute: Callable[..., Tensor]
+    expert_mlp: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    """(rows, w1, w2, offsets) -> [A, H]."""
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of [.., 2 F] (gate | up)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+@functools.cache
+def load_kernels(name: str) -> Kernels:
+    """The functions of a choice; ValueError where it is not there. Logged on first use."""
+    if name not in _CHOICES:
+        raise ValueError(f"model.moe.kernels={name!r}: no such choice; use one of {', '.join(_CHOICES)}")
+    kernels = _CHOICES[name]()
+    logger.info("backends: moe=%s", name)
+    return kernels
+
+
+def _omni() -> Kernels:
+    return Kernels(permute, unpermute, expert_mlp)
+
+
+def expert_mlp(rows: Tensor, w1: Tensor, w2: Tensor, offsets: Tensor) -> Tensor:
+    """Two grouped products around an eager SwiGLU."""
+    return grouped_gemm(swiglu(grouped_gemm(rows, w1, offsets)), w2, offsets)
+
+
+def takes_grouped_mm(x: Tensor, w: Tensor) -> bool:
+    """Whether ``F.grouped_mm`` accepts x [A, K] with w [E, K, N], in both directions."""
+    aligned = all(size * w.element_size() % GROUPED_MM_ALIGN_BYTES == 0 for size in w.shape[1:])
+    return aligned and x.dtype in (torch.float32, torch.bfloat16)
+
+
+class _Contiguous(torch.autograd.Function):
+    """Identity whose gradient is contiguous: ``F.grouped_mm``'s backward refuses expanded ones."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Tensor:
+        return grads[0].contiguous()
+
+
+def torch_grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    """[A, N] product of x [A, K] with w [E, K, N] by PyTorch alone."""
+    if not takes_grouped_mm(x, w):
+        return grouped_gemm_reference(x, w, offsets)
+    y: Tensor = _Contiguous.apply(torch.nn.functional.grouped_mm(x, w, offs=offsets[1:].to(torch.int32)))
+    return y
+
+
+def torch_expert_mlp(rows: Tensor, w1: Tensor, w2: Tensor, offsets: Tensor) -> Tensor:
+    """``expert_mlp`` as two grouped products around an eager SwiGLU."""
+    return torch_grouped_gemm(swiglu(torch_grouped_gemm(rows, w1, offsets)), w2, offsets)
+
+
+def _torch() -> Kernels:
+    return Kernels(permute_reference, unpermute_reference, torch_expert_mlp)
+
+
+def _te() -> Kernels:
+    why = None if accelerator_present() else "needs a CUDA device, none is usable here"
+    if why is None:
+        try:
+            importlib.import_module("transformer_engine.pytorch")
+        except ImportError as error:
+            why = f"Transformer Engine cannot be imported ({error})"
+    if why is not None:
+        raise ValueError(
+            f"model.moe.kernels='te': {why}; install it with pip install 'megatron-omni[gpu]', or set "
+            "model.moe.kernels=omni"
+        )
+    return Kernels(permute, unpermute, te_expert_mlp)
+
+
+@functools.cache
+def _te_linear(experts: int, size_in: int, size_out: int, dtype: torch.dtype) -> Any:
+    te = importlib.import_module("transformer_engine.pytorch")
+    return te.GroupedLinear(experts, size_in, size_out, bias=False, params_dtype=dtype, device="meta")
+
+
+def te_grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    """[A, N] product of x [A, K] with w [E, K, N] by Transformer Engine; waits for the row counts on the host."""
+    linear = _te_linear(*w.shape, w.dtype)
+    weights = {f"weight{e}": part for e, part in enumerate(w.transpose(1, 2).contiguous().unbind())}
+    y: Tensor = torch.func.functional_call(linear, weights, (x, offsets.diff().tolist()))
+    return y
+
+
+def te_expert_mlp(rows: Tensor, w1: Tensor, w2: Tensor, offsets: Tensor) -> Tensor:
+    """``expert_mlp`` on Transformer Engine's grouped linear."""
+    return te_grouped_gemm(swiglu(te_grouped_gemm(rows, w1, offsets)), w2, offsets)
+
+
+def _megatron() -> Kernels:
+    from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+    from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+    from megatron.core.transformer.moe.moe_utils import unpermute as megatron_unpermute
+
+    linear = functools.partial(
+        linear_with_grad_accumulation_and_async_allreduce,
+        bias=None,
+        gradient_accumulation_fusion=False,
+        allreduce_dgrad=False,
+        sequence_parallel=False,
+    )
+
+    def sequential_mlp(rows: Tensor, w1: Tensor, w2: Tensor, offsets: Tensor) -> Tensor:
+        parts = rows.split(offsets.diff().tolist())
+        weights = zip(parts, w1.transpose(1, 2).unbind(), w2.transpose(1, 2).unbind(), strict=True)
+        return torch.cat([linear(bias_swiglu_impl(linear(part, up), None), down) for part, up, down in weights])
+
+    def weighted_unpermute(
+        rows: Tensor,
+        weights: Tensor,
+        permutation: Permutation,
+        *,
+        num_tokens: int,
+        gradient_factor: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        weighted = rows * weights.unsqueeze(1)
+        if gradient_factor is not None and weighted.requires_grad:
+            factor = gradient_factor.unsqueeze(1)
+            weighted.register_hook(lambda grad: grad * factor)
+        y = megatron_unpermute(weighted, permutation.row_token, torch.Size((num_tokens, rows.shape[1])))
+        return y.to(out_dtype or rows.dtype)
+
+    return Kernels(permute_reference, weighted_unpermute, sequential_mlp)
+
+
+_CHOICES: dict[str, Callable[[], Kernels]] = {"omni": _omni, "torch": _torch, "te": _te, "megatron": _megatron}
