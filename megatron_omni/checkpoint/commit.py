@@ -48,11 +48,14 @@ def begin(root: Path, step: int) -> Path:
     return directory
 
 
-def publish(root: Path, step: int, *, keep: int) -> Path:
-    """Make the temporary directory of ``step`` the newest checkpoint: manifest, flush, rename, tracker, retention."""
+def publish(root: Path, step: int, *, keep: int, digests: dict[str, str] | None = None) -> Path:
+    """Make the temporary directory of ``step`` the newest checkpoint: manifest, flush, rename, tracker, retention.
+
+    ``digests``: SHA-256 of files that were hashed while they were written.
+    """
     temporary, final = temporary_dir(root, step), iteration_dir(root, step)
-    write_manifest(temporary)
-    _flush_tree(temporary)
+    write_manifest(temporary, digests=digests)
+    flush_tree(temporary)
     if final.exists():  # an older generation of the same step: a run that was rolled back and came here again
         _remove(final)
     os.rename(temporary, final)
@@ -116,9 +119,10 @@ def find(path: Path) -> Path | None:
     return None
 
 
-def write_manifest(directory: Path) -> None:
-    """Write SHA-256 of every file below ``directory``."""
-    files = {name: _sha256(directory / name) for name in _files(directory)}
+def write_manifest(directory: Path, *, digests: dict[str, str] | None = None) -> None:
+    """Write SHA-256 of every file below ``directory``; ``digests`` are those that are known already."""
+    known = digests or {}
+    files = {name: known.get(name) or _sha256(directory / name) for name in _files(directory)}
     write_text(directory / MANIFEST, json.dumps({"algorithm": "sha256", "files": files}, indent=1))
 
 
@@ -163,7 +167,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush_tree(directory: Path) -> None:
+def flush_tree(directory: Path) -> None:
+    """Flush every file and directory below ``directory`` to disk."""
     for path in directory.rglob("*"):
         if path.is_dir():
             _flush_directory(path)

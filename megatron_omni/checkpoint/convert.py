@@ -1,0 +1,248 @@
+"""Hugging Face checkpoints to our distributed checkpoints and back, one tensor at a time.
+
+    import   sources -> plan (every key, every shape) -> tensors of ours -> blocks of the layout -> checkpoint + ledger
+    export   checkpoint -> tensors of theirs -> sharded safetensors, config.json, tokenizer + ledger
+
+What is held in memory is one tensor (an expert's share where there are experts) and its parts. Output appears under its
+name only when it is whole: it is written into a hidden directory, which a failure or Ctrl-C removes, and which the next
+attempt removes if the process was killed; every attempt starts clean.
+"""
+
+import errno
+import logging
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_omni.checkpoint import commit
+from megatron_omni.checkpoint.commit import CheckpointError
+from megatron_omni.checkpoint.families import Part, carried_name
+from megatron_omni.checkpoint.layout import Layout, blocks, check_layout
+from megatron_omni.checkpoint.ledger import dtype_name, tensor_digest, tensor_line, write_ledger
+from megatron_omni.checkpoint.names import Row, expand
+from megatron_omni.checkpoint.plan import Plan, make_plan
+from megatron_omni.checkpoint.progress import ByteProgress
+from megatron_omni.checkpoint.sources import Digests, check_finite
+from megatron_omni.checkpoint.tensor_files import ConversionError, SafetensorsWriter
+from megatron_omni.checkpoint.torch_dist import COMMON_STATE, TorchDistWriter
+from megatron_omni.config.load import recipe_to_yaml
+from megatron_omni.config.model import ModelConfig
+from megatron_omni.config.run import Recipe
+
+CARRIED = "carried.safetensors"
+DOCUMENTS = "hf"
+RUN_CONFIG, TOKENIZER = "run_config.yaml", "tokenizer"
+
+TOKENIZER_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja"})
+NOT_TOKENIZER = frozenset({"config.json", "generation_config.json", "preprocessor_config.json", "conversion.json"})
+EXTRA_STATE = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+logger = logging.getLogger(__name__)
+
+
+# ------------------------------------------------------------------------------------------------ import
+
+
+def import_checkpoint(
+    parts: Sequence[Part],
+    recipe: Recipe,
+    out: Path,
+    *,
+    wanted: Sequence[Row],
+    layout: Layout | None = None,
+    dtype: str = "auto",
+    tokenizer: Path | None = None,
+    command: str = "import",
+    notes: dict[str, Any] | None = None,
+) -> Path:
+    """Write ``out/checkpoints/iter_0000000``, which ``init_from=out`` loads at any layout; the directory.
+
+    ``recipe.model`` describes the model, ``wanted`` its rows, all of which ``parts`` must fill. ``dtype``: ``bf16``,
+    ``fp32``, or ``auto`` (bf16 where every source is, else fp32: no value is rounded). ConversionError for sources that do
+    not fit, CheckpointError for a disk that cannot take the result.
+    """
+    layout = layout if layout is not None else Layout()
+    plan = make_plan(parts, wanted)
+    if any(entry.ours.startswith("language.") for entry in expand(wanted)):
+        check_layout(layout, recipe.model)
+    target = _target_dtype(plan, dtype)
+    _note_rounding(plan, target)
+    root = out / commit.CHECKPOINTS
+    if commit.iteration_dir(root, 0).exists():
+        raise ConversionError(f"{out}: holds a checkpoint already; choose another --out or remove it")
+    recipe.optim.precision = "bf16" if target == torch.bfloat16 else "fp32"
+    size = sum(math.prod(job.entry.shape) * target.itemsize for job in plan.jobs)
+    check_space(out, size + sum(part.source.infos()[key].num_bytes for part, key in plan.carried))
+    digests = Digests(file for part in parts for file in part.source.files())
+    directory = commit.begin(root, 0)
+    try:
+        with disk_errors(out), ThreadPoolExecutor(1) as hasher:
+            known, lines = _write_tensors(directory, plan, layout, target, recipe.model, hasher, label=command)
+            known |= _write_carried(directory, plan)
+            _check_twins(plan)
+            _write_documents(directory, parts, recipe, tokenizer)
+            sources = [{"file": str(p), "bytes": p.stat().st_size, "sha256": d} for p, d in digests.result().items()]
+            ledger = {
+                "command": command,
+                "layout": vars(layout),
+                "dtype": dtype_name(target),
+                "parts": [{"family": p.family, "source": p.source.label, "options": p.options} for p in parts],
+                "sources": sources,
+                "tensors": lines,
+                "carried": [{"key": key, "as": carried_name(p.family, p.options, key)} for p, key in plan.carried],
+                "twins": [{"key": key, "equal_to": other} for _, key, other in plan.twins],
+                "ignored": [{"key": key, "source": p.source.label} for p, key in plan.ignored],
+            }
+            write_ledger(directory, ledger | (notes or {}))
+            return commit.publish(root, 0, keep=0, digests=known)
+    except BaseException:
+        digests.stop()
+        commit.abandon(root, 0)
+        raise
+
+
+def _write_tensors(
+    directory: Path,
+    plan: Plan,
+    layout: Layout,
+    target: torch.dtype,
+    model: ModelConfig,
+    hasher: ThreadPoolExecutor,
+    *,
+    label: str,
+) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """Every block of the layout; SHA-256 of the files and the ledger's lines."""
+    writer, lines = TorchDistWriter(directory), []
+    progress = ByteProgress(label, plan.num_bytes())
+    try:
+        writer.write_object(COMMON_STATE, [{}])
+        for job in plan.jobs:
+            entry, infos = job.entry, job.part.source.infos()
+            parts = []
+            for key in entry.theirs:
+                part = job.part.source.read(key)
+                check_finite(part, infos[key])
+                parts.append(part.to(target))
+            tensor = entry.transform.to_ours(parts).contiguous()
+            parts.clear()
+            digest = hasher.submit(tensor_digest, tensor)
+            for block, offsets, rank in blocks(entry, tensor, layout=layout, num_layers=model.num_layers):
+                writer.write(entry.ours, block, shape=entry.global_shape, offsets=offsets, rank=rank)
+            for module in EXTRA_STATE:  # Megatron's linear layers ask for it; without fp8 it is empty
+                if entry.ours.endswith(f"{module}.weight"):
+                    writer.write_object(f"{entry.ours.removesuffix('weight')}_extra_state/shard_0_1", [None])
+            if entry.ours == "language.decoder.final_norm.weight":
+                writer.write_object("language.output_layer._extra_state/shard_0_1", [None])
+            dtypes = [infos[key].dtype for key in entry.theirs]
+            lines.append(
+                tensor_line(entry, tensor, digest=digest.result(), source=job.part.source.label, source_dtypes=dtypes)
+            )
+            progress.add(sum(infos[key].num_bytes for key in entry.theirs))
+        files = writer.finish()
+        progress.finish()
+        return files, lines
+    except BaseException:
+        writer.close()
+        raise
+
+
+def _write_carried(directory: Path, plan: Plan) -> dict[str, str]:
+    if not plan.carried:
+        return {}
+    infos = [(carried_name(p.family, p.options, key), p.source.infos()[key]) for p, key in plan.carried]
+    writer = SafetensorsWriter(directory / CARRIED, [(name, info.dtype, info.shape) for name, info in infos])
+    try:
+        for (part, key), (name, _) in zip(plan.carried, infos):
+            writer.write(name, part.source.read(key))
+        return {CARRIED: writer.finish()}
+    except BaseException:
+        writer.close()
+        raise
+
+
+def _check_twins(plan: Plan) -> None:
+    for part, key, other in plan.twins:
+        if not torch.equal(part.source.read(key), part.source.read(other)):
+            raise ConversionError(
+                f"{part.source.infos()[key].path}: {key!r}: expected the values of {other!r}, to which config.json ties "
+                "it, found others; set tie_word_embeddings to false there if both matrices are meant"
+            )
+
+
+def _write_documents(directory: Path, parts: Sequence[Part], recipe: Recipe, tokenizer: Path | None) -> None:
+    for part in parts:
+        for file in part.source.files():
+            if file.suffix == ".json":
+                folder = directory / DOCUMENTS / part.family
+                folder.mkdir(parents=True, exist_ok=True)
+                for name in ("config.json", "generation_config.json", "preprocessor_config.json"):
+                    if (file.parent / name).is_file():
+                        shutil.copyfile(file.parent / name, folder / name)
+    if tokenizer is not None:
+        (directory / TOKENIZER).mkdir()
+        for file in tokenizer_files(tokenizer):
+            shutil.copyfile(file, directory / TOKENIZER / file.name)
+    recipe.data.tokenizer = TOKENIZER
+    commit.write_text(directory / RUN_CONFIG, recipe_to_yaml(recipe))
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """Tokenizer and template files in a Hugging Face directory, sorted by name."""
+    return sorted(
+        file
+        for file in directory.iterdir()
+        if file.is_file()
+        and file.suffix in TOKENIZER_SUFFIXES
+        and file.name not in NOT_TOKENIZER
+        and not file.name.endswith(".index.json")
+    )
+
+
+def _target_dtype(plan: Plan, dtype: str) -> torch.dtype:
+    if dtype != "auto":
+        return DTYPES[dtype]
+    found = plan.dtypes()
+    if torch.float64 in found:
+        raise ConversionError(
+            "a source holds float64 weights, which are rounded in any run; choose --dtype fp32 or bf16"
+        )
+    return torch.bfloat16 if found == {torch.bfloat16} else torch.float32
+
+
+def _note_rounding(plan: Plan, target: torch.dtype) -> None:
+    rounded = [d for d in plan.dtypes() if torch.promote_types(d, target) != target]
+    if rounded:
+        logger.warning("weights of %s are rounded to %s", ", ".join(map(dtype_name, rounded)), dtype_name(target))
+
+
+# ------------------------------------------------------------------------------------------------ disk
+
+
+def check_space(out: Path, needed: int) -> None:
+    """CheckpointError unless ``needed`` bytes are free where ``out`` will lie."""
+    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise CheckpointError(
+            f"{out}: needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free; nothing was written"
+        )
+
+
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """A full disk as one CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise CheckpointError(
+                f"{out}: {error.strerror}; what was written is removed, a rerun starts clean"
+            ) from error
+        raise

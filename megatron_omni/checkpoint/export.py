@@ -1,0 +1,316 @@
+"""Our checkpoints to Hugging Face directories, one tensor at a time: safetensors shards, ``config.json``, tokenizer, ledger.
+
+Weights are read from the distributed checkpoint block by block, whatever layout wrote it. The checkpoint's manifest is
+verified while it is read; the directory gets its name only when every file agreed.
+"""
+
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_omni.checkpoint import commit
+from megatron_omni.checkpoint.commit import CheckpointError
+from megatron_omni.checkpoint.convert import CARRIED, DOCUMENTS, DTYPES, RUN_CONFIG, TOKENIZER, check_space, disk_errors
+from megatron_omni.checkpoint.families import FAMILIES, their_name
+from megatron_omni.checkpoint.ledger import dtype_name, read_ledger, tensor_digest, write_ledger
+from megatron_omni.checkpoint.names import Entry, expand
+from megatron_omni.checkpoint.progress import ByteProgress
+from megatron_omni.checkpoint.sources import Digests, read_json
+from megatron_omni.checkpoint.tensor_files import ConversionError, SafetensorsWriter, read_header, read_tensor
+from megatron_omni.checkpoint.torch_dist import TorchDistReader
+from megatron_omni.config.load import load_recipe
+from megatron_omni.config.run import Recipe
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Opened:
+    """A checkpoint of ours to read: its recipe, tensors, and what conversion left beside them."""
+
+    directory: Path
+    recipe: Recipe
+    reader: TorchDistReader
+    ledger: dict[str, Any]
+    carried: dict[str, Any] = field(default_factory=dict)
+    """Carried weights by our name."""
+    documents: Path | None = None
+
+    def options(self, family: str) -> dict[str, str]:
+        """Options of the source of that family."""
+        return next((dict(p["options"]) for p in self.ledger.get("parts", []) if p["family"] == family), {})
+
+    def source_dtypes(self) -> dict[tuple[str, int | None], torch.dtype]:
+        """What each tensor was before import, where all its parts agreed."""
+        return {
+            (line["key"], line.get("expert")): getattr(torch, line["from_dtype"][0])
+            for line in self.ledger.get("tensors", [])
+            if len(line.get("from_dtype", [])) == 1
+        }
+
+
+def open_ours(path: Path, *, like: Path | None = None, check: bool = False) -> Opened:
+    """The newest checkpoint at ``path`` (a run, an imported directory, one checkpoint).
+
+    ``like``: the imported checkpoint that a trained one descends from; its ledger, carried weights and documents stand
+    in. ``check``: verify the manifest first (export does so while it reads).
+    """
+    directory = find_directory(path, check=check)
+    origin = directory if like is None else find_directory(like, check=True)
+    carried = read_header(origin / CARRIED) if (origin / CARRIED).is_file() else {}
+    documents = origin / DOCUMENTS
+    return Opened(
+        directory=directory,
+        recipe=load_recipe(directory / RUN_CONFIG),
+        reader=TorchDistReader(directory),
+        ledger=read_ledger(origin) or {},
+        carried=dict(carried),
+        documents=documents if documents.is_dir() else None,
+    )
+
+
+def find_directory(path: Path, *, check: bool) -> Path:
+    """The checkpoint directory at ``path``; ConversionError when there is none."""
+    if not check and (path / commit.MANIFEST).is_file():
+        return path
+    root = path / commit.CHECKPOINTS if (path / commit.CHECKPOINTS).is_dir() else path
+    step = commit.tracked_step(root)
+    if not check and step is not None and commit.iteration_dir(root, step).is_dir():
+        return commit.iteration_dir(root, step)
+    found = commit.find(path)
+    if found is None:
+        raise ConversionError(f"{path}: no checkpoint there; give a run directory or one of its checkpoints/iter_*")
+    return found
+
+
+def default_family(opened: Opened) -> str:
+    """Dense text models are Qwen2.5 directories; everything larger has the whole model's layout."""
+    parts = [part["family"] for part in opened.ledger.get("parts", [])]
+    if len(parts) == 1 and not any(key.startswith("language.") for key in opened.reader.tensors):
+        return parts[0]
+    model = opened.recipe.model
+    return "qwen2" if model.moe is None and model.vision is None and model.audio is None else "uni_moe"
+
+
+def export_checkpoint(
+    opened: Opened,
+    out: Path,
+    *,
+    family: str | None = None,
+    dtype: str = "auto",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    tokens: dict[str, int] | None = None,
+) -> Path:
+    """Write the Hugging Face directory ``out``: weights, ``config.json``, tokenizer, ledger.
+
+    ``dtype`` ``auto`` is what each tensor was before import, else as stored. ``tokens``: special tokens' ids for
+    ``config.json``. ConversionError for a checkpoint that lacks a weight of the family.
+    """
+    family = family or default_family(opened)
+    if out.exists():
+        raise ConversionError(f"{out}: exists already; choose another --out or remove it")
+    writes = _export_plan(opened, family, dtype)
+    files = _shards(writes, max_shard_bytes)
+    total = sum(w.num_bytes for w in writes)
+    check_space(out, total)
+    manifest = _manifest(opened.directory)
+    digests = Digests(opened.directory / name for name in manifest)
+    temporary = out.with_name(f".tmp_{out.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary.mkdir()
+    try:
+        with disk_errors(out), ThreadPoolExecutor(1) as hasher:
+            outputs, lines = _write_shards(temporary, opened, files, total, hasher)
+            if len(files) > 1:
+                index = {
+                    "metadata": {"total_size": total},
+                    "weight_map": {w.key: name for name, group in files.items() for w in group},
+                }
+                commit.write_text(temporary / "model.safetensors.index.json", json.dumps(index, indent=1))
+            _export_documents(temporary, opened, family, writes, tokens or {})
+            _compare_manifest(opened.directory, manifest, digests.result())
+            ledger = {
+                "command": "export",
+                "parts": [{"family": family, "options": opened.options(family), "source": str(opened.directory)}],
+                "sources": [{"file": name, "sha256": digest} for name, digest in manifest.items()],
+                "outputs": [{"file": name, "sha256": digest} for name, digest in outputs.items()],
+                "tensors": lines,
+            }
+            write_ledger(temporary, ledger)
+            commit.flush_tree(temporary)
+            os.rename(temporary, out)
+            return out
+    except BaseException:
+        digests.stop()
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@dataclass(frozen=True)
+class _Write:
+    """One tensor of theirs: part ``part`` of ``entry``, or a carried one, or a filler of zeros or ones."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    entry: Entry | None = None
+    part: int = 0
+    carried: str | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _export_plan(opened: Opened, family: str, dtype: str) -> list[_Write]:
+    """Everything that is written, in order; entries' parts stay together."""
+    known, options = FAMILIES[family], opened.options(family)
+    stored, before = opened.reader.tensors, opened.source_dtypes()
+    writes, problems = [], []
+    for entry in expand(known.rows(opened.recipe.model, options)):
+        found = stored.get(entry.ours)
+        if found is None:
+            problems.append(f"nothing fills {', '.join(entry.theirs)}: the checkpoint has no {entry.ours!r}")
+        elif found.shape != entry.global_shape:
+            problems.append(f"{entry.ours!r}: expected shape {list(entry.global_shape)}, found {list(found.shape)}")
+        else:
+            kind = before.get((entry.ours, entry.expert), found.dtype) if dtype == "auto" else DTYPES[dtype]
+            writes += [
+                _Write(key, kind, shape, entry, part)
+                for part, (key, shape) in enumerate(zip(entry.theirs, entry.shapes))
+            ]
+    if problems:
+        more = f"\n  - and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ConversionError(f"{opened.directory}: not a {family} model:\n  - " + "\n  - ".join(problems[:10]) + more)
+    return writes + _export_carried(opened, family, options)
+
+
+def _export_carried(opened: Opened, family: str, options: dict[str, str]) -> list[_Write]:
+    there = {their_name(family, options, name): name for name in opened.carried}
+    wanted = FAMILIES[family].wants
+    if wanted is None:
+        expected = [line["key"] for line in opened.ledger.get("carried", []) if line["as"] in opened.carried]
+        keys = [key for key in there if key is not None and key in expected]
+        return [
+            _Write(k, opened.carried[there[k]].dtype, opened.carried[there[k]].shape, carried=there[k]) for k in keys
+        ]
+    writes = []
+    for key, shape in wanted(opened.recipe.model).items():
+        if key in there:
+            info = opened.carried[there[key]]
+            writes.append(_Write(key, info.dtype, info.shape, carried=there[key]))
+        else:
+            logger.warning("%s: the checkpoint carries none; a filler that nothing reads is written", key)
+            writes.append(_Write(key, torch.bfloat16, shape))
+    return writes
+
+
+def _shards(writes: Sequence[_Write], limit: int) -> dict[str, list[_Write]]:
+    """File name -> tensors, in order; the parts of one entry may lie in two files."""
+    groups: list[list[_Write]] = [[]]
+    size = 0
+    for write in writes:
+        if groups[-1] and size + write.num_bytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(write)
+        size += write.num_bytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
+
+
+def _write_shards(
+    directory: Path, opened: Opened, files: dict[str, list[_Write]], total: int, hasher: ThreadPoolExecutor
+) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    progress, outputs, lines = ByteProgress("export", total), {}, []
+    entry: Entry | None = None
+    parts: list[Tensor] = []
+    for name, group in files.items():
+        writer = SafetensorsWriter(directory / name, [(w.key, w.dtype, w.shape) for w in group])
+        try:
+            for write in group:
+                if write.entry is not None and write.entry is not entry:
+                    entry = write.entry
+                    parts.clear()
+                    tensor = opened.reader.read(entry.ours, index=entry.expert)
+                    parts = entry.transform.to_theirs(tensor)
+                    del tensor
+                tensor = (parts[write.part] if write.entry else _unused(write, opened)).to(write.dtype).contiguous()
+                digest = hasher.submit(tensor_digest, tensor)
+                writer.write(write.key, tensor)
+                lines.append(_export_line(write, digest.result()))
+                progress.add(write.num_bytes)
+                del tensor
+            outputs[name] = writer.finish()
+        except BaseException:
+            writer.close()
+            raise
+    progress.finish()
+    return outputs, lines
+
+
+def _unused(write: _Write, opened: Opened) -> Tensor:
+    if write.carried is not None:
+        return read_tensor(opened.carried[write.carried])
+    fill = torch.ones if write.key.endswith("norm.weight") else torch.zeros
+    return fill(write.shape, dtype=write.dtype)
+
+
+def _export_line(write: _Write, digest: str) -> dict[str, Any]:
+    entry = write.entry
+    origin = [entry.ours] if entry is not None else [write.carried] if write.carried else []
+    line = {
+        "key": write.key,
+        "from": origin,
+        "transform": f"part {write.part} of the inverse of {entry.transform}" if entry is not None else "Identity()",
+        "dtype": dtype_name(write.dtype),
+        "shape": list(write.shape),
+        "sha256": digest,
+    }
+    return line if entry is None or entry.expert is None else {**line, "from_expert": entry.expert}
+
+
+def _export_documents(
+    directory: Path, opened: Opened, family: str, writes: Sequence[_Write], tokens: dict[str, int]
+) -> None:
+    folder = opened.documents / family if opened.documents is not None else None
+    if folder is not None and folder.is_dir():
+        for file in folder.iterdir():
+            shutil.copyfile(file, directory / file.name)
+    make = FAMILIES[family].config
+    if make is not None:
+        kept = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+        made = make(opened.recipe.model, opened.recipe.data, tokens, dtype_name(writes[0].dtype))
+        # What the source said in words of its own stays; what our model decides is ours.
+        config = kept or made
+        if kept:
+            config |= {key: value for key, value in made.items() if key in kept and kept[key] != value}
+        commit.write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
+    tokenizer = opened.directory / TOKENIZER
+    if tokenizer.is_dir() and family in ("qwen2", "uni_moe"):
+        for file in tokenizer.iterdir():
+            shutil.copyfile(file, directory / file.name)
+
+
+def _manifest(directory: Path) -> dict[str, str]:
+    return dict(read_json(directory / commit.MANIFEST)["files"])
+
+
+def _compare_manifest(directory: Path, manifest: dict[str, str], found: dict[Path, str]) -> None:
+    for name, digest in manifest.items():
+        if found[directory / name] != digest:
+            raise CheckpointError(f"{directory / name}: contents do not match the manifest; restore it from a copy")

@@ -1,0 +1,229 @@
+"""The layouts of foreign checkpoints that conversion knows, each a name, its rows and what it carries along.
+
+A family reads a directory's ``config.json`` into our configuration, gives the rows of its weights, and says which
+further keys may be there. Those are *carried*: kept beside the checkpoint under our prefix of the same module
+(``vision.tower.post_layernorm.weight``), because nothing here computes with them and a checkpoint written back needs
+them. To add a model: rows in a module of its own, one entry in :data:`FAMILIES` (docs/checkpoints.md).
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_omni.checkpoint import uni_moe
+from megatron_omni.checkpoint.hf_config import qwen2_config, qwen2_model, siglip_vision, whisper_audio
+from megatron_omni.checkpoint.names import (
+    Row,
+    projector_rows,
+    qwen2_rows,
+    siglip_rows,
+    whisper_decoder_rows,
+    whisper_encoder_rows,
+)
+from megatron_omni.checkpoint.sources import HuggingFaceSource, Source, ValuesSource
+from megatron_omni.checkpoint.tensor_files import ConversionError
+from megatron_omni.config.data import DataConfig
+from megatron_omni.config.model import ModelConfig
+from megatron_omni.models.encoders.weights import draw_normal, draw_weights
+from megatron_omni.platform.seeds import named_generator
+
+Options = dict[str, str]
+"""What the rows of one directory need beside the configuration: the prefix of its names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One source of a conversion and what is taken from it."""
+
+    family: str
+    source: Source
+    rows: Sequence[Row]
+    carried: tuple[str, ...] = ()
+    """Patterns of keys without a row that are kept for a checkpoint written back."""
+    ignored: tuple[str, ...] = ()
+    """Patterns of keys that are left out on purpose."""
+    same: dict[str, str] = field(default_factory=dict)
+    """Key -> another key that must be equal to it, bit for bit (tied weights that are stored twice)."""
+    options: Options = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One layout."""
+
+    rows: Callable[[ModelConfig, Options], list[Row]]
+    prefixes: Callable[[Options], list[tuple[str, str]]] = lambda options: []
+    """(their prefix, ours) of carried weights."""
+    carried: tuple[str, ...] = ()
+    same: dict[str, str] = field(default_factory=dict)
+    config: Callable[[ModelConfig, DataConfig, dict[str, int], str], dict[str, Any]] | None = None
+    """``config.json`` from (model, data, special tokens, dtype); None where the source's own is written back."""
+    wants: Callable[[ModelConfig], dict[str, tuple[int, ...]]] | None = None
+    """The carried keys that an export has, and no others; None writes back all there are."""
+
+
+def carried_name(family: str, options: Options, key: str) -> str:
+    """Under which a carried ``key`` of theirs is kept."""
+    for theirs, ours in FAMILIES[family].prefixes(options):
+        if key.startswith(theirs):
+            return ours + key.removeprefix(theirs)
+    return f"other.{family}.{key}"
+
+
+def their_name(family: str, options: Options, name: str) -> str | None:
+    """The key of a carried ``name`` in this family; None where it has none."""
+    if name.startswith(f"other.{family}."):
+        return name.removeprefix(f"other.{family}.")
+    for theirs, ours in FAMILIES[family].prefixes(options):
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return None
+
+
+def _whisper_rows(model: ModelConfig, options: Options) -> list[Row]:
+    assert model.audio is not None
+    prefix = options.get("prefix", "model.")
+    return [
+        *whisper_encoder_rows(model.audio, prefix=f"{prefix}encoder."),
+        *whisper_decoder_rows(model.audio, prefix=f"{prefix}decoder."),
+    ]
+
+
+def _siglip_rows(model: ModelConfig, options: Options) -> list[Row]:
+    assert model.vision is not None
+    return siglip_rows(model.vision, prefix=options.get("prefix", "vision_model."))
+
+
+FAMILIES: dict[str, Family] = {
+    "qwen2": Family(
+        rows=lambda model, options: qwen2_rows(model),
+        same={"lm_head.weight": "model.embed_tokens.weight"},
+        config=lambda model, data, tokens, dtype: qwen2_config(model, dtype),
+    ),
+    "siglip": Family(
+        rows=_siglip_rows,
+        prefixes=lambda options: [(options.get("prefix", "vision_model."), "vision.tower.")] if options else [],
+        # Without a prefix of the tower's own, only what a tower has is its.
+        carried=(
+            r"(vision_model\.)?(encoder\.layers\.\d+\..*|post_layernorm\..*|head\..*)",
+            r"text_model\..*",
+            r"logit_scale|logit_bias",
+        ),
+    ),
+    "whisper": Family(
+        rows=_whisper_rows,
+        prefixes=lambda options: [
+            (f"{options.get('prefix', 'model.')}decoder.", "audio.qformer."),
+            (f"{options.get('prefix', 'model.')}encoder.", "audio.tower."),
+        ],
+        carried=(r"(model\.)?decoder\.embed_tokens\.weight",),
+        same={"proj_out.weight": "model.decoder.embed_tokens.weight"},
+    ),
+    "projectors": Family(rows=lambda model, options: projector_rows(model)),
+    "uni_moe": Family(
+        rows=lambda model, options: uni_moe.uni_moe_rows(model),
+        prefixes=lambda options: [
+            (uni_moe.SIGLIP_PREFIX, "vision.tower."),
+            (uni_moe.WHISPER_ENCODER_PREFIX, "audio.tower."),
+            (uni_moe.WHISPER_DECODER_PREFIX, "audio.qformer."),
+        ],
+        carried=(
+            re.escape(uni_moe.SIGLIP_PREFIX) + r"post_layernorm\..*",
+            re.escape(uni_moe.WHISPER_DECODER_PREFIX) + r"embed_tokens\.weight",
+        ),
+        same={"lm_head.weight": "model.embed_tokens.weight"},
+        config=lambda model, data, tokens, dtype: uni_moe.config_to_theirs(model, data, tokens=tokens, dtype=dtype),
+        wants=uni_moe.unused_shapes,
+    ),
+}
+
+
+# ------------------------------------------------------------------------------------------------ directories
+
+
+def open_language(path: Path) -> tuple[ModelConfig, Part]:
+    """The model in a Qwen2.5 or Uni-MoE directory, as its ``config.json`` says."""
+    source = HuggingFaceSource(path)
+    config, file = source.config(), path / "config.json"
+    if uni_moe.is_uni_moe(config):
+        model = uni_moe.model_from_theirs(config, file=file)
+        return model, _part("uni_moe", source, model, {})
+    if config.get("model_type") != "qwen2":
+        known = ("qwen2", *uni_moe.MODEL_TYPES)
+        raise ConversionError(
+            f"{file}: model_type: expected one of {', '.join(known)}, found {config.get('model_type')!r}"
+        )
+    model = qwen2_model(config, file)
+    return model, _part("qwen2", source, model, {})
+
+
+def open_vision(path: Path, model: ModelConfig, *, drop_last: int = 1) -> tuple[ModelConfig, Part]:
+    """``model`` with the tower in a SigLIP directory."""
+    source = HuggingFaceSource(path)
+    model.vision = siglip_vision(source.config(), path / "config.json", drop_last=drop_last)
+    prefix = _prefix(source, ("vision_model.", ""), "embeddings.patch_embedding.weight")
+    return model, _part("siglip", source, model, {"prefix": prefix})
+
+
+def open_audio(path: Path, model: ModelConfig) -> tuple[ModelConfig, Part]:
+    """``model`` with encoder and Q-former from a Whisper directory."""
+    source = HuggingFaceSource(path)
+    model.audio = whisper_audio(source.config(), path / "config.json")
+    prefix = _prefix(source, ("model.", ""), "encoder.conv1.weight")
+    return model, _part("whisper", source, model, {"prefix": prefix})
+
+
+def open_projectors(path: Path, model: ModelConfig) -> Part:
+    """Projectors and queries from a file or directory with ``vision_aligner.*`` and ``audio_aligner.*``."""
+    return _part("projectors", HuggingFaceSource(path), model, {})
+
+
+def draw_projectors(model: ModelConfig, *, seed: int) -> Part:
+    """New projectors and queries, the ones that a run with this ``seed`` starts from."""
+
+    def generator(name: str) -> torch.Generator:
+        return named_generator(seed, "weights", name)
+
+    values: dict[str, Tensor] = {}
+    width = model.hidden_size
+    if model.vision is not None:
+        mlp = nn.Sequential(nn.Linear(model.vision.hidden_size, width), nn.GELU(), nn.Linear(width, width))
+        draw_weights(mlp, generator, prefix="vision.projector.")
+        values |= {f"vision_aligner.{name}": p.detach() for name, p in mlp.named_parameters()}
+    if model.audio is not None:
+        linear = nn.Linear(model.audio.hidden_size, width)
+        draw_weights(linear, generator, prefix="audio.projector.")
+        values |= {f"audio_aligner.projector.{name}": p.detach() for name, p in linear.named_parameters()}
+        queries = torch.empty(1, model.audio.num_query_tokens, model.audio.hidden_size)
+        draw_normal(queries, 0.02, generator("audio.qformer.query_tokens"))
+        values["audio_aligner.query_tokens"] = queries
+    return _part("projectors", ValuesSource(f"drawn from seed {seed}", values), model, {})
+
+
+def _part(name: str, source: Source, model: ModelConfig, options: Options) -> Part:
+    family = FAMILIES[name]
+    same = family.same
+    if name in ("qwen2", "uni_moe") and model.untie_embeddings_and_output_weights:
+        same = {}
+    if options.get("prefix") == "":
+        same = {key: other.removeprefix("model.") for key, other in same.items()}
+    return Part(
+        family=name,
+        source=source,
+        rows=family.rows(model, options),
+        carried=family.carried,
+        same=same,
+        options=options,
+    )
+
+
+def _prefix(source: HuggingFaceSource, prefixes: Iterable[str], name: str) -> str:
+    for prefix in prefixes:
+        if prefix + name in source.infos():
+            return prefix
+    raise ConversionError(f"{source.label}: expected the key {name!r} (or with a prefix), found none; another model?")

@@ -1,0 +1,106 @@
+"""``conversion.json``: what every conversion leaves behind, and how it is checked again.
+
+    command, layout, dtype     what was asked
+    parts                      family and options of every source: what export needs to write the same names
+    sources                    every file read: path, size, SHA-256
+    tensors                    every tensor of ours (or expert's share): keys it was made of, their dtypes, transform,
+                               dtype, shape, SHA-256 of its bytes
+    carried, twins, ignored    the keys that fill nothing: kept beside, equal to another, left out on purpose
+
+``verify`` reads every tensor back and compares it with its line; given the sources, it makes every tensor again from
+them. A recorded first-step loss lies beside the checkpoint (``iter_0000000.loss.json``), since it is measured later.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_omni.checkpoint.commit import CheckpointError, write_text
+from megatron_omni.checkpoint.names import Entry
+from megatron_omni.checkpoint.sources import read_json
+from megatron_omni.checkpoint.tensor_files import ConversionError, tensor_bytes
+
+LEDGER = "conversion.json"
+FORMAT = 1
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 of the bytes of a contiguous tensor."""
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
+def tensor_line(
+    entry: Entry, tensor: Tensor, *, digest: str, source: str, source_dtypes: Iterable[torch.dtype]
+) -> dict[str, Any]:
+    """The ledger's line of one tensor."""
+    line: dict[str, Any] = {
+        "key": entry.ours,
+        "source": source,
+        "from": list(entry.theirs),
+        "from_dtype": sorted({dtype_name(dtype) for dtype in source_dtypes}),
+        "transform": str(entry.transform),
+        "dtype": dtype_name(tensor.dtype),
+        "shape": list(tensor.shape),
+        "sha256": digest,
+    }
+    return line if entry.expert is None else {**line, "expert": entry.expert}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` of ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def read_ledger(directory: Path) -> dict[str, Any] | None:
+    """The ledger in ``directory``; None where there is none."""
+    path = directory / LEDGER
+    if not path.is_file():
+        return None
+    ledger = read_json(path)
+    if ledger.get("format") != FORMAT or not isinstance(ledger.get("tensors"), list):
+        raise ConversionError(f"{path}: expected a ledger of format {FORMAT}, found format {ledger.get('format')!r}")
+    return ledger
+
+
+def write_ledger(directory: Path, ledger: dict[str, Any]) -> None:
+    """Write ``conversion.json``."""
+    write_text(directory / LEDGER, json.dumps({"format": FORMAT, **ledger}, indent=1))
+
+
+def check_lines(
+    lines: Iterable[dict[str, Any]], read: Callable[[str, int | None], Tensor], *, where: Path
+) -> Iterable[int]:
+    """Compare what ``read(key, expert)`` gives with each line; yields the bytes of each tensor that agrees."""
+    for line in lines:
+        key, expert = line["key"], line.get("expert")
+        tensor = read(key, expert)
+        found = (dtype_name(tensor.dtype), list(tensor.shape))
+        if found != (line["dtype"], line["shape"]):
+            raise CheckpointError(f"{where}: {key!r}: the ledger says {line['dtype']} {line['shape']}, found {found}")
+        if tensor_digest(tensor.contiguous()) != line["sha256"]:
+            raise CheckpointError(f"{where}: {key!r}: its contents are not those of the ledger")
+        yield tensor.numel() * tensor.element_size()
+
+
+# ------------------------------------------------------------------------------------------------ first-step loss
+
+
+def loss_file(directory: Path) -> Path:
+    """Where the recorded loss of the checkpoint ``directory`` lies."""
+    return directory.with_name(f"{directory.name}.loss.json")
+
+
+def record_loss(directory: Path, *, loss: float, recipe: dict[str, Any]) -> None:
+    """Keep the first-step ``loss`` of a run that starts from ``directory``; ``recipe``: what the loss depends on."""
+    write_text(loss_file(directory), json.dumps({"lm loss": loss, "recipe": recipe}, indent=1))
+
+
+def recorded_loss(directory: Path) -> float | None:
+    """The loss that was recorded; None where none was."""
+    path = loss_file(directory)
+    return float(read_json(path)["lm loss"]) if path.is_file() else None

@@ -1,0 +1,147 @@
+"""Checking conversions: a directory against its ledger, its ledger against the sources, and both ways bit for bit.
+
+``verify`` needs nothing but the directory: manifest, then every tensor against its line. With the sources at hand it
+also hashes their files and makes every tensor again from them. ``roundtrip`` imports, exports and compares every tensor
+with the original, names and types included.
+"""
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_omni.checkpoint import commit
+from megatron_omni.checkpoint.commit import CheckpointError
+from megatron_omni.checkpoint.convert import CARRIED, import_checkpoint
+from megatron_omni.checkpoint.export import export_checkpoint, open_ours
+from megatron_omni.checkpoint.families import FAMILIES, Part
+from megatron_omni.checkpoint.layout import Layout
+from megatron_omni.checkpoint.ledger import LEDGER, check_lines, read_ledger, tensor_digest
+from megatron_omni.checkpoint.names import Row, expand
+from megatron_omni.checkpoint.progress import ByteProgress
+from megatron_omni.checkpoint.sources import Digests, HuggingFaceSource, Source
+from megatron_omni.checkpoint.tensor_files import ConversionError
+from megatron_omni.config.run import Recipe
+
+logger = logging.getLogger(__name__)
+
+
+def verify(path: Path, *, sources: dict[str, Path] | None = None) -> list[str]:
+    """What was checked, one line each; CheckpointError names the file or tensor that is not what the ledger says.
+
+    ``sources``: where the sources lie now, by family, if not where they were; those that are gone are said to be.
+    """
+    if (path / LEDGER).is_file() and not (path / commit.MANIFEST).is_file():
+        return _verify_export(path)
+    opened = open_ours(path, check=True)
+    ledger = opened.ledger
+    if not ledger or ledger.get("command") == "export":
+        raise ConversionError(f"{opened.directory}: has no {LEDGER}; only converted checkpoints can be verified")
+    stored, listed = set(opened.reader.tensors), {line["key"] for line in ledger["tensors"]}
+    if stored != listed:
+        raise CheckpointError(
+            f"{opened.directory}: {sorted(stored ^ listed)[0]!r} is not in both the tensors and the ledger"
+        )
+    progress = ByteProgress("verify", sum(_line_bytes(line) for line in ledger["tensors"]))
+    for size in check_lines(
+        ledger["tensors"], lambda key, expert: opened.reader.read(key, index=expert), where=opened.directory
+    ):
+        progress.add(size)
+    progress.finish()
+    done = [f"{opened.directory}: every file has its hash, {len(ledger['tensors'])} tensors are those of the ledger"]
+    names = {line["as"] for line in ledger["carried"]}
+    if names != set(opened.carried):
+        raise CheckpointError(f"{opened.directory / CARRIED}: holds other tensors than the ledger says")
+    for record in ledger["parts"]:
+        place = (sources or {}).get(record["family"], Path(record["source"]))
+        if not place.exists():
+            done.append(f"{record['family']}: {place} is not here; its tensors were not made again")
+            continue
+        done.append(_verify_source(ledger, record, place, opened.recipe))
+    return done
+
+
+def _verify_export(path: Path) -> list[str]:
+    ledger = read_ledger(path)
+    assert ledger is not None
+    files = {path / output["file"]: output["sha256"] for output in ledger["outputs"]}
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing")
+    for file, digest in Digests(files).result().items():
+        if digest != files[file]:
+            raise CheckpointError(f"{file}: contents do not match the ledger")
+    source = HuggingFaceSource(path)
+    keys = {line["key"] for line in ledger["tensors"]}
+    if keys != set(source.infos()):
+        raise CheckpointError(
+            f"{path}: {sorted(keys ^ set(source.infos()))[0]!r} is not in both the files and the ledger"
+        )
+    for _ in check_lines(ledger["tensors"], lambda key, expert: source.read(key), where=path):
+        pass
+    return [f"{path}: every file has its hash, {len(keys)} tensors are those of the ledger"]
+
+
+def _verify_source(ledger: dict[str, Any], record: dict[str, Any], place: Path, recipe: Recipe) -> str:
+    """Make every tensor of one part again and compare checksums."""
+    source = HuggingFaceSource(place)
+    recorded = {Path(s["file"]).name: s["sha256"] for s in ledger["sources"] if Path(s["file"]).parent == _home(record)}
+    for file, digest in Digests(source.files()).result().items():
+        if recorded.get(file.name, digest) != digest:
+            raise CheckpointError(f"{file}: is not the file that was converted: its SHA-256 is another")
+    lines = {(line["key"], line.get("expert")): line for line in ledger["tensors"]}
+    dtype = getattr(torch, ledger["dtype"])
+    entries = expand(FAMILIES[record["family"]].rows(recipe.model, record["options"]))
+    for entry in entries:
+        tensor = entry.transform.to_ours([source.read(key).to(dtype) for key in entry.theirs]).contiguous()
+        if tensor_digest(tensor) != lines[entry.ours, entry.expert]["sha256"]:
+            raise CheckpointError(f"{place}: {', '.join(entry.theirs)} do not make the checkpoint's {entry.ours!r}")
+    return f"{record['family']}: {len(entries)} tensors made again from {place}, all equal"
+
+
+def _home(record: dict[str, Any]) -> Path:
+    """Directory that a recorded source's files lay in."""
+    path = Path(record["source"])
+    return path.parent if path.suffix in (".safetensors", ".bin", ".pt", ".pth") else path
+
+
+def _line_bytes(line: dict[str, Any]) -> int:
+    size = getattr(torch, line["dtype"]).itemsize
+    for length in line["shape"]:
+        size *= length
+    return size
+
+
+def roundtrip(
+    parts: Sequence[Part], recipe: Recipe, *, wanted: Sequence[Row], layout: Layout, work: Path | None = None
+) -> list[str]:
+    """Import ``parts`` at ``layout``, export every family again, compare; a line for each. ``work``: disk to use."""
+    done = []
+    with tempfile.TemporaryDirectory(prefix="roundtrip-", dir=work) as directory:
+        out = Path(directory) / "ours"
+        import_checkpoint(parts, recipe, out, wanted=wanted, layout=layout)
+        opened = open_ours(out)
+        for part in parts:
+            if not isinstance(part.source, HuggingFaceSource):
+                continue
+            back = export_checkpoint(opened, Path(directory) / part.family, family=part.family)
+            count = compare(part.source, HuggingFaceSource(back), twins=set(part.same))
+            done.append(f"{part.family}: {count} tensors of {part.source.label} are back, bit for bit")
+    return done
+
+
+def compare(first: Source, second: Source, *, twins: set[str] | None = None) -> int:
+    """Number of tensors, all equal in name, type, shape and bits; ``twins`` may be missing from the second."""
+    theirs, back = first.infos(), second.infos()
+    missing = set(theirs) - set(back) - (twins or set())
+    if missing or set(back) - set(theirs):
+        odd = sorted(missing or set(back) - set(theirs))[0]
+        raise CheckpointError(f"{odd!r} is in only one of {first.label} and what came back")
+    for key in back:
+        a, b = first.read(key), second.read(key)
+        if a.dtype != b.dtype or a.shape != b.shape or tensor_digest(a.contiguous()) != tensor_digest(b.contiguous()):
+            raise CheckpointError(f"{key!r}: what came back differs from {theirs[key].path}")
+    return len(back)
