@@ -26,6 +26,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 OBJECTS = ROOT / "build" / "csrc"
+BINDINGS = [CSRC / "bindings_autograd.cpp", CSRC / "bindings.cpp"]
 CXX_FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-uninitialized"]  # gcc 12: its own headers
 
 
@@ -113,7 +114,7 @@ class BuildKernels(build_ext):
         sources = sorted(CSRC.glob("cpu/*.cpp"))
         with ThreadPoolExecutor(jobs) as pool:  # bindings first: the longest
             objects = list(
-                pool.map(lambda s: compile_object(s, cxx_command(s, torch)), [CSRC / "bindings.cpp", *sources])
+                pool.map(lambda s: compile_object(s, cxx_command(s, torch)), [*BINDINGS, *sources])
             )
         link(objects, target=target, torch=torch, libraries=["c10", "torch_cpu", "torch"])
 

@@ -164,9 +164,10 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad, const Tensor& 
                                               const Tensor& token_offsets, const Tensor& token_rows, bool needs_rows,
                                               bool needs_weights) {
   check_matrix(grad, "grad");
-  const int64_t T = grad.size(0), A = row_token.numel(), H = rows.size(1);
+  const int64_t T = grad.size(0), A = row_token.numel();
   const DType dtype = check_unpermute(rows, weights, gradient_factor, row_token, token_offsets, token_rows, T,
                                       grad.scalar_type(), "grad");
+  const int64_t H = rows.size(1);
   TORCH_CHECK_VALUE(grad.size(1) == H, "grad: is ", grad.size(1), " wide, rows are ", H);
   const auto accumulator = dtype == DType::F64 ? at::kDouble : at::kFloat;
   Tensor grad_rows = at::empty({needs_rows ? rows.size(0) : 0, H}, rows.options());

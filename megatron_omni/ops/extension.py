@@ -41,3 +41,10 @@ def op(name: str) -> Callable[..., Any]:
         raise RuntimeError(f"megatron_omni::{name} is not available: {CPU_ERROR}")
 
     return missing
+
+
+def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the function gives shapes and dtypes of ``megatron_omni::name`` to torch.compile; the schema is C++."""
+    if CPU_ERROR is None:
+        return torch.library.register_fake(f"megatron_omni::{name}")
+    return lambda function: function

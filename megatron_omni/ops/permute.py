@@ -1,20 +1,28 @@
 """Token permutation for a variable number of experts per token.
 
-``permute``    rows[a] = x[row_token[a]]: one copy of a token per selected expert, expert by expert.
-``unpermute``  y[t] = sum over the rows a of token t of w[a] rows[a], accumulated in fp32 (float64 for float64 input).
+``permute``             rows[a] = x[row_token[a]]: one copy of a token per selected expert, expert by expert.
+``unpermute``           y[t] = sum over the rows a of token t of w[a] rows[a], in row order, accumulated in fp32 (float64
+                        for float64 rows) and rounded once.
+``assignment_values``   out[a] = values[row_token[a], row_expert[a]]: routing weights of the rows.
 
 Gradients: permute's is an unpermute with unit weights; for unpermute, with g the gradient of y and f an optional
 factor on the gradient of each weighted row (gradient_estimator.py): ``d rows[a] = f[a] w[a] g[t]``, ``d w[a] = f[a]
-<rows[a], g[t]>``.
+<rows[a], g[t]>``; for assignment_values a matrix that is zero elsewhere.
 
 The metadata is built once per layer from the boolean routing map and serves both directions. A token without any expert
 has no row and gets a zero; an expert without any token has an empty range. T tokens, E experts, A assignments, H width.
+
+Order of this file: metadata, references in plain torch, the ops ``megatron_omni::*`` with their fake kernels, the public
+functions. Their gradients are registered in csrc/bindings_autograd.cpp, their arguments checked in csrc/bindings.cpp:
+ValueError with the argument's name. Limits: contiguous x and rows of float32, bfloat16, float16 or float64.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from megatron_omni.ops import extension
 
 
 class Permutation(NamedTuple):
@@ -33,8 +41,8 @@ class Permutation(NamedTuple):
 
 
 @torch.no_grad()
-def build_permutation(routing_map: Tensor) -> Permutation:
-    """Metadata of a routing map [T, E] bool."""
+def build_permutation_reference(routing_map: Tensor) -> Permutation:
+    """Metadata of a routing map [T, E] bool, in plain torch."""
     row_expert, row_token = routing_map.t().nonzero(as_tuple=True)
     zero = torch.zeros(1, dtype=torch.int64, device=routing_map.device)
     offsets = torch.cat([zero, routing_map.sum(0).cumsum(0)])
@@ -44,7 +52,7 @@ def build_permutation(routing_map: Tensor) -> Permutation:
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _sum_rows(rows: Tensor, row_token: Tensor, num_tokens: int) -> Tensor:
@@ -103,13 +111,112 @@ class _Unpermute(torch.autograd.Function):
         return grad_rows, grad_weights, None, None, None, None
 
 
-def permute(x: Tensor, permutation: Permutation, *, num_rows: int | None = None) -> Tensor:
-    """[num_rows, H] rows of x [T, H] in expert order; ``num_rows`` (default A) beyond A leaves a tail of zeros."""
+def permute_reference(x: Tensor, permutation: Permutation, *, num_rows: int | None = None) -> Tensor:
+    """:func:`permute` in plain torch."""
     num_assignments = permutation.row_token.shape[0]
     num_rows = num_assignments if num_rows is None else num_rows
-    assert num_rows >= num_assignments, f"{num_rows} output rows cannot hold {num_assignments} assignments"
+    if num_rows < num_assignments:
+        raise ValueError(f"num_rows: {num_rows} output rows cannot hold {num_assignments} assignments")
     result: Tensor = _Permute.apply(x, permutation.row_token, num_rows)
     return result
+
+
+def unpermute_reference(
+    rows: Tensor,
+    weights: Tensor,
+    permutation: Permutation,
+    *,
+    num_tokens: int,
+    gradient_factor: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """:func:`unpermute` in plain torch."""
+    result: Tensor = _Unpermute.apply(
+        rows, weights, permutation.row_token, num_tokens, gradient_factor, out_dtype or rows.dtype
+    )
+    return result
+
+
+def assignment_values_reference(values: Tensor, permutation: Permutation) -> Tensor:
+    """:func:`assignment_values` in plain torch."""
+    return values[permutation.row_token, permutation.row_expert]
+
+
+_build_permutation = extension.op("build_permutation")
+_permute = extension.op("permute")
+_unpermute = extension.op("unpermute")
+_gather_assignments = extension.op("gather_assignments")
+
+
+@extension.register_fake("build_permutation")
+def _(routing_map: Tensor, num_assignments: int | None = None) -> tuple[Tensor, ...]:
+    num_tokens, num_experts = routing_map.shape
+    rows = torch.library.get_ctx().new_dynamic_size() if num_assignments is None else num_assignments
+    sizes = (num_experts + 1, rows, rows, num_tokens + 1, rows)
+    return tuple(routing_map.new_empty(size, dtype=torch.int64) for size in sizes)
+
+
+@extension.register_fake("permute")
+def _(x: Tensor, row_token: Tensor, token_offsets: Tensor, token_rows: Tensor, num_rows: int) -> Tensor:
+    return x.new_empty(num_rows, x.shape[1])
+
+
+@extension.register_fake("unpermute")
+def _(
+    rows: Tensor,
+    weights: Tensor | None,
+    row_token: Tensor,
+    token_offsets: Tensor,
+    token_rows: Tensor,
+    num_tokens: int,
+    gradient_factor: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return rows.new_empty(num_tokens, rows.shape[1], dtype=out_dtype)
+
+
+@extension.register_fake("unpermute_backward")
+def _(
+    grad: Tensor,
+    rows: Tensor,
+    weights: Tensor | None,
+    gradient_factor: Tensor | None,
+    row_token: Tensor,
+    token_offsets: Tensor,
+    token_rows: Tensor,
+    needs_rows: bool,
+    needs_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_rows = rows.new_empty(rows.shape[0] if needs_rows else 0, rows.shape[1])
+    num_weights = row_token.shape[0] if needs_weights else 0
+    return grad_rows, rows.new_empty(num_weights, dtype=_accumulation_dtype(rows))
+
+
+@extension.register_fake("gather_assignments")
+def _(values: Tensor, row_token: Tensor, row_expert: Tensor) -> Tensor:
+    return values.new_empty(row_token.shape[0])
+
+
+@extension.register_fake("scatter_assignments")
+def _(entries: Tensor, row_token: Tensor, row_expert: Tensor, num_tokens: int, num_experts: int) -> Tensor:
+    return entries.new_empty(num_tokens, num_experts)
+
+
+def build_permutation(routing_map: Tensor, *, num_assignments: int | None = None) -> Permutation:
+    """Metadata of a routing map [T, E] bool; ``num_assignments``: its number of true entries, where it is known.
+
+    On a GPU a known number spares the wait for the device that counting them costs.
+    """
+    if routing_map.device.type != "cpu" and num_assignments is None:
+        return build_permutation_reference(routing_map)
+    return Permutation(*_build_permutation(routing_map, num_assignments))
+
+
+def permute(x: Tensor, permutation: Permutation, *, num_rows: int | None = None) -> Tensor:
+    """[num_rows, H] rows of x [T, H] in expert order; ``num_rows`` (default A) beyond A leaves a tail of zeros."""
+    row_token = permutation.row_token
+    num_rows = row_token.shape[0] if num_rows is None else num_rows
+    return _permute(x, row_token, permutation.token_offsets, permutation.token_rows, num_rows)
 
 
 def unpermute(
@@ -121,8 +228,25 @@ def unpermute(
     gradient_factor: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """[num_tokens, H] weighted sums of rows [>= A, H] with weights [A]; ``gradient_factor`` [A] as in the docstring."""
-    result: Tensor = _Unpermute.apply(
-        rows, weights, permutation.row_token, num_tokens, gradient_factor, out_dtype or rows.dtype
+    """[num_tokens, H] weighted sums of rows [>= A, H] with weights [A]; ``gradient_factor`` [A] as in the docstring.
+
+    Weights and factor are taken in fp32 (float64 for float64 rows); rows past A are not read.
+    """
+    dtype = _accumulation_dtype(rows)
+    if gradient_factor is not None and gradient_factor.dtype != dtype:
+        gradient_factor = gradient_factor.to(dtype)
+    return _unpermute(
+        rows,
+        weights if weights.dtype == dtype else weights.to(dtype),
+        permutation.row_token,
+        permutation.token_offsets,
+        permutation.token_rows,
+        num_tokens,
+        gradient_factor,
+        out_dtype or rows.dtype,
     )
-    return result
+
+
+def assignment_values(values: Tensor, permutation: Permutation) -> Tensor:
+    """[A] entries of values [T, E] (any strides) at the assignments, in row order."""
+    return _gather_assignments(values, permutation.row_token, permutation.row_expert)

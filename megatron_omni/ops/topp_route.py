@@ -16,14 +16,20 @@ gradients), ``grin`` multiplies the forward value alone.
 
 Capacity (``capacity_keep``) may remove assignments between the two; auxiliary loss and statistics want the mask
 before it.
+
+Gradient of the weights, with w~ the softmax before the scale: ``dz = w~ (dw~ - <w~, dw~>)``, dw~ = s dw (``paper``) or
+dw. ``topp_route`` is one op, ``megatron_omni::topp_route`` (gradient: csrc/bindings_autograd.cpp), for the paper's rule
+without capacity; ``topp_route_reference`` and the functions it is made of are the definition, and what ``release`` and
+capacity run on. T tokens, E columns.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_omni.ops import extension
 from megatron_omni.ops.gradient_estimator import Estimator, argmax_among_remaining, scale_forward, slot_scale
 
 RoutingWeightMode = Literal["masked_softmax", "release"]
@@ -227,7 +233,7 @@ def route_selected(
     return Routing(mask=mask, weights=weights, shared_weights=shared, scale=scale, k=mask.sum(1))
 
 
-def topp_route(
+def topp_route_reference(
     z: Tensor,
     *,
     num_routed: int,
@@ -242,10 +248,7 @@ def topp_route(
     padding: Tensor | None = None,
     release_eps: float = 0.01,
 ) -> Routing:
-    """Dropless routing of gate logits z [T, E] in one call; noise given = training, noise None = deterministic.
-
-    Shapes of the noise: ``gumbel`` [T, E_d] (release: [T, E_d, E_d]), ``bernoulli`` [T, E_d] uniform draws.
-    """
+    """:func:`topp_route` in plain torch, any device, any floating dtype."""
     selection = select(
         z[:, : num_routed + num_null],
         num_routed=num_routed,
@@ -298,3 +301,73 @@ def select(
         max_routed=max_routed,
         padding=padding,
     )
+
+
+_topp_route = extension.op("topp_route")
+
+
+@extension.register_fake("topp_route")
+def _(z: Tensor, num_routed: int, num_null: int, *settings: Any) -> tuple[Tensor, ...]:
+    num_tokens, num_slots = z.shape[0], num_routed + num_null
+    weights = z.new_empty(num_tokens, num_slots)
+    draw_rank = torch.empty_like(weights, dtype=torch.int64)
+    shared_weights = z.new_empty(num_tokens, z.shape[1] - num_slots)
+    k = z.new_empty(num_tokens, dtype=torch.int64)
+    return torch.empty_like(weights, dtype=torch.bool), weights, shared_weights, torch.empty_like(weights), k, draw_rank
+
+
+@extension.register_fake("topp_route_backward")
+def _(
+    grad_weights: Tensor | None,
+    grad_shared: Tensor | None,
+    weights: Tensor,
+    shared_weights: Tensor,
+    scale: Tensor,
+    estimator: str,
+) -> Tensor:
+    return weights.new_empty(weights.shape[0], weights.shape[1] + shared_weights.shape[1])
+
+
+def topp_route(
+    z: Tensor,
+    *,
+    num_routed: int,
+    num_null: int,
+    top_p: float,
+    top_k: int | None = None,
+    mode: RoutingWeightMode = "masked_softmax",
+    estimator: Estimator = "none",
+    gumbel: Tensor | None = None,
+    bernoulli: Tensor | None = None,
+    max_routed: int | None = None,
+    padding: Tensor | None = None,
+    release_eps: float = 0.01,
+) -> Routing:
+    """Dropless routing of gate logits z [T, E] in one call; noise given = training, noise None = deterministic.
+
+    Shapes of the noise: ``gumbel`` [T, E_d] (release: [T, E_d, E_d]), ``bernoulli`` [T, E_d] uniform draws, both taken
+    in z's dtype (float32 or float64). Arguments that do not fit raise ValueError with the argument's name.
+    """
+    if mode == "release":
+        return topp_route_reference(
+            z,
+            num_routed=num_routed,
+            num_null=num_null,
+            top_p=top_p,
+            top_k=top_k,
+            mode=mode,
+            estimator=estimator,
+            gumbel=gumbel,
+            bernoulli=bernoulli,
+            max_routed=max_routed,
+            padding=padding,
+            release_eps=release_eps,
+        )
+    if gumbel is not None and gumbel.dtype != z.dtype:
+        gumbel = gumbel.to(z.dtype)
+    if bernoulli is not None and bernoulli.dtype != z.dtype:
+        bernoulli = bernoulli.to(z.dtype)
+    mask, weights, shared_weights, scale, k, _ = _topp_route(
+        z, num_routed, num_null, top_p, top_k, estimator, gumbel, bernoulli, max_routed, padding
+    )
+    return Routing(mask=mask, weights=weights, shared_weights=shared_weights, scale=scale, k=k)

@@ -86,7 +86,7 @@ def test_spare_rows_are_zero_and_ignored():
     y.sum().backward()
     assert torch.equal(y.detach()[:, 0], torch.tensor([2.0, 0.0, 3.0, 1.0, 0.0]))
     assert torch.equal(poisoned.grad[6:], torch.zeros(4, 2))
-    with pytest.raises(AssertionError, match="5 output rows cannot hold 6"):
+    with pytest.raises(ValueError, match="num_rows: 5 output rows cannot hold 6"):
         permute(x, meta, num_rows=5)
 
 

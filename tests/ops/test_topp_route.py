@@ -119,7 +119,7 @@ def test_null_share_is_lost_and_all_null_leaves_the_shared_part():
 def test_padding_selects_nothing_and_stays_finite():
     padding = torch.arange(300) % 3 == 0
     for shared in (SHARED, 0):
-        z = logits()[:, : SLOTS + shared].requires_grad_()
+        z = logits()[:, : SLOTS + shared].contiguous().requires_grad_()
         routing = topp_route(z, num_routed=ROUTED, num_null=NULL, top_p=0.7, padding=padding)
         assert not routing.mask[padding].any() and bool((routing.k[~padding] >= 1).all())
         assert bool((routing.weights[padding] == 0).all())

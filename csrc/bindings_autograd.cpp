@@ -1,0 +1,166 @@
+// Gradients of the light ops: which op computes the gradient of which. The formulas are in megatron_omni/ops/<op>.py.
+//
+// In C++ rather than from Python because these ops run a few times in every layer on few rows as well: a Python
+// registration costs 40 to 50 microseconds a call, this one 3. A file of its own because torch's autograd headers take
+// longer to compile than everything else; it changes rarely.
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace {
+
+using at::Tensor;
+using c10::SymInt;
+using std::optional;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+template <class Signature>
+auto find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+Tensor call_permute(const Tensor& x, const Tensor& row_token, const Tensor& token_offsets, const Tensor& token_rows,
+                    SymInt num_rows) {
+  static const auto op = find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, SymInt)>(
+      "megatron_omni::permute");
+  return op.call(x, row_token, token_offsets, token_rows, std::move(num_rows));
+}
+
+Tensor call_unpermute(const Tensor& rows, const optional<Tensor>& weights, const Tensor& row_token,
+                      const Tensor& token_offsets, const Tensor& token_rows, SymInt num_tokens,
+                      const optional<Tensor>& factor, at::ScalarType out_dtype) {
+  static const auto op = find<Tensor(const Tensor&, const optional<Tensor>&, const Tensor&, const Tensor&, const Tensor&,
+                                     SymInt, const optional<Tensor>&, at::ScalarType)>("megatron_omni::unpermute");
+  return op.call(rows, weights, row_token, token_offsets, token_rows, std::move(num_tokens), factor, out_dtype);
+}
+
+optional<Tensor> if_defined(const Tensor& x) { return x.defined() ? optional<Tensor>(x) : std::nullopt; }
+optional<Tensor> if_defined_contiguous(const Tensor& x) {
+  return x.defined() ? optional<Tensor>(x.contiguous()) : std::nullopt;
+}
+
+struct Permute : torch::autograd::Function<Permute> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& row_token, const Tensor& token_offsets,
+                        const Tensor& token_rows, SymInt num_rows) {
+    ctx->save_for_backward({row_token, token_offsets, token_rows});
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor rows = call_permute(x, row_token, token_offsets, token_rows, std::move(num_rows));
+    ctx->saved_data["num_tokens"] = x.sym_size(0);
+    return rows;
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor grad = grads[0].contiguous();
+    const Tensor grad_x = call_unpermute(grad, std::nullopt, saved[0], saved[1], saved[2],
+                                         ctx->saved_data["num_tokens"].toSymInt(), std::nullopt, grad.scalar_type());
+    return {grad_x, Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+struct Unpermute : torch::autograd::Function<Unpermute> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& rows, const optional<Tensor>& weights,
+                        const Tensor& row_token, const Tensor& token_offsets, const Tensor& token_rows,
+                        SymInt num_tokens, const optional<Tensor>& factor, at::ScalarType out_dtype) {
+    ctx->save_for_backward({rows, weights.value_or(Tensor()), factor.value_or(Tensor()), row_token, token_offsets,
+                            token_rows});
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return call_unpermute(rows, weights, row_token, token_offsets, token_rows, std::move(num_tokens), factor, out_dtype);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto op = find<std::tuple<Tensor, Tensor>(
+        const Tensor&, const Tensor&, const optional<Tensor>&, const optional<Tensor>&, const Tensor&, const Tensor&,
+        const Tensor&, bool, bool)>("megatron_omni::unpermute_backward");
+    const auto saved = ctx->get_saved_variables();
+    const bool needs_rows = ctx->needs_input_grad(0), needs_weights = saved[1].defined() && ctx->needs_input_grad(1);
+    auto [grad_rows, grad_weights] = op.call(grads[0].contiguous(), saved[0], if_defined(saved[1]), if_defined(saved[2]),
+                                             saved[3], saved[4], saved[5], needs_rows, needs_weights);
+    return {needs_rows ? grad_rows : Tensor(), needs_weights ? grad_weights : Tensor(), Tensor(), Tensor(), Tensor(),
+            Tensor(), Tensor(), Tensor()};
+  }
+};
+
+struct GatherAssignments : torch::autograd::Function<GatherAssignments> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& values, const Tensor& row_token, const Tensor& row_expert) {
+    static const auto op = find<Tensor(const Tensor&, const Tensor&, const Tensor&)>("megatron_omni::gather_assignments");
+    ctx->save_for_backward({row_token, row_expert});
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor entries = op.call(values, row_token, row_expert);
+    ctx->saved_data["num_tokens"] = values.sym_size(0);
+    ctx->saved_data["num_experts"] = values.sym_size(1);
+    return entries;
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto op =
+        find<Tensor(const Tensor&, const Tensor&, const Tensor&, SymInt, SymInt)>("megatron_omni::scatter_assignments");
+    const auto saved = ctx->get_saved_variables();
+    return {op.call(grads[0].contiguous(), saved[0], saved[1], ctx->saved_data["num_tokens"].toSymInt(),
+                    ctx->saved_data["num_experts"].toSymInt()),
+            Tensor(), Tensor()};
+  }
+};
+
+struct ToppRoute : torch::autograd::Function<ToppRoute> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& z, int64_t num_routed, int64_t num_null, double top_p,
+                               optional<int64_t> top_k, const std::string& estimator, const optional<Tensor>& gumbel,
+                               const optional<Tensor>& bernoulli, optional<int64_t> max_routed,
+                               const optional<Tensor>& padding) {
+    static const auto op = find<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+        const Tensor&, int64_t, int64_t, double, optional<int64_t>, c10::string_view, const optional<Tensor>&,
+        const optional<Tensor>&, optional<int64_t>, const optional<Tensor>&)>("megatron_omni::topp_route");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [mask, weights, shared_weights, scale, k, draw_rank] =
+        op.call(z, num_routed, num_null, top_p, top_k, estimator, gumbel, bernoulli, max_routed, padding);
+    ctx->save_for_backward({weights, shared_weights, scale});
+    ctx->saved_data["estimator"] = estimator;
+    ctx->mark_non_differentiable({mask, scale, k, draw_rank});
+    ctx->set_materialize_grads(false);
+    return {mask, weights, shared_weights, scale, k, draw_rank};
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto op = find<Tensor(const optional<Tensor>&, const optional<Tensor>&, const Tensor&, const Tensor&,
+                                       const Tensor&, c10::string_view)>("megatron_omni::topp_route_backward");
+    const auto saved = ctx->get_saved_variables();
+    variable_list result(10);
+    result[0] = op.call(if_defined_contiguous(grads[1]), if_defined_contiguous(grads[2]), saved[0], saved[1], saved[2],
+                        ctx->saved_data["estimator"].toStringRef());
+    return result;
+  }
+};
+
+Tensor permute(const Tensor& x, const Tensor& row_token, const Tensor& token_offsets, const Tensor& token_rows,
+               SymInt num_rows) {
+  return Permute::apply(x, row_token, token_offsets, token_rows, std::move(num_rows));
+}
+
+Tensor unpermute(const Tensor& rows, const optional<Tensor>& weights, const Tensor& row_token,
+                 const Tensor& token_offsets, const Tensor& token_rows, SymInt num_tokens,
+                 const optional<Tensor>& gradient_factor, at::ScalarType out_dtype) {
+  return Unpermute::apply(rows, weights, row_token, token_offsets, token_rows, std::move(num_tokens), gradient_factor,
+                          out_dtype);
+}
+
+Tensor gather_assignments(const Tensor& values, const Tensor& row_token, const Tensor& row_expert) {
+  return GatherAssignments::apply(values, row_token, row_expert);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topp_route(
+    const Tensor& z, int64_t num_routed, int64_t num_null, double top_p, optional<int64_t> top_k,
+    c10::string_view estimator, const optional<Tensor>& gumbel, const optional<Tensor>& bernoulli,
+    optional<int64_t> max_routed, const optional<Tensor>& padding) {
+  auto out = ToppRoute::apply(z, num_routed, num_null, top_p, top_k, std::string(estimator), gumbel, bernoulli, max_routed,
+                              padding);
+  return {out[0], out[1], out[2], out[3], out[4], out[5]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(megatron_omni, Autograd, m) {
+  m.impl("permute", permute);
+  m.impl("unpermute", unpermute);
+  m.impl("gather_assignments", gather_assignments);
+  m.impl("topp_route", topp_route);
+}
