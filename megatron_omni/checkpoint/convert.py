@@ -12,7 +12,7 @@ import errno
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +30,7 @@ from megatron_omni.checkpoint.plan import Plan, make_plan
 from megatron_omni.checkpoint.progress import ByteProgress
 from megatron_omni.checkpoint.sources import Digests, check_finite
 from megatron_omni.checkpoint.tensor_files import ConversionError, SafetensorsWriter
+from megatron_omni.checkpoint.tokenizer_files import copy_tokenizer
 from megatron_omni.checkpoint.torch_dist import COMMON_STATE, TorchDistWriter
 from megatron_omni.config.load import recipe_to_yaml
 from megatron_omni.config.model import ModelConfig
@@ -39,8 +40,6 @@ CARRIED = "carried.safetensors"
 DOCUMENTS = "hf"
 RUN_CONFIG, TOKENIZER = "run_config.yaml", "tokenizer"
 
-TOKENIZER_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja"})
-NOT_TOKENIZER = frozenset({"config.json", "generation_config.json", "preprocessor_config.json", "conversion.json"})
 EXTRA_STATE = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -61,12 +60,14 @@ def import_checkpoint(
     tokenizer: Path | None = None,
     command: str = "import",
     notes: dict[str, Any] | None = None,
+    finishing: Callable[[Path, dict[str, Any]], None] | None = None,
 ) -> Path:
     """Write ``out/checkpoints/iter_0000000``, which ``init_from=out`` loads at any layout; the directory.
 
     ``recipe.model`` describes the model, ``wanted`` its rows, all of which ``parts`` must fill. ``dtype``: ``bf16``,
-    ``fp32``, or ``auto`` (bf16 where every source is, else fp32: no value is rounded). ConversionError for sources that do
-    not fit, CheckpointError for a disk that cannot take the result.
+    ``fp32``, or ``auto`` (bf16 where every source is, else fp32: no value is rounded). ``finishing(directory, ledger)``
+    may add files before the checkpoint becomes visible. ConversionError for sources that do not fit, CheckpointError for
+    a disk that cannot take the result.
     """
     layout = layout if layout is not None else Layout()
     plan = make_plan(parts, wanted)
@@ -101,6 +102,8 @@ def import_checkpoint(
                 "ignored": [{"key": key, "source": p.source.label} for p, key in plan.ignored],
             }
             write_ledger(directory, ledger | (notes or {}))
+            if finishing is not None:
+                finishing(directory, ledger)
             return commit.publish(root, 0, keep=0, digests=known)
     except BaseException:
         digests.stop()
@@ -186,23 +189,9 @@ def _write_documents(directory: Path, parts: Sequence[Part], recipe: Recipe, tok
                     if (file.parent / name).is_file():
                         shutil.copyfile(file.parent / name, folder / name)
     if tokenizer is not None:
-        (directory / TOKENIZER).mkdir()
-        for file in tokenizer_files(tokenizer):
-            shutil.copyfile(file, directory / TOKENIZER / file.name)
+        copy_tokenizer(tokenizer, directory / TOKENIZER)
     recipe.data.tokenizer = TOKENIZER
     commit.write_text(directory / RUN_CONFIG, recipe_to_yaml(recipe))
-
-
-def tokenizer_files(directory: Path) -> list[Path]:
-    """Tokenizer and template files in a Hugging Face directory, sorted by name."""
-    return sorted(
-        file
-        for file in directory.iterdir()
-        if file.is_file()
-        and file.suffix in TOKENIZER_SUFFIXES
-        and file.name not in NOT_TOKENIZER
-        and not file.name.endswith(".index.json")
-    )
 
 
 def _target_dtype(plan: Plan, dtype: str) -> torch.dtype:

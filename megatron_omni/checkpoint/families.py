@@ -227,3 +227,53 @@ def _prefix(source: HuggingFaceSource, prefixes: Iterable[str], name: str) -> st
         if prefix + name in source.infos():
             return prefix
     raise ConversionError(f"{source.label}: expected the key {name!r} (or with a prefix), found none; another model?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedSources:
+    """The sources of one conversion."""
+
+    model: ModelConfig
+    parts: list[Part]
+    wanted: list[Row]
+    """Every row of the model; of a part alone where there is no language model."""
+
+
+def open_sources(
+    *,
+    language: Path | None,
+    vision: Path | None = None,
+    audio: Path | None = None,
+    projectors: Path | None = None,
+    draw_seed: int | None = None,
+    query_tokens: int | None = None,
+) -> OpenedSources:
+    """The model that these directories make together. ConversionError where something is missing or given twice."""
+    if language is None and vision is None and audio is None:
+        raise ConversionError("nothing to convert: give --hf, or --vision or --audio alone")
+    model, parts = ModelConfig(moe=None, vision=None, audio=None), []
+    if language is not None:
+        model, part = open_language(language)
+        parts.append(part)
+        if part.family == "uni_moe" and (vision or audio or projectors or draw_seed is not None):
+            raise ConversionError(f"{language}: is a whole model; leave out --vision, --audio and the projectors")
+    if vision is not None:
+        model, part = open_vision(vision, model)
+        parts.append(part)
+    if audio is not None:
+        model, part = open_audio(audio, model)
+        assert model.audio is not None
+        model.audio.num_query_tokens = query_tokens or model.audio.num_query_tokens
+        parts.append(part)
+    if language is not None and parts[0].family == "qwen2" and (vision or audio):
+        if (projectors is None) == (draw_seed is None):
+            raise ConversionError(
+                "encoders joined to a language model need projectors: give --projectors FILE or --draw-projectors SEED"
+            )
+        parts.append(open_projectors(projectors, model) if projectors else draw_projectors(model, seed=draw_seed or 0))
+    elif projectors is not None or draw_seed is not None:
+        raise ConversionError("projectors join encoders to a language model: give --hf and --vision or --audio too")
+    wanted = [row for part in parts if part.family != "projectors" for row in part.rows]
+    if parts[-1].family == "projectors":
+        wanted += projector_rows(model)
+    return OpenedSources(model=model, parts=parts, wanted=wanted)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_omni.checkpoint.commit import CheckpointError, write_text
+from megatron_omni.checkpoint.commit import CHECKPOINTS, CheckpointError, iteration_dir, tracked_step, write_text
 from megatron_omni.checkpoint.names import Entry
 from megatron_omni.checkpoint.sources import read_json
 from megatron_omni.checkpoint.tensor_files import ConversionError, tensor_bytes
@@ -104,3 +104,10 @@ def recorded_loss(directory: Path) -> float | None:
     """The loss that was recorded; None where none was."""
     path = loss_file(directory)
     return float(read_json(path)["lm loss"]) if path.is_file() else None
+
+
+def converted_directory(path: Path) -> Path:
+    """The checkpoint directory that ``path`` (an imported directory or the checkpoint itself) stands for, unverified."""
+    root = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+    step = tracked_step(root)
+    return path if step is None else iteration_dir(root, step)

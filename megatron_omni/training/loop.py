@@ -15,11 +15,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from megatron_omni.batch import OmniBatch
+from megatron_omni.checkpoint.ledger import converted_directory, recorded_loss
 from megatron_omni.data.loader import StepLoader
 from megatron_omni.models.moe.balance import aux_loss_coefficient, reduce_stats, routing_metrics
 from megatron_omni.models.moe.context import RoutingStats
@@ -181,12 +183,12 @@ def evaluate(run: Run) -> dict[str, float]:
                 forward = partial(run.task.forward_step, info=info)
                 for report in run_step(forward, batches, run.model, pg=run.pg, recipe=run.recipe, forward_only=True):
                     total = report[0] if total is None else total + report[0]
-            loss, count = _sum_reports(run, total if total is not None else torch.zeros(2)).tolist()
+            loss, count = sum_reports(run, total if total is not None else torch.zeros(2)).tolist()
             losses[f"eval/loss/{name}"] = loss / max(count, 1.0)
     return losses
 
 
-def _sum_reports(run: Run, table: torch.Tensor) -> torch.Tensor:
+def sum_reports(run: Run, table: torch.Tensor) -> torch.Tensor:
     """Sum a report table over the data-parallel ranks; every rank gets it. Only the last stage's tensor rank 0
     contributes.
     """
@@ -238,7 +240,7 @@ class _Logger:
         """Reduce what was summed since the last record, and write it."""
         run, names = self.run, list(self.run.task.report_names)
         table = self._tables if self._tables is not None else torch.zeros(len(names), 2)
-        sums = _sum_reports(run, table).tolist()
+        sums = sum_reports(run, table).tolist()
         metrics = {name: loss / count for name, (loss, count) in zip(names, sums, strict=True) if count > 0}
         metrics |= {"grad-norm": grad_norm, "learning-rate": learning_rate(run.optimizer)}
         routing = self._routing(stats)
@@ -246,10 +248,23 @@ class _Logger:
         metrics |= self._speed()
         metrics |= {"consumed samples": run.state.consumed_samples, "consumed tokens": run.state.consumed_tokens}
         metrics |= {"skipped steps": run.state.step - run.state.updates}
+        if first := self._compare_first_loss(metrics):
+            self.say(first)
         self.write(metrics | routing)
         self._tables, self._tokens, self._samples = None, 0, 0
         if self._writes:
             self._progress.show(run.state.step, metrics | routing)
+
+    def _compare_first_loss(self, metrics: dict[str, float]) -> str | None:
+        """At step 1: the loss recorded with the converted checkpoint (checkpoint/ledger.py), into ``metrics`` and a line."""
+        origin = self.run.recipe.init_from
+        if not self._writes or origin is None or self.run.state.step != 1 or "lm loss" not in metrics:
+            return None
+        recorded, own = recorded_loss(converted_directory(Path(origin))), metrics["lm loss"]
+        if recorded is None:
+            return None
+        metrics["recorded first-step loss"] = recorded
+        return f"first step: lm loss {own:.6f}; recorded with the checkpoint: {recorded:.6f} ({own - recorded:+.1e})"
 
     def _routing(self, stats: RoutingStats | None) -> dict[str, float]:
         moe = self.run.recipe.model.moe
