@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_omni.checkpoint import commit
+from megatron_omni.checkpoint import commit, uni_moe
 from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.checkpoint.convert import CARRIED, DOCUMENTS, DTYPES, RUN_CONFIG, TOKENIZER, check_space, disk_errors
 from megatron_omni.checkpoint.families import FAMILIES, their_name
@@ -27,7 +27,9 @@ from megatron_omni.checkpoint.names import Entry, expand
 from megatron_omni.checkpoint.progress import ByteProgress
 from megatron_omni.checkpoint.sources import Digests, read_json
 from megatron_omni.checkpoint.tensor_files import ConversionError, SafetensorsWriter, read_header, read_tensor
+from megatron_omni.checkpoint.tokenizer_files import copy_tokenizer, find_tokenizer, read_vocabulary
 from megatron_omni.checkpoint.torch_dist import TorchDistReader
+from megatron_omni.checkpoint.uni_moe_files import PREPROCESSOR_FILE, write_processor
 from megatron_omni.config.load import load_recipe
 from megatron_omni.config.run import Recipe
 
@@ -291,18 +293,26 @@ def _export_documents(
     if folder is not None and folder.is_dir():
         for file in folder.iterdir():
             shutil.copyfile(file, directory / file.name)
+    tokenizer = find_tokenizer(opened.directory) if family in ("qwen2", "uni_moe") else None
     make = FAMILIES[family].config
     if make is not None:
+        if family == "uni_moe" and tokenizer is not None and not tokens:
+            tokens = read_vocabulary(tokenizer).specials
         kept = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
         made = make(opened.recipe.model, opened.recipe.data, tokens, dtype_name(writes[0].dtype))
         # What the source said in words of its own stays; what our model decides is ours.
         config = kept or made
         if kept:
             config |= {key: value for key, value in made.items() if key in kept and kept[key] != value}
+            config |= {key: made[key] for key in (uni_moe.OURS,) if key in made}
         commit.write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
-    tokenizer = opened.directory / TOKENIZER
-    if tokenizer.is_dir() and family in ("qwen2", "uni_moe"):
-        for file in tokenizer.iterdir():
+    if family == "uni_moe":
+        if not (directory / PREPROCESSOR_FILE).is_file():
+            write_processor(directory, opened.recipe.model)
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, directory)
+    elif tokenizer is not None:
+        for file in (opened.directory / TOKENIZER).iterdir():
             shutil.copyfile(file, directory / file.name)
 
 

@@ -1,0 +1,135 @@
+"""The tokenizer that travels with a checkpoint: compared between sources, completed with our special tokens, copied.
+
+A vocabulary is known by the id of every token after the special tokens of spec section 6 were appended (as
+``data/tokenizer.py`` does when it reads one), so that a source that has them in its file already equals one that has not.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from megatron_omni.data.tokenizer import ALL_SPECIALS, Tokenizer, load_tokenizer
+
+SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja"})
+NAMES = frozenset(
+    {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.model",
+        "chat_template.json",
+        "chat_template.jinja",
+    }
+)
+"""What belongs to a tokenizer in a Hugging Face directory."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Which text becomes which ids."""
+
+    path: Path
+    digest: str
+    """Of what is not special: pieces and merges."""
+    specials: dict[str, int]
+    """Special tokens by name."""
+    size: int
+    """One more than the largest id."""
+    appended: dict[str, int]
+    """Special tokens that the file lacks and reading it appends."""
+
+
+def find_tokenizer(directory: Path) -> Path | None:
+    """The tokenizer inside a checkpoint of either kind, as ``data.tokenizer`` takes it; None when there is none."""
+    for place in (directory, directory / "tokenizer"):
+        if (place / "tokenizer.json").is_file():
+            return place
+        if (place / "tokenizer.model").is_file():
+            return place / "tokenizer.model"
+    return None
+
+
+def read_vocabulary(path: Path) -> Vocabulary:
+    """The vocabulary at ``path``. ValueError for a file that is no tokenizer, or no place for our special tokens."""
+    tokenizer = load_tokenizer(path)
+    if path.suffix == ".model":
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return Vocabulary(path, digest, dict(tokenizer.specials), tokenizer.vocab_size, {})
+    file = path / "tokenizer.json" if path.is_dir() else path
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    text = json.dumps([content.get(part) for part in ("model", "normalizer", "pre_tokenizer")], sort_keys=True)
+    present = {token["content"] for token in content.get("added_tokens") or []}
+    known = _pieces(content)
+    return Vocabulary(
+        path=path,
+        digest=hashlib.sha256(text.encode()).hexdigest(),
+        specials=dict(tokenizer.specials),
+        size=tokenizer.vocab_size,
+        appended={n: i for n, i in _ours(tokenizer).items() if n not in present and n not in known},
+    )
+
+
+def check_same(first: Vocabulary, second: Vocabulary) -> None:
+    """ValueError, naming both files and the first difference, unless both give the same ids."""
+    for name in sorted(first.specials.keys() | second.specials.keys()):
+        ids = first.specials.get(name), second.specials.get(name)
+        if ids[0] != ids[1]:
+            raise ValueError(
+                f"{second.path}: another tokenizer than {first.path}: {name!r} has id {ids[1]}, expected {ids[0]}; "
+                "their rows mean different tokens"
+            )
+    if first.digest != second.digest:
+        raise ValueError(
+            f"{second.path}: another tokenizer than {first.path}: found vocabulary {second.digest[:12]}, expected "
+            f"{first.digest[:12]}; weights trained on different vocabularies cannot be merged"
+        )
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[Path]:
+    """Write the tokenizer at ``source`` into the directory ``target``, our special tokens in its files; the files."""
+    target.mkdir(parents=True, exist_ok=True)
+    if source.suffix == ".model":
+        return [Path(shutil.copyfile(source, target / "tokenizer.model"))]
+    directory = source if source.is_dir() else source.parent
+    written = [
+        Path(shutil.copyfile(file, target / file.name))
+        for file in sorted(directory.iterdir())
+        if file.is_file() and file.name in NAMES and file.name != "tokenizer.json"
+    ]
+    model = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    appended = read_vocabulary(source).appended
+    if appended:
+        names = sorted(appended, key=appended.__getitem__)
+        model.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in names])
+        for name in names:
+            assert model.token_to_id(name) == appended[name], name
+    model.save(str(target / "tokenizer.json"))
+    if appended and (target / "tokenizer_config.json").is_file():
+        _add_to_config(target / "tokenizer_config.json", appended)
+    return [*written, target / "tokenizer.json"]
+
+
+def _ours(tokenizer: Tokenizer) -> dict[str, int]:
+    return {name: tokenizer.specials[name] for name in ALL_SPECIALS if name in tokenizer.specials}
+
+
+def _pieces(content: dict[str, Any]) -> set[str]:
+    vocabulary = content.get("model", {}).get("vocab", {})
+    return set(vocabulary) if isinstance(vocabulary, dict) else {piece for piece, _ in vocabulary}
+
+
+def _add_to_config(path: Path, appended: dict[str, int]) -> None:
+    """``tokenizer_config.json`` repeats the added tokens; older readers take them from there."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if "added_tokens_decoder" in config:
+        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+        config["added_tokens_decoder"] |= {str(i): {"content": name, **flags} for name, i in appended.items()}
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,74 @@
+"""What stands beside the weights in the released layout: the processor's files, as ``Qwen2VLProcessor`` reads them.
+
+``preprocessor_config.json`` is read twice, by the SigLIP image processor and by the Whisper feature extractor, so it holds
+the fields of both; ``size`` is a pair there, which is how the published code asks for the side of a tile. The chat
+template renders turns as ``data/template.py`` does: a turn's text holds its media markers, which the caller replaces by
+placeholders afterwards.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_omni.config.model import ModelConfig
+from megatron_omni.positions import SAMPLE_RATE
+
+PROCESSOR = "Qwen2VLProcessor"
+PREPROCESSOR_FILE, TEMPLATE_FILE = "preprocessor_config.json", "chat_template.json"
+BICUBIC = 3
+"""Pillow's number for it."""
+N_FFT, HOP_SAMPLES = 400, 160
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def preprocessor_config(model: ModelConfig) -> dict[str, Any]:
+    """Fields of the image processor and the feature extractor, for the encoders that ``model`` has."""
+    config: dict[str, Any] = {"processor_class": PROCESSOR}
+    if model.vision is not None:
+        side = model.vision.image_size
+        config |= {
+            "image_processor_type": "SiglipImageProcessor",
+            "do_resize": True,
+            "size": [side, side],
+            "crop_size": {"height": side, "width": side},
+            "resample": BICUBIC,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "do_convert_rgb": True,
+        }
+    if model.audio is not None:
+        seconds = model.audio.chunk_seconds
+        config |= {
+            "feature_extractor_type": "WhisperFeatureExtractor",
+            "feature_size": model.audio.num_mel_bins,
+            "sampling_rate": SAMPLE_RATE,
+            "hop_length": HOP_SAMPLES,
+            "chunk_length": int(seconds) if seconds == int(seconds) else seconds,
+            "n_fft": N_FFT,
+            "n_samples": round(seconds * SAMPLE_RATE),
+            "nb_max_frames": round(seconds * SAMPLE_RATE) // HOP_SAMPLES,
+            "padding_side": "right",
+            "padding_value": 0.0,
+            "return_attention_mask": False,
+        }
+    return config
+
+
+def write_processor(directory: Path, model: ModelConfig) -> list[Path]:
+    """Write the processor's files into ``directory``; the files."""
+    contents: dict[str, dict[str, Any]] = {TEMPLATE_FILE: {"chat_template": CHAT_TEMPLATE}}
+    if model.vision is not None or model.audio is not None:
+        contents[PREPROCESSOR_FILE] = preprocessor_config(model)
+    for name, content in contents.items():
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return [directory / name for name in contents]

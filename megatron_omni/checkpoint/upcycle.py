@@ -1,0 +1,432 @@
+"""Dense checkpoints into one mixture of experts with dynamic capacity, tensor by tensor (paper section 4, spec 2, 11.11).
+
+    trunk (attention, norms, embeddings, output)   of the source named ``trunk``; where others differ from it, a warning
+    routed experts E1 .. En                        the feed-forward parts of the sources, in order (vision, speech, speech, base)
+    null experts                                   gate rows and nothing else
+    shared expert s                                slice [s w, (s + 1) w) of the base feed-forward part: rows of gate and
+                                                   up, columns of down; slices are disjoint
+    gate                                           N(0, 0.02), [routed | null | shared] rows, seeded by its name
+    rows of special tokens that the trunk's        mean of the rows of the tokens that it has, in the embedding and the output
+    tokenizer lacks                                matrix; the matrices grow only where these ids do not fit
+    encoders and projectors                        vision from one source, audio from another
+
+The result is a :class:`~megatron_omni.checkpoint.sources.Source` of tensors in the released layout (``uni_moe.py``), made
+when they are asked for: the converter writes them as a distributed checkpoint or as a Hugging Face directory. Nothing is
+held but the tensor in hand (and, for a comparison, pieces of the other sources').
+
+F feed-forward width, w width of a shared expert, H hidden size.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_omni.checkpoint.commit import write_text
+from megatron_omni.checkpoint.convert import import_checkpoint
+from megatron_omni.checkpoint.families import FAMILIES, Part
+from megatron_omni.checkpoint.layout import Layout
+from megatron_omni.checkpoint.names import Entry, expand
+from megatron_omni.checkpoint.sources import Source, check_finite
+from megatron_omni.checkpoint.tensor_files import TensorInfo, read_into, read_tensor, tensor_bytes
+from megatron_omni.checkpoint.tokenizer_files import copy_tokenizer
+from megatron_omni.checkpoint.uni_moe import GATE, ROUTED, SHARED, uni_moe_rows, unused_shapes
+from megatron_omni.checkpoint.upcycle_sources import (
+    SAME_FIELDS,
+    DenseSource,
+    OursSource,
+    check_sources,
+    merged_model,
+    open_dense,
+    perception_sources,
+)
+from megatron_omni.config.load import load_recipe, recipe_to_yaml
+from megatron_omni.config.model import ModelConfig, MoEConfig
+from megatron_omni.config.run import Recipe
+from megatron_omni.platform.seeds import named_generator
+
+logger = logging.getLogger(__name__)
+
+GATE_STD = 0.02
+REPORT = "upcycle.json"
+SHARED_DIVISOR = 8
+"""A shared expert is an eighth of a routed one (paper Table 1)."""
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+VOCABULARY_KEYS = (EMBEDDING, OUTPUT)
+VISION_PREFIXES, AUDIO_PREFIXES = ("vision_tower.", "vision_aligner."), ("audio_tower.", "audio_aligner.")
+PROJECTIONS = ("gate", "up", "down")
+PIECE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a tensor of the result comes from."""
+
+    source: str | None
+    """Name of the source; None for what is drawn."""
+    key: str | None
+    how: str
+    rows: tuple[int, int] | None = None
+    columns: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How far a source's trunk lies from the chosen one."""
+
+    source: str
+    num_tensors: int
+    """That differ."""
+    largest: float
+    """Largest relative difference |a - b| / |a| (Frobenius) of a tensor."""
+    key: str
+    """Of that tensor."""
+
+
+@dataclass
+class _Gap:
+    count: int = 0
+    largest: float = -1.0
+    key: str = ""
+
+
+def upcycled_model(base: ModelConfig, *, num_experts: int) -> ModelConfig:
+    """The mixture's default shape on a dense ``base``: experts as wide as its feed-forward part, shared ones an eighth."""
+    width = base.ffn_hidden_size
+    shared = max(1, width // SHARED_DIVISOR)
+    mixture = MoEConfig(
+        num_routed_experts=num_experts, moe_ffn_hidden_size=width, moe_shared_expert_intermediate_size=shared
+    )
+    return dataclasses.replace(base, moe=mixture)
+
+
+def check_mixture(model: ModelConfig, base: ModelConfig, *, num_experts: int) -> None:
+    """ValueError unless ``model`` can be had of dense models like ``base`` by copying."""
+    moe = model.moe
+    if moe is None:
+        raise ValueError("model.moe=null: upcycling makes a mixture of experts; leave it out")
+    for name in ("vision", "audio", *SAME_FIELDS):
+        if getattr(model, name) != getattr(base, name):
+            raise ValueError(
+                f"model.{name}={getattr(model, name)}: the sources have {getattr(base, name)}; only model.moe and settings "
+                "without weights can be chosen"
+            )
+    if moe.num_routed_experts != num_experts:
+        raise ValueError(
+            f"model.moe.num_routed_experts={moe.num_routed_experts}: there are {num_experts} dense checkpoints, one for each "
+            "routed expert; leave it out"
+        )
+    width = base.ffn_hidden_size
+    if moe.moe_ffn_hidden_size != width:
+        raise ValueError(
+            f"model.moe.moe_ffn_hidden_size={moe.moe_ffn_hidden_size}: routed experts are the feed-forward parts as they are, "
+            f"{width} wide; leave it out"
+        )
+    shared = moe.num_shared_experts * moe.moe_shared_expert_intermediate_size
+    if shared > width:
+        raise ValueError(
+            f"model.moe.num_shared_experts={moe.num_shared_experts} of moe_shared_expert_intermediate_size="
+            f"{moe.moe_shared_expert_intermediate_size}: a feed-forward part {width} wide has no {shared} disjoint columns; "
+            "choose smaller ones"
+        )
+
+
+@dataclass
+class UpcycledSource:
+    """The mixture as tensors in the released layout (a ``Source``)."""
+
+    sources: Mapping[str, DenseSource]
+    experts: tuple[str, ...]
+    """Sources of the routed experts, in order; shared experts are slices of the last one."""
+    trunk: str
+    vision: str | None
+    """Source of the vision encoder and projector; None for a model without."""
+    audio: str | None
+    model: ModelConfig
+    """Of the result."""
+    seed: int
+    new_tokens: Mapping[str, int] = field(default_factory=dict)
+    """Special tokens whose rows are set to the mean of the others."""
+    label: str = "upcycled"
+    origins: dict[str, Origin] = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert self.model.moe is not None
+        self._entries = expand(uni_moe_rows(self.model))
+        self._shapes = _shapes(self._entries)
+        self.origins = {key: self._origin(key) for key in self._shapes}
+        for name, prefixes in ((self.vision, VISION_PREFIXES), (self.audio, AUDIO_PREFIXES)):
+            self._add_unused(name, prefixes)
+        self._gaps: dict[str, _Gap] = {name: _Gap() for name in self.sources if name != self.trunk}
+        self._infos = {key: self._info(key) for key in self.origins}
+
+    # ------------------------------------------------------------------------------------------ as a Source
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Every tensor of the result; dtypes are those of the sources."""
+        return self._infos
+
+    def files(self) -> list[Path]:
+        """Weights of all sources; their configurations describe dense models and stay behind."""
+        files = [file for source in self.sources.values() for file in source.tensors.files()]
+        return list(dict.fromkeys(file for file in files if file.suffix != ".json"))
+
+    def read(self, key: str) -> Tensor:
+        """Make one tensor."""
+        origin, info = self.origins[key], self._infos[key]
+        if origin.source is None:
+            generator = named_generator(self.seed, "upcycle", key)
+            tensor = torch.empty(info.shape).normal_(std=GATE_STD, generator=generator).to(info.dtype)
+        else:
+            tensor = self._read_finite(origin)
+            if self._is_trunk(key):
+                self._compare(key, tensor)
+            if key in VOCABULARY_KEYS:
+                tensor = self._with_new_rows(tensor)
+        assert tuple(tensor.shape) == info.shape and tensor.dtype == info.dtype, key
+        return tensor
+
+    # ------------------------------------------------------------------------------------------ reports
+
+    def differences(self) -> list[Difference]:
+        """Sources whose trunk is not the chosen one, by what was read so far."""
+        return [
+            Difference(source=name, num_tensors=gap.count, largest=gap.largest, key=gap.key)
+            for name, gap in self._gaps.items()
+            if gap.count
+        ]
+
+    def report(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """``upcycle.json``: ``lines`` are the ledger's, one for each tensor that was written, with its checksum."""
+        return {
+            "trunk": self.trunk,
+            "experts": list(self.experts),
+            "vision": self.vision,
+            "audio": self.audio,
+            "seed": self.seed,
+            "sources": {name: str(source.path) for name, source in self.sources.items()},
+            "new_token_rows": dict(self.new_tokens),
+            "trunk_differences": [dataclasses.asdict(difference) for difference in self.differences()],
+            "tensors": [
+                {
+                    **{name: line[name] for name in ("key", "expert", "dtype", "shape", "sha256") if name in line},
+                    "from": [{"as": key, **self._said(key)} for key in line["from"]],
+                }
+                for line in lines
+            ],
+        }
+
+    def _said(self, key: str) -> dict[str, Any]:
+        origin = self.origins[key]
+        return {"source": origin.source, "key": origin.key, "how": origin.how}
+
+    # ------------------------------------------------------------------------------------------ plan
+
+    def _origin(self, key: str) -> Origin:
+        layer = key.split(".")[2] if key.startswith("model.layers.") else ""
+        if key == GATE.replace("{layer}", layer):
+            return Origin(source=None, key=None, how=f"drawn from N(0, {GATE_STD}), seed {self.seed}")
+        projection = key.rsplit(".", 2)[-2]
+        dense = f"model.layers.{layer}.mlp.{projection}.weight"
+        for number, name in enumerate(self.experts):
+            if layer and key.startswith(ROUTED.format(layer=layer, expert=number)):
+                return Origin(source=name, key=dense, how=f"routed expert {number}: the feed-forward part")
+        moe = self.model.moe
+        assert moe is not None
+        width, base = moe.moe_shared_expert_intermediate_size, self.experts[-1]
+        for number in range(moe.num_shared_experts if layer else 0):
+            if key.startswith(SHARED.format(layer=layer, shared=number)):
+                part = (number * width, (number + 1) * width)
+                axis = "columns" if projection == "down_proj" else "rows"
+                how = f"shared expert {number}: {axis} {part[0]}..{part[1] - 1} of the feed-forward part"
+                return Origin(source=base, key=dense, how=how, **{axis: part})  # type: ignore[arg-type]
+        if key.startswith(VISION_PREFIXES):
+            return Origin(source=self.vision, key=key, how="copied")
+        if key.startswith(AUDIO_PREFIXES):
+            return Origin(source=self.audio, key=key, how="copied")
+        how = "copied"
+        if key in VOCABULARY_KEYS and self.new_tokens:
+            ids = sorted(self.new_tokens.values())
+            how = f"copied; {len(ids)} rows {ids[0]}..{ids[-1]} of new special tokens are the mean of the others"
+        return Origin(source=self.trunk, key=key, how=how)
+
+    def _add_unused(self, name: str | None, prefixes: tuple[str, ...]) -> None:
+        """Weights of the release that nothing reads, where the source has them."""
+        if name is None:
+            return
+        present = self.sources[name].tensors.infos()
+        for key in unused_shapes(self.model):
+            if key.startswith(prefixes) and key in present:
+                self.origins[key] = Origin(source=name, key=key, how="copied; not used by the model")
+                self._shapes[key] = present[key].shape
+
+    def _info(self, key: str) -> TensorInfo:
+        """What it will be: every source was checked, so that only its dtype is to be asked."""
+        origin = self.origins[key]
+        source = self.sources[origin.source if origin.source is not None else self.trunk].tensors.infos()
+        dtype = source[origin.key if origin.key is not None else EMBEDDING].dtype
+        return TensorInfo(Path(self.label), key, dtype, self._shapes[key], 0)
+
+    # ------------------------------------------------------------------------------------------ making
+
+    def _is_trunk(self, key: str) -> bool:
+        origin = self.origins[key]
+        return (
+            origin.source == self.trunk and origin.how.startswith("copied") and key.startswith(("model.", "lm_head."))
+        )
+
+    def _with_new_rows(self, matrix: Tensor) -> Tensor:
+        """``matrix`` [V, H] with the mean of the old tokens' rows in the rows of the new ones, grown if they lie beyond."""
+        new = sorted(self.new_tokens.values())
+        if not new:
+            return matrix
+        old = min(new[0], matrix.shape[0])  # new tokens follow the old ones
+        mean = sum(rows.double().sum(0) for rows in matrix[:old].split(4096)) / old
+        if self.model.vocab_size > matrix.shape[0]:
+            grown = matrix.new_zeros(self.model.vocab_size, matrix.shape[1])
+            grown[: matrix.shape[0]] = matrix
+            matrix = grown
+        matrix[new] = mean.to(matrix.dtype)  # type: ignore[union-attr]
+        return matrix
+
+    def _read_finite(self, origin: Origin) -> Tensor:
+        assert origin.source is not None and origin.key is not None
+        source = self.sources[origin.source].tensors
+        info = source.infos()[origin.key]
+        if origin.rows is not None:
+            tensor = _read_rows(source, info, *origin.rows)
+        elif origin.columns is not None:
+            tensor = _read_columns(source, info, *origin.columns)
+        else:
+            tensor = source.read(origin.key)
+        check_finite(tensor, info)
+        return tensor
+
+    def _compare(self, key: str, ours: Tensor) -> None:
+        """Note how far the other sources' tensor ``key`` lies from ``ours``."""
+        for name, gap in self._gaps.items():
+            source = self.sources[name].tensors
+            squared = 0.0
+            for rows, piece in _pieces(source, source.infos()[key]):
+                if ours.dtype != piece.dtype or not torch.equal(ours[rows], piece):
+                    squared += float((ours[rows].double() - piece.double()).square().sum())
+            if squared == 0.0:
+                continue
+            gap.count += 1
+            norm = sum(float(rows.double().square().sum()) for rows in ours.split(4096))
+            relative = math.sqrt(squared / norm) if norm else math.inf
+            if not relative <= gap.largest:  # a NaN there counts as the largest
+                gap.largest, gap.key = relative, key
+
+
+def upcycle(
+    paths: Mapping[str, Path],
+    out: Path,
+    *,
+    trunk: str = "base",
+    overrides: Sequence[str] = (),
+    layout: Layout | None = None,
+    dtype: str = "auto",
+    seed: int = 3407,
+    token_rows: Literal["auto", "mean", "keep"] = "auto",
+) -> Path:
+    """Write ``out/checkpoints/iter_0000000`` from the dense checkpoints ``paths``; the directory.
+
+    ``paths`` are in the order of the routed experts, the base last. ``overrides`` change the recipe (``model.moe.*``).
+    ``token_rows``: rows of special tokens that the trunk's tokenizer file lacks; ``auto`` sets them to the mean in a
+    Hugging Face trunk and keeps a run's, which trained them. ValueError for sources that do not fit together.
+    """
+    sources = {name: open_dense(name, path) for name, path in paths.items()}
+    for note in check_sources(sources, trunk=trunk):
+        logger.warning("%s", note)
+    main = sources[trunk]
+    assert main.vocabulary is not None
+    is_run = isinstance(main.tensors, OursSource)
+    new_tokens = {} if token_rows == "keep" or (token_rows == "auto" and is_run) else main.vocabulary.appended
+    base = merged_model(sources, trunk=trunk)
+    if new_tokens:
+        base = dataclasses.replace(base, vocab_size=max(base.vocab_size, main.vocabulary.size))
+    recipe = _recipe(upcycled_model(base, num_experts=len(paths)), overrides)
+    check_mixture(recipe.model, base, num_experts=len(paths))
+    vision, audio = perception_sources(sources, trunk=trunk)
+    made = UpcycledSource(
+        sources=sources,
+        experts=tuple(paths),
+        trunk=trunk,
+        vision=vision,
+        audio=audio,
+        model=recipe.model,
+        seed=seed,
+        new_tokens=new_tokens,
+    )
+    family = FAMILIES["uni_moe"]
+    part = Part(family="uni_moe", source=made, rows=family.rows(recipe.model, {}), carried=family.carried)
+
+    def report(directory: Path, ledger: Mapping[str, Any]) -> None:
+        write_text(directory / REPORT, json.dumps(made.report(ledger["tensors"]), indent=1))
+
+    with tempfile.TemporaryDirectory() as tokenizer:
+        copy_tokenizer(main.vocabulary.path, Path(tokenizer))
+        directory = import_checkpoint(
+            [part], recipe, out, wanted=part.rows, layout=layout, dtype=dtype, tokenizer=Path(tokenizer),
+            command="upcycle", finishing=report,
+        )  # fmt: skip
+    for gap in made.differences():
+        logger.warning(
+            "the trunk of %s differs from that of %s, which is used: %d tensors, the largest relative difference %.3g in %s",
+            gap.source, trunk, gap.num_tensors, gap.largest, gap.key,
+        )  # fmt: skip
+    return directory
+
+
+def _recipe(model: ModelConfig, overrides: Sequence[str]) -> Recipe:
+    """A recipe of ``model`` with ``key=value`` changes, checked as any recipe is."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "upcycled.yaml"
+        path.write_text(recipe_to_yaml(Recipe(model=model)), encoding="utf-8")
+        return load_recipe(path, list(overrides))
+
+
+def _shapes(entries: list[Entry]) -> dict[str, tuple[int, ...]]:
+    return {key: shape for entry in entries for key, shape in zip(entry.theirs, entry.shapes)}
+
+
+def _pieces(source: Source, info: TensorInfo) -> Iterator[tuple[slice, Tensor]]:
+    """The tensor at ``info`` in slices of its rows: cut from one read where it does not lie plainly in a file."""
+    rows = info.shape[0] if info.shape else 1
+    step = max(1, PIECE_BYTES // max(1, info.num_bytes // max(1, rows)))
+    whole = source.read(info.key) if info.offset == 0 or step >= rows else None
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        yield part, _read_rows(source, info, part.start, part.stop) if whole is None else whole[part]
+
+
+def _read_rows(source: Source, info: TensorInfo, start: int, stop: int) -> Tensor:
+    """Rows ``start`` .. ``stop`` - 1, and only their bytes where the tensor lies in a file."""
+    if info.offset == 0:
+        return source.read(info.key)[start:stop].clone()
+    row = info.num_bytes // info.shape[0]
+    return read_tensor(
+        dataclasses.replace(info, shape=(stop - start, *info.shape[1:]), offset=info.offset + start * row)
+    )
+
+
+def _read_columns(source: Source, info: TensorInfo, start: int, stop: int) -> Tensor:
+    """Columns ``start`` .. ``stop`` - 1 of a matrix, row by row where it lies in a file."""
+    if info.offset == 0:
+        return source.read(info.key)[:, start:stop].contiguous()
+    part = torch.empty(info.shape[0], stop - start, dtype=info.dtype)
+    size = info.dtype.itemsize
+    with info.path.open("rb", buffering=0) as file:
+        for number, row in enumerate(part):
+            offset = info.offset + (number * info.shape[1] + start) * size
+            read_into(file, tensor_bytes(row), offset, what=f"{info.path}: {info.key!r}")
+    return part
