@@ -6,6 +6,8 @@
 // than the caches are stored past them (non-temporal), which saves reading each line before it is overwritten.
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
+#include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/vector.h"
@@ -110,41 +112,82 @@ void unpermute_backward_portable(const Grad* grad_y, const In* rows, const Acc* 
 
 #if OMNI_X86
 
-// U vectors of every row of a token, summed in registers.
-template <int U, bool Stream, class In, class Out, class Acc>
-OMNI_AVX512 inline void sum_block(const In* rows, const Acc* weights, const int64_t* row, int64_t k, int64_t H,
-                                  Out* out) {
-  using V = Vector<Acc>;
-  typename V::type sum[U];
-  for (int u = 0; u < U; ++u) sum[u] = V::zero();
-  for (int64_t j = 0; j < k; ++j) {
-    const typename V::type w = V::broadcast(weights ? weights[row[j]] : Acc(1));
-    const In* p = rows + row[j] * H;
-    for (int u = 0; u < U; ++u) sum[u] = V::fma(V::load(p + u * V::width), w, sum[u]);
-  }
-  for (int u = 0; u < U; ++u) V::template store<Stream>(out + u * V::width, sum[u]);
+// Asks for the U vectors that a later loop reads at p: a row begins on a page of its own, which the processor does not
+// foresee by itself.
+template <int U, class Acc, class In>
+OMNI_AVX512 inline void prefetch(const In* p) {
+  for (size_t byte = 0; byte < U * Vector<Acc>::width * sizeof(In); byte += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(p) + byte, _MM_HINT_T0);
 }
 
+// y = (First ? 0 : sum) + the weighted sum of R rows, read side by side from end to end. `next` are the rows after these.
+template <int R, bool First, bool Stream, class In, class Out, class Acc>
+OMNI_AVX512 void add_rows(const In* rows, const Acc* weights, const int64_t* row, const int64_t* next, int64_t H,
+                          const Acc* sum, Out* y) {
+  using V = Vector<Acc>;
+  constexpr int kUnroll = 4;
+  const In* p[R];
+  const In* ahead[R];
+  typename V::type w[R];
+  for (int r = 0; r < R; ++r) {
+    p[r] = rows + row[r] * H;
+    ahead[r] = rows + next[r] * H;
+    w[r] = V::broadcast(weights ? weights[row[r]] : Acc(1));
+  }
+  int64_t h = 0;
+  for (; h + kUnroll * V::width <= H; h += kUnroll * V::width) {
+    typename V::type v[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) v[u] = First ? V::zero() : V::load(sum + h + u * V::width);
+    for (int r = 0; r < R; ++r) {
+      prefetch<kUnroll, Acc>(ahead[r] + h);
+      for (int u = 0; u < kUnroll; ++u) v[u] = V::fma(V::load(p[r] + h + u * V::width), w[r], v[u]);
+    }
+    for (int u = 0; u < kUnroll; ++u) V::template store<Stream>(y + h + u * V::width, v[u]);
+  }
+  for (; h < H; h += V::width) {
+    const int64_t n = std::min<int64_t>(V::width, H - h);
+    typename V::type v = First ? V::zero() : V::load_part(sum + h, n);
+    for (int r = 0; r < R; ++r) v = V::fma(V::load_part(p[r] + h, n), w[r], v);
+    V::store_part(y + h, v, n);
+  }
+}
+
+constexpr int kRowsAtOnce = 4;
+
+template <bool First, bool Stream, class In, class Out, class Acc>
+OMNI_AVX512 void add_some_rows(int64_t k, const In* rows, const Acc* weights, const int64_t* row, const int64_t* next,
+                               int64_t H, const Acc* sum, Out* y) {
+  if (k == 4) return add_rows<4, First, Stream>(rows, weights, row, next, H, sum, y);
+  if (k == 3) return add_rows<3, First, Stream>(rows, weights, row, next, H, sum, y);
+  if (k == 2) return add_rows<2, First, Stream>(rows, weights, row, next, H, sum, y);
+  return add_rows<1, First, Stream>(rows, weights, row, next, H, sum, y);
+}
+
+// Up to four rows of a token at once: their sum never leaves the registers; of more rows it goes by a row of scratch that
+// stays in the first-level cache.
 template <bool Stream, class In, class Out, class Acc>
 OMNI_AVX512 void unpermute_avx512(const In* rows, const Acc* weights, const int64_t* token_offsets,
                                   const int64_t* token_rows, int64_t H, Out* out, int64_t begin, int64_t end) {
-  using V = Vector<Acc>;
-  constexpr int kUnroll = 16;
+  std::vector<Acc> scratch(H);
+  Acc* sum = scratch.data();
   for (int64_t t = begin; t < end; ++t) {
-    const int64_t* row = token_rows + token_offsets[t];
-    const int64_t k = token_offsets[t + 1] - token_offsets[t];
     Out* y = out + t * H;
-    int64_t h = 0;
-    for (; h + kUnroll * V::width <= H; h += kUnroll * V::width)
-      sum_block<kUnroll, Stream>(rows + h, weights, row, k, H, y + h);
-    for (; h + V::width <= H; h += V::width) sum_block<1, Stream>(rows + h, weights, row, k, H, y + h);
-    if (h < H) {
-      typename V::type sum = V::zero();
-      for (int64_t j = 0; j < k; ++j) {
-        const typename V::type w = V::broadcast(weights ? weights[row[j]] : Acc(1));
-        sum = V::fma(V::load_part(rows + row[j] * H + h, H - h), w, sum);
-      }
-      V::store_part(y + h, sum, H - h);
+    int64_t j = token_offsets[t];
+    const int64_t last = token_offsets[t + 1];
+    if (j == last) {
+      std::memset(y, 0, H * sizeof(Out));
+      continue;
+    }
+    while (j < last) {
+      const bool first = j == token_offsets[t];
+      const int64_t k = std::min<int64_t>(kRowsAtOnce, last - j);
+      const int64_t* row = token_rows + j;
+      const int64_t* next = j + 2 * k <= token_offsets[end] ? row + k : row;
+      j += k;
+      if (j == last && first) add_some_rows<true, Stream>(k, rows, weights, row, next, H, sum, y);
+      else if (j == last) add_some_rows<false, Stream>(k, rows, weights, row, next, H, sum, y);
+      else if (first) add_rows<kRowsAtOnce, true, false>(rows, weights, row, next, H, sum, sum);
+      else add_rows<kRowsAtOnce, false, false>(rows, weights, row, next, H, sum, sum);
     }
   }
   if (Stream) store_fence();
@@ -152,7 +195,8 @@ OMNI_AVX512 void unpermute_avx512(const In* rows, const Acc* weights, const int6
 
 // One row: grad_row = scale g and the dot product of row and g.
 template <bool Rows, bool Dot, bool Stream, class In, class Acc, class Grad>
-OMNI_AVX512 inline Acc backward_row(const Grad* g, const In* row, Acc scale, int64_t H, In* grad_row) {
+OMNI_AVX512 inline Acc backward_row(const Grad* g, const In* row, const In* next_row, Acc scale, int64_t H,
+                                    In* grad_row) {
   using V = Vector<Acc>;
   constexpr int kUnroll = 4;
   const typename V::type s = V::broadcast(scale);
@@ -160,6 +204,7 @@ OMNI_AVX512 inline Acc backward_row(const Grad* g, const In* row, Acc scale, int
   for (int u = 0; u < kUnroll; ++u) dot[u] = V::zero();
   int64_t h = 0;
   for (; h + kUnroll * V::width <= H; h += kUnroll * V::width) {
+    if (Dot) prefetch<kUnroll, Acc>(next_row + h);
     for (int u = 0; u < kUnroll; ++u) {
       const typename V::type v = V::load(g + h + u * V::width);
       if (Dot) dot[u] = V::fma(V::load(row + h + u * V::width), v, dot[u]);
@@ -183,7 +228,9 @@ OMNI_AVX512 void unpermute_backward_avx512(const Grad* grad_y, const In* rows, c
     for (int64_t j = token_offsets[t]; j < token_offsets[t + 1]; ++j) {
       const int64_t a = token_rows[j];
       const Acc f = factor ? factor[a] : Acc(1);
+      const int64_t next = j + 1 < token_offsets[end] ? token_rows[j + 1] : a;
       const Acc dot = backward_row<Rows, Dot, Stream>(grad_y + t * H, Dot ? rows + a * H : nullptr,
+                                                      Dot ? rows + next * H : nullptr,
                                                       f * (weights ? weights[a] : Acc(1)), H,
                                                       Rows ? grad_rows + a * H : nullptr);
       if (Dot) grad_weights[a] = f * dot;
