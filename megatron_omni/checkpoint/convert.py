@@ -9,6 +9,7 @@ attempt removes if the process was killed; every attempt starts clean.
 """
 
 import errno
+import gc
 import logging
 import math
 import shutil
@@ -226,12 +227,14 @@ def check_space(out: Path, needed: int) -> None:
 
 @contextmanager
 def disk_errors(out: Path) -> Iterator[None]:
-    """A full disk as one CheckpointError."""
+    """A full disk as one CheckpointError. torch's zip writer hides the cause behind an error of its own."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            gc.freeze()  # left in a reference cycle, that writer crashes the process when the collector finds it
             raise CheckpointError(
-                f"{out}: {error.strerror}; what was written is removed, a rerun starts clean"
+                f"{out}: {cause.strerror}; what was written is removed, a rerun starts clean"
             ) from error
         raise

@@ -13,9 +13,19 @@ from typing import Any
 
 import tokenizers
 
-from megatron_omni.data.tokenizer import ALL_SPECIALS, Tokenizer, load_tokenizer
+from megatron_omni.data.tokenizer import (
+    ALL_SPECIALS,
+    AUDIO_END,
+    AUDIO_PAD,
+    AUDIO_START,
+    IMAGE_GENERATION_SPECIALS,
+    SPEECH_SPECIALS,
+    Tokenizer,
+    load_tokenizer,
+)
 
-SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja"})
+NEW_SPECIALS = (AUDIO_START, AUDIO_END, AUDIO_PAD, *SPEECH_SPECIALS, *IMAGE_GENERATION_SPECIALS)
+"""What Uni-MoE-2.0 adds to Qwen2.5's special tokens."""
 NAMES = frozenset(
     {
         "tokenizer.json",

@@ -6,8 +6,8 @@
     shared expert s                                slice [s w, (s + 1) w) of the base feed-forward part: rows of gate and
                                                    up, columns of down; slices are disjoint
     gate                                           N(0, 0.02), [routed | null | shared] rows, seeded by its name
-    rows of special tokens that the trunk's        mean of the rows of the tokens that it has, in the embedding and the output
-    tokenizer lacks                                matrix; the matrices grow only where these ids do not fit
+    rows of special tokens that the trunk's        mean of the other tokens' rows, in the embedding and the output matrix;
+    tokenizer lacks                                the matrices grow only where these ids do not fit
     encoders and projectors                        vision from one source, audio from another
 
 The result is a :class:`~megatron_omni.checkpoint.sources.Source` of tensors in the released layout (``uni_moe.py``), made
@@ -37,7 +37,7 @@ from megatron_omni.checkpoint.layout import Layout
 from megatron_omni.checkpoint.names import Entry, expand
 from megatron_omni.checkpoint.sources import Source, check_finite
 from megatron_omni.checkpoint.tensor_files import TensorInfo, read_into, read_tensor, tensor_bytes
-from megatron_omni.checkpoint.tokenizer_files import copy_tokenizer
+from megatron_omni.checkpoint.tokenizer_files import NEW_SPECIALS, copy_tokenizer
 from megatron_omni.checkpoint.uni_moe import GATE, ROUTED, SHARED, uni_moe_rows, unused_shapes
 from megatron_omni.checkpoint.upcycle_sources import (
     SAME_FIELDS,
@@ -288,13 +288,17 @@ class UpcycledSource:
         new = sorted(self.new_tokens.values())
         if not new:
             return matrix
-        old = min(new[0], matrix.shape[0])  # new tokens follow the old ones
-        mean = sum(rows.double().sum(0) for rows in matrix[:old].split(4096)) / old
+        vocabulary = self.sources[self.trunk].vocabulary
+        assert vocabulary is not None
+        ids = min(vocabulary.size, matrix.shape[0])  # rows beyond the tokenizer's ids stand for nothing
+        there = [i for i in new if i < ids]
+        total = sum(rows.double().sum(0) for rows in matrix[:ids].split(4096)) - matrix[there].double().sum(0)
+        mean = total / (ids - len(there))
         if self.model.vocab_size > matrix.shape[0]:
             grown = matrix.new_zeros(self.model.vocab_size, matrix.shape[1])
             grown[: matrix.shape[0]] = matrix
             matrix = grown
-        matrix[new] = mean.to(matrix.dtype)  # type: ignore[union-attr]
+        matrix[new] = mean.to(matrix.dtype)
         return matrix
 
     def _read_finite(self, origin: Origin) -> Tensor:
@@ -341,16 +345,16 @@ def upcycle(
     """Write ``out/checkpoints/iter_0000000`` from the dense checkpoints ``paths``; the directory.
 
     ``paths`` are in the order of the routed experts, the base last. ``overrides`` change the recipe (``model.moe.*``).
-    ``token_rows``: rows of special tokens that the trunk's tokenizer file lacks; ``auto`` sets them to the mean in a
-    Hugging Face trunk and keeps a run's, which trained them. ValueError for sources that do not fit together.
+    ``token_rows``: rows of the special tokens that Qwen2.5 does not have. ``mean`` sets them to the mean of the others,
+    ``auto`` does so unless the trunk's source knows better: a run has trained them, a directory whose tokenizer has them
+    brings rows for them. ValueError for sources that do not fit together.
     """
     sources = {name: open_dense(name, path) for name, path in paths.items()}
     for note in check_sources(sources, trunk=trunk):
         logger.warning("%s", note)
     main = sources[trunk]
     assert main.vocabulary is not None
-    is_run = isinstance(main.tensors, OursSource)
-    new_tokens = {} if token_rows == "keep" or (token_rows == "auto" and is_run) else main.vocabulary.appended
+    new_tokens = _new_tokens(main, token_rows)
     base = merged_model(sources, trunk=trunk)
     if new_tokens:
         base = dataclasses.replace(base, vocab_size=max(base.vocab_size, main.vocabulary.size))
@@ -385,6 +389,15 @@ def upcycle(
             gap.source, trunk, gap.num_tensors, gap.largest, gap.key,
         )  # fmt: skip
     return directory
+
+
+def _new_tokens(trunk: DenseSource, rule: str) -> dict[str, int]:
+    vocabulary = trunk.vocabulary
+    assert vocabulary is not None
+    untrained = isinstance(trunk.tensors, OursSource) and not trunk.tensors.is_trained
+    if rule == "mean" or (rule == "auto" and untrained):
+        return {name: vocabulary.specials[name] for name in NEW_SPECIALS if name in vocabulary.specials}
+    return dict(vocabulary.appended) if rule == "auto" and not isinstance(trunk.tensors, OursSource) else {}
 
 
 def _recipe(model: ModelConfig, overrides: Sequence[str]) -> Recipe:

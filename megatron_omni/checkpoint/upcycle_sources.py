@@ -48,6 +48,8 @@ class OursSource:
 
     def __init__(self, opened: Opened) -> None:
         self.label = str(opened.directory)
+        self.is_trained = not opened.ledger
+        """Whether a run wrote it; an imported checkpoint has a ledger."""
         self._opened = opened
         self._places: dict[str, tuple[Entry, int]] = {}
         self._infos: dict[str, TensorInfo] = {}
