@@ -67,7 +67,8 @@ def make_plan(parts: Sequence[Part], wanted: Iterable[Row]) -> Plan:
     if problems:
         more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
         listed = [*problems[:LISTED], *more]
-        raise ConversionError(listed[0] if len(listed) == 1 else "\n  - ".join(["the sources do not fit:", *listed]))
+        heading = f"the sources do not fit ({len(problems)} problems):"
+        raise ConversionError(listed[0] if len(listed) == 1 else "\n  - ".join([heading, *listed]))
     return Plan(jobs, carried, twins, ignored)
 
 
