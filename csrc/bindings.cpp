@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -257,7 +258,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topp_route(
                         padding ? padding->const_data_ptr<bool>() : nullptr, mask.mutable_data_ptr<bool>(),
                         weights.mutable_data_ptr(), shared_weights.mutable_data_ptr(), scale.mutable_data_ptr(),
                         k.mutable_data_ptr<int64_t>(), draw_rank.mutable_data_ptr<int64_t>(), pool());
-  return {mask, weights, shared_weights, scale, k, draw_rank};
+  return {weights, shared_weights, mask, scale, k, draw_rank};
 }
 
 Tensor topp_route_backward(const std::optional<Tensor>& grad_weights, const std::optional<Tensor>& grad_shared,
@@ -280,6 +281,131 @@ Tensor topp_route_backward(const std::optional<Tensor>& grad_weights, const std:
   return grad_z;
 }
 
+// ---- grouped_gemm ----------------------------------------------------------------------------------------------------
+
+// Checks rows [A, width] by expert weight w [E, K, N]: dtype, shapes, offsets; `side` is the side of w that meets rows.
+DType check_groups(const Tensor& rows, const char* name, const Tensor& w, const char* w_name, int64_t side,
+                   const Tensor& offsets) {
+  const DType dtype = dtype_of(rows, name);
+  check_matrix(rows, name);
+  TORCH_CHECK_VALUE(w.dim() == 3, w_name, ": has ", w.dim(), " dimensions, must have 3 (experts, in, out)");
+  TORCH_CHECK_VALUE(w.scalar_type() == rows.scalar_type(), w_name, ": dtype ", w.scalar_type(), " differs from ", name,
+                    "'s ", rows.scalar_type());
+  TORCH_CHECK_VALUE(w.is_contiguous(), w_name, ": must be contiguous; call .contiguous()");
+  TORCH_CHECK_VALUE(w.size(side) == rows.size(1), w_name, ": side ", side, " is ", w.size(side), ", ", name, " has ",
+                    rows.size(1), " columns");
+  check_vector(offsets, w.size(0) + 1, at::kLong, "offsets");
+  check_offsets(offsets, rows.size(0), false, "offsets");
+  return dtype;
+}
+
+// y [A, columns] must go with rows and have this width.
+void check_result(const Tensor& y, const char* name, const Tensor& rows, int64_t width) {
+  check_matrix(y, name);
+  TORCH_CHECK_VALUE(y.scalar_type() == rows.scalar_type(), name, ": dtype ", y.scalar_type(), " must be ",
+                    rows.scalar_type());
+  TORCH_CHECK_VALUE(y.size(0) == rows.size(0) && y.size(1) == width, name, ": is [", y.size(0), ", ", y.size(1),
+                    "], must be [", rows.size(0), ", ", width, "]");
+}
+
+Tensor grouped_gemm(const Tensor& x, const Tensor& w, const Tensor& offsets) {
+  const DType dtype = check_groups(x, "x", w, "w", 1, offsets);
+  Tensor y = at::empty({x.size(0), w.size(2)}, x.options());
+  omni::cpu::grouped_gemm(x.const_data_ptr(), w.const_data_ptr(), offsets.const_data_ptr<int64_t>(), x.size(0), w.size(0),
+                          w.size(1), w.size(2), false, dtype, y.mutable_data_ptr(), pool());
+  return y;
+}
+
+Tensor grouped_gemm_dgrad(const Tensor& dy, const Tensor& w, const Tensor& offsets) {
+  const DType dtype = check_groups(dy, "dy", w, "w", 2, offsets);
+  Tensor dx = at::empty({dy.size(0), w.size(1)}, dy.options());
+  omni::cpu::grouped_gemm(dy.const_data_ptr(), w.const_data_ptr(), offsets.const_data_ptr<int64_t>(), dy.size(0),
+                          w.size(0), w.size(1), w.size(2), true, dtype, dx.mutable_data_ptr(), pool());
+  return dx;
+}
+
+DType check_wgrad(const Tensor& x, const Tensor& dy, const Tensor& offsets) {
+  const DType dtype = dtype_of(x, "x");
+  check_matrix(x, "x");
+  check_matrix(dy, "dy");
+  check_result(dy, "dy", x, dy.size(1));
+  TORCH_CHECK_VALUE(offsets.dim() == 1 && offsets.numel() > 0, "offsets: must be a vector of at least one entry");
+  check_vector(offsets, offsets.numel(), at::kLong, "offsets");
+  check_offsets(offsets, x.size(0), false, "offsets");
+  return dtype;
+}
+
+Tensor grouped_gemm_wgrad(const Tensor& x, const Tensor& dy, const Tensor& offsets) {
+  const DType dtype = check_wgrad(x, dy, offsets);
+  const int64_t E = offsets.numel() - 1, K = x.size(1), N = dy.size(1);
+  Tensor dw = at::empty({E, K, N}, x.options());
+  omni::cpu::grouped_wgrad(x.const_data_ptr(), dy.const_data_ptr(), offsets.const_data_ptr<int64_t>(), E, K, N, dtype,
+                           dtype, false, dw.mutable_data_ptr(), pool());
+  return dw;
+}
+
+void grouped_gemm_wgrad_out(const Tensor& x, const Tensor& dy, const Tensor& offsets, const Tensor& out, bool accumulate) {
+  const DType dtype = check_wgrad(x, dy, offsets), dtype_out = dtype_of(out, "out");
+  const int64_t E = offsets.numel() - 1, K = x.size(1), N = dy.size(1);
+  const bool wide = dtype_out == (dtype == DType::F64 ? DType::F64 : DType::F32);
+  TORCH_CHECK_VALUE(wide || (dtype_out == dtype && !accumulate), "out: dtype ", out.scalar_type(), " must be float32",
+                    accumulate ? " to accumulate" : " or x's", " (float64 for float64 rows)");
+  TORCH_CHECK_VALUE(out.dim() == 3 && out.size(0) == E && out.size(1) == K && out.size(2) == N, "out: must be [", E, ", ",
+                    K, ", ", N, "]");
+  TORCH_CHECK_VALUE(out.is_contiguous(), "out: must be contiguous");
+  omni::cpu::grouped_wgrad(x.const_data_ptr(), dy.const_data_ptr(), offsets.const_data_ptr<int64_t>(), E, K, N, dtype,
+                           dtype_out, accumulate, out.mutable_data_ptr(), pool());
+}
+
+// ---- expert_mlp ------------------------------------------------------------------------------------------------------
+
+DType check_experts(const Tensor& x, const Tensor& w1, const Tensor& w2, const Tensor& offsets,
+                    const std::optional<Tensor>& row_weight) {
+  const DType dtype = check_groups(x, "x", w1, "w1", 1, offsets);
+  TORCH_CHECK_VALUE(w2.dim() == 3 && w2.size(0) == w1.size(0) && 2 * w2.size(1) == w1.size(2) && w2.size(2) == w1.size(1),
+                    "w2: must be [E, F, H] for w1 [E, H, 2 F] = ", w1.sizes(), ", is ", w2.sizes());
+  TORCH_CHECK_VALUE(w2.scalar_type() == x.scalar_type(), "w2: dtype ", w2.scalar_type(), " differs from x's ",
+                    x.scalar_type());
+  TORCH_CHECK_VALUE(w2.is_contiguous(), "w2: must be contiguous; call .contiguous()");
+  if (row_weight)
+    check_vector(*row_weight, x.size(0), dtype == DType::F64 ? at::kDouble : at::kFloat, "row_weight");
+  return dtype;
+}
+
+std::tuple<Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& w1, const Tensor& w2, const Tensor& offsets,
+                                      const std::optional<Tensor>& row_weight) {
+  const DType dtype = check_experts(x, w1, w2, offsets, row_weight);
+  const int64_t rows = x.size(0), F = w2.size(1);
+  Tensor h = at::empty({rows, 2 * F}, x.options()), a = at::empty({rows, F}, x.options()), y = at::empty_like(x);
+  omni::cpu::expert_mlp(x.const_data_ptr(), w1.const_data_ptr(), w2.const_data_ptr(), offsets.const_data_ptr<int64_t>(),
+                        data_or_null(row_weight), rows, w1.size(0), x.size(1), F, dtype, h.mutable_data_ptr(),
+                        a.mutable_data_ptr(), y.mutable_data_ptr(), pool());
+  return {y, h};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(const Tensor& dy, const Tensor& x, const Tensor& h,
+                                                               const Tensor& w1, const Tensor& w2, const Tensor& offsets,
+                                                               const std::optional<Tensor>& row_weight, bool needs_x,
+                                                               bool needs_w1, bool needs_w2, bool needs_row_weight) {
+  const DType dtype = check_experts(x, w1, w2, offsets, row_weight);
+  const int64_t rows = x.size(0), H = x.size(1), F = w2.size(1);
+  check_result(dy, "dy", x, H);
+  check_result(h, "h", x, 2 * F);
+  const auto options = x.options();
+  Tensor dh = at::empty({rows, 2 * F}, options), a = at::empty({rows, F}, options);
+  Tensor dx = at::empty({needs_x ? rows : 0, H}, options);
+  Tensor dw1 = at::empty({needs_w1 ? w1.size(0) : 0, H, 2 * F}, options);
+  Tensor dw2 = at::empty({needs_w2 ? w2.size(0) : 0, F, H}, options);
+  Tensor drow_weight =
+      at::empty({needs_row_weight ? rows : 0}, options.dtype(dtype == DType::F64 ? at::kDouble : at::kFloat));
+  omni::cpu::expert_mlp_backward(
+      dy.const_data_ptr(), x.const_data_ptr(), h.const_data_ptr(), w1.const_data_ptr(), w2.const_data_ptr(),
+      offsets.const_data_ptr<int64_t>(), data_or_null(row_weight), rows, w1.size(0), H, F, dtype, a.mutable_data_ptr(),
+      dh.mutable_data_ptr(), needs_x ? dx.mutable_data_ptr() : nullptr, needs_w1 ? dw1.mutable_data_ptr() : nullptr,
+      needs_w2 ? dw2.mutable_data_ptr() : nullptr, needs_row_weight ? drow_weight.mutable_data_ptr() : nullptr, pool());
+  return {dx, dw1, dw2, drow_weight};
+}
+
 }  // namespace
 
 // One line an op: what follows the arrow is what the fake kernels in megatron_omni/ops describe.
@@ -296,9 +422,17 @@ TORCH_LIBRARY(megatron_omni, m) {
         " -> Tensor");
   m.def("topp_route(Tensor z, int num_routed, int num_null, float top_p, int? top_k, str estimator, Tensor? gumbel,"
         " Tensor? bernoulli, int? max_routed, Tensor? padding)"
-        " -> (Tensor mask, Tensor weights, Tensor shared_weights, Tensor scale, Tensor k, Tensor draw_rank)");
+        " -> (Tensor weights, Tensor shared_weights, Tensor mask, Tensor scale, Tensor k, Tensor draw_rank)");
   m.def("topp_route_backward(Tensor? grad_weights, Tensor? grad_shared, Tensor weights, Tensor shared_weights,"
         " Tensor scale, str estimator) -> Tensor");
+  m.def("grouped_gemm(Tensor x, Tensor w, Tensor offsets) -> Tensor");
+  m.def("grouped_gemm_dgrad(Tensor dy, Tensor w, Tensor offsets) -> Tensor");
+  m.def("grouped_gemm_wgrad(Tensor x, Tensor dy, Tensor offsets) -> Tensor");
+  m.def("grouped_gemm_wgrad_out(Tensor x, Tensor dy, Tensor offsets, Tensor(a!) out, bool accumulate) -> ()");
+  m.def("expert_mlp(Tensor x, Tensor w1, Tensor w2, Tensor offsets, Tensor? row_weight) -> (Tensor y, Tensor h)");
+  m.def("expert_mlp_backward(Tensor dy, Tensor x, Tensor h, Tensor w1, Tensor w2, Tensor offsets, Tensor? row_weight,"
+        " bool needs_x, bool needs_w1, bool needs_w2, bool needs_row_weight)"
+        " -> (Tensor dx, Tensor dw1, Tensor dw2, Tensor drow_weight)");
 }
 
 TORCH_LIBRARY_IMPL(megatron_omni, CPU, m) {
@@ -310,4 +444,10 @@ TORCH_LIBRARY_IMPL(megatron_omni, CPU, m) {
   m.impl("scatter_assignments", scatter_assignments);
   m.impl("topp_route", topp_route);
   m.impl("topp_route_backward", topp_route_backward);
+  m.impl("grouped_gemm", grouped_gemm);
+  m.impl("grouped_gemm_dgrad", grouped_gemm_dgrad);
+  m.impl("grouped_gemm_wgrad", grouped_gemm_wgrad);
+  m.impl("grouped_gemm_wgrad_out", grouped_gemm_wgrad_out);
+  m.impl("expert_mlp", expert_mlp);
+  m.impl("expert_mlp_backward", expert_mlp_backward);
 }

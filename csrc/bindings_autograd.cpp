@@ -1,4 +1,4 @@
-// Gradients of the light ops: which op computes the gradient of which. The formulas are in megatron_omni/ops/<op>.py.
+// Gradients of the ops: which op computes the gradient of which. The formulas are in megatron_omni/ops/<op>.py.
 //
 // In C++ rather than from Python because these ops run a few times in every layer on few rows as well: a Python
 // registration costs 40 to 50 microseconds a call, this one 3. A file of its own because torch's autograd headers take
@@ -112,22 +112,66 @@ struct ToppRoute : torch::autograd::Function<ToppRoute> {
         const Tensor&, int64_t, int64_t, double, optional<int64_t>, c10::string_view, const optional<Tensor>&,
         const optional<Tensor>&, optional<int64_t>, const optional<Tensor>&)>("megatron_omni::topp_route");
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [mask, weights, shared_weights, scale, k, draw_rank] =
+    auto [weights, shared_weights, mask, scale, k, draw_rank] =
         op.call(z, num_routed, num_null, top_p, top_k, estimator, gumbel, bernoulli, max_routed, padding);
     ctx->save_for_backward({weights, shared_weights, scale});
     ctx->saved_data["estimator"] = estimator;
     ctx->mark_non_differentiable({mask, scale, k, draw_rank});
     ctx->set_materialize_grads(false);
-    return {mask, weights, shared_weights, scale, k, draw_rank};
+    return {weights, shared_weights, mask, scale, k, draw_rank};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = find<Tensor(const optional<Tensor>&, const optional<Tensor>&, const Tensor&, const Tensor&,
                                        const Tensor&, c10::string_view)>("megatron_omni::topp_route_backward");
     const auto saved = ctx->get_saved_variables();
     variable_list result(10);
-    result[0] = op.call(if_defined_contiguous(grads[1]), if_defined_contiguous(grads[2]), saved[0], saved[1], saved[2],
+    result[0] = op.call(if_defined_contiguous(grads[0]), if_defined_contiguous(grads[1]), saved[0], saved[1], saved[2],
                         ctx->saved_data["estimator"].toStringRef());
     return result;
+  }
+};
+
+struct GroupedGemm : torch::autograd::Function<GroupedGemm> {
+  using Op = Tensor(const Tensor&, const Tensor&, const Tensor&);
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& w, const Tensor& offsets) {
+    static const auto op = find<Op>("megatron_omni::grouped_gemm");
+    ctx->save_for_backward({x, w, offsets});
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return op.call(x, w, offsets);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto dgrad = find<Op>("megatron_omni::grouped_gemm_dgrad");
+    static const auto wgrad = find<Op>("megatron_omni::grouped_gemm_wgrad");
+    const auto saved = ctx->get_saved_variables();
+    const Tensor grad = grads[0].contiguous();
+    return {ctx->needs_input_grad(0) ? dgrad.call(grad, saved[1], saved[2]) : Tensor(),
+            ctx->needs_input_grad(1) ? wgrad.call(saved[0], grad, saved[2]) : Tensor(), Tensor()};
+  }
+};
+
+struct ExpertMlp : torch::autograd::Function<ExpertMlp> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& w1, const Tensor& w2,
+                               const Tensor& offsets, const optional<Tensor>& row_weight) {
+    static const auto op = find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                                           const optional<Tensor>&)>("megatron_omni::expert_mlp");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [y, h] = op.call(x, w1, w2, offsets, row_weight);
+    ctx->save_for_backward({x, h, w1, w2, offsets, row_weight.value_or(Tensor())});
+    ctx->mark_non_differentiable({h});
+    ctx->set_materialize_grads(false);
+    return {y, h};
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto op = find<std::tuple<Tensor, Tensor, Tensor, Tensor>(
+        const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const optional<Tensor>&,
+        bool, bool, bool, bool)>("megatron_omni::expert_mlp_backward");
+    if (!grads[0].defined()) return variable_list(5);
+    const auto saved = ctx->get_saved_variables();
+    const bool x = ctx->needs_input_grad(0), w1 = ctx->needs_input_grad(1), w2 = ctx->needs_input_grad(2);
+    const bool row_weight = saved[5].defined() && ctx->needs_input_grad(4);
+    auto [dx, dw1, dw2, drow_weight] = op.call(grads[0].contiguous(), saved[0], saved[1], saved[2], saved[3], saved[4],
+                                               if_defined(saved[5]), x, w1, w2, row_weight);
+    return {x ? dx : Tensor(), w1 ? dw1 : Tensor(), w2 ? dw2 : Tensor(), Tensor(), row_weight ? drow_weight : Tensor()};
   }
 };
 
@@ -156,6 +200,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topp_route(
   return {out[0], out[1], out[2], out[3], out[4], out[5]};
 }
 
+Tensor grouped_gemm(const Tensor& x, const Tensor& w, const Tensor& offsets) { return GroupedGemm::apply(x, w, offsets); }
+
+std::tuple<Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& w1, const Tensor& w2, const Tensor& offsets,
+                                      const optional<Tensor>& row_weight) {
+  auto out = ExpertMlp::apply(x, w1, w2, offsets, row_weight);
+  return {out[0], out[1]};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(megatron_omni, Autograd, m) {
@@ -163,4 +215,6 @@ TORCH_LIBRARY_IMPL(megatron_omni, Autograd, m) {
   m.impl("unpermute", unpermute);
   m.impl("gather_assignments", gather_assignments);
   m.impl("topp_route", topp_route);
+  m.impl("grouped_gemm", grouped_gemm);
+  m.impl("expert_mlp", expert_mlp);
 }

@@ -313,7 +313,8 @@ def _(z: Tensor, num_routed: int, num_null: int, *settings: Any) -> tuple[Tensor
     draw_rank = torch.empty_like(weights, dtype=torch.int64)
     shared_weights = z.new_empty(num_tokens, z.shape[1] - num_slots)
     k = z.new_empty(num_tokens, dtype=torch.int64)
-    return torch.empty_like(weights, dtype=torch.bool), weights, shared_weights, torch.empty_like(weights), k, draw_rank
+    mask = torch.empty_like(weights, dtype=torch.bool)
+    return weights, shared_weights, mask, torch.empty_like(weights), k, draw_rank
 
 
 @extension.register_fake("topp_route_backward")
@@ -367,7 +368,7 @@ def topp_route(
         gumbel = gumbel.to(z.dtype)
     if bernoulli is not None and bernoulli.dtype != z.dtype:
         bernoulli = bernoulli.to(z.dtype)
-    mask, weights, shared_weights, scale, k, _ = _topp_route(
+    weights, shared_weights, mask, scale, k, _ = _topp_route(
         z, num_routed, num_null, top_p, top_k, estimator, gumbel, bernoulli, max_routed, padding
     )
     return Routing(mask=mask, weights=weights, shared_weights=shared_weights, scale=scale, k=k)
