@@ -22,7 +22,8 @@ from torch import Tensor
 from benchmarks import moe_contenders, moe_layers, moe_problem
 from benchmarks.measure import clock_name, copy_ceiling, gemm_ceiling, peak_bytes, seconds
 from benchmarks.moe_contenders import Contender, Prepared, Unavailable
-from benchmarks.moe_problem import DTYPES, Problem, Results, Shape, make_problem
+from benchmarks.moe_problem import DTYPES, Problem, Results, make_problem
+from benchmarks.moe_shapes import Shape
 from megatron_omni.ops.grouped_gemm import grouped_gemm
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -101,6 +102,12 @@ def _round_trip_work(problem: Problem) -> dict[str, Work]:
     return {way: Work(*map(sum, zip(*(part[way] for part in parts), strict=True))) for way in parts[0]}
 
 
+def _route_work(problem: Problem) -> dict[str, Work]:
+    """Logits in; mask and two fp32 matrices (weights, scale) out; back: their gradient and the weights in, one out."""
+    entries = problem.grad_weights.numel()
+    return {"forward": Work(0, (4 + 1 + 8) * entries), "backward": Work(0, 16 * entries)}
+
+
 def _gemm_work(problem: Problem) -> dict[str, Work]:
     _, rows, inner, w1, _ = _sizes(problem)
     flops = 2.0 * problem.rows.numel() * 2 * problem.shape.ffn
@@ -140,6 +147,10 @@ OPS: dict[str, Op] = {
     "expert_mlp": Op(
         moe_contenders.EXPERT_MLP, moe_problem.reference_expert_mlp, lambda p: p.grad_rows,
         (Pass("forward", "backward", ("x", "w1", "w2")),), lambda p: _mlp_work(p, outer=_sizes(p)[1]), total=True,
+    ),
+    "topp_route": Op(
+        moe_contenders.TOPP_ROUTE, moe_problem.reference_topp_route, lambda p: p.grad_weights,
+        (Pass("forward", "backward", ("z",)),), _route_work,
     ),
     "layer": Op(
         moe_layers.LAYER, moe_problem.reference_layer, lambda p: p.grad_y,
@@ -284,7 +295,7 @@ def table(report: Report) -> str:
     for _, op, direction in groups:
         rows = [r for r in report.rows if (r["op"], r["direction"]) == (op, direction)]
         for r in sorted(rows, key=lambda r: r["median_ms"]):
-            moves = "permute" in op
+            moves = r["gflops"] == 0 or "permute" in op
             share = r["gbytes_s"] * 1e9 / report.copy_bytes_s if moves else r["gflops"] * 1e9 / report.gemm_flops_s
             lines.append(
                 f"{op:<18}{direction:<18}{r['contender']:<26}{r['median_ms']:>10.3f}{r['ratio_to_omni']:>8.2f}"

@@ -14,7 +14,8 @@ import torch
 
 from benchmarks.bench_moe import OPS, OURS, Report, Work, _require
 from benchmarks.measure import clock_name, seconds
-from benchmarks.moe_problem import DTYPES, Shape, make_problem
+from benchmarks.moe_problem import DTYPES, make_problem
+from benchmarks.moe_shapes import Shape
 
 MEAN_K = (1.0, 1.5, 2.0, 3.0, 4.0)
 NULL_SHARES = (0.0, 0.25, 0.5)

@@ -25,10 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.moe_problem import Problem
+from benchmarks.moe_problem import NUM_NULL, TOP_P, Problem
 from megatron_omni.models.moe.kernels import load_kernels, swiglu, te_grouped_gemm, torch_grouped_gemm
 from megatron_omni.ops.grouped_gemm import grouped_gemm
-from megatron_omni.ops.permute import build_permutation
 
 
 class Unavailable(Exception):
@@ -110,13 +109,23 @@ def package(name: str, problem: Problem) -> Any:
         raise Unavailable(f"cannot be imported ({error})") from error
 
 
+def _choice_route(name: str) -> Contender:
+    def prepare(problem: Problem) -> Prepared:
+        route, experts = choice(name).topp_route, problem.shape.experts
+        return prepare_leaves(
+            lambda z: route(z, num_routed=experts, num_null=NUM_NULL, top_p=TOP_P).weights, z=problem.logits
+        )
+
+    return prepare
+
+
 # Moving rows. Building the metadata from the routing map is part of permute, since megatron-core's does it there.
 
 
 def _choice_permute(name: str) -> Contender:
     def prepare(problem: Problem) -> Prepared:
         kernels, mask = choice(name), problem.mask
-        return prepare_leaves(lambda x: kernels.permute(x, build_permutation(mask)), x=problem.x)
+        return prepare_leaves(lambda x: kernels.permute(x, kernels.build_permutation(mask)), x=problem.x)
 
     return prepare
 
@@ -139,7 +148,7 @@ def _choice_round_trip(name: str) -> Contender:
         kernels, mask, tokens = choice(name), problem.mask, problem.shape.tokens
 
         def run(x: Tensor, weights: Tensor) -> Tensor:
-            permutation = build_permutation(mask)
+            permutation = kernels.build_permutation(mask)
             rows = kernels.permute(x, permutation)
             y: Tensor = kernels.unpermute(rows, weights, permutation, num_tokens=tokens, out_dtype=x.dtype)
             return y
@@ -295,6 +304,7 @@ def _sequential_mlp(problem: Problem) -> Prepared:
     return Prepared(lambda: module(x, counts, unit)[0], {"x": [x], **leaves}, canonical)
 
 
+TOPP_ROUTE: dict[str, Contender] = {"omni": _choice_route("omni"), "torch": _choice_route("torch")}
 PERMUTE: dict[str, Contender] = {
     "omni": _choice_permute("omni"),
     "torch": _choice_permute("torch"),

@@ -1,67 +1,22 @@
-"""One MoE layer's worth of input for the benchmarks: a shape, a routing map, tensors, and what must come out.
-
-A token draws ``mean_k`` slots on average, of which the share ``null_share`` is null: the number of assignments A is
-exactly round(T mean_k (1 - null_share)). Their number per token varies (``fixed_k`` makes it equal), and experts are
-drawn without replacement with probability proportional to rank^-skew.
+"""One MoE layer's worth of input for the benchmarks: a routing map, tensors, and what must come out.
 
 T tokens, H hidden, F expert width, E experts, A assignments.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_omni.ops.permute import Permutation, build_permutation
+from benchmarks.moe_shapes import Shape
+from megatron_omni.ops.permute import Permutation, build_permutation_reference
+from megatron_omni.ops.topp_route import topp_route_reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What a user asks for on the command line."""
-
-    hidden: int
-    ffn: int
-    experts: int
-    tokens: int
-    mean_k: float
-    null_share: float = 0.0
-    skew: float = 0.0
-    fixed_k: bool = False
-
-    @property
-    def assignments(self) -> int:
-        """A."""
-        return round(self.tokens * self.mean_k * (1 - self.null_share))
-
-    def check(self) -> None:
-        """ValueError where no routing map has these counts."""
-        real = self.mean_k * (1 - self.null_share)
-        if real > self.experts:
-            raise ValueError(f"--mean-k {self.mean_k:g}: {real:g} real experts per token of {self.experts}; lower it")
-        if self.fixed_k and self.assignments % self.tokens:
-            raise ValueError(f"--fixed-k with {real:g} real experts per token: give a whole number, or --no-fixed-k")
-
-    def scaled(self, scale: int) -> "Shape":
-        """Hidden and expert width divided by ``scale``, kept multiples of 8."""
-        hidden, ffn = (max(8, size // scale // 8 * 8) for size in (self.hidden, self.ffn))
-        return replace(self, hidden=hidden, ffn=ffn)
-
-    def __str__(self) -> str:
-        text = f"T{self.tokens} H{self.hidden} F{self.ffn} E{self.experts} k{self.mean_k:g}"
-        text += "" if not self.null_share else f" null{self.null_share:g}"
-        text += "" if not self.skew else f" skew{self.skew:g}"
-        return text + (" fixed" if self.fixed_k else "")
-
-
-NAMED = {
-    "uni-moe-2": Shape(hidden=3584, ffn=18944, experts=4, tokens=4096, mean_k=1.5),
-    "qwen3-30b": Shape(hidden=2048, ffn=768, experts=128, tokens=4096, mean_k=8, fixed_k=True),
-    "deepseek-fine": Shape(hidden=7168, ffn=2048, experts=256, tokens=4096, mean_k=8, fixed_k=True),
-}
-"""Uni-MoE-2.0-Omni's routed experts; Qwen3-30B-A3B's; DeepSeek-V3's."""
+NUM_NULL, TOP_P = 1, 0.7
+"""Of the routing op, which is measured on logits of its own."""
 
 
 def _counts(shape: Shape, generator: torch.Generator) -> Tensor:
@@ -116,6 +71,10 @@ class Problem:
     """[A, 2 F]: gradient of the first product."""
     row_weights: Tensor
     """[A] fp32."""
+    logits: Tensor
+    """[T, E + 3] fp32 of a gate over the experts, ``NUM_NULL`` null and two shared slots."""
+    grad_weights: Tensor
+    """[T, E + 1] fp32: gradient of the routing weights."""
 
 
 def make_problem(shape: Shape, *, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Problem:
@@ -127,7 +86,7 @@ def make_problem(shape: Shape, *, dtype: torch.dtype, device: torch.device, seed
 
     mask = routing_map(shape, seed=seed).to(device)
     weights = (torch.rand(shape.tokens, shape.experts, generator=generator) * 0.9 + 0.1).to(device) * mask
-    permutation = build_permutation(mask)
+    permutation = build_permutation_reference(mask)
     x = normal(shape.tokens, shape.hidden)
     grad_y = normal(shape.tokens, shape.hidden)
     return Problem(
@@ -143,6 +102,8 @@ def make_problem(shape: Shape, *, dtype: torch.dtype, device: torch.device, seed
         grad_rows=grad_y[permutation.row_token],
         grad_up=normal(permutation.row_token.shape[0], 2 * shape.ffn),
         row_weights=torch.masked_select(weights.t(), mask.t()),
+        logits=torch.randn(shape.tokens, shape.experts + NUM_NULL + 2, generator=generator).to(device),
+        grad_weights=torch.randn(shape.tokens, shape.experts + NUM_NULL, generator=generator).to(device),
     )
 
 
@@ -157,6 +118,13 @@ def _wide(problem: Problem) -> torch.dtype:
 def _gradients(y: Tensor, grad: Tensor, leaves: dict[str, Tensor]) -> Results:
     grads = torch.autograd.grad(y, list(leaves.values()), grad)
     return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def reference_topp_route(problem: Problem) -> Results:
+    """Weights of Top-P routing in float64."""
+    z = problem.logits.double().requires_grad_()
+    routing = topp_route_reference(z, num_routed=problem.shape.experts, num_null=NUM_NULL, top_p=TOP_P)
+    return _gradients(routing.weights, problem.grad_weights.double(), {"z": z})
 
 
 def reference_permute(problem: Problem) -> Results:

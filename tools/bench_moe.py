@@ -4,9 +4,10 @@ python tools/bench_moe.py --shape qwen3-30b --scale 4 --tokens 2048 --dtype bf16
 python tools/bench_moe.py --hidden 1024 --ffn 2816 --experts 8 --tokens 2048 --mean-k 2 --null-share 0.2 --json out.json
 python tools/bench_moe.py --shape uni-moe-2 --scale 4 --linear      # time against assignments and null share
 
-Every contender's result is checked before it is timed. All sides run with glibc's malloc keeping its memory
-(MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_): without it, first touches of fresh pages are what is measured. Exit
-status: 0 done, 1 one of our own ops gave a wrong result, 2 bad input.
+Every contender's result is checked before it is timed. All sides run with glibc's malloc keeping its memory and with
+huge pages (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_, THP_MEM_ALLOC_ENABLE), as training does: without them,
+first touches of fresh pages are what is measured. Exit status: 0 done, 1 one of our own ops gave a wrong result, 2 bad
+input.
 """
 
 import argparse
@@ -16,16 +17,24 @@ from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.moe_shapes import NAMED, Shape  # noqa: E402
+
 OPS = ("permute", "unpermute", "permute+unpermute", "grouped_gemm", "expert_mlp", "topp_route", "layer")
-SHAPES = ("uni-moe-2", "qwen3-30b", "deepseek-fine")
-WARM_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
+SIZES = ("hidden", "ffn", "experts", "tokens", "mean_k", "null_share", "skew", "fixed_k")
+WARM_HEAP = {
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
 EXIT_BAD_INPUT = 2
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--shape", choices=SHAPES, help="a named shape; the sizes below override it")
+    p.add_argument("--shape", choices=tuple(NAMED), help="a named shape; the sizes below override it")
     p.add_argument("--scale", type=int, default=1, help="divide hidden and ffn of the shape by this, to fit a laptop")
     for name, text in (("hidden", "model width"), ("ffn", "width of an expert"), ("experts", "routed experts")):
         p.add_argument(f"--{name}", type=int, help=text)
@@ -46,13 +55,13 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def check(options: argparse.Namespace) -> None:
-    """Refuse what cannot be measured; ValueError with field, value and fix."""
+def shape_of(options: argparse.Namespace) -> Shape:
+    """What to measure; ValueError with field, value and fix where it cannot be."""
     if options.shape is None:
         missing = [n for n in ("hidden", "ffn", "experts", "tokens", "mean_k") if getattr(options, n) is None]
         if missing:
             names = ", ".join("--" + n.replace("_", "-") for n in missing)
-            raise ValueError(f"{names}: not given; name a shape (--shape {'|'.join(SHAPES)}) or give all sizes")
+            raise ValueError(f"{names}: not given; name a shape (--shape {'|'.join(NAMED)}) or give all sizes")
     for name in ("hidden", "ffn", "experts", "tokens", "mean_k", "scale", "threads", "repeats"):
         value = getattr(options, name)
         if value is not None and value <= 0:
@@ -65,35 +74,29 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--device {options.device}: use cpu or cuda")
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise ValueError(f"--json {options.json}: its directory does not exist; create it first")
+    sizes = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}
+    shape = replace(NAMED[options.shape].scaled(options.scale), **sizes) if options.shape else Shape(**sizes)
+    shape.check()
+    return shape
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, measure, print; the exit status."""
     options = parser().parse_args(arguments)
     try:
-        check(options)
-        sys.path.insert(0, str(ROOT))
-        return measure(options)
+        return measure(shape_of(options), options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
 
 
-def measure(options: argparse.Namespace) -> int:
+def measure(shape: Shape, options: argparse.Namespace) -> int:
     """Run what was asked for."""
     from megatron_omni.platform.device import accelerator_present, install
 
     install()
     from benchmarks import bench_moe, bench_moe_linear
-    from benchmarks.moe_problem import NAMED, Shape
 
-    sizes = {
-        n: getattr(options, n)
-        for n in ("hidden", "ffn", "experts", "tokens", "mean_k", "null_share", "skew", "fixed_k")
-    }
-    sizes = {name: value for name, value in sizes.items() if value is not None}
-    shape = replace(NAMED[options.shape].scaled(options.scale), **sizes) if options.shape else Shape(**sizes)
-    shape.check()
     if options.device == "cuda" and not accelerator_present():
         raise ValueError("--device cuda: no CUDA device is usable here; use --device cpu")
     settings = {k: getattr(options, k) for k in ("dtype", "device", "threads", "repeats")}

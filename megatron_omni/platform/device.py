@@ -38,12 +38,13 @@ def select_device() -> torch.device:
 
 
 def install() -> None:
-    """Make Megatron-Core importable and runnable on this machine.
+    """Make Megatron-Core importable and runnable on this machine, and let malloc keep what a CPU run frees.
 
     Call it before importing ``megatron.core``; twice is fine.
     """
     if accelerator_present():
         return
-    from megatron_omni.platform import cpu
+    from megatron_omni.platform import allocator, cpu
 
+    allocator.keep_freed_memory()
     cpu.install()

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_omni.models.moe.kernels import Kernels
-from megatron_omni.ops.permute import build_permutation
+from megatron_omni.ops.permute import Permutation
 
 ExpertsFn = Callable[[Tensor, Tensor], Tensor]
 """(rows [A, H], offsets [E_local + 1]) -> [A, H]."""
@@ -124,9 +124,25 @@ def _with_zero(cumulative: Tensor) -> Tensor:
     return torch.cat([cumulative.new_zeros(1), cumulative])
 
 
-def _per_row(values: Tensor, routing_map: Tensor) -> Tensor:
-    """Entries of values [T, E] at the assignments, in the row order of ``build_permutation`` (expert-major)."""
-    return torch.masked_select(values.t(), routing_map.t())
+def _combine(
+    kernels: Kernels,
+    rows: Tensor,
+    permutation: Permutation,
+    weights: Tensor,
+    gradient_factor: Tensor | None,
+    *,
+    num_tokens: int,
+) -> Tensor:
+    """y [T, H] in at least fp32: the rows of each token, times their entries of ``weights`` [T, E], added up."""
+    factor = None if gradient_factor is None else kernels.assignment_values(gradient_factor, permutation)
+    return kernels.unpermute(
+        rows,
+        kernels.assignment_values(weights, permutation),
+        permutation,
+        num_tokens=num_tokens,
+        gradient_factor=factor,
+        out_dtype=torch.promote_types(rows.dtype, torch.float32),
+    )
 
 
 class AllToAllDispatcher:
@@ -151,20 +167,13 @@ class AllToAllDispatcher:
         gradient_factor: Tensor | None = None,
     ) -> Tensor:
         """See :class:`Dispatcher`."""
-        permutation = build_permutation(routing_map)
+        permutation = self.kernels.build_permutation(routing_map)
         rows = self.kernels.permute(x, permutation)
         if self.ep_size * self.etp_size == 1:
             rows = experts(rows, permutation.offsets)
         else:
             rows = self._remote(rows, permutation.offsets.diff(), experts)
-        return self.kernels.unpermute(
-            rows,
-            _per_row(weights, routing_map),
-            permutation,
-            num_tokens=x.shape[0],
-            gradient_factor=None if gradient_factor is None else _per_row(gradient_factor, routing_map),
-            out_dtype=torch.promote_types(x.dtype, torch.float32),
-        )
+        return _combine(self.kernels, rows, permutation, weights, gradient_factor, num_tokens=x.shape[0])
 
     def _remote(self, rows: Tensor, counts: Tensor, experts: ExpertsFn) -> Tensor:
         """Expert outputs of ``rows`` (``counts`` [E] per global expert, expert-major), in the same order."""
@@ -232,13 +241,8 @@ class AllGatherDispatcher:
             weights, routing_map = packed[:, :num_experts], packed[:, num_experts : 2 * num_experts] > 0.5
             gradient_factor = None if gradient_factor is None else packed[:, 2 * num_experts :].detach()
         routing_map = routing_map[:, self.local]
-        permutation = build_permutation(routing_map)
-        y = self.kernels.unpermute(
-            experts(self.kernels.permute(x, permutation), permutation.offsets),
-            _per_row(weights[:, self.local], routing_map),
-            permutation,
-            num_tokens=x.shape[0],
-            gradient_factor=None if gradient_factor is None else _per_row(gradient_factor[:, self.local], routing_map),
-            out_dtype=torch.promote_types(x.dtype, torch.float32),
-        )
+        permutation = self.kernels.build_permutation(routing_map)
+        rows = experts(self.kernels.permute(x, permutation), permutation.offsets)
+        local_factor = None if gradient_factor is None else gradient_factor[:, self.local]
+        y = _combine(self.kernels, rows, permutation, weights[:, self.local], local_factor, num_tokens=x.shape[0])
         return y if alone else _ReduceScatterRows.apply(y, sizes, self.group)

@@ -1,18 +1,18 @@
-"""Who moves the rows of an MoE layer and multiplies them by its experts: ``model.moe.kernels``.
+"""Who routes tokens, moves their rows and multiplies them by the experts of a MoE layer: ``model.moe.kernels``.
 
-A choice is three functions with one meaning: ``permute`` and ``unpermute`` as in ops/permute.py, and ``expert_mlp``,
-``y[a] = (silu(x[a] Wg) * (x[a] Wu)) Wd`` with the weights of row a's expert, W1 = (gate | up). All take the same
-stacked weights, so parameters, checkpoints and gradients do not depend on the choice.
+A choice is six functions, each with the meaning of the op of its name (ops/), on the same stacked weights: parameters,
+checkpoints and gradients do not depend on it.
 
 ``omni``      the ops of this project: csrc/ kernels on CPU and CUDA
-``torch``     plain PyTorch: index_select, index_add_ and ``F.grouped_mm``, or one product per expert where that
-              function does not take the dtype or shape
-``te``        Transformer Engine's ``GroupedLinear``; rows are moved by our ops. It wants weights [out, in], of which
+``torch``     plain PyTorch: the ops' references, and ``F.grouped_mm`` (one product per expert where that function does
+              not take the dtype or shape); needs nothing compiled
+``te``        ours, but the experts run on Transformer Engine's ``GroupedLinear``. It wants weights [out, in], of which
               a copy is made in each forward
 ``megatron``  megatron-core's scatter-add and, one expert after the other, the linear and SwiGLU functions its
-              ``SequentialMLP`` calls
+              ``SequentialMLP`` calls; the rest as ``torch``
 
-x rows [A, H], w1 [E, H, 2 F], w2 [E, F, H], offsets [E + 1]; A assignments, E experts, H hidden, F expert width.
+x rows [A, H], w1 [E, H, 2 F] = (gate | up), w2 [E, F, H], offsets [E + 1]; A assignments, E experts, H hidden, F expert
+width.
 """
 
 import functools
@@ -24,11 +24,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_omni.ops import extension
 from megatron_omni.ops.grouped_gemm import grouped_gemm
 from megatron_omni.ops.grouped_gemm import grouped_gemm as grouped_gemm_reference
-from megatron_omni.ops.permute import Permutation, permute, unpermute
-from megatron_omni.ops.permute import permute as permute_reference
-from megatron_omni.ops.permute import unpermute as unpermute_reference
+from megatron_omni.ops.permute import (
+    Permutation,
+    assignment_values,
+    assignment_values_reference,
+    build_permutation,
+    build_permutation_reference,
+    permute,
+    permute_reference,
+    unpermute,
+    unpermute_reference,
+)
+from megatron_omni.ops.topp_route import Routing, topp_route, topp_route_reference
 from megatron_omni.platform.device import accelerator_present
 
 logger = logging.getLogger(__name__)
@@ -40,6 +50,9 @@ GROUPED_MM_ALIGN_BYTES = 16
 class Kernels(NamedTuple):
     """One choice of ``model.moe.kernels``."""
 
+    topp_route: Callable[..., Routing]
+    build_permutation: Callable[[Tensor], Permutation]
+    assignment_values: Callable[[Tensor, Permutation], Tensor]
     permute: Callable[..., Tensor]
     unpermute: Callable[..., Tensor]
     expert_mlp: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -63,7 +76,10 @@ def load_kernels(name: str) -> Kernels:
 
 
 def _omni() -> Kernels:
-    return Kernels(permute, unpermute, expert_mlp)
+    missing = extension.CUDA_ERROR if accelerator_present() else extension.CPU_ERROR
+    if missing is not None:
+        raise ValueError(f"model.moe.kernels='omni': {missing}; or set model.moe.kernels=torch")
+    return Kernels(topp_route, build_permutation, assignment_values, permute, unpermute, expert_mlp)
 
 
 def expert_mlp(rows: Tensor, w1: Tensor, w2: Tensor, offsets: Tensor) -> Tensor:
@@ -103,7 +119,14 @@ def torch_expert_mlp(rows: Tensor, w1: Tensor, w2: Tensor, offsets: Tensor) -> T
 
 
 def _torch() -> Kernels:
-    return Kernels(permute_reference, unpermute_reference, torch_expert_mlp)
+    return Kernels(
+        topp_route_reference,
+        build_permutation_reference,
+        assignment_values_reference,
+        permute_reference,
+        unpermute_reference,
+        torch_expert_mlp,
+    )
 
 
 def _te() -> Kernels:
@@ -118,7 +141,7 @@ def _te() -> Kernels:
             f"model.moe.kernels='te': {why}; install it with pip install 'megatron-omni[gpu]', or set "
             "model.moe.kernels=omni"
         )
-    return Kernels(permute, unpermute, te_expert_mlp)
+    return _omni()._replace(expert_mlp=te_expert_mlp)
 
 
 @functools.cache
@@ -174,7 +197,7 @@ def _megatron() -> Kernels:
         y = megatron_unpermute(weighted, permutation.row_token, torch.Size((num_tokens, rows.shape[1])))
         return y.to(out_dtype or rows.dtype)
 
-    return Kernels(permute_reference, weighted_unpermute, sequential_mlp)
+    return _torch()._replace(unpermute=weighted_unpermute, expert_mlp=sequential_mlp)
 
 
 _CHOICES: dict[str, Callable[[], Kernels]] = {"omni": _omni, "torch": _torch, "te": _te, "megatron": _megatron}

@@ -62,15 +62,16 @@ class OmniMoELayer(MoELayer):
         kind: dict[str, Any] = {"dtype": config.params_dtype, "device": device()}
         if config.use_cpu_initialization:
             kind["device"] = "cpu"
+        kernels = load_kernels(moe.kernels)
         self.router = OmniRouter(
             moe,
             hidden_size=config.hidden_size,
             init_std=config.init_method_std,
             sequence_parallel=config.sequence_parallel,
             tp_group=pg_collection.tp,
+            topp_route=kernels.topp_route,
             **kind,
         )
-        kernels = load_kernels(moe.kernels)
         self.experts = RoutedExperts(
             num_experts=moe.num_routed_experts,
             hidden_size=config.hidden_size,

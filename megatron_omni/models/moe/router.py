@@ -12,7 +12,8 @@ Under sequence parallelism T is this rank's shard; the auxiliary loss and capaci
 TP group. T tokens, H hidden, E = routed + null + shared, E_d = routed + null.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from megatron_omni.models.moe.balance import load_balancing_loss
 from megatron_omni.models.moe.context import TokenContext
 from megatron_omni.ops.counter_rng import Purpose, gumbel, uniform
 from megatron_omni.ops.gradient_estimator import Estimator
-from megatron_omni.ops.topp_route import Routing, capacity_keep, expert_capacity, route_selected, select
+from megatron_omni.ops.topp_route import Routing, capacity_keep, expert_capacity, route_selected, select, topp_route
 
 
 class RouterOutput(NamedTuple):
@@ -73,9 +74,11 @@ class OmniRouter(torch.nn.Module):
         init_std: float = 0.02,
         sequence_parallel: bool = False,
         tp_group: dist.ProcessGroup | None = None,
+        topp_route: Callable[..., Routing] = topp_route,
     ) -> None:
         super().__init__()
         check_moe_config(moe)
+        self.topp_route = topp_route
         self.moe = moe
         self.layer_number = 0
         self.tp_group = tp_group if sequence_parallel else None
@@ -124,27 +127,29 @@ class OmniRouter(torch.nn.Module):
             noise = noise.view(-1, slots, slots) if moe.routing_weight_mode == "release" else noise
         if estimator != "none":
             bernoulli = self._uniform(ctx, Purpose.BERNOULLI, slots)
-        selection = select(
-            z[:, :slots],
-            num_routed=moe.num_routed_experts,
-            top_p=moe.top_p,
-            mode=moe.routing_weight_mode,
-            estimator=estimator,
-            top_k=moe.top_k,
-            gumbel=noise,
-            bernoulli=bernoulli,
-            max_routed=moe.max_routed,
-            padding=ctx.padding,
-            release_eps=moe.router_jitter_eps,
-        )
-        aux_loss = None
-        if with_aux_loss:
-            aux_loss = load_balancing_loss(z[:, :slots], selection.mask, ctx=ctx, moe=moe, tp_group=self.tp_group)
-        keep = num_before_drop = None
+        settings: dict[str, Any] = {
+            "num_routed": moe.num_routed_experts,
+            "top_p": moe.top_p,
+            "mode": moe.routing_weight_mode,
+            "estimator": estimator,
+            "top_k": moe.top_k,
+            "gumbel": noise,
+            "bernoulli": bernoulli,
+            "max_routed": moe.max_routed,
+            "padding": ctx.padding,
+            "release_eps": moe.router_jitter_eps,
+        }
+        aux_loss = num_before_drop = None
         if ctx.stochastic and moe.capacity_factor is not None:
-            num_before_drop = selection.mask.sum()
-            keep = self._capacity_keep(z.detach()[:, :slots], selection.mask)
-        routing = route_selected(z, selection, keep=keep, bernoulli=bernoulli, estimator=estimator)
+            selection = select(z[:, :slots], **settings)
+            selected, num_before_drop = selection.mask, selection.mask.sum()
+            keep = self._capacity_keep(z.detach()[:, :slots], selected)
+            routing = route_selected(z, selection, keep=keep, bernoulli=bernoulli, estimator=estimator)
+        else:
+            routing = self.topp_route(z, num_null=moe.num_null_experts, **settings)
+            selected = routing.mask
+        if with_aux_loss:
+            aux_loss = load_balancing_loss(z[:, :slots], selected, ctx=ctx, moe=moe, tp_group=self.tp_group)
         return RouterOutput(routing, aux_loss, num_before_drop)
 
     @torch.no_grad()
