@@ -123,7 +123,7 @@ def copy_tokenizer(source: Path, target: Path) -> list[Path]:
             assert model.token_to_id(name) == appended[name], name
     model.save(str(target / "tokenizer.json"))
     if appended and (target / "tokenizer_config.json").is_file():
-        _add_to_config(target / "tokenizer_config.json", appended)
+        _list_added_tokens(target / "tokenizer_config.json", target / "tokenizer.json")
     return [*written, target / "tokenizer.json"]
 
 
@@ -136,10 +136,11 @@ def _pieces(content: dict[str, Any]) -> set[str]:
     return set(vocabulary) if isinstance(vocabulary, dict) else {piece for piece, _ in vocabulary}
 
 
-def _add_to_config(path: Path, appended: dict[str, int]) -> None:
-    """``tokenizer_config.json`` repeats the added tokens; older readers take them from there."""
+def _list_added_tokens(path: Path, model: Path) -> None:
+    """``tokenizer_config.json`` repeats the added tokens; readers that start from there number an incomplete list anew."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    if "added_tokens_decoder" in config:
-        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-        config["added_tokens_decoder"] |= {str(i): {"content": name, **flags} for name, i in appended.items()}
+    added = json.loads(model.read_text(encoding="utf-8"))["added_tokens"]
+    config["added_tokens_decoder"] = {
+        str(token["id"]): {name: value for name, value in token.items() if name != "id"} for token in added
+    }
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
