@@ -14,6 +14,11 @@
 namespace omni::cuda {
 
 // ---- permute.cu -----------------------------------------------------------------------------------------------------
+// row_token[A], row_expert[A] and token_rows[A] of map [T, E] from rank_in_expert [T, E] (its running count down each
+// column, this token included), offsets[E + 1] and token_offsets[T + 1].
+void fill_permutation(const bool* map, const int64_t* rank_in_expert, const int64_t* offsets, const int64_t* token_offsets,
+                      int64_t T, int64_t E, int64_t* row_token, int64_t* row_expert, int64_t* token_rows, void* stream);
+
 // out[a] = x[row_token[a]]; rows A..num_rows are zero.
 void permute(const void* x, const int64_t* row_token, int64_t A, int64_t num_rows, int64_t H, DType dtype, void* out,
              void* stream);

@@ -24,6 +24,28 @@ __device__ inline int64_t row_stride() { return static_cast<int64_t>(gridDim.x) 
 
 __device__ inline int lane() { return threadIdx.x % kWarp; }
 
+// The rows of a token: one of each expert that the map names, in the order of the experts. rank_in_expert counts the
+// tokens up to and including t that the map gives to e.
+__global__ void fill_permutation_kernel(const bool* map, const int64_t* rank_in_expert, const int64_t* offsets,
+                                        const int64_t* token_offsets, int64_t T, int64_t E, int64_t* row_token,
+                                        int64_t* row_expert, int64_t* token_rows) {
+  for (int64_t t = first_row(); t < T; t += row_stride()) {
+    int64_t position = token_offsets[t];
+    for (int64_t e0 = 0; e0 < E; e0 += kWarp) {
+      const int64_t e = e0 + lane();
+      const bool is_taken = e < E && map[t * E + e];
+      const unsigned taken = __ballot_sync(kAllLanes, is_taken);
+      if (is_taken) {
+        const int64_t row = offsets[e] + rank_in_expert[t * E + e] - 1;
+        row_token[row] = t;
+        row_expert[row] = e;
+        token_rows[position + __popc(taken & ((1u << lane()) - 1))] = row;
+      }
+      position += __popc(taken);
+    }
+  }
+}
+
 // V: the unit of a copy, uint4 where rows are whole multiples of 16 bytes. `width` counts units.
 template <class V>
 __global__ void permute_kernel(const V* x, const int64_t* row_token, int64_t A, int64_t num_rows, int64_t width, V* out) {
@@ -122,6 +144,14 @@ void with_two_dtypes(const char* op, DType first, DType second, const F& f) {
 }
 
 }  // namespace
+
+void fill_permutation(const bool* map, const int64_t* rank_in_expert, const int64_t* offsets, const int64_t* token_offsets,
+                      int64_t T, int64_t E, int64_t* row_token, int64_t* row_expert, int64_t* token_rows, void* stream) {
+  if (T == 0) return;
+  OMNI_LAUNCH(fill_permutation_kernel, blocks_for(T), kThreads, 0, stream, map, rank_in_expert, offsets, token_offsets, T,
+              E, row_token, row_expert, token_rows);
+  check_launch("build_permutation");
+}
 
 void permute(const void* x, const int64_t* row_token, int64_t A, int64_t num_rows, int64_t H, DType dtype, void* out,
              void* stream) {

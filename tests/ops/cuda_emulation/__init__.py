@@ -42,11 +42,15 @@ def _library() -> ctypes.CDLL:
     BUILD.mkdir(parents=True, exist_ok=True)
     csrc = ROOT / "csrc"
     headers = _newest([*HERE.glob("*.h"), *csrc.glob("*.h"), *csrc.glob("cuda/*.h"), *csrc.glob("cuda/*.cuh")])
-    objects = [_compile(source, headers) for source in [*(csrc / "cuda" / f"{k}.cu" for k in KERNELS), HERE / "entry.cpp"]]
+    objects = [
+        _compile(source, headers) for source in [*(csrc / "cuda" / f"{k}.cu" for k in KERNELS), HERE / "entry.cpp"]
+    ]
     library = BUILD / "kernels.so"
     if not library.exists() or library.stat().st_mtime < _newest(objects):
         fresh = library.with_suffix(f".{os.getpid()}")
-        subprocess.run([*shlex.split(os.environ.get("CXX", "c++")), "-shared", *map(str, objects), "-o", str(fresh)], check=True)
+        subprocess.run(
+            [*shlex.split(os.environ.get("CXX", "c++")), "-shared", *map(str, objects), "-o", str(fresh)], check=True
+        )
         fresh.replace(library)
     return ctypes.CDLL(str(library))
 

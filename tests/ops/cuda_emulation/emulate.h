@@ -211,6 +211,17 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return value;
 }
 
+inline unsigned __ballot_sync(unsigned, bool value) {
+  unsigned votes = 0;
+  const int lane = emulate::current % 32;
+  emulate::warp().exchange[lane][0] = value;
+  emulate::wait_warp();
+  for (int i = 0; i < 32; ++i) votes |= static_cast<unsigned>(emulate::warp().exchange[i][0] != 0) << i;
+  emulate::wait_warp();
+  return votes;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
 // ---- asynchronous copies ---------------------------------------------------------------------------------------------
 inline void __pipeline_memcpy_async(void* target, const void* source, size_t bytes, size_t zeros = 0) {
   if (reinterpret_cast<uintptr_t>(target) % bytes != 0 || reinterpret_cast<uintptr_t>(source) % bytes != 0) std::abort();
