@@ -63,6 +63,30 @@ void gather_entries(const void* values, int64_t token_stride, int64_t expert_str
 void scatter_entries(const void* entries, const int64_t* row_token, const int64_t* row_expert, int64_t A, int64_t T,
                      int64_t E, int64_t item_bytes, void* out);
 
+// ---- grouped_gemm.cpp -----------------------------------------------------------------------------------------------
+// y[a] = x[a] w[e] for the rows a of expert e (transpose_w false: x [rows, K], y [rows, N]), or x[a] w[e]^T (true: x is
+// [rows, N], y is [rows, K]); w [E, K, N]. Rows past offsets[E] are not read and come back zero. bf16 and fp16 accumulate
+// in fp32.
+void grouped_gemm(const void* x, const void* w, const int64_t* offsets, int64_t rows, int64_t E, int64_t K, int64_t N,
+                  bool transpose_w, DType dtype, void* y, const Parallel& parallel);
+
+// dw[e] = x_e^T dy_e, or += where accumulate (dtype_dw F32, or F64 for F64). An expert without rows gives zero, adds
+// nothing. dtype_dw: dtype, or F32 for 16-bit rows.
+void grouped_wgrad(const void* x, const void* dy, const int64_t* offsets, int64_t E, int64_t K, int64_t N, DType dtype,
+                   DType dtype_dw, bool accumulate, void* dw, const Parallel& parallel);
+
+// ---- expert_mlp.cpp -------------------------------------------------------------------------------------------------
+// h = x w1 [rows, 2F] = (gate | up), a = row_weight silu(gate) up, y = a w2. w1 [E, H, 2F], w2 [E, F, H]; row_weight
+// [rows] fp32 (fp64 for F64), null is 1. h is kept for the backward, `a` [rows, F] is scratch.
+void expert_mlp(const void* x, const void* w1, const void* w2, const int64_t* offsets, const void* row_weight, int64_t rows,
+                int64_t E, int64_t H, int64_t F, DType dtype, void* h, void* a, void* y, const Parallel& parallel);
+
+// From dy [rows, H]: dx, dw1, dw2 and drow_weight [rows] (each may be null: not wanted). Scratch: a [rows, F], dh [rows, 2F].
+void expert_mlp_backward(const void* dy, const void* x, const void* h, const void* w1, const void* w2,
+                         const int64_t* offsets, const void* row_weight, int64_t rows, int64_t E, int64_t H, int64_t F,
+                         DType dtype, void* a, void* dh, void* dx, void* dw1, void* dw2, void* drow_weight,
+                         const Parallel& parallel);
+
 // ---- topp_route.cpp -------------------------------------------------------------------------------------------------
 enum class Estimator : int32_t { None = 0, Grin = 1, Paper = 2 };
 
@@ -81,6 +105,11 @@ void topp_route(const ToppRoute& r, DType dtype, const void* z, const void* gumb
 void topp_route_backward(const ToppRoute& r, DType dtype, const void* grad_weights, const void* grad_shared,
                          const void* weights, const void* shared_weights, const void* scale, void* grad_z,
                          const Parallel& parallel);
+
+// ---- counter_rng.cpp ------------------------------------------------------------------------------------------------
+// out[t, i] in (0, 1): hash of call (the constants of the call, already mixed), sample_ids[t], positions[t] and i.
+void counter_uniform(const int64_t* sample_ids, const int64_t* positions, int64_t T, int64_t num_draws, uint64_t call,
+                     float* out, const Parallel& parallel);
 
 }  // namespace cpu
 }  // namespace omni

@@ -1,10 +1,15 @@
 """Grouped matrix product: rows of one expert after the other against that expert's weight.
 
 ``y[a] = x[a] @ w[e]`` for offsets[e] <= a < offsets[e + 1]. Gradients: ``dx[a] = dy[a] @ w[e]^T`` and
-``dw[e] = x[rows of e]^T @ dy[rows of e]``, exactly zero for an expert without rows. Rows past offsets[E] are zero.
+``dw[e] = x[rows of e]^T @ dy[rows of e]``, exactly zero for an expert without rows. Rows past offsets[E] are never read
+(they may hold anything) and come back zero, in y and in dx.
 
-x [A, K], w [E, K, N], offsets [E + 1] int64 ascending from 0; y [A, N]. The reference reads the offsets on the host
-and runs one matrix product per non-empty expert, written straight into the result.
+x [A, K], w [E, K, N], offsets [E + 1] int64 ascending from 0; y [A, N]; any K and N. bf16 and fp16 accumulate in fp32 and
+round once.
+
+Order of this file: the reference in plain torch, the ops ``megatron_omni::grouped_gemm*`` with their fake kernels, the
+public functions. Gradients are registered in csrc/bindings_autograd.cpp, arguments checked in csrc/bindings.cpp:
+ValueError with the argument's name. On a CPU the offsets are checked too; on a GPU reading them would wait for it.
 """
 
 from itertools import pairwise
@@ -12,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_omni.ops import extension
 
 
 def _spans(offsets: Tensor) -> list[tuple[int, int, int]]:
@@ -54,8 +61,51 @@ class _GroupedGemm(torch.autograd.Function):
         return dx, dw, None
 
 
-def grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    """[A, N] product of x [A, K] with w [E, K, N] by expert ranges ``offsets`` [E + 1]; empty ranges are legal."""
-    assert offsets.shape[0] == w.shape[0] + 1, f"{offsets.shape[0]} offsets for {w.shape[0]} experts"
+def grouped_gemm_reference(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    """:func:`grouped_gemm` in plain torch: one matrix product per expert with rows, offsets read on the host."""
+    if offsets.shape[0] != w.shape[0] + 1:
+        raise ValueError(
+            f"offsets: has {offsets.shape[0]} entries for {w.shape[0]} experts, must have one more than those"
+        )
     result: Tensor = _GroupedGemm.apply(x, w, offsets)
     return result
+
+
+_grouped_gemm = extension.op("grouped_gemm")
+_grouped_gemm_wgrad_out = extension.op("grouped_gemm_wgrad_out")
+
+
+@extension.register_fake("grouped_gemm")
+def _(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[2])
+
+
+@extension.register_fake("grouped_gemm_dgrad")
+def _(dy: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    return dy.new_empty(dy.shape[0], w.shape[1])
+
+
+@extension.register_fake("grouped_gemm_wgrad")
+def _(x: Tensor, dy: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(offsets.shape[0] - 1, x.shape[1], dy.shape[1])
+
+
+@extension.register_fake("grouped_gemm_wgrad_out")
+def _(x: Tensor, dy: Tensor, offsets: Tensor, out: Tensor, accumulate: bool) -> None:
+    return None
+
+
+def grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    """[A, N] product of x [A, K] with w [E, K, N] by expert ranges ``offsets`` [E + 1]; empty ranges are legal.
+
+    All contiguous, x and w of one dtype (float32, bfloat16, float16, float64), offsets int64.
+    """
+    return _grouped_gemm(x, w, offsets)
+
+
+def grouped_gemm_wgrad(x: Tensor, dy: Tensor, offsets: Tensor, *, out: Tensor, accumulate: bool = True) -> None:
+    """Weight gradient x^T dy by expert [E, K, N] written, or added, to ``out``: a ``main_grad`` buffer, say.
+
+    ``out`` is float32 (float64 for float64 rows), or of x's dtype if not accumulating. Not differentiable.
+    """
+    _grouped_gemm_wgrad_out(x, dy, offsets, out, accumulate)

@@ -1,0 +1,266 @@
+// AVX-512 engines of the blocked GEMM (gemm_blocked.h): fp32 by FMA, bf16 by vdpbf16ps with fp32 accumulation.
+//
+// Both work on 32-bit units along the contraction: one fp32 value, or a pair of neighbouring bf16 values. A microkernel
+// holds 6 x 64 accumulators (24 of 32 registers); a step loads four vectors of B and broadcasts six units of A: 10 loads
+// for 24 products, so the products are the bound. Its B lies packed as [unit][64], or in place for fp32 weights that few
+// rows use. Element types without products of their own (fp16; bf16 on older processors) are widened while packed.
+#pragma once
+
+#include "cpu/vector.h"
+
+#if OMNI_X86
+
+#include "cpu/gemm_tile.h"
+
+// Every function of an engine may use bf16 instructions: none appears unless Bf16 products are asked for.
+#define OMNI_ENGINE OMNI_AVX512_BF16
+
+namespace omni::cpu {
+
+OMNI_ENGINE inline __mmask16 first_lanes(int64_t n) {
+  return n >= 16 ? __mmask16(0xFFFF) : n <= 0 ? __mmask16(0) : __mmask16((1u << n) - 1);
+}
+
+OMNI_ENGINE inline __m512 widen_part(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
+template <class E>
+OMNI_ENGINE inline __m512 widen_part(const E* p, __mmask16 mask) {
+  return Vector<float>::widen(E{}, _mm256_maskz_loadu_epi16(mask, p));
+}
+
+template <class E>
+OMNI_ENGINE inline __m256i narrow_vector(__m512 x) {
+  return Vector<float>::narrow(E{}, x);
+}
+
+// Transposes 16 x 16 units in registers.
+OMNI_ENGINE inline void transpose16(__m512 (&r)[16]) {
+  __m512 t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+#define OMNI_PD(v) _mm512_castps_pd(v)
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(OMNI_PD(t[i]), OMNI_PD(t[i + 2])));
+    r[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(OMNI_PD(t[i]), OMNI_PD(t[i + 2])));
+    r[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(OMNI_PD(t[i + 1]), OMNI_PD(t[i + 3])));
+    r[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(OMNI_PD(t[i + 1]), OMNI_PD(t[i + 3])));
+  }
+#undef OMNI_PD
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xDD);
+    t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xDD);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xDD);
+    r[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xDD);
+  }
+}
+
+// A (first unit of the tile's first row; `row` bytes to the next row, `step` bytes to the next unit) times B
+// (`b_step` units to the next row of 16 NV units), over `units`.
+template <class E, bool Pairs, bool PackedA, int Rows, int Vectors>
+OMNI_ENGINE void micro_avx512(int64_t units, const char* a, int64_t row, int64_t step, const float* b, int64_t b_step,
+                              const Tile<float>& t) {
+  __m512 acc[Rows][Vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) acc[i][j] = _mm512_setzero_ps();
+  if (PackedA) row = 4; else step = 4;
+  const char* ahead = static_cast<const char*>(t.prefetch);
+#pragma GCC unroll 2
+  for (int64_t u = 0; u < units; ++u) {
+    __builtin_prefetch(ahead, 0, 2);
+    __builtin_prefetch(ahead + 64, 0, 2);
+    ahead += t.prefetch_step;
+    __m512 bv[Vectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) bv[j] = _mm512_loadu_ps(b + 16 * j);
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+      float unit;
+      std::memcpy(&unit, a + i * row, 4);
+      const __m512 av = _mm512_set1_ps(unit);
+#pragma GCC unroll 4
+      for (int j = 0; j < Vectors; ++j) {
+        if constexpr (Pairs)
+          acc[i][j] = _mm512_dpbf16_ps(acc[i][j], (__m512bh)av, (__m512bh)bv[j]);
+        else
+          acc[i][j] = _mm512_fmadd_ps(av, bv[j], acc[i][j]);
+      }
+    }
+    a += step;
+    b += b_step;
+  }
+  const __mmask16 last = first_lanes(t.cols - 16 * (Vectors - 1));
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) {
+      const __mmask16 mask = j == Vectors - 1 ? last : __mmask16(0xFFFF);
+      __m512 v = acc[i][j];
+      if (t.init) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, t.init + i * t.ld_init + 16 * j));
+      if (t.narrow) {
+        if constexpr (!std::is_same_v<E, float>) {
+          E* p = static_cast<E*>(t.out) + i * t.ld_out + 16 * j;
+          __m256i packed;
+          if constexpr (Pairs)
+            packed = (__m256i)_mm512_cvtneps_pbh(v);
+          else
+            packed = narrow_vector<E>(v);
+          if (t.stream)
+            _mm256_stream_si256(reinterpret_cast<__m256i*>(p), packed);
+          else
+            _mm256_mask_storeu_epi16(p, mask, packed);
+        }
+      } else {
+        float* p = static_cast<float*>(t.out) + i * t.ld_out + 16 * j;
+        if (t.stream)
+          _mm512_stream_ps(p, v);
+        else
+          _mm512_mask_storeu_ps(p, mask, v);
+      }
+    }
+  }
+}
+
+// E: element type in memory; Pairs: bf16 products (E is Bf16), else fp32 products of widened elements.
+template <class E, bool Pairs>
+struct Avx512 {
+  using Element = E;
+  using Acc = float;
+  static constexpr bool kAvx512 = true;
+  static constexpr int64_t kPair = Pairs ? 2 : 1;      // elements in a unit
+  static constexpr int64_t kRows = 6, kTile = 64;      // of a microkernel
+  static constexpr int64_t kGroup = 8 * kRows;         // rows of A packed side by side
+  static constexpr int64_t kUnits = 512;               // of the contraction in one block
+  static constexpr bool kAInPlace = Pairs || std::is_same_v<E, float>;
+  static constexpr bool kBInPlace = std::is_same_v<E, float>;
+
+  // 16 columns of units from contraction row p (and, for pairs, the one ld further unless `single`).
+  OMNI_ENGINE static inline __m512 load_units(const E* p, int64_t ld, bool single, __mmask16 mask) {
+    if constexpr (Pairs) {
+      const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));
+      if (single) return _mm512_castsi512_ps(low);
+      const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p + ld));
+      return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    } else {
+      return widen_part(p, mask);
+    }
+  }
+
+  // columns n of src[l][ld] -> out[group of W columns][unit][W], zero-filled to whole groups and units
+  template <int64_t W>
+  OMNI_ENGINE static void pack_columns(const E* src, int64_t ld, int64_t l, int64_t n, Acc* out) {
+    const int64_t units = (l + kPair - 1) / kPair;
+    for (int64_t u = 0; u < units; ++u) {
+      const E* p = src + u * kPair * ld;
+      const bool single = Pairs && u * kPair + 1 == l;
+      float* to = out + u * W;
+      for (int64_t c = 0; c < n; c += W, to += units * W) {
+        if (Pairs && W % 32 == 0 && !single && n - c >= W) {
+          interleave<W>(p + c, p + c + ld, to);
+          continue;
+        }
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < W; v += 16)
+          _mm512_storeu_ps(to + v, load_units(p + c + v, ld, single, first_lanes(n - c - v)));
+      }
+    }
+  }
+
+  // W whole columns of two rows: (low[0], high[0], low[1], high[1], ...)
+  template <int64_t W>
+  OMNI_ENGINE static inline void interleave(const E* low, const E* high, float* to) {
+    alignas(64) static constexpr auto index = interleave_index();
+    const __m512i first = _mm512_load_si512(index.lane), second = _mm512_load_si512(index.lane + 32);
+#pragma GCC unroll 2
+    for (int64_t v = 0; v < W; v += 32) {
+      const __m512i a = _mm512_loadu_si512(low + v), b = _mm512_loadu_si512(high + v);
+      _mm512_storeu_si512(to + v, _mm512_permutex2var_epi16(a, first, b));
+      _mm512_storeu_si512(to + v + 16, _mm512_permutex2var_epi16(a, second, b));
+    }
+  }
+
+  struct InterleaveIndex { alignas(64) uint16_t lane[64]; };
+  static constexpr InterleaveIndex interleave_index() {
+    InterleaveIndex index{};
+    for (int i = 0; i < 32; ++i) {
+      index.lane[2 * i] = static_cast<uint16_t>(i);
+      index.lane[2 * i + 1] = static_cast<uint16_t>(i + 32);
+    }
+    return index;
+  }
+
+  // n rows of src[n][ld], l along the contraction -> out[group of kTile rows][unit][kTile]
+  OMNI_ENGINE static void pack_transposed(const E* src, int64_t ld, int64_t l, int64_t n, Acc* out) {
+    const int64_t units = (l + kPair - 1) / kPair;
+    for (int64_t c = 0; c < n; c += 16) {
+      float* to = out + c / kTile * units * kTile + c % kTile;
+      for (int64_t u = 0; u < units; u += 16) {
+        __m512 r[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) r[i] = c + i < n ? load_run(src + (c + i) * ld, u, l) : _mm512_setzero_ps();
+        transpose16(r);
+        if (units - u >= 16) {
+#pragma GCC unroll 16
+          for (int i = 0; i < 16; ++i) _mm512_storeu_ps(to + (u + i) * kTile, r[i]);
+        } else {
+#pragma GCC unroll 16
+          for (int i = 0; i < 16; ++i)
+            if (u + i < units) _mm512_storeu_ps(to + (u + i) * kTile, r[i]);
+        }
+      }
+    }
+    if (n % kTile) {  // the last tile's columns that no group of 16 filled
+      const int64_t filled = (n % kTile + 15) / 16 * 16;
+      float* to = out + n / kTile * units * kTile;
+      for (int64_t u = 0; u < units; ++u)
+        for (int64_t c = filled; c < kTile; c += 16) _mm512_storeu_ps(to + u * kTile + c, _mm512_setzero_ps());
+    }
+  }
+
+  // 16 units from unit u of a contraction of l contiguous elements, zero past its end
+  OMNI_ENGINE static inline __m512 load_run(const E* p, int64_t u, int64_t l) {
+    if constexpr (Pairs) {
+      const int64_t left = l - 2 * u;
+      const __mmask32 mask = left >= 32 ? ~__mmask32(0) : left <= 0 ? 0 : (__mmask32(1) << left) - 1;
+      return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p + 2 * u));
+    } else {
+      return widen_part(p + u, first_lanes(l - u));
+    }
+  }
+
+  // m rows of src[m][ld] -> out[m][ld_out], l elements as whole units
+  OMNI_ENGINE static void pack_rows(const E* src, int64_t ld, int64_t m, int64_t l, Acc* out, int64_t ld_out) {
+    const int64_t units = (l + kPair - 1) / kPair;
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t u = 0; u < units; u += 16)
+        _mm512_mask_storeu_ps(out + i * ld_out + u, first_lanes(units - u), load_run(src + i * ld, u, l));
+  }
+
+  using Micro = void (*)(int64_t, const char*, int64_t, int64_t, const float*, int64_t, const Tile<float>&);
+
+  static Micro micro(bool packed, int64_t rows, int64_t cols) {
+#define OMNI_ROW(P, R) \
+  {micro_avx512<E, Pairs, P, R, 1>, micro_avx512<E, Pairs, P, R, 2>, micro_avx512<E, Pairs, P, R, 3>, micro_avx512<E, Pairs, P, R, 4>}
+#define OMNI_ROWS(P) {OMNI_ROW(P, 1), OMNI_ROW(P, 2), OMNI_ROW(P, 3), OMNI_ROW(P, 4), OMNI_ROW(P, 5), OMNI_ROW(P, 6)}
+    static constexpr Micro table[2][6][4] = {OMNI_ROWS(false), OMNI_ROWS(true)};
+#undef OMNI_ROWS
+#undef OMNI_ROW
+    return table[packed][rows - 1][(cols + 15) / 16 - 1];
+  }
+};
+
+}  // namespace omni::cpu
+
+#endif  // OMNI_X86

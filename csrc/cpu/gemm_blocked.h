@@ -1,0 +1,237 @@
+// The blocked matrix product under grouped_gemm.cpp and expert_mlp.cpp: C[m, n] (+)= A[m, l] B[l, n] on one thread.
+//
+// The contraction is cut into blocks of at most kUnits units. Of each block, B is packed into tiles of kTile columns
+// that stay in the second-level cache while all rows pass; A is read in place where its layout allows. Sums are
+// accumulated in Acc (fp32; fp64 for fp64) over all blocks and rounded once. Engines (gemm_avx512.h, gemm_portable.h)
+// bring the packing and the microkernel. One task is one expert's chunk of rows times a block of columns, so that
+// threads share nothing; they draw tasks from one counter, which balances skewed experts and leaves results unchanged.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+#include "cpu/gemm_avx512.h"
+#include "cpu/gemm_portable.h"
+#include "kernels.h"
+
+namespace omni::cpu {
+
+constexpr int64_t kMaxRows = 384;     // of C in one task
+constexpr int64_t kMaxCols = 256;     // of C in one task
+constexpr int64_t kFewRows = 24;      // up to here packing fp32 weights costs more than it brings
+constexpr int64_t kFetchRows = 192;   // up to here the next weights are fetched by hand
+constexpr int64_t kStreamOutput = int64_t{24} << 20;  // bytes of a weight gradient stored past the caches
+
+// Memory of a thread that grows and stays: no allocation in the steady state.
+class Scratch {
+ public:
+  ~Scratch() { std::free(memory_); }
+  template <class T>
+  T* get(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 255) / 256 * 256;
+    if (bytes > bytes_) {
+      std::free(memory_);
+      memory_ = std::aligned_alloc(256, bytes);
+      bytes_ = memory_ ? bytes : 0;
+      if (!memory_) throw std::bad_alloc();
+    }
+    return static_cast<T*>(memory_);
+  }
+
+ private:
+  void* memory_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+struct ThreadScratch {
+  Scratch a, b, c, d;
+  static ThreadScratch& mine() {
+    static thread_local ThreadScratch scratch;
+    return scratch;
+  }
+};
+
+template <class E>
+struct MatrixA {
+  const E* data;
+  int64_t ld;
+  bool columns;  // A[i][l] at data[l * ld + i], else data[i * ld + l]
+};
+
+template <class E>
+struct MatrixB {
+  const E* data;
+  int64_t ld;
+  bool transposed;  // B[l][j] at data[j * ld + l], else data[l * ld + j]
+  const E* next;    // the weights that come after these, of the same layout; null: not known
+};
+
+template <class Acc>
+struct MatrixC {
+  void* data;  // Acc, or elements if narrow
+  int64_t ld;
+  bool narrow;
+  bool accumulate;  // onto data (not with narrow)
+  bool stream;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// m <= kMaxRows, n <= kMaxCols.
+template <class G>
+void multiply(const MatrixA<typename G::Element>& a, const MatrixB<typename G::Element>& b,
+              const MatrixC<typename G::Acc>& c, int64_t m, int64_t n, int64_t l) {
+  using E = typename G::Element;
+  using Acc = typename G::Acc;
+  ThreadScratch& scratch = ThreadScratch::mine();
+  const int64_t all_units = ceil_div(l, G::kPair), blocks = ceil_div(all_units, G::kUnits);
+  const int64_t block = ceil_div(ceil_div(all_units, blocks), 4) * 4 * G::kPair;  // elements
+  const bool b_in_place = G::kBInPlace && !b.transposed && m <= kFewRows && n % 16 == 0;
+  const bool a_in_place = G::kAInPlace && !a.columns && l % G::kPair == 0;
+  const int64_t tiles = ceil_div(n, G::kTile), max_units = ceil_div(std::min(block, l), G::kPair);
+  const int64_t ld_rows = max_units + 16;  // of packed rows: no power of two
+  Acc* packed_b = b_in_place ? nullptr : scratch.b.get<Acc>(tiles * max_units * G::kTile);
+  Acc* packed_a = a_in_place ? nullptr
+                  : a.columns ? scratch.a.get<Acc>(ceil_div(m, G::kGroup) * max_units * G::kGroup)
+                              : scratch.a.get<Acc>(m * ld_rows);
+  const bool sums = c.narrow && blocks > 1;
+  Acc* partial = sums ? scratch.c.get<Acc>(m * n) : static_cast<Acc*>(c.narrow ? nullptr : c.data);
+  const int64_t ld_partial = sums ? n : c.ld;
+
+  for (int64_t l0 = 0; l0 < l; l0 += block) {
+    const int64_t length = std::min(block, l - l0), units = ceil_div(length, G::kPair);
+    const bool first = l0 == 0, last = l0 + length == l;
+    if (!b_in_place) {
+      if (b.transposed)
+        G::pack_transposed(b.data + l0, b.ld, length, n, packed_b);
+      else
+        G::template pack_columns<G::kTile>(b.data + l0 * b.ld, b.ld, length, n, packed_b);
+    }
+    if (!a_in_place) {
+      if (a.columns)
+        G::template pack_columns<G::kGroup>(a.data + l0 * a.ld, a.ld, length, m, packed_a);
+      else
+        G::pack_rows(a.data + l0, a.ld, m, length, packed_a, ld_rows);
+    }
+    Tile<Acc> tile{};
+    tile.ld_init = ld_partial;
+    tile.narrow = c.narrow && last;
+    tile.ld_out = tile.narrow ? c.ld : ld_partial;
+    tile.stream = c.stream && last;
+    for (int64_t j = 0; j < n; j += G::kTile) {
+      const Acc* bj = b_in_place ? reinterpret_cast<const Acc*>(b.data + l0 * b.ld + j)
+                                 : packed_b + j / G::kTile * units * G::kTile;
+      const int64_t b_step = b_in_place ? b.ld : G::kTile;
+      tile.cols = std::min(G::kTile, n - j);
+      // The rows in groups (one if A is not packed by columns), each cut into tiles of nearly equal height.
+      const int64_t group = a.columns ? G::kGroup : m;
+      int64_t part = 0;
+      for (int64_t g = 0; g < m; g += group) {
+        const int64_t rows = std::min(group, m - g), cuts = ceil_div(rows, G::kRows);
+        for (int64_t cut = 0, i = g; cut < cuts; ++cut) {
+          const int64_t height = rows / cuts + (cut < rows % cuts);
+          const char* ai;
+          int64_t row = 0, step = sizeof(Acc);
+          if (a.columns) {
+            ai = reinterpret_cast<const char*>(packed_a + g * units + (i - g));
+            row = sizeof(Acc);
+            step = G::kGroup * sizeof(Acc);
+          } else if (a_in_place) {
+            ai = reinterpret_cast<const char*>(a.data + i * a.ld + l0);
+            row = a.ld * sizeof(E);
+          } else {
+            ai = reinterpret_cast<const char*>(packed_a + i * ld_rows);
+            row = ld_rows * sizeof(Acc);
+          }
+          tile.prefetch = ai;
+          tile.prefetch_step = 0;
+          if (m <= kFetchRows && part < 2 && !b.transposed) {
+            // Half a tile's worth of what comes next: the next tile here, else the next task's first.
+            const E* ahead = j + G::kTile < n ? (b_in_place ? b.data + l0 * b.ld + j + G::kTile : nullptr) : b.next;
+            if (ahead) {
+              tile.prefetch = reinterpret_cast<const char*>(G::kPair == 1 ? ahead : ahead + part * b.ld) +
+                              (G::kPair == 1 ? part * 128 : 0);
+              tile.prefetch_step = G::kPair * b.ld * sizeof(E);
+            }
+          }
+          ++part;
+          tile.init = (!first || c.accumulate) ? partial + i * ld_partial + j : nullptr;
+          tile.out = tile.narrow ? static_cast<void*>(static_cast<E*>(c.data) + i * c.ld + j)
+                                 : static_cast<void*>(partial + i * ld_partial + j);
+          G::micro(a.columns, height, tile.cols)(units, ai, row, step, bj, b_step, tile);
+          i += height;
+        }
+      }
+    }
+  }
+}
+
+// A block of one expert's result.
+struct Task {
+  int64_t expert, row, rows, col, cols;
+};
+
+// Cuts [rows, cols] results, rows by expert, into tasks. `rows_of(e)` is the range of expert e.
+template <class RowsOf>
+std::vector<Task> cut_tasks(int64_t E, int64_t cols, int64_t threads, int64_t max_cols, const RowsOf& rows_of) {
+  const auto cut = [&](int64_t width, std::vector<Task>* tasks) {
+    int64_t count = 0;
+    for (int64_t e = 0; e < E; ++e) {
+      const auto [begin, end] = rows_of(e);
+      const int64_t rows = end - begin, chunks = ceil_div(rows, kMaxRows);
+      if (rows == 0) continue;
+      const int64_t chunk = ceil_div(ceil_div(rows, chunks), 48) * 48;
+      count += ceil_div(rows, chunk) * ceil_div(cols, width);
+      if (!tasks) continue;
+      for (int64_t c = 0; c < cols; c += width)
+        for (int64_t r = 0; r < rows; r += chunk)
+          tasks->push_back({e, begin + r, std::min(chunk, rows - r), c, std::min(width, cols - c)});
+    }
+    return count;
+  };
+  int64_t width = max_cols;
+  if (threads > 1)
+    while (width > 64 && cut(width, nullptr) < 4 * threads) width /= 2;
+  std::vector<Task> tasks;
+  tasks.reserve(cut(width, nullptr));
+  cut(width, &tasks);
+  return tasks;
+}
+
+// f(task, next task or null), drawn from one counter by as many threads as the work deserves.
+template <class F>
+void run_tasks(const Parallel& parallel, const std::vector<Task>& tasks, int64_t flops, const F& f) {
+  constexpr int64_t kFlopsPerThread = 1 << 20;
+  const int64_t count = static_cast<int64_t>(tasks.size());
+  const int64_t workers = std::clamp<int64_t>(std::min<int64_t>(flops / kFlopsPerThread, count), 1, parallel.threads);
+  std::atomic<int64_t> drawn{0};
+  parallel(workers, [&](int64_t) {
+    for (int64_t i; (i = drawn.fetch_add(1, std::memory_order_relaxed)) < count;)
+      f(tasks[i], i + 1 < count ? &tasks[i + 1] : nullptr);
+  });
+}
+
+// f(engine) with the fastest engine of a dtype on this machine.
+template <class F>
+void with_engine(DType dtype, const F& f) {
+#if OMNI_X86
+  if (has_avx512()) {
+    if (dtype == DType::F32) return f(Avx512<float, false>{});
+    if (dtype == DType::F16) return f(Avx512<Half, false>{});
+    if (dtype == DType::BF16) {
+      if (has_avx512_bf16()) return f(Avx512<Bf16, true>{});
+      return f(Avx512<Bf16, false>{});
+    }
+  }
+#endif
+  if (dtype == DType::F32) return f(Portable<float>{});
+  if (dtype == DType::BF16) return f(Portable<Bf16>{});
+  if (dtype == DType::F16) return f(Portable<Half>{});
+  f(Portable<double>{});
+}
+
+}  // namespace omni::cpu

@@ -1,0 +1,65 @@
+// Grouped matrix product over ragged groups of rows: forward, gradient to the rows, gradient to the weights.
+//
+// Rows offsets[e]..offsets[e + 1] belong to expert e. Rows past offsets[E] are never read; results there are zero. The
+// contraction of the weight gradient runs over an expert's rows; both its operands are packed by pairs of rows.
+#include <cstring>
+
+#include "cpu/gemm_blocked.h"
+
+namespace omni::cpu {
+
+void grouped_gemm(const void* x, const void* w, const int64_t* offsets, int64_t rows, int64_t E, int64_t K, int64_t N,
+                  bool transpose_w, DType dtype, void* y, const Parallel& parallel) {
+  const int64_t length = transpose_w ? N : K, width = transpose_w ? K : N;
+  const int64_t bytes = size_of(dtype);
+  if (rows > offsets[E]) std::memset(static_cast<char*>(y) + offsets[E] * width * bytes, 0, (rows - offsets[E]) * width * bytes);
+  if (length == 0) std::memset(y, 0, offsets[E] * width * bytes);
+  if (length == 0 || width == 0 || offsets[E] == 0) return;
+  with_engine(dtype, [&](auto engine) {
+    using G = decltype(engine);
+    using E_ = typename G::Element;
+    const auto tasks = cut_tasks(E, width, parallel.threads, kMaxCols, [&](int64_t e) {
+      return std::pair<int64_t, int64_t>(offsets[e], offsets[e + 1]);
+    });
+    const E_* weights = static_cast<const E_*>(w);
+    const auto at = [&](const Task& t) { return weights + t.expert * K * N + (transpose_w ? t.col * N : t.col); };
+    run_tasks(parallel, tasks, 2 * offsets[E] * K * N, [&](const Task& t, const Task* next) {
+      const MatrixA<E_> a{static_cast<const E_*>(x) + t.row * length, length, false};
+      const MatrixB<E_> b{at(t), N, transpose_w, next ? at(*next) : nullptr};
+      const bool narrow = !std::is_same_v<E_, typename G::Acc>;
+      const MatrixC<typename G::Acc> c{static_cast<E_*>(y) + t.row * width + t.col, width, narrow, false, false};
+      multiply<G>(a, b, c, t.rows, t.cols, length);
+    });
+  });
+}
+
+void grouped_wgrad(const void* x, const void* dy, const int64_t* offsets, int64_t E, int64_t K, int64_t N, DType dtype,
+                   DType dtype_out, bool accumulate, void* dw, const Parallel& parallel) {
+  const int64_t matrix_bytes = K * N * size_of(dtype_out);
+  if (!accumulate)
+    for (int64_t e = 0; e < E; ++e)
+      if (offsets[e] == offsets[e + 1]) std::memset(static_cast<char*>(dw) + e * matrix_bytes, 0, matrix_bytes);
+  if (offsets[E] == 0 || K == 0 || N == 0) return;
+  with_engine(dtype, [&](auto engine) {
+    using G = decltype(engine);
+    using E_ = typename G::Element;
+    using Acc = typename G::Acc;
+    const auto tasks = cut_tasks(E, N, parallel.threads, kMaxCols, [&](int64_t e) {
+      return std::pair<int64_t, int64_t>(0, offsets[e] == offsets[e + 1] ? 0 : K);
+    });
+    const bool narrow = dtype_out == dtype && !std::is_same_v<E_, Acc>;
+    const int64_t row_bytes = N * size_of(dtype_out);
+    const bool stream = !accumulate && N % 64 == 0 && E * matrix_bytes >= kStreamOutput &&
+                        reinterpret_cast<uintptr_t>(dw) % 64 == 0 && row_bytes % 64 == 0;
+    run_tasks(parallel, tasks, 2 * offsets[E] * K * N, [&](const Task& t, const Task*) {
+      const int64_t begin = offsets[t.expert], length = offsets[t.expert + 1] - begin;
+      const MatrixA<E_> a{static_cast<const E_*>(x) + begin * K + t.row, K, true};
+      const MatrixB<E_> b{static_cast<const E_*>(dy) + begin * N + t.col, N, false, nullptr};
+      char* out = static_cast<char*>(dw) + t.expert * matrix_bytes + t.row * row_bytes + t.col * size_of(dtype_out);
+      multiply<G>(a, b, MatrixC<Acc>{out, N, narrow, accumulate, stream}, t.rows, t.cols, length);
+      if (stream) store_fence();
+    });
+  });
+}
+
+}  // namespace omni::cpu
