@@ -406,6 +406,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(const Tensor& dy,
   return {dx, dw1, dw2, drow_weight};
 }
 
+// ---- counter_rng -----------------------------------------------------------------------------------------------------
+
+Tensor counter_uniform(const Tensor& sample_ids, const Tensor& positions, int64_t num_draws, int64_t call) {
+  const int64_t T = sample_ids.numel();
+  check_vector(sample_ids, T, at::kLong, "sample_ids");
+  check_vector(positions, T, at::kLong, "positions");
+  TORCH_CHECK_VALUE(num_draws >= 0, "num_draws: ", num_draws, " must not be negative");
+  Tensor out = at::empty({T, num_draws}, sample_ids.options().dtype(at::kFloat));
+  omni::cpu::counter_uniform(sample_ids.const_data_ptr<int64_t>(), positions.const_data_ptr<int64_t>(), T, num_draws,
+                             static_cast<uint64_t>(call), out.mutable_data_ptr<float>(), pool());
+  return out;
+}
+
 }  // namespace
 
 // One line an op: what follows the arrow is what the fake kernels in megatron_omni/ops describe.
@@ -425,6 +438,7 @@ TORCH_LIBRARY(megatron_omni, m) {
         " -> (Tensor weights, Tensor shared_weights, Tensor mask, Tensor scale, Tensor k, Tensor draw_rank)");
   m.def("topp_route_backward(Tensor? grad_weights, Tensor? grad_shared, Tensor weights, Tensor shared_weights,"
         " Tensor scale, str estimator) -> Tensor");
+  m.def("counter_uniform(Tensor sample_ids, Tensor positions, SymInt num_draws, int call) -> Tensor");
   m.def("grouped_gemm(Tensor x, Tensor w, Tensor offsets) -> Tensor");
   m.def("grouped_gemm_dgrad(Tensor dy, Tensor w, Tensor offsets) -> Tensor");
   m.def("grouped_gemm_wgrad(Tensor x, Tensor dy, Tensor offsets) -> Tensor");
@@ -444,6 +458,7 @@ TORCH_LIBRARY_IMPL(megatron_omni, CPU, m) {
   m.impl("scatter_assignments", scatter_assignments);
   m.impl("topp_route", topp_route);
   m.impl("topp_route_backward", topp_route_backward);
+  m.impl("counter_uniform", counter_uniform);
   m.impl("grouped_gemm", grouped_gemm);
   m.impl("grouped_gemm_dgrad", grouped_gemm_dgrad);
   m.impl("grouped_gemm_wgrad", grouped_gemm_wgrad);

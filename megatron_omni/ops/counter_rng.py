@@ -9,6 +9,9 @@ Method: a 64-bit key per token by chained splitmix64 finalisers (Steele, Lea, Fl
 is therefore exact everywhere. Values are ``(m + 1/2) * 2^-23`` for a 23-bit integer m: exactly representable in
 float32, never 0 nor 1, so ``log(u)`` and ``log(1 - u)`` are finite.
 
+``megatron_omni::counter_uniform`` is the same hash in one pass over the result (csrc/cpu/counter_rng.cpp), bit for bit;
+``uniform`` takes it on a CPU where the kernels are built.
+
 T tokens, n draws per token.
 """
 
@@ -16,6 +19,8 @@ from enum import IntEnum
 
 import torch
 from torch import Tensor
+
+from megatron_omni.ops import extension
 
 _GOLDEN_64 = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
@@ -57,13 +62,17 @@ def _mix64(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-def token_keys(sample_ids: Tensor, positions: Tensor, *, seed: int, step: int, layer: int, purpose: Purpose) -> Tensor:
-    """One 64-bit key per token, [T] int64, from the call's constants and the token's identity."""
+def _call_key(*, seed: int, step: int, layer: int, purpose: Purpose) -> int:
+    """The constants of a call as one signed 64-bit number."""
     call = 0
     for part in (seed, step, layer, int(purpose)):
         call = _mix64_int(call + _GOLDEN_64 + _mix64_int(part + _GOLDEN_64))
-    key = _mix64(sample_ids.long() + _signed(call, 64))
-    return _mix64(key + positions.long() * _signed(_GOLDEN_64, 64))
+    return _signed(call, 64)
+
+
+def token_keys(sample_ids: Tensor, positions: Tensor, *, call: int) -> Tensor:
+    """One 64-bit key per token, [T] int64, from the key of the call and the token's identity."""
+    return _mix64(_mix64(sample_ids.long() + call) + positions.long() * _signed(_GOLDEN_64, 64))
 
 
 def _fill_block(out: Tensor, keys: Tensor) -> None:
@@ -82,6 +91,27 @@ def _fill_block(out: Tensor, keys: Tensor) -> None:
     out.copy_(x).mul_(2.0**-23).add_(0.5 + 2.0**-24)
 
 
+def _uniform_reference(sample_ids: Tensor, positions: Tensor, num_draws: int, call: int) -> Tensor:
+    """``counter_uniform`` in plain torch."""
+    keys = token_keys(sample_ids, positions, call=call)
+    out = torch.empty(keys.shape[0], num_draws, device=keys.device, dtype=torch.float32)
+    if keys.device.type != "cpu":
+        _fill_block(out, keys)
+        return out
+    rows = max(1, _ELEMENTS_PER_BLOCK // max(1, num_draws))
+    for start in range(0, keys.shape[0], rows):
+        _fill_block(out[start : start + rows], keys[start : start + rows])
+    return out
+
+
+_counter_uniform = extension.op("counter_uniform")
+
+
+@extension.register_fake("counter_uniform")
+def _(sample_ids: Tensor, positions: Tensor, num_draws: int, call: int) -> Tensor:
+    return sample_ids.new_empty(sample_ids.shape[0], num_draws, dtype=torch.float32)
+
+
 def uniform(
     sample_ids: Tensor,
     positions: Tensor,
@@ -97,15 +127,10 @@ def uniform(
         raise ValueError(
             f"sample_ids {tuple(sample_ids.shape)} and positions {tuple(positions.shape)} must be [T]; flatten them"
         )
-    keys = token_keys(sample_ids, positions, seed=seed, step=step, layer=layer, purpose=purpose)
-    out = torch.empty(keys.shape[0], num_draws, device=keys.device, dtype=torch.float32)
-    if keys.device.type != "cpu":
-        _fill_block(out, keys)
-        return out
-    rows = max(1, _ELEMENTS_PER_BLOCK // max(1, num_draws))
-    for start in range(0, keys.shape[0], rows):
-        _fill_block(out[start : start + rows], keys[start : start + rows])
-    return out
+    call = _call_key(seed=seed, step=step, layer=layer, purpose=purpose)
+    if sample_ids.device.type == "cpu" and extension.CPU_ERROR is None:
+        return _counter_uniform(sample_ids.long().contiguous(), positions.long().contiguous(), num_draws, call)
+    return _uniform_reference(sample_ids, positions, num_draws, call)
 
 
 def gumbel(uniforms: Tensor) -> Tensor:

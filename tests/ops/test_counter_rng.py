@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from megatron_omni.ops import counter_rng
 from megatron_omni.ops.counter_rng import Purpose, gumbel, uniform
 
 KEY = {"seed": 1234, "step": 7, "layer": 3, "purpose": Purpose.GUMBEL}
@@ -118,3 +119,27 @@ def test_gumbel_argmax_draws_from_softmax():
 def test_shapes_that_do_not_match_are_refused():
     with pytest.raises(ValueError, match=r"sample_ids \(2,\) and positions \(3,\)"):
         uniform(torch.zeros(2), torch.zeros(3), num_draws=1, **KEY)
+
+
+@pytest.mark.parametrize("path", ["native", "portable"])
+@pytest.mark.parametrize("num_draws", [0, 1, 5, 16, 133])
+def test_kernel_equals_reference_bit_for_bit(monkeypatch, path, num_draws):
+    if path == "portable":
+        monkeypatch.setenv("OMNI_CPU_KERNELS", "portable")
+    generator = torch.Generator().manual_seed(num_draws)
+    sample_ids, positions = torch.randint(-(2**62), 2**62, (2, 700), generator=generator)
+    for call in (0, -1, 2**63 - 1, -(2**63)):
+        expected = counter_rng._uniform_reference(sample_ids, positions, num_draws, call)
+        assert torch.equal(torch.ops.megatron_omni.counter_uniform(sample_ids, positions, num_draws, call), expected)
+
+
+def test_kernel_is_registered_and_names_bad_arguments():
+    op, ids = torch.ops.megatron_omni.counter_uniform.default, torch.arange(6)
+    torch.library.opcheck(op, (ids, ids, 3, 5))
+    for name, arguments in {
+        "sample_ids": (ids.int(), ids, 3, 5),
+        "positions": (ids, ids[1:], 3, 5),
+        "num_draws": (ids, ids, -1, 5),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            op(*arguments)
