@@ -1,0 +1,140 @@
+"""Time and peak memory of import, upcycling and export, against a plain copy of the same bytes on the same disk.
+
+python -m benchmarks.bench_convert --dir DISK [--layers 28] [--steps import,export,upcycle] [--rounds 1]
+
+Each step is a process of its own (the command that users type), its peak memory is what the kernel counted for it. Before
+every timed step and copy the files it reads are dropped from the page cache, and both end with their output on disk
+(fsync). A copy of the sources is timed before and after a step; the ratio is the step's time over the time that a copy at
+their mean rate takes for the bytes that the step writes. Processor seconds tell a busy machine from slow code. DISK/bench_convert is removed afterwards.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.make_checkpoint import make, shape_of_7b
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT_GIB = 3.0
+
+
+def weights(directory: Path) -> list[Path]:
+    """Files with weights below ``directory``."""
+    return sorted(p for p in directory.rglob("*") if p.suffix in (".safetensors", ".distcp"))
+
+
+def size_of(directory: Path) -> int:
+    """Bytes in them."""
+    return sum(path.stat().st_size for path in weights(directory))
+
+
+def evict(directory: Path) -> None:
+    """Drop the files from the page cache."""
+    for path in weights(directory):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def copy_rate(source: Path, target: Path) -> float:
+    """Bytes/s of a plain copy that ends on the disk."""
+    evict(source)
+    target.mkdir()
+    start = time.perf_counter()
+    for path in weights(source):
+        copied = shutil.copyfile(path, target / path.name)
+        descriptor = os.open(copied, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    seconds = time.perf_counter() - start
+    shutil.rmtree(target)
+    return size_of(source) / seconds
+
+
+def run(arguments: list[str | Path]) -> tuple[float, float, float]:
+    """(seconds, seconds of processor, peak GiB) of a tool; a failure ends the benchmark."""
+    start = time.perf_counter()
+    process = os.posix_spawn(sys.executable, [sys.executable, *map(str, arguments)], dict(os.environ))
+    _, status, usage = os.wait4(process, 0)
+    if status != 0:
+        raise SystemExit(f"{' '.join(map(str, arguments))}: status {os.waitstatus_to_exitcode(status)}")
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
+
+
+def measure(name: str, source: Path, arguments: list[str | Path], out: Path, spare: Path) -> None:
+    """One step and its two copies, as a row of the table."""
+    before = copy_rate(source, spare)
+    evict(source)
+    seconds, busy, peak = run(arguments)
+    after = copy_rate(source, spare)
+    written = size_of(out)
+    copying = written / ((before + after) / 2)
+    print(
+        f"| {name} | {size_of(source) / 1e9:.1f} | {written / 1e9:.1f} | {seconds:.0f} | {busy:.0f} | {copying:.0f} "
+        f"({before / 1e6:.0f}, {after / 1e6:.0f} MB/s) | {seconds / copying:.2f} | {peak:.2f} |",
+        flush=True,
+    )
+    if peak > LIMIT_GIB:
+        print(f"peak memory above {LIMIT_GIB} GiB", file=sys.stderr)
+
+
+def main() -> int:
+    """Parse and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, required=True, help="directory on the disk to measure")
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--scale", type=int, default=1, help="divide every width, for a trial run")
+    parser.add_argument("--steps", default="import,export,upcycle")
+    parser.add_argument("--tp", type=int, default=2)
+    parser.add_argument("--ep", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=1)
+    options = parser.parse_args()
+    place = options.dir / "bench_convert"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    hf, ours, back, moe, spare = (place / name for name in ("hf", "ours", "back", "moe", "spare"))
+    convert, upcycle = ROOT / "tools" / "convert.py", ROOT / "tools" / "upcycle.py"
+    try:
+        make(hf, shape_of_7b(layers=options.layers, scale=options.scale), shards=4, seed=0)
+        print(
+            "| step | reads GB | writes GB | s | processor s | plain copy s | ratio | peak GiB |\n|---|---|---|---|---|---|---|---|"
+        )
+        steps: dict[str, Callable[[], None]] = {
+            "import": lambda: measure(
+                "import", hf, [convert, "import", "--hf", hf, "--out", ours, "--tp", str(options.tp)], ours, spare
+            ),
+            "export": lambda: measure(
+                "export", ours, [convert, "export", "--checkpoint", ours, "--out", back], back, spare
+            ),
+            "upcycle": lambda: measure(
+                "upcycle",
+                hf,
+                [upcycle, "--base", hf, "--vision", hf, "--speech", hf, hf, "--out", moe, "--ep", str(options.ep)],
+                moe,
+                spare,
+            ),
+            "export-moe": lambda: measure(
+                "export of the MoE", moe, [convert, "export", "--checkpoint", moe, "--out", back], back, spare
+            ),
+        }
+        for _ in range(options.rounds):
+            for name in options.steps.split(","):
+                shutil.rmtree(back, ignore_errors=True)
+                if name == "import":
+                    shutil.rmtree(ours, ignore_errors=True)
+                if name == "upcycle":
+                    shutil.rmtree(ours, ignore_errors=True)
+                    shutil.rmtree(moe, ignore_errors=True)
+                steps[name]()
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
