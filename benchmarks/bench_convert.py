@@ -5,7 +5,8 @@ python -m benchmarks.bench_convert --dir DISK [--layers 28] [--steps import,expo
 Each step is a process of its own (the command that users type), its peak memory is what the kernel counted for it. Before
 every timed step and copy the files it reads are dropped from the page cache, and both end with their output on disk
 (fsync). A copy of the sources is timed before and after a step; the ratio is the step's time over the time that a copy at
-their mean rate takes for the bytes that the step writes. Processor seconds tell a busy machine from slow code. DISK/bench_convert is removed afterwards.
+their mean rate takes for the bytes that the step writes. Processor seconds tell a busy machine from slow code.
+DISK/bench_convert is removed afterwards.
 """
 
 import argparse
