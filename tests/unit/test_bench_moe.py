@@ -166,7 +166,7 @@ def test_peak_memory_counts_what_is_alive_at_once():
         del a  # 4
         return b * 2  # 8
 
-    assert peak_bytes(run, device=CPU) == 8 << 20
+    assert 0 <= peak_bytes(run, device=CPU) - (8 << 20) < 1024  # and a few bytes for the scalars
 
 
 def test_recommendation_names_the_fastest_choice_and_the_faster_outsider():

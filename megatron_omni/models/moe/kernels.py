@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from megatron_omni.ops import extension
-from megatron_omni.ops.grouped_gemm import grouped_gemm
-from megatron_omni.ops.grouped_gemm import grouped_gemm as grouped_gemm_reference
+from megatron_omni.ops.expert_mlp import expert_mlp
+from megatron_omni.ops.grouped_gemm import grouped_gemm_reference
 from megatron_omni.ops.permute import (
     Permutation,
     assignment_values,
@@ -80,11 +80,6 @@ def _omni() -> Kernels:
     if missing is not None:
         raise ValueError(f"model.moe.kernels='omni': {missing}; or set model.moe.kernels=torch")
     return Kernels(topp_route, build_permutation, assignment_values, permute, unpermute, expert_mlp)
-
-
-def expert_mlp(rows: Tensor, w1: Tensor, w2: Tensor, offsets: Tensor) -> Tensor:
-    """Two grouped products around an eager SwiGLU."""
-    return grouped_gemm(swiglu(grouped_gemm(rows, w1, offsets)), w2, offsets)
 
 
 def takes_grouped_mm(x: Tensor, w: Tensor) -> bool:
