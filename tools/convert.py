@@ -51,8 +51,9 @@ def parser() -> argparse.ArgumentParser:
     verifying.add_argument(
         "--source", action="append", default=[], metavar="FAMILY=DIR", help="where a source lies now"
     )
-    verifying.add_argument("--record-loss", metavar="RECIPE", help="record the first step's loss of this recipe")
-    verifying.add_argument("overrides", nargs="*", metavar="key=value", help="changes of that recipe")
+    verifying.add_argument(
+        "--record-loss", metavar="RECIPE", help="record the first step's loss of this recipe; key=value words change it"
+    )
     return top
 
 
@@ -69,8 +70,11 @@ def _add_sources(command: argparse.ArgumentParser) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, convert, and turn what happened into an exit status."""
-    options = parser().parse_intermixed_args(arguments) if arguments and arguments[0] == "verify" else None
-    options = options or parser().parse_args(arguments)
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    if rest and (options.command != "verify" or not all("=" in word and word[0] != "-" for word in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.overrides = rest
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     signal.signal(signal.SIGTERM, _interrupt)
     from megatron_omni.checkpoint.commit import CheckpointError
@@ -147,6 +151,8 @@ def run_verify(options: argparse.Namespace) -> None:
     from megatron_omni.checkpoint.verify import verify
 
     pairs = [pair.partition("=") for pair in options.source]
+    if wrong := [family for family, _, place in pairs if family not in FAMILIES or not place]:
+        raise ValueError(f"--source {wrong[0]}: expected FAMILY=DIR with FAMILY one of {', '.join(FAMILIES)}")
     for line in verify(options.path, sources={family: Path(place) for family, _, place in pairs}):
         print(line)
     if options.record_loss is None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,13 @@ from megatron_omni.checkpoint.ledger import recorded_loss
 from megatron_omni.checkpoint.names import expand
 from megatron_omni.checkpoint.sources import HuggingFaceSource
 from megatron_omni.checkpoint.verify import compare, roundtrip
+from megatron_omni.config.load import recipe_to_yaml
 from megatron_omni.config.run import Recipe
-from megatron_omni.tasks.supervised import SupervisedTask
-from megatron_omni.training.first_loss import record_first_loss
 from megatron_omni.training.setup import save
 from tests.distributed.harness import Rank
 from tests.distributed.tiny_run import make_corpus, prepare, run_ranks, run_tiny, tiny_recipe
 
+ROOT = Path(__file__).resolve().parents[2]
 PP2 = {"parallel__pipeline_model_parallel_size": 2}
 
 
@@ -86,7 +87,8 @@ def test_a_run_logs_the_recorded_first_loss_beside_its_own(
     hf = whole_model(tmp_path / "hf", tiny_recipe(corpus, tmp_path / "unused"))
     imported(open_sources(language=hf), tmp_path / "ours", Layout())
     recipe = tiny_recipe(corpus, tmp_path / "run", init_from=str(tmp_path / "ours"), train_iters=1)
-    run_ranks(record_rank, 1, recipe)
+    (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(recipe))
+    assert run_ranks(record_rank, 1, tmp_path) == [0]
     recorded = recorded_loss(tmp_path / "ours" / "checkpoints" / "iter_0000000")
     assert recorded is not None and 3.0 < recorded < 9.0
     recipe = tiny_recipe(corpus, tmp_path / "run", init_from=str(tmp_path / "ours"), train_iters=2, **PP2)
@@ -99,6 +101,8 @@ def test_a_run_logs_the_recorded_first_loss_beside_its_own(
     )
 
 
-def record_rank(rank: Rank, recipe: Recipe) -> float:
-    """``record_first_loss`` starts its own process group: this rank has none."""
-    return record_first_loss(recipe, SupervisedTask([source.name for source in recipe.data.sources]))
+def record_rank(rank: Rank, place: Path) -> int:
+    """``convert.py verify --record-loss`` starts a process group of its own: this rank has none."""
+    main = runpy.run_path(str(ROOT / "tools" / "convert.py"))["main"]
+    arguments = ["verify", str(place / "ours"), "--record-loss", str(place / "recipe.yaml"), "train_iters=1"]
+    return main(arguments)

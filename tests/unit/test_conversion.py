@@ -400,3 +400,27 @@ def test_progress_says_bytes_per_second_and_the_time_left(monkeypatch: pytest.Mo
     assert lines[0] == "import 1.00/4.00 GB   25%  100 MB/s  30 s left"
     assert lines[-1] == "import 4.00/4.00 GB  100%  100 MB/s  40 s"
     assert math.isclose(progress.done, 4e9)
+
+
+def test_every_command_of_the_tool(
+    tmp_path: Path, directories: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(ROOT / "tools" / "convert.py"))["main"]
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        hf = str(directories["language"])
+        assert main(["import", "--hf", hf, "--out", str(tmp_path / "ours"), "--pp", "2", "--dtype", "fp32"]) == 0
+        assert main(["verify", str(tmp_path / "ours")]) == 0
+        assert main(["verify", str(tmp_path / "ours"), "--source", f"qwen2={hf}"]) == 0
+        assert main(["verify", str(tmp_path / "ours"), "--source", "qwen2"]) == 2
+        assert main(["export", "--checkpoint", str(tmp_path / "ours"), "--out", str(tmp_path / "back")]) == 0
+        assert main(["verify", str(tmp_path / "back")]) == 0
+        assert main(["roundtrip", "--vision", str(directories["vision"]), "--work", str(tmp_path)]) == 0
+        with pytest.raises(SystemExit) as refused:
+            main(["import", "--hf", hf, "--out", "x", "--tensor", "2"])
+        assert refused.value.code == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().out.count("all equal") == 2
+    back, original = HuggingFaceSource(tmp_path / "back"), HuggingFaceSource(directories["language"])
+    assert compare(original, back) == 51, "fp32 inside, bf16 again outside"
