@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv ext quickstart test lint types layers docs checks golden clean
+.PHONY: help venv ext ext-cuda quickstart test lint types layers docs checks golden clean
 
 # The first Python >= 3.12 that really runs (a pyenv shim may exist and refuse).
 PYTHON := $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python python3.13 python3; do \
@@ -30,6 +30,11 @@ ext: venv ## compile what changed in csrc (CPU side)
 
 $(KERNELS): $(CSRC) | $(VENV)/.installed
 	$(BIN)/python setup.py --quiet build_ext --inplace
+
+ext-cuda: venv ## compile the CUDA side of csrc (needs nvcc, no GPU) and check what is in it
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["cuda-build"])') 2>&1 | { grep -v '^WARNING: Location' || true; }
+	OMNI_BUILD_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python tools/check_cuda_objects.py
 
 quickstart: venv ## compose a small real corpus, train the tiny recipe, score it, show what it made (FAST=1: a few minutes)
 	$(BIN)/python -m examples.quickstart.run $(if $(filter 1,$(FAST)),--fast)

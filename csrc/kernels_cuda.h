@@ -46,6 +46,11 @@ void topp_route(const ToppRoute& r, DType dtype, const void* z, const void* gumb
 void topp_route_backward(const ToppRoute& r, DType dtype, const void* grad_weights, const void* grad_shared,
                          const void* weights, const void* shared_weights, const void* scale, void* grad_z, void* stream);
 
+// ---- counter_rng.cu -------------------------------------------------------------------------------------------------
+// As cpu::counter_uniform.
+void counter_uniform(const int64_t* sample_ids, const int64_t* positions, int64_t T, int64_t num_draws, uint64_t call,
+                     float* out, void* stream);
+
 // ---- grouped_gemm.cu ------------------------------------------------------------------------------------------------
 // y[a] = x[a] w[e] for the rows a of expert e (transpose_w false: x [rows, K], y [rows, N]), or x[a] w[e]^T (true: x is
 // [rows, N], y is [rows, K]); w [E, K, N]. Rows past offsets[E] are not read and come back zero.

@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from megatron_omni.ops import counter_rng
 from megatron_omni.ops import topp_route as route
 from megatron_omni.ops.permute import build_permutation
 
@@ -195,6 +196,17 @@ def test_topp_route_refuses_what_does_not_fit(cuda):
     sizes = torch.tensor([1, 1025, 0, 1025, 0, -1, 0])
     with pytest.raises(RuntimeError, match="1 to 1024 dynamic slots"):
         cuda.topp_route(sizes, 0.5, F32, *[None] * 10)
+
+
+@pytest.mark.parametrize(("tokens", "draws"), [(0, 4), (70, 5), (3, 300), (4, 0)])
+def test_counter_uniform_bit_for_bit(cuda, tokens, draws):
+    sample_ids = torch.randint(-(1 << 62), 1 << 62, (tokens,))
+    positions = torch.arange(tokens) * 977
+    settings = {"seed": 3, "step": 11, "layer": 2, "purpose": counter_rng.Purpose.GUMBEL}
+    expected = counter_rng.uniform(sample_ids, positions, num_draws=draws, **settings)
+    out = Result(tokens, draws, dtype=F32)
+    cuda.counter_uniform(sample_ids, positions, tokens, draws, counter_rng._call_key(**settings), out.out)
+    assert torch.equal(out.check(), expected)
 
 
 GROUPS = [(3, 0, 5), (0, 0), (70, 1, 0, 130)]

@@ -18,7 +18,15 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 BUILD = ROOT / "build" / "cuda_emulation"
-KERNELS = ("permute", "topp_route", "grouped_gemm", "grouped_gemm_mma", "grouped_gemm_simt", "expert_mlp")
+KERNELS = (
+    "permute",
+    "topp_route",
+    "counter_rng",
+    "grouped_gemm",
+    "grouped_gemm_mma",
+    "grouped_gemm_simt",
+    "expert_mlp",
+)
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-DOMNI_EMULATE_CUDA", f"-I{HERE}", "-Wno-unknown-pragmas")
 DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 

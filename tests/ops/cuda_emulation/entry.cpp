@@ -63,6 +63,11 @@ const char* topp_route_backward(I sizes, double top_p, int64_t dtype, P grad_wei
                               grad_z, nullptr);
   });
 }
+const char* counter_uniform(I sample_ids, I positions, int64_t T, int64_t num_draws, int64_t call, float* out) {
+  return guarded([=] {
+    cuda::counter_uniform(sample_ids, positions, T, num_draws, static_cast<uint64_t>(call), out, nullptr);
+  });
+}
 int64_t grouped_gemm_workspace(int64_t rows, int64_t E) { return static_cast<int64_t>(cuda::grouped_gemm_workspace(rows, E)); }
 const char* grouped_gemm(P x, P w, I offsets, int64_t rows, int64_t E, int64_t K, int64_t N, int64_t dtype,
                          int64_t transpose_w, void* y, void* workspace) {
