@@ -50,9 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = parser().parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     sys.path.insert(0, str(ROOT))
-    from megatron_omni.platform.device import install
 
-    install()
     from megatron_omni.checkpoint.commit import CheckpointError
     from megatron_omni.checkpoint.layout import Layout
     from megatron_omni.checkpoint.upcycle import upcycle
