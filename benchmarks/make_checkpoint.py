@@ -2,7 +2,7 @@
 
 python benchmarks/make_checkpoint.py DIR [--layers 28] [--shards 4] [--seed 0] [--hidden 3584]
 
-Weights are random bits with magnitudes around 0.005, drawn faster than a disk writes; 28 layers are 15.2 GB.
+Weights are random bits with magnitudes around 0.005, pieces of one pool; 28 layers are 15.2 GB.
 """
 
 import argparse
@@ -40,14 +40,20 @@ def shape_of_7b(*, layers: int, scale: int = 1) -> ModelConfig:
     )
 
 
-def random_tensor(shape: tuple[int, ...], generator: numpy.random.Generator) -> torch.Tensor:
-    """Random signs and mantissas, exponents 2^-9 .. 2^-6."""
+def random_pool(generator: numpy.random.Generator) -> numpy.ndarray:
+    """Bits of bf16 values: random signs and mantissas, exponents 2^-9 .. 2^-6."""
+    words = generator.integers(0, 1 << 64, 4 * BLOCK // 4, numpy.uint64).view(numpy.uint16)
+    return (words & 0x81FF) | 0x3B00
+
+
+def random_tensor(shape: tuple[int, ...], pool: numpy.ndarray, generator: numpy.random.Generator) -> torch.Tensor:
+    """Random pieces of ``pool`` joined: drawn faster than a disk writes."""
     count = math.prod(shape)
     bits = numpy.empty(count, numpy.uint16)
     for start in range(0, count, BLOCK):
         size = min(BLOCK, count - start)
-        words = generator.integers(0, 1 << 64, -(-size // 4), numpy.uint64).view(numpy.uint16)[:size]
-        bits[start : start + size] = (words & 0x81FF) | 0x3B00
+        first = int(generator.integers(0, len(pool) - size))
+        bits[start : start + size] = pool[first : first + size]
     return torch.from_numpy(bits.view(numpy.int16)).view(torch.bfloat16).reshape(shape)
 
 
@@ -62,11 +68,12 @@ def make(directory: Path, model: ModelConfig, *, shards: int, seed: int) -> int:
         groups[min(done * shards // total, shards - 1)].append((key, shape))
         done += 2 * math.prod(shape)
     generator, progress, weight_map = numpy.random.default_rng(seed), ByteProgress("make", total), {}
+    pool = random_pool(generator)
     for i, group in enumerate(groups):
         name = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
         writer = SafetensorsWriter(directory / name, [(key, torch.bfloat16, shape) for key, shape in group])
         for key, shape in group:
-            tensor = random_tensor(shape, generator)
+            tensor = random_tensor(shape, pool, generator)
             writer.write(key, tensor)
             progress.add(2 * tensor.numel())
             weight_map[key] = name

@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 MAX_HEADER_BYTES = 100_000_000
+PARALLEL_BYTES = 1 << 20
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -127,18 +129,26 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 class HashedFile:
-    """A file being written, with the SHA-256 of what went into it."""
+    """A file being written, with the SHA-256 of what went into it; large pieces are hashed while they are written."""
 
     def __init__(self, path: Path) -> None:
         self._file: BinaryIO = path.open("xb")
         self._digest = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(1)
         self.size = 0
 
     def write(self, data: Any) -> int:
         """All of ``data``, to the file and into the hash."""
-        self._file.write(data)
-        self._digest.update(data)
         count = memoryview(data).nbytes
+        if count < PARALLEL_BYTES:
+            self._file.write(data)
+            self._digest.update(data)
+        else:
+            hashed = self._hasher.submit(self._digest.update, data)
+            try:
+                self._file.write(data)
+            finally:
+                hashed.result()  # the caller's memory is its own again after this
         self.size += count
         return count
 
@@ -149,11 +159,12 @@ class HashedFile:
         """Flush to disk, close; the digest."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
+        self.close()
         return self._digest.hexdigest()
 
     def close(self) -> None:
         """Close without flushing to disk (after a failure)."""
+        self._hasher.shutdown()
         self._file.close()
 
 
