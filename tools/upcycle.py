@@ -55,15 +55,18 @@ def main(arguments: list[str] | None = None) -> int:
     from megatron_omni.checkpoint.layout import Layout
     from megatron_omni.checkpoint.upcycle import upcycle
 
+    # --speech takes all the words that follow it, settings included.
+    settings = [str(word) for word in words.speech if str(word).startswith(("model.", "data.")) and "=" in word.name]
+    speech = [word for word in words.speech if str(word) not in settings]
     paths = {"vision": words.vision} if words.vision is not None else {}
-    paths |= {f"speech{i + 1}": path for i, path in enumerate(words.speech)}
+    paths |= {f"speech{i + 1}": path for i, path in enumerate(speech)}
     paths |= {"base": words.base}
     try:
         directory = upcycle(
             paths,
             words.out,
             trunk=words.trunk,
-            overrides=words.overrides,
+            overrides=[*settings, *words.overrides],
             layout=Layout(tp=words.tp, pp=words.pp, ep=words.ep, etp=words.etp),
             dtype=words.dtype,
             seed=words.seed,

@@ -5,6 +5,7 @@ released layout, and imported again: the same tensors bit for bit, and the same 
 """
 
 import json
+import pickle
 import queue
 import shutil
 from functools import cache
@@ -17,7 +18,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from transformers import AutoModelForCausalLM
 
-from megatron_omni.checkpoint.commit import write_manifest
+from megatron_omni.checkpoint.commit import CheckpointError, find, write_manifest
 from megatron_omni.checkpoint.convert import import_checkpoint
 from megatron_omni.checkpoint.distributed import _metadata, load_weights
 from megatron_omni.checkpoint.export import export_checkpoint, open_ours
@@ -26,6 +27,7 @@ from megatron_omni.checkpoint.layout import Layout
 from megatron_omni.checkpoint.names import expand
 from megatron_omni.checkpoint.torch_dist import TorchDistReader
 from megatron_omni.checkpoint.uni_moe import uni_moe_rows, unused_shapes
+from megatron_omni.checkpoint.untrusted import read_metadata
 from megatron_omni.checkpoint.upcycle import upcycle
 from megatron_omni.config.load import load_recipe
 from megatron_omni.config.parallel import ParallelConfig
@@ -33,7 +35,7 @@ from megatron_omni.config.run import Recipe
 from megatron_omni.models.build import build_model
 from megatron_omni.parallel import groups
 from megatron_omni.parallel.schedule import run_step
-from tests.distributed.harness import Rank, run_ranks
+from tests.distributed.harness import Rank, RankFailure, run_ranks
 from tests.distributed.test_omni_layouts import MODEL as TINY_OMNI
 from tests.distributed.test_omni_layouts import batch_of
 from tests.unit.dense_checkpoints import FIRST_NEW, MODEL, WHISPER_TABLE, omni, tensors_of, write_dense
@@ -164,6 +166,34 @@ def test_through_another_layout_every_tensor_is_the_same(imported: Path, exporte
         assert back[key].dtype == value.dtype and torch.equal(back[key], value), key
 
 
+class Payload:
+    """Unpickling this creates a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
+
+
+def test_a_checkpoint_that_was_made_to_run_code_is_refused_by_every_reader(imported: Path, tmp_path: Path) -> None:
+    """Its manifest is right: whoever makes such a file computes the hashes again."""
+    evil, marker = tmp_path / "iter_0000000", tmp_path / "ran"
+    shutil.copytree(imported, evil)
+    metadata = read_metadata(evil / ".metadata")
+    metadata.planner_data = Payload(marker)
+    (evil / ".metadata").write_bytes(pickle.dumps(metadata))
+    write_manifest(evil)
+    assert find(evil) == evil
+    with pytest.raises(RankFailure, match=r"CheckpointError: .*\.metadata: refused"):
+        logits(evil)
+    with pytest.raises(CheckpointError, match="refused"):
+        open_ours(evil)
+    assert not marker.exists()
+    pickle.loads((evil / ".metadata").read_bytes())
+    assert marker.exists(), "the payload is a dud"
+
+
 # ------------------------------------------------------------------------------------------------ upcycling
 
 
@@ -201,10 +231,10 @@ def test_without_null_and_shared_experts_the_dense_model_is_reproduced(
 
 
 def test_the_default_setting_does_not_preserve_the_function(base: Path, tmp_path: Path) -> None:
-    """What docs/checkpoints.md says of the default: null and shared experts take part of the weight."""
+    """What docs/upcycling.md says of the default: null and shared experts take part of the weight."""
     made = from_one(base, tmp_path / "out", [])
     expected = dense_logits(base)
     found = logits(made, "one rank", "text")[:1]
     distance = float((found - expected).norm() / expected.norm())
     print(f"relative difference of the logits at the default setting: {distance:.3f}")
-    assert 0.02 < distance < 1.0
+    assert 0.1 < distance < 0.4

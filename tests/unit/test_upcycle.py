@@ -344,7 +344,7 @@ def test_the_tool_answers_with_an_exit_status(dense: dict[str, Path], mixture: P
     assert all(torch.equal(made[key], before[key]) for key in before)
     again = run_tool(*sources, "--out", tmp_path / "out")
     assert again.returncode == 2 and "holds a checkpoint already" in again.stderr
-    wrong = run_tool(*sources, "--out", tmp_path / "other", "--trunk", "speech7")
+    wrong = run_tool("--out", tmp_path / "other", "--trunk", "speech7", *sources, "model.moe.top_p=0.9")
     assert wrong.returncode == 2 and "--trunk speech7" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
