@@ -135,11 +135,9 @@ class DownTransposed:
 
 
 def _transposed(parts: Sequence[Tensor]) -> Tensor:
-    """Transposes [c, r] of ``parts`` [r, c], side by side, written once."""
-    rows = [part.shape[0] for part in parts]
-    out = parts[0].new_empty(parts[0].shape[1], sum(rows))
-    start = 0
-    for part, count in zip(parts, rows):
-        out[:, start : start + count].copy_(part.t())
-        start += count
-    return out
+    """Transposes [c, r] of ``parts`` [r, c], side by side.
+
+    torch transposes whole contiguous matrices in blocks, and anything else element by element at half the speed.
+    """
+    columns = [part.contiguous().t().contiguous() for part in parts]
+    return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
