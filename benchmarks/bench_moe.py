@@ -258,7 +258,7 @@ def measure(name: str, op: Op, problem: Problem, report: Report, *, dtype: str, 
                 "gflops": work[direction].flops / value / 1e9,
                 "gbytes_s": work[direction].bytes / value / 1e9,
                 "peak_mb": peaks[who, direction] / 2**20,
-                "ratio_to_omni": value / medians[OURS, direction] if (OURS, direction) in medians else float("nan"),
+                "ratio_to_omni": value / medians[OURS, direction] if (OURS, direction) in medians else None,
             }
         )
 
@@ -295,10 +295,11 @@ def table(report: Report) -> str:
     for _, op, direction in groups:
         rows = [r for r in report.rows if (r["op"], r["direction"]) == (op, direction)]
         for r in sorted(rows, key=lambda r: r["median_ms"]):
+            ratio = "-" if r["ratio_to_omni"] is None else f"{r['ratio_to_omni']:.2f}"
             moves = r["gflops"] == 0 or "permute" in op
             share = r["gbytes_s"] * 1e9 / report.copy_bytes_s if moves else r["gflops"] * 1e9 / report.gemm_flops_s
             lines.append(
-                f"{op:<18}{direction:<18}{r['contender']:<26}{r['median_ms']:>10.3f}{r['ratio_to_omni']:>8.2f}"
+                f"{op:<18}{direction:<18}{r['contender']:<26}{r['median_ms']:>10.3f}{ratio:>8}"
                 f"{r['gflops']:>10.1f}{r['gbytes_s']:>8.1f}{share:>8.0%}{'c' if moves else 'g'}{r['peak_mb']:>10.1f}"
             )
         lines.append("")

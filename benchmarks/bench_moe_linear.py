@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks.bench_moe import OPS, OURS, Report, Work, _require
-from benchmarks.measure import clock_name, seconds
+from benchmarks.measure import clock_name, peak_bytes, seconds
 from benchmarks.moe_problem import DTYPES, make_problem
 from benchmarks.moe_shapes import Shape
 
@@ -63,13 +63,18 @@ def run(shape: Shape, *, dtype: str, device: str, threads: int, repeats: int) ->
             )
             if repeat:  # the first round warms up
                 found.append(spent)
-    for (problem, _), found in zip(cases, times, strict=True):
+    for (problem, prepared), found in zip(cases, times, strict=True):
         value, work = statistics.median(found), op.work(problem)["forward+backward"]
-        report.rows.append(_row(problem.shape, work, value, dtype=dtype, threads=threads))
+        inputs = _require(prepared, op.passes[0].leaves)
+        peak = peak_bytes(
+            lambda p=prepared, i=inputs, g=problem.grad_y: torch.autograd.grad(p.run(), i, g),  # type: ignore[misc]
+            device=place,
+        )
+        report.rows.append(_row(problem.shape, work, value, peak, dtype=dtype, threads=threads))
     return report
 
 
-def _row(shape: Shape, work: Work, value: float, *, dtype: str, threads: int) -> dict[str, object]:
+def _row(shape: Shape, work: Work, value: float, peak: int, *, dtype: str, threads: int) -> dict[str, object]:
     return {
         "op": "layer",
         "direction": "forward+backward",
@@ -80,7 +85,7 @@ def _row(shape: Shape, work: Work, value: float, *, dtype: str, threads: int) ->
         "median_ms": value * 1e3,
         "gflops": work.flops / value / 1e9,
         "gbytes_s": work.bytes / value / 1e9,
-        "peak_mb": float("nan"),
+        "peak_mb": peak / 2**20,
         "ratio_to_omni": 1.0,
     }
 

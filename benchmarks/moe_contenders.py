@@ -18,7 +18,6 @@ import importlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -198,17 +197,16 @@ def _megatron_round_trip(problem: Problem) -> Prepared:
 
 
 def loop_grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    """One product per expert with rows, over weights unbound once."""
-    bounds = offsets.tolist()
-    parts = [x[a:b] @ one for one, (a, b) in zip(w.unbind(), pairwise(bounds), strict=True)]
-    return torch.cat(parts)
+    """One product per expert, over rows split and weights unbound once: slicing each would cost a whole gradient."""
+    parts = x.split(offsets.diff().tolist())
+    return torch.cat([part @ one for part, one in zip(parts, w.unbind(), strict=True)])
 
 
 def loop_expert_mlp(rows: Tensor, w1: Tensor, w2: Tensor, offsets: Tensor) -> Tensor:
     """Expert after expert, eager."""
-    spans = pairwise(offsets.tolist())
-    parts = [swiglu(rows[a:b] @ up) @ down for up, down, (a, b) in zip(w1.unbind(), w2.unbind(), spans, strict=True)]
-    return torch.cat(parts)
+    parts = rows.split(offsets.diff().tolist())
+    experts = zip(parts, w1.unbind(), w2.unbind(), strict=True)
+    return torch.cat([swiglu(part @ up) @ down for part, up, down in experts])
 
 
 def library_product(problem: Problem) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
