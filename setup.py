@@ -174,6 +174,11 @@ class BuildKernels(build_ext):
             objects = list(pool.map(lambda s: compile_object(s, cxx_command(s, torch)), sources))
         compiler = shlex.split(os.environ.get("CXX", "c++"))
         link(objects, linker=compiler, target=target, torch=torch, libraries=["c10", "torch_cpu", "torch"])
+        cuda = ROOT / "megatron_omni" / "ops" / "_kernels_cuda.so"
+        schemas = CSRC / "bindings.cpp"
+        if not wants_cuda() and cuda.exists() and cuda.stat().st_mtime < schemas.stat().st_mtime:
+            cuda.unlink()  # its ops may no longer fit the schemas, which ends the process that loads it
+            print(f"note: removed {cuda.relative_to(ROOT)}, which is older than the ops; make ext-cuda builds it again")
 
     def build_cuda(self, target: Path, torch: Path) -> None:
         nvcc = find_nvcc()
