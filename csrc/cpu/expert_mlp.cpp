@@ -14,9 +14,10 @@ namespace {
 
 constexpr int64_t kBlock = 128;  // columns of gate and of up in one task
 
+// Tasks over [rows, F]: experts of little width in one piece.
 template <class RowsOf>
 std::vector<Task> cut_ffn(int64_t E, int64_t F, int64_t threads, const RowsOf& rows_of) {
-  return cut_tasks(E, F, threads, kBlock, rows_of);
+  return cut_tasks(E, F, threads, F <= 2 * kBlock ? 2 * kBlock : kBlock, rows_of);
 }
 
 template <class Acc>
@@ -25,7 +26,8 @@ Acc weight_of(const void* row_weight, int64_t row) {
 }
 
 void zero_tail(void* rows, int64_t from, int64_t to, int64_t width_bytes) {
-  if (to > from) std::memset(static_cast<char*>(rows) + from * width_bytes, 0, (to - from) * width_bytes);
+  if (to > from && width_bytes > 0)
+    std::memset(static_cast<char*>(rows) + from * width_bytes, 0, (to - from) * width_bytes);
 }
 
 }  // namespace
@@ -34,7 +36,7 @@ void expert_mlp(const void* x, const void* w1, const void* w2, const int64_t* of
                 int64_t E, int64_t H, int64_t F, DType dtype, void* h, void* a, void* y, const Parallel& parallel) {
   const int64_t bytes = size_of(dtype);
   zero_tail(h, offsets[E], rows, 2 * F * bytes);
-  if (H == 0) std::memset(h, 0, rows * 2 * F * bytes), std::memset(a, 0, rows * F * bytes);
+  if (H == 0) zero_tail(h, 0, rows, 2 * F * bytes), zero_tail(a, 0, rows, F * bytes);
   if (H > 0 && F > 0) {
     with_engine(dtype, [&](auto engine) {
       using G = decltype(engine);
@@ -46,18 +48,21 @@ void expert_mlp(const void* x, const void* w1, const void* w2, const int64_t* of
       });
       run_tasks(parallel, tasks, 4 * offsets[E] * H * F, [&](const Task& t, const Task* next) {
         Acc* tile = ThreadScratch::mine().d.get<Acc>(2 * t.rows * t.cols);
-        Acc* up_tile = tile + t.rows * t.cols;
         const MatrixA<E_> a_matrix{static_cast<const E_*>(x) + t.row * H, H, false};
         const E_* gate = weights + t.expert * H * 2 * F + t.col;
         const E_* after = next ? weights + next->expert * H * 2 * F + next->col : nullptr;
-        multiply<G>(a_matrix, {gate, 2 * F, false, gate + F}, MatrixC<Acc>{tile, t.cols, false, false, false}, t.rows,
-                    t.cols, H);
-        multiply<G>(a_matrix, {gate + F, 2 * F, false, after}, MatrixC<Acc>{up_tile, t.cols, false, false, false},
-                    t.rows, t.cols, H);
+        const MatrixC<Acc> out{tile, 2 * t.cols, false, false, false};
+        const MatrixC<Acc> up_out{tile + t.cols, 2 * t.cols, false, false, false};
+        if (t.cols == F) {  // (gate | up) are whole rows of w1: one product
+          multiply<G>(a_matrix, {gate, 2 * F, false, after}, out, t.rows, 2 * F, H);
+        } else {
+          multiply<G>(a_matrix, {gate, 2 * F, false, gate + F}, out, t.rows, t.cols, H);
+          multiply<G>(a_matrix, {gate + F, 2 * F, false, after}, up_out, t.rows, t.cols, H);
+        }
         for (int64_t i = 0; i < t.rows; ++i) {
           const int64_t row = t.row + i;
           E_* to = static_cast<E_*>(h) + row * 2 * F + t.col;
-          Swiglu<G>::row(tile + i * t.cols, up_tile + i * t.cols, t.cols, weight_of<Acc>(row_weight, row), to, to + F,
+          Swiglu<G>::row(tile + 2 * i * t.cols, tile + (2 * i + 1) * t.cols, t.cols, weight_of<Acc>(row_weight, row), to, to + F,
                          static_cast<E_*>(a) + row * F + t.col);
         }
       });
@@ -70,9 +75,9 @@ void expert_mlp_backward(const void* dy, const void* x, const void* h, const voi
                          const int64_t* offsets, const void* row_weight, int64_t rows, int64_t E, int64_t H, int64_t F,
                          DType dtype, void* a, void* dh, void* dx, void* dw1, void* dw2, void* drow_weight,
                          const Parallel& parallel) {
-  if (drow_weight) std::memset(drow_weight, 0, rows * (dtype == DType::F64 ? 8 : 4));
+  if (drow_weight) zero_tail(drow_weight, 0, rows, dtype == DType::F64 ? 8 : 4);
   const auto rows_of = [&](int64_t e) { return std::pair<int64_t, int64_t>(offsets[e], offsets[e + 1]); };
-  if (H == 0) std::memset(dh, 0, rows * 2 * F * size_of(dtype)), std::memset(a, 0, rows * F * size_of(dtype));
+  if (H == 0) zero_tail(dh, 0, rows, 2 * F * size_of(dtype)), zero_tail(a, 0, rows, F * size_of(dtype));
   if (H > 0 && F > 0) {
     with_engine(dtype, [&](auto engine) {
       using G = decltype(engine);
@@ -80,14 +85,15 @@ void expert_mlp_backward(const void* dy, const void* x, const void* h, const voi
       using Acc = typename G::Acc;
       const E_* weights = static_cast<const E_*>(w2);
       const auto tasks = cut_ffn(E, F, parallel.threads, rows_of);
-      int64_t width = kBlock;
-      for (const Task& t : tasks) width = std::min(width, t.col > 0 ? t.col : kBlock);
+      int64_t width = F;  // of a block of columns: where the second one begins
+      for (const Task& t : tasks) width = t.col > 0 ? std::min(width, t.col) : width;
       const int64_t blocks = ceil_div(F, width);
       std::vector<Acc> dots(drow_weight ? blocks * offsets[E] : 0);
-      run_tasks(parallel, tasks, 2 * offsets[E] * H * F, [&](const Task& t, const Task*) {
+      run_tasks(parallel, tasks, 2 * offsets[E] * H * F, [&](const Task& t, const Task* next) {
         Acc* tile = ThreadScratch::mine().d.get<Acc>(t.rows * t.cols);
         multiply<G>({static_cast<const E_*>(dy) + t.row * H, H, false},
-                    {weights + (t.expert * F + t.col) * H, H, true, nullptr},
+                    {weights + (t.expert * F + t.col) * H, H, true,
+                     next ? weights + (next->expert * F + next->col) * H : nullptr},
                     MatrixC<Acc>{tile, t.cols, false, false, false}, t.rows, t.cols, H);
         for (int64_t i = 0; i < t.rows; ++i) {
           const int64_t row = t.row + i, at = row * 2 * F + t.col;

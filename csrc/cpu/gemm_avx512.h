@@ -76,12 +76,12 @@ OMNI_ENGINE void micro_avx512(int64_t units, const char* a, int64_t row, int64_t
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) acc[i][j] = _mm512_setzero_ps();
   if (PackedA) row = 4; else step = 4;
-  const char* ahead = static_cast<const char*>(t.prefetch);
+  const char* ahead = t.fetch.at;
 #pragma GCC unroll 2
   for (int64_t u = 0; u < units; ++u) {
     __builtin_prefetch(ahead, 0, 2);
-    __builtin_prefetch(ahead + 64, 0, 2);
-    ahead += t.prefetch_step;
+    __builtin_prefetch(ahead + t.fetch.gap, 0, 2);
+    ahead += t.fetch.step;
     __m512 bv[Vectors];
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) bv[j] = _mm512_loadu_ps(b + 16 * j);

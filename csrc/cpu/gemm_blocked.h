@@ -22,8 +22,9 @@ namespace omni::cpu {
 
 constexpr int64_t kMaxRows = 384;     // of C in one task
 constexpr int64_t kMaxCols = 256;     // of C in one task
-constexpr int64_t kFewRows = 24;      // up to here packing fp32 weights costs more than it brings
-constexpr int64_t kFetchRows = 192;   // up to here the next weights are fetched by hand
+constexpr int64_t kFewRows = 24;      // up to here packing fp32 weights costs more than it brings;
+constexpr int64_t kFewRowsOfRun = 64; // if they are one run of memory, to here
+constexpr int64_t kRunBytes = int64_t{3} << 18;      // of weights fetched as one run: they stay in the second-level cache
 constexpr int64_t kStreamOutput = int64_t{24} << 20;  // bytes of a weight gradient stored past the caches
 
 // Memory of a thread that grows and stays: no allocation in the steady state.
@@ -67,7 +68,7 @@ struct MatrixB {
   const E* data;
   int64_t ld;
   bool transposed;  // B[l][j] at data[j * ld + l], else data[l * ld + j]
-  const E* next;    // the weights that come after these, of the same layout; null: not known
+  const E* next;    // what the next task will read: fetched meanwhile. Null: nothing
 };
 
 template <class Acc>
@@ -81,89 +82,108 @@ struct MatrixC {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// m <= kMaxRows, n <= kMaxCols.
+// C (+)= A B as above, for a task's m rows and n columns.
+//
+// Weights that few rows use come from memory as fast as they are multiplied, so the next ones are fetched meanwhile: as
+// one run of memory where they are that (the processor's own prefetcher then runs ahead of ours), else tile by tile.
 template <class G>
 void multiply(const MatrixA<typename G::Element>& a, const MatrixB<typename G::Element>& b,
               const MatrixC<typename G::Acc>& c, int64_t m, int64_t n, int64_t l) {
   using E = typename G::Element;
   using Acc = typename G::Acc;
+  constexpr int64_t kElement = sizeof(E);
   ThreadScratch& scratch = ThreadScratch::mine();
   const int64_t all_units = ceil_div(l, G::kPair), blocks = ceil_div(all_units, G::kUnits);
-  const int64_t block = ceil_div(ceil_div(all_units, blocks), 4) * 4 * G::kPair;  // elements
-  const bool b_in_place = G::kBInPlace && !b.transposed && m <= kFewRows && n % 16 == 0;
+  const int64_t max_units = std::min(ceil_div(ceil_div(all_units, blocks), 4) * 4, all_units);
+  const int64_t block = max_units * G::kPair;  // elements
+  const bool b_in_place =
+      G::kBInPlace && !b.transposed && m <= (b.ld == n ? kFewRowsOfRun : kFewRows) && n % 16 == 0;
   const bool a_in_place = G::kAInPlace && !a.columns && l % G::kPair == 0;
-  const int64_t tiles = ceil_div(n, G::kTile), max_units = ceil_div(std::min(block, l), G::kPair);
+  // With A in place every tile of columns takes the whole contraction at once; packed A is shared by all tiles.
+  const int64_t stripe = a_in_place ? G::kTile : n;
   const int64_t ld_rows = max_units + 16;  // of packed rows: no power of two
-  Acc* packed_b = b_in_place ? nullptr : scratch.b.get<Acc>(tiles * max_units * G::kTile);
+  Acc* packed_b = b_in_place ? nullptr : scratch.b.get<Acc>(max_units * G::kTile);
   Acc* packed_a = a_in_place ? nullptr
                   : a.columns ? scratch.a.get<Acc>(ceil_div(m, G::kGroup) * max_units * G::kGroup)
                               : scratch.a.get<Acc>(m * ld_rows);
   const bool sums = c.narrow && blocks > 1;
   Acc* partial = sums ? scratch.c.get<Acc>(m * n) : static_cast<Acc*>(c.narrow ? nullptr : c.data);
   const int64_t ld_partial = sums ? n : c.ld;
+  const int64_t cuts_of_all = ceil_div(m, G::kRows);
+  const bool whole_rows = !b.transposed && b.ld == n && n * l * kElement <= kRunBytes;
 
-  for (int64_t l0 = 0; l0 < l; l0 += block) {
-    const int64_t length = std::min(block, l - l0), units = ceil_div(length, G::kPair);
-    const bool first = l0 == 0, last = l0 + length == l;
-    if (!b_in_place) {
-      if (b.transposed)
-        G::pack_transposed(b.data + l0, b.ld, length, n, packed_b);
-      else
-        G::template pack_columns<G::kTile>(b.data + l0 * b.ld, b.ld, length, n, packed_b);
+  Fetch run{reinterpret_cast<const char*>(b.next), 0, 64};
+  if (whole_rows && b.next && !a.columns)
+    run.step = std::min<int64_t>(128, n * l * kElement / (ceil_div(n, G::kTile) * cuts_of_all * all_units));
+  for (int64_t s = 0; s < n; s += stripe) {
+    if (b.transposed && a_in_place) {
+      const E* next = s + stripe < n ? b.data + (s + stripe) * b.ld : b.next;
+      run = {reinterpret_cast<const char*>(next), 0, 64};
+      if (next) run.step = std::min<int64_t>(128, G::kTile * l * kElement / (cuts_of_all * all_units));
     }
-    if (!a_in_place) {
-      if (a.columns)
-        G::template pack_columns<G::kGroup>(a.data + l0 * a.ld, a.ld, length, m, packed_a);
-      else
-        G::pack_rows(a.data + l0, a.ld, m, length, packed_a, ld_rows);
-    }
-    Tile<Acc> tile{};
-    tile.ld_init = ld_partial;
-    tile.narrow = c.narrow && last;
-    tile.ld_out = tile.narrow ? c.ld : ld_partial;
-    tile.stream = c.stream && last;
-    for (int64_t j = 0; j < n; j += G::kTile) {
-      const Acc* bj = b_in_place ? reinterpret_cast<const Acc*>(b.data + l0 * b.ld + j)
-                                 : packed_b + j / G::kTile * units * G::kTile;
-      const int64_t b_step = b_in_place ? b.ld : G::kTile;
-      tile.cols = std::min(G::kTile, n - j);
-      // The rows in groups (one if A is not packed by columns), each cut into tiles of nearly equal height.
-      const int64_t group = a.columns ? G::kGroup : m;
-      int64_t part = 0;
-      for (int64_t g = 0; g < m; g += group) {
-        const int64_t rows = std::min(group, m - g), cuts = ceil_div(rows, G::kRows);
-        for (int64_t cut = 0, i = g; cut < cuts; ++cut) {
-          const int64_t height = rows / cuts + (cut < rows % cuts);
-          const char* ai;
-          int64_t row = 0, step = sizeof(Acc);
-          if (a.columns) {
-            ai = reinterpret_cast<const char*>(packed_a + g * units + (i - g));
-            row = sizeof(Acc);
-            step = G::kGroup * sizeof(Acc);
-          } else if (a_in_place) {
-            ai = reinterpret_cast<const char*>(a.data + i * a.ld + l0);
-            row = a.ld * sizeof(E);
-          } else {
-            ai = reinterpret_cast<const char*>(packed_a + i * ld_rows);
-            row = ld_rows * sizeof(Acc);
-          }
-          tile.prefetch = ai;
-          tile.prefetch_step = 0;
-          if (m <= kFetchRows && part < 2 && !b.transposed) {
-            // Half a tile's worth of what comes next: the next tile here, else the next task's first.
-            const E* ahead = j + G::kTile < n ? (b_in_place ? b.data + l0 * b.ld + j + G::kTile : nullptr) : b.next;
-            if (ahead) {
-              tile.prefetch = reinterpret_cast<const char*>(G::kPair == 1 ? ahead : ahead + part * b.ld) +
-                              (G::kPair == 1 ? part * 128 : 0);
-              tile.prefetch_step = G::kPair * b.ld * sizeof(E);
+    for (int64_t l0 = 0; l0 < l; l0 += block) {
+      const int64_t length = std::min(block, l - l0), units = ceil_div(length, G::kPair);
+      const bool first = l0 == 0, last = l0 + length == l;
+      if (!a_in_place) {
+        if (a.columns)
+          G::template pack_columns<G::kGroup>(a.data + l0 * a.ld, a.ld, length, m, packed_a);
+        else
+          G::pack_rows(a.data + l0, a.ld, m, length, packed_a, ld_rows);
+      }
+      Tile<Acc> tile{};
+      tile.ld_init = ld_partial;
+      tile.narrow = c.narrow && last;
+      tile.ld_out = tile.narrow ? c.ld : ld_partial;
+      tile.stream = c.stream && last;
+      for (int64_t j = s; j < std::min(n, s + stripe); j += G::kTile) {
+        tile.cols = std::min(G::kTile, n - j);
+        const Acc* bj = packed_b;
+        if (b_in_place)
+          bj = reinterpret_cast<const Acc*>(b.data + l0 * b.ld + j);
+        else if (b.transposed)
+          G::pack_transposed(b.data + j * b.ld + l0, b.ld, length, tile.cols, packed_b);
+        else
+          G::template pack_columns<G::kTile>(b.data + l0 * b.ld + j, b.ld, length, tile.cols, packed_b);
+        const int64_t b_step = b_in_place ? b.ld : G::kTile;
+        const E* next = last ? (j + G::kTile < n ? b.data + j + G::kTile : b.next) : b.data + (l0 + block) * b.ld + j;
+        if (run.step || b.transposed || a.columns) next = nullptr;
+        // The rows in groups (one if A is not packed by columns), each cut into tiles of nearly equal height.
+        const int64_t group = a.columns ? G::kGroup : m;
+        for (int64_t g = 0; g < m; g += group) {
+          const int64_t rows = std::min(group, m - g), cuts = ceil_div(rows, G::kRows);
+          for (int64_t cut = 0, i = g; cut < cuts; ++cut) {
+            const int64_t height = rows / cuts + (cut < rows % cuts);
+            const char* ai;
+            int64_t row = 0, step = sizeof(Acc);
+            if (a.columns) {
+              ai = reinterpret_cast<const char*>(packed_a + g * units + (i - g));
+              row = sizeof(Acc);
+              step = G::kGroup * sizeof(Acc);
+            } else if (a_in_place) {
+              ai = reinterpret_cast<const char*>(a.data + i * a.ld + l0);
+              row = a.ld * kElement;
+            } else {
+              ai = reinterpret_cast<const char*>(packed_a + i * ld_rows);
+              row = ld_rows * sizeof(Acc);
             }
+            tile.fetch = {ai, 0, 0};
+            if (run.step) {
+              tile.fetch = run;
+              run.at += run.step * units;
+            } else if (next && cut < 4) {
+              // A unit of the next tile is 4 lines of 64 bytes, in kPair rows: one or two of them in each call.
+              constexpr int64_t kRowLines = kElement;
+              const int64_t lines = cuts < 4 ? 2 : 1, line = cut * lines;
+              if (line < 4)
+                tile.fetch = {reinterpret_cast<const char*>(next + line / kRowLines % G::kPair * b.ld) + line % kRowLines * 64,
+                              G::kPair * b.ld * kElement, (lines - 1) * 64};
+            }
+            tile.init = (!first || c.accumulate) ? partial + i * ld_partial + j : nullptr;
+            tile.out = tile.narrow ? static_cast<void*>(static_cast<E*>(c.data) + i * c.ld + j)
+                                   : static_cast<void*>(partial + i * ld_partial + j);
+            G::micro(a.columns, height, tile.cols)(units, ai, row, step, bj, b_step, tile);
+            i += height;
           }
-          ++part;
-          tile.init = (!first || c.accumulate) ? partial + i * ld_partial + j : nullptr;
-          tile.out = tile.narrow ? static_cast<void*>(static_cast<E*>(c.data) + i * c.ld + j)
-                                 : static_cast<void*>(partial + i * ld_partial + j);
-          G::micro(a.columns, height, tile.cols)(units, ai, row, step, bj, b_step, tile);
-          i += height;
         }
       }
     }

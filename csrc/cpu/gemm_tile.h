@@ -5,6 +5,13 @@
 
 namespace omni::cpu {
 
+// Memory that a microkernel fetches while it computes: two addresses a unit, `gap` bytes apart, moving on by `step`. Any
+// address does where there is nothing to fetch.
+struct Fetch {
+  const char* at;
+  int64_t step, gap;
+};
+
 template <class Acc>
 struct Tile {
   const Acc* init;  // added to the products; null: zero
@@ -14,8 +21,7 @@ struct Tile {
   int64_t cols;
   bool narrow;
   bool stream;            // store past the caches: whole aligned vectors only
-  const void* prefetch;   // memory to fetch meanwhile, 128 bytes a unit; any address does where there is none
-  int64_t prefetch_step;  // bytes
+  Fetch fetch;
 };
 
 }  // namespace omni::cpu

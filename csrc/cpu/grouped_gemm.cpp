@@ -12,9 +12,10 @@ void grouped_gemm(const void* x, const void* w, const int64_t* offsets, int64_t 
                   bool transpose_w, DType dtype, void* y, const Parallel& parallel) {
   const int64_t length = transpose_w ? N : K, width = transpose_w ? K : N;
   const int64_t bytes = size_of(dtype);
-  if (rows > offsets[E]) std::memset(static_cast<char*>(y) + offsets[E] * width * bytes, 0, (rows - offsets[E]) * width * bytes);
-  if (length == 0) std::memset(y, 0, offsets[E] * width * bytes);
-  if (length == 0 || width == 0 || offsets[E] == 0) return;
+  const int64_t filled = length == 0 ? 0 : offsets[E];  // an empty contraction is zero
+  if (rows > filled && width > 0)
+    std::memset(static_cast<char*>(y) + filled * width * bytes, 0, (rows - filled) * width * bytes);
+  if (filled == 0 || width == 0) return;
   with_engine(dtype, [&](auto engine) {
     using G = decltype(engine);
     using E_ = typename G::Element;
@@ -36,7 +37,7 @@ void grouped_gemm(const void* x, const void* w, const int64_t* offsets, int64_t 
 void grouped_wgrad(const void* x, const void* dy, const int64_t* offsets, int64_t E, int64_t K, int64_t N, DType dtype,
                    DType dtype_out, bool accumulate, void* dw, const Parallel& parallel) {
   const int64_t matrix_bytes = K * N * size_of(dtype_out);
-  if (!accumulate)
+  if (!accumulate && matrix_bytes > 0)
     for (int64_t e = 0; e < E; ++e)
       if (offsets[e] == offsets[e + 1]) std::memset(static_cast<char*>(dw) + e * matrix_bytes, 0, matrix_bytes);
   if (offsets[E] == 0 || K == 0 || N == 0) return;

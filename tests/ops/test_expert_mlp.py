@@ -1,0 +1,209 @@
+"""The experts' MLP as one op: definition row by row, every gradient, what it saves, spare rows, both CPU paths."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_omni.ops.expert_mlp import expert_mlp, expert_mlp_reference
+from tests.ops.ragged import PATHS, assert_twice_eager, counts, kernels, offsets_of, sides
+
+NAMES = ("y", "dx", "dw1", "dw2", "drow_weight")
+
+
+def leaves(rows_by_expert, hidden, width, dtype, spare=0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size, std=1.0):
+        return torch.randn(*size, generator=generator, dtype=torch.float64) * std
+
+    rows, experts = sum(rows_by_expert), len(rows_by_expert)
+    x, grad = normal(rows + spare, hidden), normal(rows + spare, hidden)
+    row_weight = torch.rand(rows + spare, generator=generator, dtype=torch.float64)
+    for tail in (x, grad, row_weight):
+        tail[rows:] = float("nan")
+    w1 = normal(experts, hidden, 2 * width, std=1.5 * hidden**-0.5)
+    w2 = normal(experts, width, hidden, std=width**-0.5)
+    weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    inputs = [x.to(dtype), w1.to(dtype), w2.to(dtype), row_weight.to(weight_dtype)]
+    return [value.requires_grad_() for value in inputs], grad.to(dtype)
+
+
+def definition(x, w1, w2, row_weight, offsets, grad):
+    """y and every gradient in float64, from the formulas of the docstring of ops/expert_mlp.py, expert by expert."""
+    x, w1, w2, row_weight, grad = (value.detach().double() for value in (x, w1, w2, row_weight, grad))
+    y, dx, ds = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(row_weight)
+    dw1, dw2 = torch.zeros_like(w1), torch.zeros_like(w2)
+    for e in range(w1.shape[0]):
+        rows = slice(int(offsets[e]), int(offsets[e + 1]))
+        g, u = (x[rows] @ w1[e]).chunk(2, dim=1)
+        s = row_weight[rows, None]
+        r = 1 / (1 + torch.exp(-g))
+        a = g * r * u
+        y[rows] = (s * a) @ w2[e]
+        d = grad[rows] @ w2[e].t()
+        ds[rows] = (d * a).sum(1)
+        dw2[e] = (s * a).t() @ grad[rows]
+        dgu = torch.cat([s * d * u * r * (1 + g * (1 - r)), s * d * g * r], dim=1)
+        dx[rows], dw1[e] = dgu @ w1[e].t(), x[rows].t() @ dgu
+    return y, dx, dw1, dw2, ds
+
+
+def check_against_float64(rows, hidden, width, spare, dtype, path, seed, weighted=True):
+    offsets, used = offsets_of(rows), sum(rows)
+    inputs, grad = leaves(rows, hidden, width, dtype, spare, seed)
+    if not weighted:
+        inputs[3] = torch.ones_like(inputs[3])
+    wanted = inputs if weighted else inputs[:3]
+    with kernels(path):
+        x, w1, w2, row_weight = inputs
+        y = expert_mlp(x, w1, w2, offsets, row_weight=row_weight if weighted else None)
+        got = [y.detach(), *torch.autograd.grad(y, wanted, grad)]
+    clean = [inputs[0].detach()[:used].requires_grad_(), w1, w2, inputs[3].detach()[:used].requires_grad_()]
+    exact = definition(*clean, offsets, grad[:used])
+    magnitude = definition(*(value.abs() for value in clean), offsets, grad[:used].abs())
+    y_eager = expert_mlp_reference(*clean[:3], offsets, row_weight=clean[3] if weighted else None)
+    eager = [y_eager.detach(), *torch.autograd.grad(y_eager, clean if weighted else clean[:3], grad[:used])]
+    for name, one, other, truth, bound in zip(NAMES, got, eager, exact, magnitude, strict=False):
+        if name in ("y", "dx", "drow_weight"):
+            assert not one[used:].any(), name
+            one = one[:used]
+        assert_twice_eager(one, other, truth, bound, name)
+    for e, count in enumerate(rows):
+        assert count or not (got[2][e].any() or got[3][e].any())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=counts,
+    hidden=sides,
+    width=sides,
+    spare=st.integers(0, 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    path=st.sampled_from(PATHS),
+    seed=st.integers(0, 99),
+    weighted=st.booleans(),
+)
+def test_error_at_most_twice_eagers(rows, hidden, width, spare, dtype, path, seed, weighted):
+    check_against_float64(rows, hidden, width, spare, dtype, path, seed, weighted)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows, hidden, width", [((450, 3), 130, 300), ((9, 0, 30), 1100, 256), ((700,), 128, 600)])
+def test_shapes_of_several_blocks(rows, hidden, width, dtype, path):
+    """More rows, columns and contraction than one block of the kernels holds; expert widths in one and in many pieces."""
+    check_against_float64(rows, hidden, width, 1, dtype, path, 0)
+
+
+@pytest.mark.parametrize("rows", [(3, 0, 2), (0, 0, 0)])
+def test_gradients_by_finite_differences(rows):
+    inputs, _ = leaves(rows, 5, 4, torch.float64)
+    offsets = offsets_of(rows)
+
+    def run(x, w1, w2, row_weight):
+        return expert_mlp(x, w1, w2, offsets, row_weight=row_weight)
+
+    y = run(*inputs)
+    if sum(rows):
+        assert torch.autograd.gradcheck(run, inputs)
+        assert torch.autograd.gradcheck(lambda x, w1, w2: expert_mlp(x, w1, w2, offsets), inputs[:3])
+    y.sum().backward()  # an expanded gradient
+    for e, count in enumerate(rows):
+        assert bool(inputs[1].grad[e].any()) == bool(inputs[2].grad[e].any()) == (count > 0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("gate", [-1e4, -90.0, -30.0, 0.0, 30.0, 90.0, 1e4])
+def test_extreme_gates(gate, path):
+    """silu and its slope at their limits: no overflow, no NaN."""
+    x, w1, w2 = torch.ones(1, 1), torch.tensor([[[gate, 3.0]]]), torch.tensor([[[2.0]]])
+    leaves = [value.requires_grad_() for value in (x, w1, w2)]
+    with kernels(path):
+        y = expert_mlp(*leaves, offsets_of((1,)))
+        got = [y.detach(), *torch.autograd.grad(y.sum(), leaves)]
+    exact = definition(*leaves, torch.ones(1), offsets_of((1,)), torch.ones(1, 1))
+    for one, truth in zip(got, exact, strict=False):
+        torch.testing.assert_close(one, truth.float(), rtol=1e-5, atol=1e-30)
+
+
+def test_saves_only_rows_and_pre_activations():
+    rows = (6, 5)
+    inputs, _ = leaves(rows, 8, 12, torch.float32)
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: packed.append(value) or value, lambda value: value):
+        expert_mlp(*inputs[:3], offsets_of(rows), row_weight=inputs[3])
+    known = {value.data_ptr() for value in inputs}
+    kept = [value for value in packed if value.data_ptr() not in known and value.is_floating_point()]
+    assert [tuple(value.shape) for value in kept] == [(11, 24)]
+
+
+def test_same_bits_on_any_number_of_threads():
+    rows = (300, 0, 17, 95)
+    inputs, grad = leaves(rows, 96, 300, torch.float32)
+    results, before = [], torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        y = expert_mlp(*inputs[:3], offsets_of(rows), row_weight=inputs[3])
+        results.append((y.detach(), *torch.autograd.grad(y, inputs, grad)))
+    torch.set_num_threads(before)
+    for name, one, other in zip(NAMES, *results, strict=True):
+        if name == "drow_weight":  # its partial sums follow the blocks of columns, which follow the threads
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_and_compile(dtype):
+    rows, offsets = (5, 0, 9), offsets_of((5, 0, 9))
+    inputs, grad = leaves(rows, 16, 24, dtype)
+    x, w1, w2, row_weight = inputs
+    ops = torch.ops.megatron_omni
+    torch.library.opcheck(ops.expert_mlp.default, (x, w1, w2, offsets, row_weight))
+    torch.library.opcheck(ops.expert_mlp.default, (x, w1, w2, offsets, None))
+    plain = [value.detach() for value in inputs]
+    h = ops.expert_mlp(*plain[:3], offsets, plain[3])[1]
+    args = (grad, plain[0], h, plain[1], plain[2], offsets, plain[3], True, True, False, True)
+    torch.library.opcheck(ops.expert_mlp_backward.default, args)
+
+    def run(x, w1, w2, row_weight):
+        return expert_mlp(x, w1, w2, offsets, row_weight=row_weight)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    expected, got = (torch.autograd.grad(f(*inputs), inputs, grad) for f in (run, compiled))
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def good():
+    return {
+        "x": torch.zeros(5, 4),
+        "w1": torch.zeros(2, 4, 6),
+        "w2": torch.zeros(2, 3, 4),
+        "offsets": offsets_of((2, 3)),
+        "row_weight": torch.ones(5),
+    }
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("x", torch.zeros(5, 4, dtype=torch.int64), "x: dtype"),
+        ("x", torch.zeros(5, 3), "w1: side 1 is 4, x has 3 columns"),
+        ("w1", torch.zeros(2, 4, 7), "w2: must be"),
+        ("w1", torch.zeros(2, 6, 4).transpose(1, 2), "w1: must be contiguous"),
+        ("w2", torch.zeros(2, 4, 3), "w2: must be"),
+        ("w2", torch.zeros(2, 3, 4, dtype=torch.float64), "w2: dtype"),
+        ("w2", torch.zeros(2, 4, 3).transpose(1, 2), "w2: must be contiguous"),
+        ("offsets", torch.tensor([0, 4, 3]), "offsets: must ascend"),
+        ("offsets", torch.tensor([0, 4, 9]), "offsets: ends at 9, past 5"),
+        ("row_weight", torch.ones(4), "row_weight: has 4 entries, must have 5"),
+        ("row_weight", torch.ones(5, dtype=torch.float64), "row_weight: dtype"),
+        ("row_weight", torch.ones(5, 1), "row_weight: must be a contiguous vector"),
+    ],
+)
+def test_bad_input_names_the_argument(name, value, message):
+    arguments = good() | {name: value}
+    with pytest.raises(ValueError, match=message):
+        expert_mlp(**arguments)
