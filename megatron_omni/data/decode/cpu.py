@@ -143,16 +143,17 @@ def decode_audio(file: str | Path, *, max_seconds: float = MAX_AUDIO_SECONDS) ->
     soundfile reads wav, flac, ogg, opus and mp3; PyAV reads the rest (m4a, aac, the sound track of a video).
     """
     with _named(file):
-        if (info := _sound_info(file)) is None:
+        if (sound := _open_sound(file)) is None:
             with _open_container(file) as container:
                 # The track of a video may be shorter than the picture, and its header then says the longer of both.
                 promised = 0.0 if container.streams.video else _track_seconds(container, file)
                 samples, rate, _ = _decode_track(container, file, max_seconds)
         else:
-            promised = info.frames / info.samplerate
-            _check_seconds(file, promised, max_seconds)
-            data, rate = soundfile.read(file, dtype="float32", always_2d=True)
-            samples = data.mean(axis=1)
+            with sound:
+                rate = sound.samplerate
+                promised = sound.frames / rate
+                _check_seconds(file, promised, max_seconds)
+                samples = sound.read(dtype="float32", always_2d=True).mean(axis=1)
         if not len(samples):
             raise MediaError(file, "holds no sound samples")
         _check_whole(file, len(samples) / rate, promised)
@@ -162,8 +163,9 @@ def decode_audio(file: str | Path, *, max_seconds: float = MAX_AUDIO_SECONDS) ->
 def probe_audio(file: str | Path, *, max_seconds: float = MAX_AUDIO_SECONDS) -> int:
     """Samples at 16 kHz, from the header."""
     with _named(file):
-        if (info := _sound_info(file)) is not None:
-            seconds = info.frames / info.samplerate
+        if (sound := _open_sound(file)) is not None:
+            with sound:
+                seconds = sound.frames / sound.samplerate
         else:
             with _open_container(file) as container:
                 seconds = _track_seconds(container, file)
@@ -179,13 +181,17 @@ def to_sample_rate(samples: NDArray[np.float32], rate: int) -> NDArray[np.float3
     return resample_poly(samples, SAMPLE_RATE // divisor, rate // divisor).astype(np.float32)
 
 
-def _sound_info(file: str | Path) -> soundfile._SoundFileInfo | None:
-    """Header as soundfile reads it, None for a format that it does not know."""
+def _open_sound(file: str | Path) -> soundfile.SoundFile | None:
+    """The file opened by soundfile, None for a format that it does not know."""
+    with open(file, "rb") as head:
+        start = head.read(8)
+    if (
+        start[4:] == b"ftyp" or start[:4] == b"\x1aE\xdf\xa3"
+    ):  # mp4, matroska: libsndfile searches long before it refuses
+        return None
     try:
-        return soundfile.info(file)
+        return soundfile.SoundFile(file)
     except soundfile.LibsndfileError:
-        if not Path(file).exists():
-            raise FileNotFoundError(file) from None
         return None
 
 
