@@ -185,9 +185,8 @@ def _open_sound(file: str | Path) -> soundfile.SoundFile | None:
     """The file opened by soundfile, None for a format that it does not know."""
     with open(file, "rb") as head:
         start = head.read(8)
-    if (
-        start[4:] == b"ftyp" or start[:4] == b"\x1aE\xdf\xa3"
-    ):  # mp4, matroska: libsndfile searches long before it refuses
+    # mp4 and matroska: libsndfile searches long before it refuses.
+    if start[4:] == b"ftyp" or start[:4] == b"\x1aE\xdf\xa3":
         return None
     try:
         return soundfile.SoundFile(file)
