@@ -9,7 +9,13 @@
 #include "cpu/isa.h"
 
 #if OMNI_X86
+#pragma GCC diagnostic push  // GCC 12 warns about its own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace omni::cpu {

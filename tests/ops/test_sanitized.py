@@ -1,0 +1,26 @@
+"""The CPU kernels on odd sizes under AddressSanitizer, without a report; the long form is tests/ops/sanitize.py."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.ops import sanitize
+
+PROGRAMS = sorted((Path(__file__).parent / "sanitizer").glob("*.cpp"))
+
+
+@pytest.fixture(scope="module")
+def sanitizers(tmp_path_factory):
+    """Skips where the compiler has no sanitizer runtime."""
+    folder = tmp_path_factory.mktemp("sanitizer")
+    (folder / "empty.cpp").write_text("int main() { return 0; }\n")
+    command = [*sanitize.compiler(), *sanitize.FLAGS, str(folder / "empty.cpp"), "-o", str(folder / "empty")]
+    if subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("the C++ compiler has no AddressSanitizer: install libasan and libubsan")
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=[path.stem for path in PROGRAMS])
+def test_no_report_and_no_wrong_result(program, sanitizers):
+    result = sanitize.run(program, quick=True)
+    assert result.returncode == 0, result.stdout + result.stderr
