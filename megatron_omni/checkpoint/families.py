@@ -8,7 +8,7 @@ them. To add a model: rows in a module of its own, one entry in :data:`FAMILIES`
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +108,8 @@ FAMILIES: dict[str, Family] = {
     "siglip": Family(
         rows=_siglip_rows,
         prefixes=lambda options: [(options.get("prefix", "vision_model."), "vision.tower.")] if options else [],
-        # Without a prefix of the tower's own, only what a tower has is its.
-        carried=(
-            r"(vision_model\.)?(encoder\.layers\.\d+\..*|post_layernorm\..*|head\..*)",
-            r"text_model\..*",
-            r"logit_scale|logit_bias",
-        ),
+        # Without a prefix of the tower's own, only what a tower has is its. The layers left out: see open_vision.
+        carried=(r"(vision_model\.)?(post_layernorm|head)\..*", r"text_model\..*", r"logit_scale|logit_bias"),
     ),
     "whisper": Family(
         rows=_whisper_rows,
@@ -167,7 +163,10 @@ def open_vision(path: Path, model: ModelConfig, *, drop_last: int = 1) -> tuple[
     source = HuggingFaceSource(path)
     model.vision = siglip_vision(source.config(), path / "config.json", drop_last=drop_last)
     prefix = _prefix(source, ("vision_model.", ""), "embeddings.patch_embedding.weight")
-    return model, _part("siglip", source, model, {"prefix": prefix})
+    part = _part("siglip", source, model, {"prefix": prefix})
+    kept = model.vision.num_layers
+    left_out = tuple(rf"{re.escape(prefix)}encoder\.layers\.{n}\..*" for n in range(kept, kept + drop_last))
+    return model, replace(part, carried=(*part.carried, *left_out))
 
 
 def open_audio(path: Path, model: ModelConfig) -> tuple[ModelConfig, Part]:

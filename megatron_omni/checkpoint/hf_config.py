@@ -23,7 +23,8 @@ def qwen2_model(config: dict[str, Any], path: Path) -> ModelConfig:
     field.expect("hidden_act", "silu", default="silu")
     field.expect("use_sliding_window", False, default=False)
     rope = config.get("rope_parameters") or {}
-    scaling = (config.get("rope_scaling") or rope or {}).get("rope_type", "default")
+    named = config.get("rope_scaling") or rope
+    scaling = named.get("rope_type") or named.get("type") or "default"  # Qwen's own instructions for YaRN say "type"
     if scaling != "default":
         raise ConversionError(f"{path}: rope_type is {scaling!r}, expected 'default' (unscaled rotary positions)")
     hidden, heads = field.size("hidden_size"), field.size("num_attention_heads")

@@ -55,7 +55,7 @@ def make_plan(parts: Sequence[Part], wanted: Iterable[Row]) -> Plan:
         for key in part.source.infos():
             if key in used:
                 continue
-            if key in part.same:
+            if part.same.get(key) in part.source.infos():
                 twins.append((part, key, part.same[key]))
             elif any(re.fullmatch(pattern, key) for pattern in part.carried):
                 carried.append((part, key))

@@ -163,7 +163,7 @@ class TorchDistReader:
         with (self.directory / info.relative_path).open("rb", buffering=0) as file:
             raw = self._position(file, where, info, sizes, dtype)
             if raw is None:
-                whole = torch.load(_window(file, info), map_location="cpu", weights_only=True)
+                whole = self._load(_window(file, info), where, info, device="cpu")
                 return narrow_tensor_by_index(whole, within, extent).contiguous()
             row = math.prod(sizes[1:]) * dtype.itemsize
             first, count = (within[0], extent[0]) if sizes else (0, 1)
@@ -176,13 +176,22 @@ class TorchDistReader:
         part = narrow_tensor_by_index(rows, [0, *within[1:]], extent)
         return part if part.is_contiguous() else part.contiguous()
 
+    def _load(self, view: io.BufferedReader, where: MetadataIndex, info: _StorageInfo, *, device: str) -> Any:
+        try:
+            return torch.load(view, map_location=device, weights_only=True)
+        except Exception as error:  # a damaged archive fails in as many ways as zip and pickle have parts
+            raise CheckpointError(
+                f"{self.directory / info.relative_path}: {where.fqn!r}: the block at byte {info.offset} is damaged or was "
+                f"made to run code ({type(error).__name__}); restore it from a copy"
+            ) from error
+
     def _position(
         self, file: Any, where: MetadataIndex, info: _StorageInfo, sizes: Shape, dtype: torch.dtype
     ) -> int | None:
         """Where the block's first byte lies in its file; None when its bytes are not the plain contiguous block."""
         if where not in self._raw:
             view = _window(file, info)
-            found = torch.load(view, map_location="meta", weights_only=True)
+            found = self._load(view, where, info, device="meta")
             if not isinstance(found, Tensor) or tuple(found.shape) != sizes or found.dtype != dtype:
                 raise CheckpointError(
                     f"{self.directory / info.relative_path}: {where.fqn!r}: expected a block {list(sizes)} of {dtype}, "

@@ -313,7 +313,11 @@ def model_from_theirs(config: dict[str, Any], *, file: Path) -> ModelConfig:
         if config.get(name, only) != only:
             _refuse(file, name, config[name], repr(only))
     rope = config.get("rope_parameters") or {}
-    section = (config.get("rope_scaling") or rope).get("mrope_section", [16, 24, 24])
+    named = config.get("rope_scaling") or rope
+    for name in ("rope_type", "type"):
+        if named.get(name, "default") not in ("default", "mrope"):
+            _refuse(file, f"rope_scaling.{name}", named[name], "'mrope' or 'default' (unscaled rotary positions)")
+    section = named.get("mrope_section", [16, 24, 24])
     heads = get("num_attention_heads")
     recorded = _recorded_model(config, file)
     base = recorded or ModelConfig(audio_only_1d=True)

@@ -121,8 +121,8 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
             f"{path}: refused: not a file of plain tensors ({reason}); pickles are read with weights_only=True alone. "
             "Convert it to safetensors where it comes from"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable as a torch file: {error}") from error
+    except Exception as error:  # a damaged file fails in as many ways as zip and pickle have parts
+        raise ValueError(f"{path}: not readable as a torch file ({type(error).__name__}: {error})") from error
     for wrapper in ("module", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

@@ -151,6 +151,10 @@ def malicious(hf: Path) -> None:
             r"rope_type is 'yarn', expected 'default'",
         ),
         (
+            lambda hf: change_json(hf / "config.json", rope_scaling={"type": "yarn", "factor": 4.0}),
+            r"rope_type is 'yarn', expected 'default'",
+        ),
+        (
             lambda hf: change_json(hf / "config.json", intermediate_size=97),
             r"'model\.layers\.0\.mlp\.gate_proj\.weight': expected shape \[97, 112\], found \[96, 112\]",
         ),
@@ -166,6 +170,29 @@ def test_one_file(
     refused(convert, capsys, ["import", "--hf", str(hf), "--out", str(tmp_path / "out")], said)
     assert not list(tmp_path.rglob("iter_*")) and not list(tmp_path.rglob(".tmp_*"))
     assert not (hf / "EXECUTED").exists()
+
+
+def test_an_unknown_key_in_a_kept_layer_is_not_carried(
+    tmp_path: Path, whole: Path, convert: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the layers that are left out are."""
+    hf = copy(whole / "vision", tmp_path / "vision")
+    key = next(k for k in load_file(hf / "model.safetensors") if k.endswith("encoder.layers.0.mlp.fc1.weight"))
+    change_tensors(hf / "model.safetensors", lambda t: t.update({f"{key}_scale": torch.ones(2)}))
+    command = ["import", "--vision", str(hf), "--out", str(tmp_path / "out")]
+    refused(convert, capsys, command, r"encoder\.layers\.0\.mlp\.fc1\.weight_scale' has no place in a siglip model")
+
+
+@pytest.mark.parametrize("change", [lambda b: b[:-200], lambda b: b[:40] + b"\x00" * 60 + b[100:], lambda b: b"PK"])
+def test_a_damaged_pickle_file_is_one_error(
+    tmp_path: Path, whole: Path, convert: ModuleType, capsys: pytest.CaptureFixture[str],
+    change: Callable[[bytes], bytes],
+) -> None:  # fmt: skip
+    hf = copy(whole / "single", tmp_path / "hf")
+    torch.save(load_file(hf / "model.safetensors"), hf / "pytorch_model.bin")
+    (hf / "model.safetensors").unlink()
+    (hf / "pytorch_model.bin").write_bytes(change((hf / "pytorch_model.bin").read_bytes()))
+    refused(convert, capsys, ["import", "--hf", str(hf), "--out", str(tmp_path / "out")], r"pytorch_model\.bin: ")
 
 
 def outside(hf: Path) -> None:

@@ -200,6 +200,7 @@ def test_a_release_is_read_with_the_published_arithmetic() -> None:
         ({"tune_image_generator": True}, "without generators"),
         ({"whisper_projector_type": "mlp2x_gelu"}, "whisper_projector_type"),
         ({OURS: {"model": {"hiden_size": 3}}}, "did you mean 'hidden_size'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling.type: found"),
     ],
 )
 def test_what_is_not_supported_is_one_error_with_the_field(changes: dict[str, Any], message: str) -> None:
