@@ -12,8 +12,10 @@ Exit status: 0 done, 2 for sources or settings that do not fit, 1 for a disk tha
 
 import argparse
 import logging
+import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = parser().parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     sys.path.insert(0, str(ROOT))
+    signal.signal(signal.SIGTERM, _interrupt)
 
     from megatron_omni.checkpoint.commit import CheckpointError
     from megatron_omni.checkpoint.layout import Layout
@@ -75,11 +78,15 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: nothing was left behind; a rerun starts clean", file=sys.stderr)
         return 130
-    except (ValueError, CheckpointError) as error:
+    except (ValueError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     print(f"wrote {directory}")
     return 0
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from megatron_omni.checkpoint.ledger import dtype_name, tensor_digest, tensor_li
 from megatron_omni.checkpoint.names import Row, expand
 from megatron_omni.checkpoint.plan import Plan, make_plan
 from megatron_omni.checkpoint.progress import ByteProgress
-from megatron_omni.checkpoint.sources import Digests, check_finite
+from megatron_omni.checkpoint.sources import Digests, HuggingFaceSource, check_finite
 from megatron_omni.checkpoint.tensor_files import ConversionError, SafetensorsWriter
 from megatron_omni.checkpoint.tokenizer_files import copy_tokenizer
 from megatron_omni.checkpoint.torch_dist import COMMON_STATE, TorchDistWriter
@@ -77,7 +77,7 @@ def import_checkpoint(
     target = _target_dtype(plan, dtype)
     _note_rounding(plan, target)
     root = out / commit.CHECKPOINTS
-    if commit.iteration_dir(root, 0).exists():
+    if commit.steps(root) or commit.tracked_step(root) is not None:  # a tracker that said 0 would roll a run back
         raise ConversionError(f"{out}: holds a checkpoint already; choose another --out or remove it")
     recipe.optim.precision = "bf16" if target == torch.bfloat16 else "fp32"
     size = sum(math.prod(job.entry.shape) * target.itemsize for job in plan.jobs)
@@ -87,7 +87,8 @@ def import_checkpoint(
     try:
         with disk_errors(out), ThreadPoolExecutor(1) as hasher:
             known, lines = _write_tensors(directory, plan, layout, target, recipe.model, hasher, label=command)
-            known |= _write_carried(directory, plan)
+            files, carried = _write_carried(directory, plan)
+            known |= files
             _check_twins(plan)
             _write_documents(directory, parts, recipe, tokenizer)
             sources = [{"file": str(p), "bytes": p.stat().st_size, "sha256": d} for p, d in digests.result().items()]
@@ -95,10 +96,10 @@ def import_checkpoint(
                 "command": command,
                 "layout": vars(layout),
                 "dtype": dtype_name(target),
-                "parts": [{"family": p.family, "source": p.source.label, "options": p.options} for p in parts],
+                "parts": [_said(part) for part in parts],
                 "sources": sources,
                 "tensors": lines,
-                "carried": [{"key": key, "as": carried_name(p.family, p.options, key)} for p, key in plan.carried],
+                "carried": carried,
                 "twins": [{"key": key, "equal_to": other} for _, key, other in plan.twins],
                 "ignored": [{"key": key, "source": p.source.label} for p, key in plan.ignored],
             }
@@ -134,6 +135,9 @@ def _write_tensors(
                 part = job.part.source.read(key)
                 check_finite(part, infos[key])
                 parts.append(part.to(target))
+                if target.itemsize < part.dtype.itemsize:
+                    check_finite(parts[-1], infos[key])
+                del part
             tensor = entry.transform.to_ours(parts).contiguous()
             parts.clear()
             digest = hasher.submit(tensor_digest, tensor)
@@ -157,15 +161,26 @@ def _write_tensors(
         raise
 
 
-def _write_carried(directory: Path, plan: Plan) -> dict[str, str]:
+def _said(part: Part) -> dict[str, Any]:
+    """The ledger's line of a source; ``is_path`` where ``source`` is the place that it can be read from again."""
+    is_path = isinstance(part.source, HuggingFaceSource)
+    return {"family": part.family, "source": part.source.label, "is_path": is_path, "options": part.options}
+
+
+def _write_carried(directory: Path, plan: Plan) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """SHA-256 of the file of carried weights, and the ledger's line of each."""
+    lines: list[dict[str, Any]] = []
     if not plan.carried:
-        return {}
+        return {}, lines
     infos = [(carried_name(p.family, p.options, key), p.source.infos()[key]) for p, key in plan.carried]
     writer = SafetensorsWriter(directory / CARRIED, [(name, info.dtype, info.shape) for name, info in infos])
     try:
-        for (part, key), (name, _) in zip(plan.carried, infos):
-            writer.write(name, part.source.read(key))
-        return {CARRIED: writer.finish()}
+        for (part, key), (name, info) in zip(plan.carried, infos):
+            tensor = part.source.read(key).contiguous()
+            writer.write(name, tensor)
+            said = {"dtype": dtype_name(info.dtype), "shape": list(info.shape), "sha256": tensor_digest(tensor)}
+            lines.append({"key": key, "source": part.source.label, "as": name, **said})
+        return {CARRIED: writer.finish()}, lines
     except BaseException:
         writer.close()
         raise
@@ -173,7 +188,8 @@ def _write_carried(directory: Path, plan: Plan) -> dict[str, str]:
 
 def _check_twins(plan: Plan) -> None:
     for part, key, other in plan.twins:
-        if not torch.equal(part.source.read(key), part.source.read(other)):
+        first, second = part.source.read(key), part.source.read(other)
+        if first.dtype != second.dtype or not torch.equal(first, second):
             raise ConversionError(
                 f"{part.source.infos()[key].path}: {key!r}: expected the values of {other!r}, to which config.json ties "
                 "it, found others; set tie_word_embeddings to false there if both matrices are meant"

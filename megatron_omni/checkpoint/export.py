@@ -251,7 +251,7 @@ def _write_shards(
                     tensor = opened.reader.read(entry.ours, index=entry.expert)
                     parts = entry.transform.to_theirs(tensor)
                     del tensor
-                tensor = (parts[write.part] if write.entry else _unused(write, opened)).to(write.dtype).contiguous()
+                tensor = _rounded(write, parts[write.part] if write.entry else _unused(write, opened)).contiguous()
                 digest = hasher.submit(tensor_digest, tensor)
                 writer.write(write.key, tensor)
                 lines.append(_export_line(write, digest.result()))
@@ -263,6 +263,20 @@ def _write_shards(
             raise
     progress.finish()
     return outputs, lines
+
+
+def _rounded(write: _Write, tensor: Tensor) -> Tensor:
+    """``tensor`` in the type that is written; ConversionError where its values lie beyond that type's range (fp16)."""
+    rounded = tensor.to(write.dtype)
+    if rounded.dtype != tensor.dtype and tensor.numel():
+        low, high = (float(bound) for bound in torch.aminmax(tensor))
+        limit = torch.finfo(write.dtype).max
+        if not -limit <= low <= high <= limit:
+            raise ConversionError(
+                f"{write.key!r}: expected values that {dtype_name(write.dtype)} can hold, found {low:.3g} to {high:.3g}; "
+                "choose --dtype bf16 or fp32"
+            )
+    return rounded
 
 
 def _unused(write: _Write, opened: Opened) -> Tensor:
@@ -305,6 +319,8 @@ def _export_documents(
         if kept:
             config |= {key: value for key, value in made.items() if key in kept and kept[key] != value}
             config |= {key: made[key] for key in (uni_moe.OURS,) if key in made}
+            if "dtype" in kept:  # how newer configurations call torch_dtype: what a loader rounds to
+                config["dtype"] = made["torch_dtype"]
         commit.write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
     if family == "uni_moe":
         if not (directory / PREPROCESSOR_FILE).is_file():

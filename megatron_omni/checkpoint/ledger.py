@@ -1,11 +1,13 @@
 """``conversion.json``: what every conversion leaves behind, and how it is checked again.
 
     command, layout, dtype     what was asked
-    parts                      family and options of every source: what export needs to write the same names
+    parts                      family and options of every source: what export needs to write the same names; whether
+                               it is a path (not drawn, not upcycled)
     sources                    every file read: path, size, SHA-256
     tensors                    every tensor of ours (or expert's share): keys it was made of, their dtypes, transform,
                                dtype, shape, SHA-256 of its bytes
-    carried, twins, ignored    the keys that fill nothing: kept beside, equal to another, left out on purpose
+    carried, twins, ignored    the keys that fill nothing: kept beside (with dtype, shape, SHA-256), equal to another,
+                               left out on purpose
 
 ``verify`` reads every tensor back and compares it with its line; given the sources, it makes every tensor again from
 them. A recorded first-step loss lies beside the checkpoint (``iter_0000000.loss.json``), since it is measured later.
@@ -13,6 +15,7 @@ them. A recorded first-step loss lies beside the checkpoint (``iter_0000000.loss
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,13 +23,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_omni.checkpoint.commit import CHECKPOINTS, CheckpointError, iteration_dir, tracked_step, write_text
+from megatron_omni.checkpoint.commit import (
+    CHECKPOINTS,
+    MANIFEST,
+    CheckpointError,
+    iteration_dir,
+    tracked_step,
+    write_text,
+)
 from megatron_omni.checkpoint.names import Entry
 from megatron_omni.checkpoint.sources import read_json
 from megatron_omni.checkpoint.tensor_files import ConversionError, tensor_bytes
 
 LEDGER = "conversion.json"
 FORMAT = 1
+
+logger = logging.getLogger(__name__)
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -97,13 +109,25 @@ def loss_file(directory: Path) -> Path:
 
 def record_loss(directory: Path, *, loss: float, recipe: dict[str, Any]) -> None:
     """Keep the first-step ``loss`` of a run that starts from ``directory``; ``recipe``: what the loss depends on."""
-    write_text(loss_file(directory), json.dumps({"lm loss": loss, "recipe": recipe}, indent=1))
+    said = {"lm loss": loss, "checkpoint": _identity(directory), "recipe": recipe}
+    write_text(loss_file(directory), json.dumps(said, indent=1))
 
 
 def recorded_loss(directory: Path) -> float | None:
-    """The loss that was recorded; None where none was."""
+    """The loss that was recorded; None where none was, or another checkpoint lay here when it was."""
     path = loss_file(directory)
-    return float(read_json(path)["lm loss"]) if path.is_file() else None
+    if not path.is_file():
+        return None
+    said = read_json(path)
+    if said.get("checkpoint") != _identity(directory):
+        logger.warning("%s: was recorded with another checkpoint than %s; record it again", path, directory)
+        return None
+    return float(said["lm loss"])
+
+
+def _identity(directory: Path) -> str:
+    """SHA-256 of the manifest, which holds that of every file."""
+    return hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest()
 
 
 def converted_directory(path: Path) -> Path:

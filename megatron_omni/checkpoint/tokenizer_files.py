@@ -48,7 +48,7 @@ class Vocabulary:
 
     path: Path
     digest: str
-    """Of what is not special: pieces and merges."""
+    """Of what is not special: pieces, merges, added tokens."""
     specials: dict[str, int]
     """Special tokens by name."""
     size: int
@@ -75,8 +75,11 @@ def read_vocabulary(path: Path) -> Vocabulary:
         return Vocabulary(path, digest, dict(tokenizer.specials), tokenizer.vocab_size, {})
     file = path / "tokenizer.json" if path.is_dir() else path
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    text = json.dumps([content.get(part) for part in ("model", "normalizer", "pre_tokenizer")], sort_keys=True)
-    present = {token["content"] for token in content.get("added_tokens") or []}
+    added = content.get("added_tokens") or []
+    plain = {token["content"]: token["id"] for token in added if token["content"] not in tokenizer.specials}
+    parts = [content.get(part) for part in ("model", "normalizer", "pre_tokenizer")]
+    text = json.dumps([*parts, plain], sort_keys=True)
+    present = {token["content"] for token in added}
     known = _pieces(content)
     return Vocabulary(
         path=path,

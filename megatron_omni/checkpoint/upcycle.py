@@ -321,13 +321,14 @@ class UpcycledSource:
             squared = 0.0
             for rows, piece in _pieces(source, source.infos()[key]):
                 if ours.dtype != piece.dtype or not torch.equal(ours[rows], piece):
+                    check_finite(piece, source.infos()[key])
                     squared += float((ours[rows].double() - piece.double()).square().sum())
             if squared == 0.0:
                 continue
             gap.count += 1
             norm = sum(float(rows.double().square().sum()) for rows in ours.split(4096))
             relative = math.sqrt(squared / norm) if norm else math.inf
-            if not relative <= gap.largest:  # a NaN there counts as the largest
+            if relative > gap.largest:
                 gap.largest, gap.key = relative, key
 
 
@@ -358,6 +359,10 @@ def upcycle(
     base = merged_model(sources, trunk=trunk)
     if new_tokens:
         base = dataclasses.replace(base, vocab_size=max(base.vocab_size, main.vocabulary.size))
+    elif main.vocabulary.size > base.vocab_size:
+        raise ValueError(
+            f"{main.path}: expected rows for {main.vocabulary.size} token ids, found {base.vocab_size}; choose --token-rows mean"
+        )
     recipe = _recipe(upcycled_model(base, num_experts=len(paths)), overrides)
     check_mixture(recipe.model, base, num_experts=len(paths))
     vision, audio = perception_sources(sources, trunk=trunk)
@@ -389,6 +394,20 @@ def upcycle(
             gap.source, trunk, gap.num_tensors, gap.largest, gap.key,
         )  # fmt: skip
     return directory
+
+
+def reopen(report: Mapping[str, Any], model: ModelConfig) -> UpcycledSource:
+    """What made the directory with the ``upcycle.json`` ``report`` and the ``model``, from its sources once more."""
+    return UpcycledSource(
+        sources={name: open_dense(name, Path(path)) for name, path in report["sources"].items()},
+        experts=tuple(report["experts"]),
+        trunk=report["trunk"],
+        vision=report["vision"],
+        audio=report["audio"],
+        model=model,
+        seed=report["seed"],
+        new_tokens=report["new_token_rows"],
+    )
 
 
 def _new_tokens(trunk: DenseSource, rule: str) -> dict[str, int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_omni.checkpoint.commit import CheckpointError
+from megatron_omni.checkpoint.convert import CARRIED
 from megatron_omni.checkpoint.export import Opened, open_ours
 from megatron_omni.checkpoint.families import FAMILIES, Part, open_language, their_name
 from megatron_omni.checkpoint.names import Entry, expand
@@ -83,14 +84,19 @@ class OursSource:
         if self._last is None or self._last[0] is not entry:
             self._last = None
             tensor = self._opened.reader.read(entry.ours, index=entry.expert)
-            self._last = entry, [piece.clone() for piece in entry.transform.to_theirs(tensor)]
+            pieces = entry.transform.to_theirs(tensor)
+            if len(pieces) == 1:  # an embedding matrix is not held twice
+                return pieces[0].contiguous()
+            self._last = entry, [piece.clone() for piece in pieces]
         _, parts = self._last
         if part == len(parts) - 1:
             self._last = None
         return parts[part].clone() if part < len(parts) - 1 else parts[part]
 
     def files(self) -> list[Path]:
-        return sorted(self._opened.directory.glob("*.distcp"))
+        directory = self._opened.directory
+        beside = [directory / name for name in (".metadata", CARRIED)]
+        return [*sorted(directory.glob("*.distcp")), *(file for file in beside if file.is_file())]
 
 
 def open_dense(name: str, path: Path) -> DenseSource:

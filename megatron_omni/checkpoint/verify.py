@@ -16,14 +16,15 @@ import torch
 from megatron_omni.checkpoint import commit
 from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.checkpoint.convert import CARRIED, import_checkpoint
-from megatron_omni.checkpoint.export import export_checkpoint, open_ours
+from megatron_omni.checkpoint.export import Opened, export_checkpoint, open_ours
 from megatron_omni.checkpoint.families import FAMILIES, Part
 from megatron_omni.checkpoint.layout import Layout
 from megatron_omni.checkpoint.ledger import LEDGER, check_lines, read_ledger, tensor_digest
 from megatron_omni.checkpoint.names import Row, expand
 from megatron_omni.checkpoint.progress import ByteProgress
-from megatron_omni.checkpoint.sources import Digests, HuggingFaceSource, Source
-from megatron_omni.checkpoint.tensor_files import ConversionError
+from megatron_omni.checkpoint.sources import Digests, HuggingFaceSource, Source, read_json
+from megatron_omni.checkpoint.tensor_files import ConversionError, read_tensor
+from megatron_omni.checkpoint.upcycle import REPORT, reopen
 from megatron_omni.config.run import Recipe
 
 logger = logging.getLogger(__name__)
@@ -55,13 +56,35 @@ def verify(path: Path, *, sources: dict[str, Path] | None = None) -> list[str]:
     names = {line["as"] for line in ledger["carried"]}
     if names != set(opened.carried):
         raise CheckpointError(f"{opened.directory / CARRIED}: holds other tensors than the ledger says")
+    carried = [{**line, "key": line["as"]} for line in ledger["carried"]]
+    for _ in check_lines(carried, lambda key, _: read_tensor(opened.carried[key]), where=opened.directory / CARRIED):
+        pass
     for record in ledger["parts"]:
+        if not record.get("is_path", True):
+            done.append(_verify_made(ledger, record, opened))
+            continue
         place = (sources or {}).get(record["family"], Path(record["source"]))
         if not place.exists():
             done.append(f"{record['family']}: {place} is not here; its tensors were not made again")
             continue
-        done.append(_verify_source(ledger, record, place, opened.recipe))
+        home, source = _home(record), HuggingFaceSource(place)
+        hashes = {Path(s["file"]).name: s["sha256"] for s in ledger["sources"] if Path(s["file"]).parent == home}
+        recorded = {file: hashes.get(file.name) for file in source.files()}
+        done.append(_verify_source(ledger, record, source, recorded, opened.recipe))
     return done
+
+
+def _verify_made(ledger: dict[str, Any], record: dict[str, Any], opened: Opened) -> str:
+    """A part that is no path: what was upcycled is made again of the dense checkpoints, where they are still there."""
+    if not (opened.directory / REPORT).is_file():
+        return f"{record['family']}: {record['source']}; its tensors have no file to be made from again"
+    report = read_json(opened.directory / REPORT)
+    for place in report["sources"].values():
+        if not Path(place).exists():
+            return f"{record['family']}: {place} is not here; its tensors were not made again"
+    source = reopen(report, opened.recipe.model)
+    digests = {Path(said["file"]): said["sha256"] for said in ledger["sources"]}
+    return _verify_source(ledger, record, source, {file: digests.get(file) for file in source.files()}, opened.recipe)
 
 
 def _verify_export(path: Path) -> list[str]:
@@ -85,12 +108,12 @@ def _verify_export(path: Path) -> list[str]:
     return [f"{path}: every file has its hash, {len(keys)} tensors are those of the ledger"]
 
 
-def _verify_source(ledger: dict[str, Any], record: dict[str, Any], place: Path, recipe: Recipe) -> str:
-    """Make every tensor of one part again and compare checksums."""
-    source = HuggingFaceSource(place)
-    recorded = {Path(s["file"]).name: s["sha256"] for s in ledger["sources"] if Path(s["file"]).parent == _home(record)}
-    for file, digest in Digests(source.files()).result().items():
-        if recorded.get(file.name, digest) != digest:
+def _verify_source(
+    ledger: dict[str, Any], record: dict[str, Any], source: Source, recorded: dict[Path, str | None], recipe: Recipe
+) -> str:
+    """Make every tensor of one part again and compare checksums; ``recorded``: of the files that ``source`` reads."""
+    for file, digest in Digests(recorded).result().items():
+        if recorded[file] not in (None, digest):
             raise CheckpointError(f"{file}: is not the file that was converted: its SHA-256 is another")
     lines = {(line["key"], line.get("expert")): line for line in ledger["tensors"]}
     dtype = getattr(torch, ledger["dtype"])
@@ -98,8 +121,10 @@ def _verify_source(ledger: dict[str, Any], record: dict[str, Any], place: Path, 
     for entry in entries:
         tensor = entry.transform.to_ours([source.read(key).to(dtype) for key in entry.theirs]).contiguous()
         if tensor_digest(tensor) != lines[entry.ours, entry.expert]["sha256"]:
-            raise CheckpointError(f"{place}: {', '.join(entry.theirs)} do not make the checkpoint's {entry.ours!r}")
-    return f"{record['family']}: {len(entries)} tensors made again from {place}, all equal"
+            raise CheckpointError(
+                f"{source.label}: {', '.join(entry.theirs)} do not make the checkpoint's {entry.ours!r}"
+            )
+    return f"{record['family']}: {len(entries)} tensors made again from {source.label}, all equal"
 
 
 def _home(record: dict[str, Any]) -> Path:

@@ -8,6 +8,7 @@ import os
 import random
 import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from megatron_omni.checkpoint import commit, convert
 from megatron_omni.checkpoint.commit import CheckpointError
@@ -27,6 +29,7 @@ from megatron_omni.checkpoint.distributed import _metadata
 from megatron_omni.checkpoint.export import export_checkpoint, open_ours
 from megatron_omni.checkpoint.families import FAMILIES, OpenedSources, draw_projectors, open_sources
 from megatron_omni.checkpoint.layout import Layout
+from megatron_omni.checkpoint.ledger import record_loss, recorded_loss
 from megatron_omni.checkpoint.names import expand
 from megatron_omni.checkpoint.progress import ByteProgress
 from megatron_omni.checkpoint.sources import HuggingFaceSource
@@ -203,6 +206,16 @@ def test_the_ledger_accounts_for_every_key_and_verify_finds_a_lie(tmp_path: Path
         f"{part.family}: {len(expand(part.rows))} tensors made again from {part.source.label}, all equal"
         for part in opened.parts[:3]
     ]
+    assert (
+        verify(tmp_path / "out")[4] == "projectors: drawn from seed 3; its tensors have no file to be made from again"
+    )
+    told = ledger["carried"][0]["sha256"]
+    ledger["carried"][0]["sha256"] = "0" * 64
+    (directory / "conversion.json").write_text(json.dumps(ledger))
+    commit.write_manifest(directory)
+    with pytest.raises(CheckpointError, match=r"carried\.safetensors: '.*': its contents are not those of the ledger"):
+        verify(tmp_path / "out")
+    ledger["carried"][0]["sha256"] = told
     name = "language.decoder.layers.0.input_layernorm.weight"
     line = next(line for line in ledger["tensors"] if line["key"] == name)
     line["sha256"] = "0" * 64
@@ -243,7 +256,11 @@ def test_export_of_a_damaged_checkpoint_leaves_nothing(tmp_path: Path, directori
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 4
     shard.write_bytes(content)
-    with pytest.raises((CheckpointError, RuntimeError), match=r"__0_0|failed"):
+    with pytest.raises(CheckpointError, match="__0_0"):
+        export_checkpoint(open_ours(tmp_path / "ours"), tmp_path / "back")
+    content[: len(content) // 2] = bytes(len(content) // 2)
+    shard.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: '.*': the block at byte \d+ is damaged"):
         export_checkpoint(open_ours(tmp_path / "ours"), tmp_path / "back")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours"]
 
@@ -372,6 +389,49 @@ def test_an_existing_result_is_not_overwritten(tmp_path: Path, directories: dict
     imported(open_sources(language=directories["language"]), tmp_path / "out")
     with pytest.raises(ConversionError, match="holds a checkpoint already"):
         imported(open_sources(language=directories["language"]), tmp_path / "out")
+
+
+def test_a_run_is_not_rolled_back(tmp_path: Path, directories: dict[str, Path]) -> None:
+    """A tracker that said 0 would make the run start again from the imported weights."""
+    directory = imported(open_sources(language=directories["language"]), tmp_path / "out")
+    directory.rename(directory.with_name("iter_0000100"))
+    tracker = directory.with_name(commit.TRACKER)
+    tracker.write_text("100\n")
+    with pytest.raises(ConversionError, match="holds a checkpoint already"):
+        imported(open_sources(language=directories["language"]), tmp_path / "out")
+    assert tracker.read_text() == "100\n"
+
+
+def test_a_loss_recorded_with_another_checkpoint_is_not_shown(
+    tmp_path: Path, directories: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = open_sources(language=directories["language"])
+    directory = imported(opened, tmp_path / "out")
+    record_loss(directory, loss=4.5, recipe={"seed": 1})
+    assert recorded_loss(directory) == 4.5
+    shutil.rmtree(directory)
+    directory.with_name(commit.TRACKER).unlink()
+    assert imported(opened, tmp_path / "out", layout=Layout(tp=2)) == directory
+    assert recorded_loss(directory) is None and "recorded with another checkpoint" in caplog.text
+
+
+def test_values_beyond_the_written_type_are_refused(tmp_path: Path) -> None:
+    hf = tmp_path / "hf"
+    foreign.qwen2(hf, dtype=torch.bfloat16)
+    tensors = load_file(hf / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e5
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    imported(open_sources(language=hf), tmp_path / "ours")
+    with pytest.raises(ConversionError, match=r"up_proj\.weight': expected values that float16 can hold.* 9\.98e\+04"):
+        export_checkpoint(open_ours(tmp_path / "ours"), tmp_path / "back", dtype="fp16")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "ours"]
+
+
+def test_the_written_configuration_names_the_written_type(tmp_path: Path, directories: dict[str, Path]) -> None:
+    """transformers rounds to what config.json says."""
+    imported(open_sources(language=directories["language"]), tmp_path / "ours")
+    back = export_checkpoint(open_ours(tmp_path / "ours"), tmp_path / "back", dtype="fp32")
+    assert AutoModelForCausalLM.from_pretrained(back).dtype == torch.float32
 
 
 def test_help_needs_no_torch() -> None:

@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +23,7 @@ from megatron_omni.checkpoint.ledger import tensor_digest
 from megatron_omni.checkpoint.torch_dist import TorchDistReader
 from megatron_omni.checkpoint.upcycle import UpcycledSource, upcycle
 from megatron_omni.checkpoint.upcycle_sources import OursSource
+from megatron_omni.checkpoint.verify import verify
 from megatron_omni.data.tokenizer import ALL_SPECIALS, load_tokenizer
 from tests.distributed.test_omni_layouts import MODEL as TINY_OMNI
 from tests.unit.dense_checkpoints import (
@@ -149,6 +153,12 @@ def test_a_vocabulary_without_room_grows(tmp_path: Path) -> None:
     assert torch.equal(made[NEW_ROWS], before[:FIRST_NEW].double().mean(0).float().expand(NUM_NEW, -1))
 
 
+def test_rows_that_are_kept_must_be_there(tmp_path: Path) -> None:
+    small = write_dense(tmp_path / "small", dataclasses.replace(MODEL, vocab_size=280))
+    with pytest.raises(ValueError, match=rf"small: expected rows for {FIRST_NEW + NUM_NEW} token ids, found 280"):
+        upcycle({"base": small}, tmp_path / "out", token_rows="keep")
+
+
 def test_token_rows_are_kept_where_asked_for(dense: dict[str, Path], tmp_path: Path) -> None:
     made = released(upcycle({"base": dense["base"]}, tmp_path / "out", token_rows="keep"))
     assert torch.equal(made["lm_head.weight"], tensors_of(dense["base"])["lm_head.weight"])
@@ -194,6 +204,37 @@ def test_trunk_is_the_named_source_and_differences_are_measured(
     assert "the trunk of base differs" in caplog.text and f"{expected:.3g} in {key}" in caplog.text
 
 
+def test_a_trunk_that_is_not_used_may_not_be_damaged(dense: dict[str, Path], tmp_path: Path) -> None:
+    sources = copied(dense, tmp_path)
+    change(sources["vision"], lambda tensors: tensors["model.norm.weight"][2:3].fill_(math.nan))
+    with pytest.raises(ValueError, match=r"vision/model\.safetensors: 'model\.norm\.weight': expected finite.*found 1"):
+        upcycle(sources, tmp_path / "out")
+    assert nothing_is_left(tmp_path / "out")
+
+
+def test_verify_makes_every_tensor_again(
+    dense: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the dense checkpoints; a directory that happens to be called ``upcycled`` is none of them."""
+    sources = copied(dense, tmp_path)
+    made = upcycle(sources, tmp_path / "upcycled", seed=5)
+    monkeypatch.chdir(tmp_path)
+    assert verify(Path("upcycled"))[1].endswith("tensors made again from upcycled, all equal")
+    weights = sources["vision"] / "model.safetensors"
+    before = weights.read_bytes()
+    change(sources["vision"], lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"][:1].add_(1e-3))
+    with pytest.raises(CheckpointError, match=r"vision/model\.safetensors: is not the file that was converted"):
+        verify(Path("upcycled"))
+    weights.write_bytes(before)
+    report = json.loads((made / "upcycle.json").read_text())
+    (made / "upcycle.json").write_text(json.dumps(report | {"seed": 6}))
+    commit.write_manifest(made)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.gate\.weight do not make the checkpoint's"):
+        verify(Path("upcycled"))
+    sources["vision"].rename(tmp_path / "gone")
+    assert f"{sources['vision']} is not here" in verify(Path("upcycled"))[1]
+
+
 def test_equal_trunks_give_no_warning(mixture: Path) -> None:
     assert json.loads((mixture / "upcycle.json").read_text())["trunk_differences"] == []
 
@@ -232,6 +273,12 @@ def spoil(sources: dict[str, Path], what: str) -> None:
             change(sources["base"], lambda t: t[gate][7].fill_(math.inf))
         case "mixture":
             change_config(vision, **moe_fields())
+        case "added token":
+            for source, number in ((vision, 0), (sources["base"], 1)):
+                content = json.loads((source / "tokenizer.json").read_text())
+                word = {**content["added_tokens"][0], "content": f"<tool{number}>", "special": False}
+                content["added_tokens"].append({**word, "id": FIRST_NEW})
+                (source / "tokenizer.json").write_text(json.dumps(content))
         case "truncated":
             weights = vision / "model.safetensors"
             weights.write_bytes(weights.read_bytes()[:-64])
@@ -254,6 +301,7 @@ def moe_fields() -> dict[str, Any]:
     ("what", "message"),
     [
         ("tokenizer", r"vision: another tokenizer than .*base"),
+        ("added token", r"vision: another tokenizer than .*base.*: found vocabulary"),
         ("special", r"vision: another tokenizer than .*base.*'<\|"),
         (
             "shape",
@@ -323,6 +371,33 @@ def test_an_interrupted_or_full_disk_leaves_nothing_and_a_rerun_works(
     assert nothing_is_left(tmp_path / "out")
     monkeypatch.undo()
     assert upcycle(dense, tmp_path / "out").is_dir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_nothing_and_is_status_130(dense: dict[str, Path], tmp_path: Path, number: int) -> None:
+    """In a process of its own, in the middle of writing."""
+
+    def run() -> None:
+        read, count = UpcycledSource.read, 0
+
+        def stopped(self: UpcycledSource, key: str) -> Tensor:
+            nonlocal count
+            count += 1
+            if count == 20:
+                assert list((tmp_path / "out").rglob("*.distcp")), "nothing is being written"
+                os.kill(os.getpid(), number)
+            return read(self, key)
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        UpcycledSource.read = stopped  # type: ignore[method-assign]
+        words = ["--base", str(dense["base"]), "--out", str(tmp_path / "out")]
+        os._exit(runpy.run_path(str(ROOT / "tools" / "upcycle.py"))["main"](words))
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == 130 and nothing_is_left(tmp_path / "out")
+    assert upcycle({"base": dense["base"]}, tmp_path / "out").is_dir()
 
 
 def run_tool(*words: str | Path, limit: int | None = None) -> subprocess.CompletedProcess[str]:
