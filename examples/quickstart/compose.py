@@ -41,7 +41,7 @@ from examples.quickstart import media
 from examples.quickstart.assets import Assets, load_assets
 
 SIZES = {
-    "image": 6000, "image_two": 10000, "word": 4000, "speech": 8000, "sound": 3000, "video": 3000, "text": 8000,
+    "image": 12000, "image_two": 16000, "word": 5000, "speech": 12000, "sound": 5000, "video": 4000, "text": 8000,
 }  # fmt: skip
 FAST_SHARE = 0.15
 EVAL_SIZE = 240
@@ -128,10 +128,10 @@ def png_bytes(picture: Image.Image) -> bytes:
 
 
 def compose_image(assets: Assets, rng: np.random.Generator, split: str) -> Sample:
-    """One object, 32 to 56 px wide, anywhere."""
+    """One object, 28 to 56 px wide, anywhere."""
     concept, language = int(rng.integers(64)), int(rng.random() < 0.25)
     canvas = media.gradient(rng)
-    size_px = int(rng.integers(32, 57))
+    size_px = int(rng.integers(28, 57))
     x, y = (int(v) for v in rng.integers(0, media.TILE_PX - size_px + 1, size=2))
     media.paste(canvas, assets.pictures[style_of(split)][concept], size_px, x, y)
     answer = (assets.english, assets.chinese)[language][concept]
@@ -145,7 +145,7 @@ def compose_image_two(assets: Assets, rng: np.random.Generator, split: str) -> S
     canvas = media.gradient(rng)
     level = int(rng.integers(4, 29))  # of both objects across the relation, to 4 px: never diagonal
     for order, concept in enumerate((first, second)):
-        size_px = int(rng.integers(26, 32))
+        size_px = int(rng.integers(29, 33))
         along = order * 32 + int(rng.integers(0, 33 - size_px))
         across = level + int(rng.integers(-4, 5))
         x, y = (along, across) if relation == "left" else (across, along)
@@ -172,11 +172,11 @@ def compose_speech(assets: Assets, rng: np.random.Generator, split: str) -> Samp
 
 
 def compose_sound(assets: Assets, rng: np.random.Generator, split: str) -> Sample:
-    """One note at some loudness and start; harder ones have noise under them."""
+    """One note at some loudness and start, a little out of tune; harder ones have noise under them."""
     instrument = list(assets.notes)[int(rng.integers(len(assets.notes)))]
     pitches = assets.train_pitches if split == "train" else assets.held_out_pitches
     notes = assets.notes[instrument][pitches[int(rng.integers(len(pitches)))]]
-    wave = media.join_words(rng, [notes[int(rng.integers(len(notes)))]])
+    wave = media.join_words(rng, [media.detune(rng, notes[int(rng.integers(len(notes)))])])
     if split == "harder":
         rms = float(np.sqrt(np.mean(wave**2)))
         wave = wave + rng.normal(0, 0.5 * rms, len(wave)).astype(np.float32)

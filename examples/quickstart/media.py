@@ -15,7 +15,8 @@ from PIL import Image
 
 SAMPLE_RATE = 16000
 TILE_PX = 64
-NUM_FRAMES, FRAMES_A_SECOND = 4, 2  # sampling a clip at its own rate gives its 4 frames, 0.5 s apart
+NUM_FRAMES, FRAMES_A_SECOND = 4, 2
+DETUNE_CENTS = 30  # a third of the step to the next pitch: a note stays nearer to its own than to a held-out one
 PAUSE_SECONDS = (0.03, 0.18)  # the two longest words of any voice, 1.72 s, and their pauses stay within 2.1 s
 X264_OPTIONS = {"preset": "ultrafast", "tune": "zerolatency", "crf": "14"}
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -63,6 +64,13 @@ def join_words(rng: np.random.Generator, waves: list[np.ndarray]) -> np.ndarray:
         parts.append(wave * np.float32(rng.uniform(0.4, 1.0)))
     joined = np.concatenate(parts)
     return joined + rng.normal(0, 1e-3, len(joined)).astype(np.float32)
+
+
+def detune(rng: np.random.Generator, wave: np.ndarray) -> np.ndarray:
+    """The wave played a little faster or slower, as an instrument that is out of tune."""
+    speed = 2 ** (rng.uniform(-DETUNE_CENTS, DETUNE_CENTS) / 1200)
+    places = np.arange(int(len(wave) / speed)) * speed
+    return np.interp(places, np.arange(len(wave)), wave).astype(np.float32)
 
 
 def flac_bytes(wave: np.ndarray) -> bytes:
