@@ -109,7 +109,9 @@ def cxx_command(source: Path, torch: Path) -> list[str]:
     command = [*shlex.split(os.environ.get("CXX", "c++")), *CXX_FLAGS, f"-I{CSRC}"]
     if source.name.startswith("bindings"):
         include = torch / "include"
-        return [*command, "-std=c++20", "-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")]
+        # at::parallel_for is a template around an OpenMP pragma: without -fopenmp here it runs on one thread.
+        command += ["-fopenmp", "-std=c++20"]
+        return [*command, "-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")]
     return [*command, "-std=c++17"]
 
 

@@ -1,5 +1,8 @@
 """Grouped matrix product: row by row against the expert's weight, empty groups, exact zero gradients, spare rows."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -212,3 +215,18 @@ def test_bad_buffers_name_the_argument():
         grouped_gemm_wgrad(x, dy[:4], offsets, out=torch.zeros(2, 4, 3))
     with pytest.raises(ValueError, match="offsets: has 3 entries for 3 experts"):
         grouped_gemm_reference(torch.zeros(2, 2), torch.zeros(3, 2, 2), offsets_of((1, 1)))
+
+
+def test_threads_are_used():
+    """One more thread exists after the first product large enough for two: torch's pool starts them when needed."""
+    program = (
+        "import os, torch\n"
+        "from megatron_omni.ops.grouped_gemm import grouped_gemm\n"
+        "torch.set_num_threads(2)\n"
+        "x, w, offsets = torch.ones(100, 256), torch.ones(1, 256, 120), torch.tensor([0, 100])\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "assert grouped_gemm(x, w, offsets).eq(256).all()\n"
+        "print(len(os.listdir('/proc/self/task')) - before)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["1"]
