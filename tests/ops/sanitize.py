@@ -47,12 +47,17 @@ def build(program: Path, folder: Path) -> Path:
 
 
 def run(program: Path, *, quick: bool) -> subprocess.CompletedProcess[str]:
-    """Build and run one program of tests/ops/sanitizer."""
+    """Build one program of tests/ops/sanitizer and run it on both paths; the first run that failed, or the last."""
     executable = build(program, ROOT / "build" / "sanitize")
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    return subprocess.run(
-        [str(executable), *(["--quick"] if quick else [])], env=environment, capture_output=True, text=True
-    )
+    for path in ("native", "portable"):
+        environment["OMNI_CPU_KERNELS"] = path
+        result = subprocess.run(
+            [str(executable), *(["--quick"] if quick else [])], env=environment, capture_output=True, text=True
+        )
+        if result.returncode != 0:
+            break
+    return result
 
 
 def main() -> int:

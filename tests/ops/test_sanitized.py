@@ -12,12 +12,15 @@ PROGRAMS = sorted((Path(__file__).parent / "sanitizer").glob("*.cpp"))
 
 @pytest.fixture(scope="module")
 def sanitizers(tmp_path_factory):
-    """Skips where the compiler has no sanitizer runtime."""
+    """Skips where the compiler has no sanitizer runtime; shows that a read past the end is reported."""
     folder = tmp_path_factory.mktemp("sanitizer")
-    (folder / "empty.cpp").write_text("int main() { return 0; }\n")
-    command = [*sanitize.compiler(), *sanitize.FLAGS, str(folder / "empty.cpp"), "-o", str(folder / "empty")]
+    source, program = folder / "overrun.cpp", folder / "overrun"
+    source.write_text("int main(int n, char**) { int* p = new int[n]; return p[n]; }\n")
+    command = [*sanitize.compiler(), *sanitize.FLAGS, str(source), "-o", str(program)]
     if subprocess.run(command, capture_output=True).returncode != 0:
         pytest.skip("the C++ compiler has no AddressSanitizer: install libasan and libubsan")
+    overrun = subprocess.run([str(program)], capture_output=True, text=True)
+    assert overrun.returncode != 0 and "heap-buffer-overflow" in overrun.stderr  # it would say so
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=[path.stem for path in PROGRAMS])

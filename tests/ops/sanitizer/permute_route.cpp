@@ -1,7 +1,5 @@
-// sources: permute.cpp topp_route.cpp counter_rng.cpp
-//
 // Every light CPU kernel on odd sizes, with buffers of exactly the size that the interface promises, so that a sanitizer
-// sees each access outside. Prints a checksum; tests/ops/test_sanitizer.py compiles and runs it.
+// sees each access outside. Prints a checksum; sanitize.py compiles and runs it.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
