@@ -3,7 +3,7 @@
 // SwiGLU and the routing weight w happen in the epilogues of the products, on tiles of accumulators that never leave the
 // caches. Kept for the backward pass: h = x w1, nothing else; a = w silu(g) u is made again from it. With d = dy Wd^T the
 // gradient of a row's weight is <d, silu(g) u>, so that y is not needed either. Partial sums of it, one per block of
-// columns, are added in order: the same bits for any number of threads.
+// columns, are added in order: the same bits for the same number of threads (more threads may cut narrower blocks).
 #include <cstring>
 
 #include "cpu/gemm_blocked.h"
