@@ -1,8 +1,5 @@
 """Kernels of the permutation ops against float64 definitions, over shapes, k from 0, skew, dtypes, both CPU paths."""
 
-import contextlib
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,22 +15,10 @@ from megatron_omni.ops.permute import (
     unpermute,
     unpermute_reference,
 )
+from tests.ops.ragged import kernels
 
 PATHS = ["native", "portable"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@contextlib.contextmanager
-def kernels(path):
-    before = os.environ.pop("OMNI_CPU_KERNELS", None)
-    if path == "portable":
-        os.environ["OMNI_CPU_KERNELS"] = "portable"
-    try:
-        yield
-    finally:
-        os.environ.pop("OMNI_CPU_KERNELS", None)
-        if before is not None:
-            os.environ["OMNI_CPU_KERNELS"] = before
 
 
 def random_map(generator, num_tokens, num_experts, density, skew):
