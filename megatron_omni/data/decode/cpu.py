@@ -75,11 +75,35 @@ class Video:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoSize:
-    """What the headers of a video promise."""
+    """Sampled frames and sound that the headers of a video promise."""
 
     num_frames: int
     sound_samples: int
     """At 16 kHz; 0 without sound."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoHeader:
+    """What the headers of a video say, whatever is sampled from it later."""
+
+    width: int
+    height: int
+    num_frames: int
+    seconds: float
+    sound_samples: int
+    """At 16 kHz, no longer than the picture; 0 without sound."""
+
+    def sampled(self, sampling: FrameSampling) -> VideoSize:
+        """What ``sampling`` takes of it."""
+        sound_samples = self.sound_samples if sampling.sound else 0
+        targets = frame_targets(
+            self.seconds,
+            fps=sampling.fps,
+            min_frames=sampling.min_frames,
+            max_frames=sampling.limit(sound_samples > 0),
+            num_available=self.num_frames,
+        )
+        return VideoSize(num_frames=len(targets), sound_samples=sound_samples)
 
 
 @contextmanager
@@ -290,25 +314,27 @@ def decode_video(file: str | Path, *, sampling: FrameSampling, max_sound_seconds
 
 def probe_video(file: str | Path, *, sampling: FrameSampling) -> VideoSize:
     """Sampled frames and samples of sound that the headers promise."""
-    with _named(file), _open_container(file) as container:
-        sound_seconds = 0.0
-        if sampling.sound and container.streams.audio:
-            sound_seconds = _track_seconds(container, file)
-        stream = _picture_stream(container, file)
-        if stream.frames and stream.duration and stream.time_base:
-            available, seconds = stream.frames, float(stream.duration * stream.time_base)
-        else:
-            with _open_container(file) as again:
-                times, seconds = _frame_times(again, file)
-            available = len(times)
-        targets = frame_targets(
-            seconds,
-            fps=sampling.fps,
-            min_frames=sampling.min_frames,
-            max_frames=sampling.limit(sound_seconds > 0),
-            num_available=available,
+    return read_video_header(file).sampled(sampling)
+
+
+def read_video_header(file: str | Path) -> VideoHeader:
+    """Size, frames and lengths from headers (of a video without frame count, from the packet list)."""
+    with _named(file):
+        num_frames, seconds = 0, 0.0
+        with _open_container(file) as container:
+            stream = _picture_stream(container, file)
+            width, height = stream.width, stream.height
+            if stream.frames and stream.duration and stream.time_base:
+                num_frames, seconds = stream.frames, float(stream.duration * stream.time_base)
+            sound_seconds = _track_seconds(container, file) if container.streams.audio else 0.0
+        if not num_frames:
+            with _open_container(file) as container:
+                times, seconds = _frame_times(container, file)
+            num_frames = len(times)
+        sound_samples = ceil(min(sound_seconds, seconds) * SAMPLE_RATE)
+        return VideoHeader(
+            width=width, height=height, num_frames=num_frames, seconds=seconds, sound_samples=sound_samples
         )
-        return VideoSize(num_frames=len(targets), sound_samples=ceil(min(sound_seconds, seconds) * SAMPLE_RATE))
 
 
 def _picture_stream(container: av.container.InputContainer, file: str | Path) -> av.VideoStream:
