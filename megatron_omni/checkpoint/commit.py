@@ -3,6 +3,7 @@
     checkpoints/.tmp_iter_0000100/     being written
     checkpoints/iter_0000100/          whole: hashed, flushed to disk, then renamed
     checkpoints/latest_checkpointed_iteration.txt      "100", replaced after the rename
+    checkpoints/best.json              step, metric and value of the best checkpoint, where one is kept
 
 A reader sees either no directory of a step or a whole one. ``integrity.json`` (Megatron's format: SHA-256 of every
 file) is checked before anything is read; a directory that fails the check is passed over, with a warning that names
@@ -16,10 +17,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "integrity.json"
 CHECKPOINTS = "checkpoints"
+BEST = "best.json"
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +51,18 @@ def begin(root: Path, step: int) -> Path:
     return directory
 
 
-def publish(root: Path, step: int, *, keep: int, digests: dict[str, str] | None = None) -> Path:
+def publish(
+    root: Path,
+    step: int,
+    *,
+    keep: int,
+    digests: dict[str, str] | None = None,
+    score: tuple[str, float] | None = None,
+) -> Path:
     """Make the temporary directory of ``step`` the newest checkpoint: manifest, flush, rename, tracker, retention.
 
-    ``digests``: SHA-256 of files that were hashed while they were written.
+    ``digests``: SHA-256 of files that were hashed while they were written. ``score``: the metric that chooses the best
+    checkpoint and its value here, lower is better.
     """
     temporary, final = temporary_dir(root, step), iteration_dir(root, step)
     write_manifest(temporary, digests=digests)
@@ -61,8 +72,29 @@ def publish(root: Path, step: int, *, keep: int, digests: dict[str, str] | None 
     os.rename(temporary, final)
     _flush_directory(root)
     write_text(root / TRACKER, f"{step}\n")
+    if score is not None:
+        _note_score(root, step, *score)
     retire(root, keep=keep)
     return final
+
+
+def _note_score(root: Path, step: int, metric: str, value: float) -> None:
+    """Make ``step`` the best checkpoint unless an earlier one has a value as low."""
+    best = best_checkpoint(root)
+    # A later step is of a run that was rolled back, whose future no longer counts.
+    if best is not None and best["metric"] == metric and best["step"] < step and best["value"] <= value:
+        return
+    write_text(root / BEST, json.dumps({"step": step, "metric": metric, "value": value}) + "\n")
+
+
+def best_checkpoint(root: Path) -> dict[str, Any] | None:
+    """``step``, ``metric`` and ``value`` of the best checkpoint; None where none is kept or its directory is gone."""
+    try:
+        best = json.loads((root / BEST).read_text(encoding="utf-8"))
+        found = {"step": int(best["step"]), "metric": str(best["metric"]), "value": float(best["value"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if iteration_dir(root, int(best["step"])).is_dir() else None
 
 
 def abandon(root: Path, step: int) -> None:
@@ -71,12 +103,14 @@ def abandon(root: Path, step: int) -> None:
 
 
 def retire(root: Path, *, keep: int) -> None:
-    """Remove all but the ``keep`` newest checkpoints up to the tracker's; that one always stays. 0 keeps all."""
+    """Remove all but the ``keep`` newest checkpoints up to the tracker's, which always stays, and the best. 0 keeps all."""
     latest = tracked_step(root)
     if keep <= 0 or latest is None:
         return
+    best = best_checkpoint(root)
     for step in [step for step in sorted(steps(root), reverse=True) if step <= latest][max(keep, 1) :]:
-        _remove(iteration_dir(root, step))
+        if best is None or step != best["step"]:
+            _remove(iteration_dir(root, step))
 
 
 def steps(root: Path) -> list[int]:

@@ -12,12 +12,13 @@ Files are read without running what is pickled in them (``untrusted.py``).
 Shapes and dtypes are compared before a tensor is read: Megatron would cast a wrong dtype in silence.
 """
 
+import fnmatch
 import gc
 import logging
 import queue
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,16 +61,17 @@ def save_checkpoint(
     common: dict[str, Any],
     recipe: Recipe,
     pg: ProcessGroupCollection,
+    score: tuple[str, float] | None = None,
 ) -> Path:
     """Write ``root/iter_<step>`` and make it the latest; all ranks call this together.
 
-    ``common`` is plain values, equal on every rank. Raises CheckpointError on every rank when any rank fails; the
-    previous checkpoint stays what it was.
+    ``common`` is plain values, equal on every rank; ``score`` as :func:`commit.publish` takes it. Raises CheckpointError
+    on every rank when any rank fails; the previous checkpoint stays what it was.
     """
     try:
         _on_first_rank(lambda: commit.begin(root, step), what=f"{root}: cannot start a checkpoint")
         _together(lambda: _write_tensors(commit.temporary_dir(root, step), model, optimizer, common, pg), what="saving")
-        _on_first_rank(lambda: _finish(root, step, recipe), what="finishing the checkpoint")
+        _on_first_rank(lambda: _finish(root, step, recipe, score), what="finishing the checkpoint")
     except CheckpointError:
         if dist.get_rank() == 0:
             commit.abandon(root, step)
@@ -103,14 +105,28 @@ def load_checkpoint(
     return dict(state["common"])
 
 
-def load_weights(directory: Path, *, model: MegatronModule, pg: ProcessGroupCollection) -> None:
+def load_weights(
+    directory: Path,
+    *,
+    model: MegatronModule,
+    pg: ProcessGroupCollection,
+    allow_missing: Sequence[str] = (),
+    allow_extra: Sequence[str] = (),
+) -> None:
     """Restore the weights alone, strictly: the same tensors with the same shapes and dtypes.
 
-    ``directory`` as :func:`find_checkpoint` returned it, so verified.
+    ``directory`` as :func:`find_checkpoint` returned it, so verified. Tensors whose names match a shell-style pattern of
+    ``allow_missing`` may be absent from it and then stay as they are; those of ``allow_extra`` may be in it unused.
     """
-    wanted = {"model": model.sharded_state_dict(prefix="", metadata=_metadata(pg))}
-    _compare(wanted, directory, prefix="optimizer.")
-    model.load_state_dict(_read(lambda: dist_checkpointing.load(wanted, str(directory)), directory)["model"])
+    weights = model.sharded_state_dict(prefix="", metadata=_metadata(pg))
+    absent = _compare(
+        {"model": weights}, directory, prefix="optimizer.", allow_missing=allow_missing, allow_extra=allow_extra
+    )
+    present = {name: value for name, value in weights.items() if not _keys(value) & absent}
+    state = _read(lambda: dist_checkpointing.load({"model": present}, str(directory)), directory)["model"]
+    left = model.load_state_dict(state, strict=not absent)
+    # Non-tensors (extra states) have no entry of their own in a checkpoint; of the tensors, only the absent may be left.
+    assert not left.unexpected_keys and not set(left.missing_keys) & set(present), left
 
 
 def _read(action: Callable[[], dict[str, Any]], directory: Path) -> dict[str, Any]:
@@ -168,12 +184,12 @@ def _write_tensors(
     torch_strategy.TorchDistSaveShardedStrategy().save(sharded, directory)
 
 
-def _finish(root: Path, step: int, recipe: Recipe) -> None:
+def _finish(root: Path, step: int, recipe: Recipe, score: tuple[str, float] | None) -> None:
     directory = commit.temporary_dir(root, step)
     save_config(CheckpointingConfig("torch_dist", 1), str(directory))
     commit.write_text(directory / RUN_CONFIG, recipe_to_yaml(recipe))
     _copy_tokenizer(Path(recipe.data.tokenizer), directory / TOKENIZER)
-    commit.publish(root, step, keep=recipe.checkpoint.keep)
+    commit.publish(root, step, keep=recipe.checkpoint.keep, score=score)
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
@@ -207,19 +223,36 @@ def _tensors(state: dict[str, Any]) -> Iterator[ShardedTensor]:
             yield value
 
 
-def _compare(wanted: dict[str, Any], directory: Path, *, prefix: str) -> None:
+def _keys(value: Any) -> set[str]:
+    """Names in the checkpoint of what one entry of a state dict is made of."""
+    return {tensor.key for tensor in _tensors({"entry": value})}
+
+
+def _compare(
+    wanted: dict[str, Any],
+    directory: Path,
+    *,
+    prefix: str,
+    allow_missing: Sequence[str] = (),
+    allow_extra: Sequence[str] = (),
+) -> set[str]:
     """ValueError unless the checkpoint holds exactly the tensors of ``wanted``, over all ranks; keys with ``prefix``
-    may be more.
+    may be more, and what matches a pattern may be missing or extra. The names that are missing.
     """
     stored = load_tensors_metadata(str(directory))
     here = {tensor.key: (tuple(tensor.global_shape), tensor.dtype) for tensor in _tensors(wanted)}
     everywhere: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, here)
     ours = {key: value for rank in everywhere for key, value in rank.items()}
+    absent = set()
     for key, (shape, dtype) in ours.items():
         if key not in stored:
+            if _matches(key, allow_missing):
+                absent.add(key)
+                continue
             raise ValueError(
-                f"{directory}: has no tensor {key!r}, which this model has; the recipe must describe the same model"
+                f"{directory}: has no tensor {key!r}, which this model has; the recipe must describe the same model, or "
+                "name it in init_allow_missing"
             )
         there = stored[key]
         if tuple(there.global_shape) != shape:
@@ -232,10 +265,16 @@ def _compare(wanted: dict[str, Any], directory: Path, *, prefix: str) -> None:
                 f"{directory}: {key!r} is {there.dtype}, this run's is {dtype}; set optim.precision to the checkpoint's"
             )
     extra = [key for key in stored if key not in ours and not (prefix and key.startswith(prefix))]
-    if extra:
+    if extra := [key for key in extra if not _matches(key, allow_extra)]:
         raise ValueError(
-            f"{directory}: holds the tensor {extra[0]!r}, which this model does not have ({len(extra)} such)"
+            f"{directory}: holds the tensor {extra[0]!r}, which this model does not have ({len(extra)} such); the recipe "
+            "must describe the same model, or name it in init_allow_extra"
         )
+    return absent
+
+
+def _matches(key: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def _rng_shard() -> ShardedObject:

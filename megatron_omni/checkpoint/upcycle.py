@@ -37,7 +37,7 @@ from megatron_omni.checkpoint.layout import Layout
 from megatron_omni.checkpoint.names import Entry, expand
 from megatron_omni.checkpoint.sources import Source, check_finite
 from megatron_omni.checkpoint.tensor_files import TensorInfo, read_into, read_tensor, tensor_bytes
-from megatron_omni.checkpoint.tokenizer_files import NEW_SPECIALS, copy_tokenizer
+from megatron_omni.checkpoint.tokenizer_files import NEW_SPECIALS, copy_tokenizer, find_tokenizer
 from megatron_omni.checkpoint.uni_moe import GATE, ROUTED, SHARED, uni_moe_rows, unused_shapes
 from megatron_omni.checkpoint.upcycle_sources import (
     SAME_FIELDS,
@@ -385,7 +385,7 @@ def upcycle(
     with tempfile.TemporaryDirectory() as tokenizer:
         copy_tokenizer(main.vocabulary.path, Path(tokenizer))
         directory = import_checkpoint(
-            [part], recipe, out, wanted=part.rows, layout=layout, dtype=dtype, tokenizer=Path(tokenizer),
+            [part], recipe, out, wanted=part.rows, layout=layout, dtype=dtype, tokenizer=find_tokenizer(Path(tokenizer)),
             command="upcycle", finishing=report,
         )  # fmt: skip
     for gap in made.differences():

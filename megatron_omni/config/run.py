@@ -17,6 +17,9 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves only at the end and on a stop signal."""
     keep: int = 2
     """Newest checkpoints kept; older ones are removed after a newer one is whole. 0 keeps all."""
+    keep_best: str | None = None
+    """A metric of the held-out evaluation, lower is better (``eval/loss``: mean over the held-out sets,
+    ``eval/loss/<name>``: one of them). The checkpoint with the lowest value stays too, and ``best.json`` names it."""
 
 
 @dataclass(kw_only=True)
@@ -42,7 +45,12 @@ class Recipe:
     run_dir: str = "runs/default"
     train_iters: int = 1000
     init_from: str | None = None
-    """Checkpoint whose weights start the run."""
+    """Run directory or checkpoint whose weights start the run. A dense one starts a model with experts by upcycling:
+    every routed expert is its feed-forward part (experts from several checkpoints: tools/upcycle.py)."""
+    init_allow_missing: list[str] = field(default_factory=list)
+    """Tensors (shell-style patterns of their names) that ``init_from`` may lack; they keep their initial values."""
+    init_allow_extra: list[str] = field(default_factory=list)
+    """Tensors (shell-style patterns of their names) of ``init_from`` that this model does not have."""
     load: str | None = None
     """Run directory or checkpoint to resume; ``auto`` resumes ``run_dir`` when it holds a checkpoint."""
     freeze: list[str] = field(default_factory=list)

@@ -217,8 +217,27 @@ def _run(recipe: Recipe) -> Iterator[str]:
             yield f"data.sources[{source.name}].weight={source.weight}: must not be negative"
     if data.sources and not any(s.weight > 0 and s.from_sample == 0 for s in data.sources):
         yield "data.sources: no source with weight > 0 starts at sample 0; give one from_sample=0"
+    yield from _best(recipe)
+    if (recipe.init_allow_missing or recipe.init_allow_extra) and not recipe.init_from:
+        yield "init_allow_missing, init_allow_extra: no effect without init_from; set it or take them out"
     if recipe.load and recipe.init_from and recipe.load != "auto":
         yield "load and init_from are both set: load resumes everything, init_from takes weights only; keep one"
+
+
+def _best(recipe: Recipe) -> Iterator[str]:
+    metric, interval, save = recipe.checkpoint.keep_best, recipe.log.eval_interval, recipe.checkpoint.save_interval
+    if metric is None:
+        return
+    names = ["eval/loss", *(f"eval/loss/{source.name}" for source in recipe.data.eval_sources)]
+    if interval <= 0 or not recipe.data.eval_sources:
+        yield f"checkpoint.keep_best={metric}: nothing is evaluated; set log.eval_interval and data.eval_sources"
+    elif metric not in names:
+        yield f"checkpoint.keep_best={metric}: no such metric; choose one of {', '.join(names)}"
+    elif save % interval:
+        yield (
+            f"checkpoint.keep_best={metric}: checkpoint.save_interval={save} must be a multiple of log.eval_interval="
+            f"{interval}, so that every checkpoint has a value"
+        )
 
 
 def _files(recipe: Recipe) -> Iterator[str]:

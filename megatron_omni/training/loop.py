@@ -100,12 +100,14 @@ def _train(run: Run, signals: StopSignals, logger: "_Logger") -> int:
                 f"{NON_FINITE_LIMIT} steps in a row had non-finite gradients (step {state.step}: norm {grad_norm}); "
                 "lower optim.lr or look at the data of these steps, then resume from the last checkpoint"
             )
+        evaluated: dict[str, float] = {}
         if eval_due(run.recipe, state.step):
             with logger.paused():
-                logger.write(evaluate(run))
+                evaluated = evaluate(run)
+                logger.write(evaluated)
         if stopping or save_due(run.recipe, state.step):
             with logger.paused():
-                logger.say(f"saved {save(run)}")
+                logger.say(f"saved {save(run, evaluated)}")
     if stopping and state.step < run.recipe.train_iters:
         logger.mark_stopped()
         return EXIT_REQUEUE
@@ -170,7 +172,10 @@ def aux_loss_scale(run: Run, step: int) -> float:
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Mean loss over the label tokens of each held-out set: the same samples every time, deterministic routing."""
+    """Mean loss over the label tokens of each held-out set: the same samples every time, deterministic routing.
+
+    ``eval/loss`` is the mean over the sets, each counting the same.
+    """
     losses = {}
     with evaluation_mode(run.model), torch.no_grad():
         for name, loader in run.eval_loaders.items():
@@ -185,7 +190,7 @@ def evaluate(run: Run) -> dict[str, float]:
                     total = report[0] if total is None else total + report[0]
             loss, count = sum_reports(run, total if total is not None else torch.zeros(2)).tolist()
             losses[f"eval/loss/{name}"] = loss / max(count, 1.0)
-    return losses
+    return losses if not losses else losses | {"eval/loss": sum(losses.values()) / len(losses)}
 
 
 def sum_reports(run: Run, table: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ The order matters: parts are frozen and weights loaded before the wrapper moves 
 optimizer copies its fp32 master weights from them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_omni.checkpoint.commit import CHECKPOINTS
-from megatron_omni.checkpoint.distributed import find_checkpoint, load_checkpoint, load_weights, save_checkpoint
+from megatron_omni.checkpoint.distributed import find_checkpoint, load_checkpoint, save_checkpoint
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.load import load_recipe
 from megatron_omni.config.run import Recipe
@@ -38,6 +38,7 @@ from megatron_omni.parallel.groups import Layout, initialize, layout
 from megatron_omni.parallel.wrap import unwrap_model, wrap_model
 from megatron_omni.platform.device import device
 from megatron_omni.platform.seeds import seed_everything
+from megatron_omni.training.initial_weights import load_initial_weights
 from megatron_omni.training.optimizer import build_optimizer, train_only_rows
 from megatron_omni.training.state import TrainState
 from megatron_omni.training.task import Task
@@ -86,10 +87,9 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
     seed_everything(recipe.seed, tp_rank=place.tp_rank, ep_rank=place.ep_rank, expert_tp_rank=place.expert_tp_rank)
     model = build_model(recipe, pg)
     freeze(model, recipe, pg)
-    if recipe.init_from is not None:
-        if recipe.optim.precision == "bf16":  # as the wrapper will: a checkpoint must have this run's dtype
-            model.bfloat16()
-        load_weights(_checkpoint(recipe.init_from, field="init_from"), model=model, pg=pg)
+    directory = _resume_from(recipe)
+    if recipe.init_from is not None and directory is None:
+        load_initial_weights(model, recipe, _checkpoint(recipe.init_from, field="init_from"), pg=pg)
     wrapped = wrap_model(model, recipe, pg)
     optimizer, scheduler = build_optimizer(wrapped, recipe, pg)
     run = Run(
@@ -104,7 +104,7 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
         loader=_loader(recipe, place),
         eval_loaders={s.name: _loader(recipe, place, [s]) for s in recipe.data.eval_sources},
     )
-    if (directory := _resume_from(recipe)) is not None:
+    if directory is not None:
         resume(run, directory)
     return run
 
@@ -131,12 +131,13 @@ def new_token_ids(recipe: Recipe) -> list[int]:
     return sorted(specials[name] for name in ALL_SPECIALS if name in specials and name not in QWEN_SPECIALS)
 
 
-def save(run: Run) -> Path:
-    """Write a checkpoint of the run as it stands after its last step."""
+def save(run: Run, evaluated: Mapping[str, float] | None = None) -> Path:
+    """Write a checkpoint of the run as it stands after its last step, whose held-out evaluation is ``evaluated``."""
     # Rank 0 is always a reader; its cursor is everyone's, its counts of skipped records stand for the run.
     data = [run.loader.state_dict() if run.loader is not None else None]
     dist.broadcast_object_list(data, src=0)
     common = {"train_state": run.state.state_dict(), "data": data[0]}
+    value = (evaluated or {}).get(metric) if (metric := run.recipe.checkpoint.keep_best) is not None else None
     return save_checkpoint(
         run.checkpoints,
         run.state.step,
@@ -145,6 +146,7 @@ def save(run: Run) -> Path:
         common=common,
         recipe=run.recipe,
         pg=run.pg,
+        score=None if metric is None or value is None else (metric, value),
     )
 
 
