@@ -1,0 +1,208 @@
+"""Bytes that autograd keeps of one micro-batch on one rank until its backward: counted tensor by tensor from the code.
+
+Every tensor saved for a gradient counts once, weights do not. A part that is not trained keeps nothing for its weights'
+gradients; a frozen encoder keeps nothing at all. With recomputation a layer keeps its input alone. What the backward of
+a layer needs on top while it runs is ``working_bytes``.
+
+The count is that of the plain path (own RMSNorm, Megatron's linear layers, ``model.moe.kernels: omni``), held within 5 %
+of ``torch.autograd.graph.saved_tensors_hooks`` by tests/distributed/test_plan.py; Transformer Engine's norms keep less
+(no fp32 copy of their input). Dropout, off in every recipe, is not counted.
+
+T tokens of the micro-batch, t = T / TP of this rank's sequence shard, H hidden, w bytes of an activation, A rows that
+this rank sends to experts (mean k times t), R rows that its own experts get (A times the imbalance).
+"""
+
+from dataclasses import dataclass
+
+from megatron_omni.config.model import AudioConfig, VisionConfig
+from megatron_omni.config.run import Recipe
+from megatron_omni.estimate.memory import element_bytes
+from megatron_omni.estimate.parameters import AUDIO_POSITIONS_PER_SECOND, padded_vocab_size, trained_parts
+
+FP32, INDEX = 4, 8
+"""Bytes of an fp32 value and of an int64 index."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """What a micro-batch holds, as far as memory and time depend on it."""
+
+    rows: int = 1
+    length: int
+    """Tokens of a row, padding included."""
+    label_tokens: float
+    tiles: float = 0.0
+    chunks: float = 0.0
+    packed: bool = False
+    """Rows of several samples: attention then takes a mask [rows, length, length], and keeps it in every layer."""
+    mean_k: float = 0.0
+    """Real experts per token."""
+    imbalance: float = 1.0
+    """Rows that the fullest rank's experts get, over the mean."""
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.rows * self.length
+
+
+class Activations:
+    """Byte counts of ``recipe`` on a rank, for micro-batches like ``batch``."""
+
+    def __init__(self, recipe: Recipe, batch: MicroBatch) -> None:
+        self.recipe, self.batch = recipe, batch
+        self.model, self.parallel = recipe.model, recipe.parallel
+        self.w = element_bytes(recipe)
+        self.trained = trained_parts(recipe)
+        self.tp = recipe.parallel.tensor_model_parallel_size
+        self.tokens = batch.tokens
+        self.shard = batch.tokens / self.tp
+        self.sent_rows = batch.mean_k * self.shard
+        self.received_rows = self.sent_rows * batch.imbalance * recipe.parallel.expert_tensor_parallel_size
+
+    def stage(self, stage: int) -> float:
+        """Bytes kept by pipeline ``stage`` of one micro-batch, recomputation taken into account."""
+        stages, blocks = self.parallel.pipeline_model_parallel_size, self.model.num_layers
+        total = blocks // stages * (self.layer(moe=False) + self.layer(moe=True))
+        if stage == 0:
+            total += self.embedding() + self.vision() + self.audio()
+        if stage == stages - 1:
+            total += self.norm() + self.head()
+        return total
+
+    def layer(self, *, moe: bool) -> float:
+        """Bytes kept by an attention layer or, with ``moe``, by the feed-forward layer that follows it."""
+        recompute = self.parallel.recompute
+        if recompute == "full" or (recompute == "moe" and moe and self.model.moe is not None):
+            return self.shard * self.model.hidden_size * self.w
+        return self.feed_forward() if moe else self.attention()
+
+    def norm(self) -> float:
+        """RMSNorm: fp32 copy of the input, reciprocal norm, normalised values for its weight."""
+        width = self.model.hidden_size
+        return self.shard * (width * FP32 + FP32 + ("norms" in self.trained) * width * self.w)
+
+    def attention(self) -> float:
+        """Norm, its output, cos and sin of queries and keys, rotated query and key, value (a view of the joint
+        projection), output and its log-sum."""
+        model, tp = self.model, self.tp
+        head = model.kv_channels
+        query = model.num_attention_heads * head // tp
+        key = model.num_query_groups * head // tp
+        kept = 4 * head + query + key + (query + 2 * key) + query
+        mask = self.batch.rows * self.batch.length**2 if self.batch.packed else 0
+        projection_input = ("attention" in self.trained) * self.shard * model.hidden_size
+        return (
+            self.norm()
+            + (self.tokens * kept + mask + projection_input) * self.w
+            + self.tokens * model.num_attention_heads / tp * FP32
+        )
+
+    def feed_forward(self) -> float:
+        """Norm and dense FFN, or MoE."""
+        if self.model.moe is not None:
+            return self.norm() + self.moe()
+        width = self.model.ffn_hidden_size // self.tp
+        ffn = "ffn" in self.trained
+        inner = 4 + ffn  # gate and up, silu(gate), a copy of up, and their product
+        return self.norm() + (ffn * self.shard * self.model.hidden_size + self.tokens * inner * width) * self.w
+
+    def moe(self) -> float:
+        """Router, permutation, rows and pre-activations of the experts, rows back, shared experts."""
+        moe, width, w, t = self.model.moe, self.model.hidden_size, self.w, self.shard
+        assert moe is not None
+        gate, shared = "gate" in self.trained, "shared_experts" in self.trained
+        wide = FP32 if moe.fp32_gate else w
+        jitter = moe.input_jitter > 0
+        copies = gate and (jitter or wide != w)  # otherwise the gate's input is the layer's
+        slots, num_shared = moe.num_routed_experts + moe.num_null_experts, moe.num_shared_experts
+        router = t * width * wide * (jitter + copies)
+        # Weights, scale and selection softmax; two masks; shared weights; the token's weight in the auxiliary loss.
+        router += t * (slots * (3 * FP32 + 2) + num_shared * FP32 + FP32)
+        if wide != w:
+            router += (slots + num_shared) * width * wide  # the gate itself, converted
+        sent, received = self.sent_rows, self.received_rows
+        if moe.moe_token_dispatcher_type == "allgather":
+            sent = received
+        indices = sent * 3 * INDEX + t * INDEX  # tokens, experts, the way back; where each token's begin
+        ranks = self.parallel.expert_model_parallel_size * self.parallel.expert_tensor_parallel_size
+        regrouped = moe.moe_token_dispatcher_type == "alltoall" and ranks > 1
+        if regrouped and moe.num_routed_experts > self.parallel.expert_model_parallel_size:
+            indices += received * 2 * INDEX
+        weights = sent * FP32 * (2 if moe.gradient_estimator == "paper" else 1)
+        ffn = moe.moe_ffn_hidden_size // self.parallel.expert_tensor_parallel_size
+        rows = received * (width + 2 * ffn) * w + sent * width * w
+        total = router + indices + weights + rows
+        if num_shared:
+            hidden = num_shared * moe.moe_shared_expert_intermediate_size
+            total += t * (4 + shared) * hidden * w  # gate and up, silu(gate), product, weighted product
+        if shared or (gate and not copies):
+            total += t * width * w
+        return total
+
+    def embedding(self) -> float:
+        """Token ids, of which tensor parallelism makes a shifted copy."""
+        return ("embeddings" in self.trained) * self.tokens * INDEX
+
+    def head(self) -> float:
+        """Labelled rows, log-probabilities, targets, masks: the output layer and its loss."""
+        labels, vocabulary = self.batch.label_tokens, padded_vocab_size(self.model) // self.tp
+        total = labels * vocabulary * FP32 + labels * INDEX + 2 * self.tokens
+        if self.tp > 1:
+            total += labels
+        return total + ("output" in self.trained) * labels * self.model.hidden_size * self.w
+
+    def vision(self) -> float:
+        """SigLIP layers where they are trained, projector, pooled rows and their places."""
+        config = self.model.vision
+        if config is None:
+            return 0.0
+        patches = self.batch.tiles * (config.image_size // config.patch_size) ** 2
+        out = self.model.hidden_size
+        rows = self.batch.tiles * config.pooled_side**2
+        trains_tower, trains_projector = "vision" in self.trained, "projectors" in self.trained
+        if not trains_tower and not trains_projector:
+            return 0.0
+        total = self._tower(config, patches) if trains_tower else 0.0
+        # Before and after GELU, the pooling's input, and the first layer's.
+        total += patches * ((2 + trains_projector) * out + trains_projector * config.hidden_size) * self.w
+        return total + rows * (out * self.w + INDEX)
+
+    def _tower(self, config: VisionConfig, patches: float) -> float:
+        pixels = self.batch.tiles * 3 * config.image_size**2 * self.w
+        return pixels + config.num_layers * self.siglip_layer(config, patches)
+
+    def siglip_layer(self, config: VisionConfig, patches: float) -> float:
+        """Two norms (input, mean, scale), their outputs, query, key, value, attention output, both sides of GELU."""
+        values = 8 * config.hidden_size + 2 * config.ffn_hidden_size + 4
+        return patches * (values * self.w + config.num_attention_heads * FP32)
+
+    def audio(self) -> float:
+        """Whisper's encoder where it is trained, Q-former, projector, rows and their places."""
+        config = self.model.audio
+        if config is None:
+            return 0.0
+        trains_tower, trains_queries = "audio" in self.trained, "projectors" in self.trained
+        if not trains_tower and not trains_queries:
+            return 0.0
+        width, chunks = config.hidden_size, self.batch.chunks
+        frames = chunks * int(config.chunk_seconds * AUDIO_POSITIONS_PER_SECOND)
+        queries = chunks * config.num_query_tokens
+        total = 0.0
+        if trains_tower:
+            total += frames * self.w * (2 * config.num_mel_bins + 5 * width + width + 2)  # convolutions, last norm
+            total += config.num_encoder_layers * self.whisper_layer(config, frames)
+        total += config.num_decoder_layers * self.qformer_layer(config, frames, queries)
+        total += (trains_queries * frames * width + queries * (2 * width + 2)) * self.w
+        return total + queries * (self.model.hidden_size * self.w + INDEX)
+
+    def whisper_layer(self, config: AudioConfig, frames: float) -> float:
+        """As SigLIP's, and the attention output once more for the projection."""
+        values = 9 * config.hidden_size + 2 * config.ffn_hidden_size + 4
+        return frames * (values * self.w + config.num_attention_heads * FP32)
+
+    def qformer_layer(self, config: AudioConfig, frames: float, queries: float) -> float:
+        """Self-attention and cross-attention of the queries; keys and values of every frame."""
+        values = 14 * config.hidden_size + 2 * config.ffn_hidden_size + 6
+        kept = queries * (values * self.w + 2 * config.num_attention_heads * FP32)
+        return kept + frames * 2 * config.hidden_size * self.w

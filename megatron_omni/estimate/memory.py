@@ -1,0 +1,128 @@
+"""Bytes that a rank holds from the first step to the last: weights, gradients, optimizer state. Exact, padding included.
+
+Weights: bf16 (or fp32) parameters, frozen ones too. Gradients: one fp32 buffer for what is trained. Optimizer: two fp32
+Adam moments of what is trained and, for bf16 weights, an fp32 master copy.
+
+With the distributed optimizer trained parameters live in buffers: one for routed experts, cut over the expert
+data-parallel ranks, one for the rest, cut over the data-parallel ranks. A buffer lays parameters out from the last to
+the first, each at a multiple of 64 elements; buckets (one, or of ``BUCKET`` elements where reduction overlaps the backward)
+end at a multiple of 128 and of the ranks. Rank r updates the r-th part of every bucket, whatever parameters lie there.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_omni.config.run import Recipe
+from megatron_omni.estimate.parameters import Weight, stage_weights, trained_parts
+
+GRADIENT_BYTES = 4
+MOMENT_BYTES = 8
+MASTER_BYTES = 4
+PARAMETER_ALIGNMENT = 64
+BUCKET_ALIGNMENT = 128
+BUCKET = 40_000_000
+"""Elements of a bucket under ``parallel.overlap_grad_reduce``; a million per rank where that is more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticBytes:
+    """What a rank holds between steps."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def element_bytes(recipe: Recipe) -> int:
+    """Bytes of a weight and of an activation."""
+    return 2 if recipe.optim.precision == "bf16" else 4
+
+
+def replicas(recipe: Recipe, world_size: int) -> tuple[int, int]:
+    """Data-parallel ranks that hold the same dense parameters, and those that hold the same routed experts."""
+    parallel = recipe.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    experts = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
+    return world_size // (tp * pp), world_size // (experts * pp)
+
+
+def static_bytes(
+    recipe: Recipe, world_size: int, *, stage: int, dp_rank: int = 0, expert_dp_rank: int = 0
+) -> StaticBytes:
+    """Bytes on the rank of pipeline ``stage`` with these places in its data-parallel groups.
+
+    Rank 0 of a group holds at least as much as any other: padding lies at the end of a bucket.
+    """
+    weights = stage_weights(recipe.model, recipe.parallel, stage=stage)
+    parts = trained_parts(recipe)
+    trained = [w for w in weights if w.trainable and w.part in parts]
+    dense, experts = [w for w in trained if not w.expert], [w for w in trained if w.expert]
+    size = element_bytes(recipe)
+    state = MOMENT_BYTES + (MASTER_BYTES if size == 2 else 0)
+    frozen = sum(w.numel for w in weights) - sum(w.numel for w in trained)
+    if not recipe.optim.use_distributed_optimizer:
+        held = sum(w.numel for w in trained)
+        return StaticBytes(weights=(frozen + held) * size, gradients=held * GRADIENT_BYTES, optimizer=held * state)
+    buffered = updated = 0
+    bucket_size = _bucket_size(recipe, world_size, stage=stage)
+    places = zip((dense, experts), replicas(recipe, world_size), (dp_rank, expert_dp_rank), strict=True)
+    for group, ranks, rank in places:
+        for bucket in _buckets(group, ranks, bucket_size):
+            buffered += bucket.size
+            updated += bucket.elements_of(rank, ranks)
+    return StaticBytes(
+        weights=(frozen + buffered) * size, gradients=buffered * GRADIENT_BYTES, optimizer=updated * state
+    )
+
+
+def weight_bytes_per_rank(recipe: Recipe, world_size: int) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer state on the fullest rank, without activations."""
+    stages = range(recipe.parallel.pipeline_model_parallel_size)
+    return vars(max((static_bytes(recipe, world_size, stage=stage) for stage in stages), key=lambda held: held.total))
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    size: int
+    """Elements, padding included."""
+    spans: tuple[tuple[int, int], ...]
+    """First element and last + 1 of each parameter, counted from the start of the bucket."""
+
+    def elements_of(self, rank: int, ranks: int) -> int:
+        """Elements of parameters, padding not counted, in the ``rank``-th part."""
+        part = self.size // ranks
+        return sum(max(0, min(end, (rank + 1) * part) - max(start, rank * part)) for start, end in self.spans)
+
+
+def _bucket_size(recipe: Recipe, world_size: int, *, stage: int) -> int | None:
+    if not recipe.parallel.overlap_grad_reduce or stage > 0:
+        return None
+    return max(BUCKET, 1_000_000 * replicas(recipe, world_size)[0])
+
+
+def _buckets(weights: Sequence[Weight], ranks: int, bucket_size: int | None) -> Iterator[_Bucket]:
+    divisor = math.lcm(ranks, BUCKET_ALIGNMENT)
+    spans: list[tuple[int, int]] = []
+    at = 0
+
+    def finish() -> _Bucket:
+        return _Bucket(-(-at // divisor) * divisor, tuple(spans))
+
+    for weight in reversed(weights):
+        at = -(-at // PARAMETER_ALIGNMENT) * PARAMETER_ALIGNMENT
+        if weight.own_bucket and spans:
+            yield finish()
+            spans, at = [], 0
+        spans.append((at, at + weight.numel))
+        at += weight.numel
+        if weight.own_bucket or (bucket_size is not None and at >= bucket_size):
+            yield finish()
+            spans, at = [], 0
+    if spans:
+        yield finish()
