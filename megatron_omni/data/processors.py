@@ -15,11 +15,12 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from transformers.audio_utils import mel_filter_bank
 
 from megatron_omni.config.model import AudioConfig, VisionConfig
+from megatron_omni.data.decode.cpu import to_rgb
 from megatron_omni.positions import SAMPLE_RATE, audio_chunks
 
 N_FFT = 400
@@ -53,23 +54,6 @@ def _score(width: int, height: int, grid: tuple[int, int], tile_size: int) -> tu
     return effective, -(target_w * target_h - effective)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB with the EXIF orientation applied and transparency laid over white.
-
-    White, because most transparent pictures are dark drawings meant for a page. 16-bit grey is scaled to 8 bits
-    (Pillow's own conversion clips it). ValueError for float pictures: their range is not known.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("picture of 32-bit floats: their range is unknown; store it with 8 or 16 bits a channel")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        image = Image.fromarray((np.clip(np.asarray(image, dtype=np.int64), 0, 65535) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
 def fit_on_canvas(image: Image.Image, *, width: int, height: int) -> Image.Image:
     """Resize (bicubic) to the largest size inside the canvas with the aspect kept, centred on black."""
     if width * image.height <= height * image.width:
@@ -77,6 +61,8 @@ def fit_on_canvas(image: Image.Image, *, width: int, height: int) -> Image.Image
     else:
         size = min(-(-image.width * height // image.height), width), height
     resized = image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+    if size == (width, height):
+        return resized
     canvas = Image.new("RGB", (width, height))
     canvas.paste(resized, ((width - size[0]) // 2, (height - size[1]) // 2))
     return canvas
@@ -86,21 +72,28 @@ def image_tiles(image: Image.Image, config: VisionConfig) -> tuple[Tensor, tuple
     """Tiles [rows * cols, 3, p, p] float32 in row-major order, and (rows, cols)."""
     image, p = to_rgb(image), config.image_size
     cols, rows = choose_grid(image.width, image.height, tile_size=p, max_tiles_per_side=config.max_tiles_per_side)
-    canvas = _normalise([fit_on_canvas(image, width=cols * p, height=rows * p)])[0]  # [3, rows p, cols p]
+    fitted = fit_on_canvas(image, width=cols * p, height=rows * p)
+    canvas = _normalise(np.array(fitted)[None])[0]  # [3, rows p, cols p]
     tiles = canvas.view(3, rows, p, cols, p).permute(1, 3, 0, 2, 4).reshape(rows * cols, 3, p, p)
     return tiles, (rows, cols)
 
 
 def frame_tiles(frames: Sequence[Image.Image | np.ndarray], config: VisionConfig) -> Tensor:
     """Video frames (pictures or uint8 [height, width, 3]) to one tile each, [F, 3, p, p] float32; aspect not kept."""
-    pictures = [frame if isinstance(frame, Image.Image) else Image.fromarray(frame) for frame in frames]
-    size = (config.image_size, config.image_size)
-    return _normalise([picture.convert("RGB").resize(size, Image.Resampling.BICUBIC) for picture in pictures])
+    return _normalise(np.stack([_square(frame, config.image_size) for frame in frames]))
 
 
-def _normalise(pictures: Sequence[Image.Image]) -> Tensor:
-    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
-    return pixels.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1.0)
+def _square(frame: Image.Image | np.ndarray, side: int) -> np.ndarray:
+    """[side, side, 3] uint8."""
+    if isinstance(frame, np.ndarray) and frame.shape == (side, side, 3):
+        return frame
+    picture = frame.convert("RGB") if isinstance(frame, Image.Image) else Image.fromarray(frame)
+    return np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
+
+
+def _normalise(pictures: np.ndarray) -> Tensor:
+    """[N, height, width, 3] uint8 -> [N, 3, height, width] float32."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1.0)
 
 
 # ------------------------------------------------------------------------------------------------ sound
@@ -133,7 +126,7 @@ def log_mel(samples: np.ndarray | Tensor, config: AudioConfig) -> Tensor:
 def _log_mel_chunks(chunks: Tensor, num_mel_bins: int) -> Tensor:
     window, filters = _window(), _mel_filters(num_mel_bins)
     spectrum = torch.stft(chunks, N_FFT, HOP_SAMPLES, window=window, return_complex=True)[..., :-1]
-    power = torch.view_as_real(spectrum.contiguous()).square_().sum(-1)  # [C, 201, frames]
+    power = spectrum.real.square().add_(spectrum.imag.square())  # [C, 201, frames]; a sum over the pairs is 4 x slower
     log_power = (filters @ power).clamp_(min=1e-10).log10_()
     floor = log_power.amax(dim=(1, 2), keepdim=True) - 8.0
     return torch.maximum(log_power, floor).add_(4.0).div_(4.0)

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from megatron_omni.data.decode import cpu
+from megatron_omni.data.decode import media
 from megatron_omni.data.decode.cpu import (
     FrameSampling,
     MediaError,
@@ -91,7 +91,7 @@ def test_probe_gives_the_size_of_the_upright_picture(tmp_path):
 
 def test_a_picture_above_the_limit_is_refused_unread(tmp_path, monkeypatch):
     Image.new("1", (300, 200)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(cpu, "MAX_PIXELS", 59_999)
+    monkeypatch.setattr(media, "MAX_PIXELS", 59_999)
     for function in (decode_image, probe_image):
         with pytest.raises(MediaError, match=r"bomb.png': 300 x 200 pixels, above the limit of 59999") as caught:
             function(tmp_path / "bomb.png")
