@@ -12,6 +12,7 @@ Exit status: 0 done, 2 bad input (one line ``error: ...``), 1 anything else. doc
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -77,6 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.overrides = rest
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     signal.signal(signal.SIGTERM, _interrupt)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages; faults of small ones cost more than copying
     from megatron_omni.checkpoint.commit import CheckpointError
 
     run = {"import": run_import, "export": run_export, "roundtrip": run_roundtrip, "verify": run_verify}

@@ -12,6 +12,7 @@ Exit status: 0 done, 2 for sources or settings that do not fit, 1 for a disk tha
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -53,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     sys.path.insert(0, str(ROOT))
     signal.signal(signal.SIGTERM, _interrupt)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages; faults of small ones cost more than copying
 
     from megatron_omni.checkpoint.commit import CheckpointError
     from megatron_omni.checkpoint.layout import Layout

@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_omni.checkpoint import commit
+from megatron_omni.checkpoint.ahead import made_ahead
 from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.checkpoint.families import Part, carried_name
 from megatron_omni.checkpoint.layout import Layout, blocks, check_layout
 from megatron_omni.checkpoint.ledger import dtype_name, tensor_digest, tensor_line, write_ledger
 from megatron_omni.checkpoint.names import Row, expand
-from megatron_omni.checkpoint.plan import Plan, make_plan
+from megatron_omni.checkpoint.plan import Job, Plan, make_plan
 from megatron_omni.checkpoint.progress import ByteProgress
 from megatron_omni.checkpoint.sources import Digests, HuggingFaceSource, check_finite
 from megatron_omni.checkpoint.tensor_files import ConversionError, SafetensorsWriter
@@ -85,8 +87,8 @@ def import_checkpoint(
     digests = Digests(file for part in parts for file in part.source.files())
     directory = commit.begin(root, 0)
     try:
-        with disk_errors(out), ThreadPoolExecutor(1) as hasher:
-            known, lines = _write_tensors(directory, plan, layout, target, recipe.model, hasher, label=command)
+        with disk_errors(out):
+            known, lines = _write_tensors(directory, plan, layout, target, recipe.model, digests, label=command)
             files, carried = _write_carried(directory, plan)
             known |= files
             _check_twins(plan)
@@ -119,46 +121,56 @@ def _write_tensors(
     layout: Layout,
     target: torch.dtype,
     model: ModelConfig,
-    hasher: ThreadPoolExecutor,
+    digests: Digests,
     *,
     label: str,
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Every block of the layout; SHA-256 of the files and the ledger's lines."""
-    writer, lines = TorchDistWriter(directory), []
+    writer, lines, hasher = TorchDistWriter(directory), [], ThreadPoolExecutor(1)
     progress = ByteProgress(label, plan.num_bytes())
     try:
         writer.write_object(COMMON_STATE, [{}])
-        for job in plan.jobs:
-            entry, infos = job.entry, job.part.source.infos()
-            parts = []
-            for key in entry.theirs:
-                part = job.part.source.read(key)
-                check_finite(part, infos[key])
-                parts.append(part.to(target))
-                if target.itemsize < part.dtype.itemsize:
-                    check_finite(parts[-1], infos[key])
-                del part
-            tensor = entry.transform.to_ours(parts).contiguous()
-            parts.clear()
-            digest = hasher.submit(tensor_digest, tensor)
-            for block, offsets, rank in blocks(entry, tensor, layout=layout, num_layers=model.num_layers):
-                writer.write(entry.ours, block, shape=entry.global_shape, offsets=offsets, rank=rank)
-            for module in EXTRA_STATE:  # Megatron's linear layers ask for it; without fp8 it is empty
-                if entry.ours.endswith(f"{module}.weight"):
-                    writer.write_object(f"{entry.ours.removesuffix('weight')}_extra_state/shard_0_1", [None])
-            if entry.ours == "language.decoder.final_norm.weight":
-                writer.write_object("language.output_layer._extra_state/shard_0_1", [None])
-            dtypes = [infos[key].dtype for key in entry.theirs]
-            lines.append(
-                tensor_line(entry, tensor, digest=digest.result(), source=job.part.source.label, source_dtypes=dtypes)
-            )
-            progress.add(sum(infos[key].num_bytes for key in entry.theirs))
+        with made_ahead(lambda job: _made(job, target), plan.jobs) as made:
+            for job, tensor in made:
+                entry, infos = job.entry, job.part.source.infos()
+                digest = hasher.submit(tensor_digest, tensor)
+                for block, offsets, rank in blocks(entry, tensor, layout=layout, num_layers=model.num_layers):
+                    writer.write(entry.ours, block, shape=entry.global_shape, offsets=offsets, rank=rank)
+                for module in EXTRA_STATE:  # Megatron's linear layers ask for it; without fp8 it is empty
+                    if entry.ours.endswith(f"{module}.weight"):
+                        writer.write_object(f"{entry.ours.removesuffix('weight')}_extra_state/shard_0_1", [None])
+                if entry.ours == "language.decoder.final_norm.weight":
+                    writer.write_object("language.output_layer._extra_state/shard_0_1", [None])
+                dtypes = [infos[key].dtype for key in entry.theirs]
+                lines.append(
+                    tensor_line(
+                        entry, tensor, digest=digest.result(), source=job.part.source.label, source_dtypes=dtypes
+                    )
+                )
+                del tensor, block
+                progress.add(sum(infos[key].num_bytes for key in entry.theirs))
+                digests.follow(progress.done / max(1, progress.total))
         files = writer.finish()
         progress.finish()
         return files, lines
     except BaseException:
         writer.close()
         raise
+    finally:
+        hasher.shutdown()
+
+
+def _made(job: Job, target: torch.dtype) -> Tensor:
+    """Our tensor of a job, contiguous; ConversionError where a part of it is not finite before or after rounding."""
+    infos, parts = job.part.source.infos(), []
+    for key in job.entry.theirs:
+        part = job.part.source.read(key)
+        check_finite(part, infos[key])
+        parts.append(part.to(target))
+        if target.itemsize < part.dtype.itemsize:
+            check_finite(parts[-1], infos[key])
+        del part
+    return job.entry.transform.to_ours(parts).contiguous()
 
 
 def _said(part: Part) -> dict[str, Any]:

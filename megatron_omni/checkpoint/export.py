@@ -4,6 +4,7 @@ Weights are read from the distributed checkpoint block by block, whatever layout
 verified while it is read; the directory gets its name only when every file agreed.
 """
 
+import itertools
 import json
 import logging
 import math
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_omni.checkpoint import commit, uni_moe
+from megatron_omni.checkpoint.ahead import made_ahead
 from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.checkpoint.convert import CARRIED, DOCUMENTS, DTYPES, RUN_CONFIG, TOKENIZER, check_space, disk_errors
 from megatron_omni.checkpoint.families import FAMILIES, their_name
@@ -134,8 +136,8 @@ def export_checkpoint(
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary.mkdir()
     try:
-        with disk_errors(out), ThreadPoolExecutor(1) as hasher:
-            outputs, lines = _write_shards(temporary, opened, files, total, hasher)
+        with disk_errors(out):
+            outputs, lines = _write_shards(temporary, opened, files, digests)
             if len(files) > 1:
                 index = {
                     "metadata": {"total_size": total},
@@ -236,33 +238,43 @@ def _shards(writes: Sequence[_Write], limit: int) -> dict[str, list[_Write]]:
 
 
 def _write_shards(
-    directory: Path, opened: Opened, files: dict[str, list[_Write]], total: int, hasher: ThreadPoolExecutor
+    directory: Path, opened: Opened, files: dict[str, list[_Write]], digests: Digests
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    progress, outputs, lines = ByteProgress("export", total), {}, []
-    entry: Entry | None = None
-    parts: list[Tensor] = []
-    for name, group in files.items():
-        writer = SafetensorsWriter(directory / name, [(w.key, w.dtype, w.shape) for w in group])
-        try:
-            for write in group:
-                if write.entry is not None and write.entry is not entry:
-                    entry = write.entry
-                    parts.clear()
-                    tensor = opened.reader.read(entry.ours, index=entry.expert)
-                    parts = entry.transform.to_theirs(tensor)
-                    del tensor
-                tensor = _rounded(write, parts[write.part] if write.entry else _unused(write, opened)).contiguous()
-                digest = hasher.submit(tensor_digest, tensor)
-                writer.write(write.key, tensor)
-                lines.append(_export_line(write, digest.result()))
-                progress.add(write.num_bytes)
-                del tensor
-            outputs[name] = writer.finish()
-        except BaseException:
-            writer.close()
-            raise
-    progress.finish()
-    return outputs, lines
+    """SHA-256 of every file, and the ledger's line of each tensor."""
+    writes = [write for group in files.values() for write in group]
+    progress, hasher = ByteProgress("export", sum(write.num_bytes for write in writes)), ThreadPoolExecutor(1)
+    outputs, lines = {}, []
+    # The parts of an entry are made of one tensor, which is read once.
+    groups = [list(group) for _, group in itertools.groupby(writes, key=lambda w: id(w.entry) if w.entry else w.key)]
+    try:
+        with made_ahead(lambda group: _made(group, opened), groups) as made:
+            tensors = (pair for group, parts in made for pair in zip(group, parts))
+            for name, group in files.items():
+                writer = SafetensorsWriter(directory / name, [(w.key, w.dtype, w.shape) for w in group])
+                try:
+                    for write, tensor in itertools.islice(tensors, len(group)):
+                        digest = hasher.submit(tensor_digest, tensor)
+                        writer.write(write.key, tensor)
+                        lines.append(_export_line(write, digest.result()))
+                        progress.add(write.num_bytes)
+                        digests.follow(progress.done / max(1, progress.total))
+                    outputs[name] = writer.finish()
+                except BaseException:
+                    writer.close()
+                    raise
+        progress.finish()
+        return outputs, lines
+    finally:
+        hasher.shutdown()
+
+
+def _made(group: Sequence[_Write], opened: Opened) -> list[Tensor]:
+    """What ``group`` writes, which is one carried tensor, one filler, or parts of one entry."""
+    entry = group[0].entry
+    if entry is None:
+        return [_rounded(write, _unused(write, opened)).contiguous() for write in group]
+    parts = entry.transform.to_theirs(opened.reader.read(entry.ours, index=entry.expert))
+    return [_rounded(write, parts[write.part]).contiguous() for write in group]
 
 
 def _rounded(write: _Write, tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ through the restricted reader of ``untrusted.py``.
 import hashlib
 import json
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from megatron_omni.checkpoint.untrusted import PICKLE_SUFFIXES, read_torch_file
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+CHUNK_BYTES, LEAD_BYTES = 4 << 20, 2 << 30
 
 
 class Source(Protocol):
@@ -116,18 +117,34 @@ class ValuesSource:
 
 
 class Digests:
-    """SHA-256 of files, computed by a thread while the main one converts."""
+    """SHA-256 of files, computed by a thread while the main one converts.
+
+    A converter reads the files of a directory in their order, several directories side by side, and the rank files of
+    a checkpoint of ours too. So does this thread, and not much further than the converter, so that what one of the two
+    has read is still in the page cache for the other.
+    """
 
     def __init__(self, files: Iterable[Path]) -> None:
-        self._files = list(dict.fromkeys(files))
+        self._lanes: dict[Path, list[Path]] = {}
+        for file in dict.fromkeys(files):
+            self._lanes.setdefault(file if file.suffix == ".distcp" else file.parent, []).append(file)
         self._digests: dict[Path, str] = {}
         self._error: OSError | None = None
         self._stop = threading.Event()
+        self._moved = threading.Condition()
+        self._share = 0.0
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
+    def follow(self, share: float) -> None:
+        """The converter has read this ``share`` (0 .. 1) of what it will."""
+        with self._moved:
+            self._share = max(self._share, share)
+            self._moved.notify()
+
     def result(self) -> dict[Path, str]:
         """Digest of every file; waits for the rest."""
+        self.follow(1.0)
         self._thread.join()
         if self._error is not None:
             raise ConversionError(f"{self._error.filename}: cannot be read: {self._error.strerror}") from self._error
@@ -136,19 +153,49 @@ class Digests:
     def stop(self) -> None:
         """Give up (after a failure)."""
         self._stop.set()
+        self.follow(1.0)
         self._thread.join()
 
     def _run(self) -> None:
-        buffer = bytearray(4 << 20)
         try:
-            for path in self._files:
-                digest = hashlib.sha256()
-                with path.open("rb", buffering=0) as file:
-                    while (count := file.readinto(buffer)) and not self._stop.is_set():
-                        digest.update(memoryview(buffer)[:count])
-                self._digests[path] = digest.hexdigest()
+            lanes = [_Lane(files, self._digests) for files in self._lanes.values()]
+            total, hashed = max(1, sum(lane.total for lane in lanes)), 0
+            while lanes and not self._stop.is_set():
+                with self._moved:
+                    while hashed > self._share * total + LEAD_BYTES and self._share < 1.0:
+                        self._moved.wait()
+                lane = min(lanes, key=lambda lane: lane.done / lane.total)
+                count = lane.step()
+                hashed += count
+                if count == 0:
+                    lanes.remove(lane)
         except OSError as error:
             self._error = error
+
+
+class _Lane:
+    """Files that are hashed one after the other."""
+
+    def __init__(self, files: Sequence[Path], digests: dict[Path, str]) -> None:
+        self._files, self._digests = iter(files), digests
+        self.done, self.total = 0, max(1, sum(path.stat().st_size for path in files))
+        self._buffer = bytearray(CHUNK_BYTES)
+        self._open: tuple[Path, Any, Any] | None = None
+
+    def step(self) -> int:
+        """Hash a chunk; its bytes, 0 at the end."""
+        while self._open is not None or (path := next(self._files, None)) is not None:
+            if self._open is None:
+                self._open = path, path.open("rb", buffering=0), hashlib.sha256()
+            path, file, digest = self._open
+            if count := file.readinto(self._buffer):
+                digest.update(memoryview(self._buffer)[:count])
+                self.done += count
+                return int(count)
+            file.close()
+            self._digests[path] = digest.hexdigest()
+            self._open = None
+        return 0
 
 
 def read_json(path: Path) -> dict[str, Any]:

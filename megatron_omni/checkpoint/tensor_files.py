@@ -21,6 +21,7 @@ from torch import Tensor
 
 MAX_HEADER_BYTES = 100_000_000
 PARALLEL_BYTES = 1 << 20
+FLUSHED_BYTES = 64 << 20
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -129,12 +130,16 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 class HashedFile:
-    """A file being written, with the SHA-256 of what went into it; large pieces are hashed while they are written."""
+    """A file being written, with the SHA-256 of what went into it; large pieces are hashed while they are written.
+
+    What is written is sent to the disk as it comes: left to the end, the last gigabytes would be waited for.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file: BinaryIO = path.open("xb")
         self._digest = hashlib.sha256()
         self._hasher = ThreadPoolExecutor(1)
+        self._flushed = 0
         self.size = 0
 
     def write(self, data: Any) -> int:
@@ -150,6 +155,9 @@ class HashedFile:
             finally:
                 hashed.result()  # the caller's memory is its own again after this
         self.size += count
+        if self.size - self._flushed >= FLUSHED_BYTES:  # Linux starts writing such pages back, and waits for none
+            os.posix_fadvise(self._file.fileno(), self._flushed, self.size - self._flushed, os.POSIX_FADV_DONTNEED)
+            self._flushed = self.size
         return count
 
     def flush(self) -> None:

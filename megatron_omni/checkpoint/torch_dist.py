@@ -10,11 +10,13 @@ takes only the bytes of the asked part, wherever a block is stored contiguously 
 """
 
 import io
+import itertools
 import json
 import math
 import os
 import pickle
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.utils.serialization import config as serialization
 
 from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.checkpoint.tensor_files import HashedFile, read_into, tensor_bytes
@@ -87,7 +90,8 @@ class TorchDistWriter:
             self._files[rank] = HashedFile(self.directory / f"__{rank}_0.distcp")
         file = self._files[rank]
         start = file.size
-        torch.save(value, file)  # type: ignore[arg-type]
+        with serialization.patch("save.compute_crc32", False):  # readers ignore it; the whole file gets a SHA-256
+            torch.save(value, file)  # type: ignore[arg-type]
         self._storage[index] = _StorageInfo(f"__{rank}_0.distcp", start, file.size - start)
 
     def _write_bytes(self, name: str, data: bytes) -> str:
@@ -136,45 +140,43 @@ class TorchDistReader:
             high = [min(a + n, b + m) for a, n, b, m in zip(start, size, offsets, sizes)]
             if all(a < b for a, b in zip(low, high)):
                 pieces.append((offsets, sizes, low, [b - a for a, b in zip(low, high)]))
-        covered = sum(math.prod(piece[3]) for piece in pieces)
+        self._check_cover(key, size, [piece[2:] for piece in pieces])
+        tensor = torch.empty(size, dtype=stored.dtype)
+        for offsets, sizes, low, extent in pieces:
+            target = narrow_tensor_by_index(tensor, [a - b for a, b in zip(low, start)], extent)
+            self._read_block(key, offsets, sizes, [a - b for a, b in zip(low, offsets)], target)
+        return tensor.squeeze(0) if index is not None else tensor
+
+    def _check_cover(self, key: str, size: Sequence[int], pieces: Sequence[Sequence[list[int]]]) -> None:
+        """CheckpointError unless the ``pieces`` (start, extent) of a region of that size are disjoint and fill it."""
+        for (low, extent), (other, width) in itertools.combinations(pieces, 2):
+            if all(a < b + m and b < a + n for a, n, b, m in zip(low, extent, other, width)):
+                raise CheckpointError(
+                    f"{self.directory}: two blocks of {key!r}, at {low} and {other}, overlap; not a whole checkpoint"
+                )
+        covered = sum(math.prod(extent) for _, extent in pieces)
         if covered != math.prod(size):
             raise CheckpointError(
                 f"{self.directory}: the blocks of {key!r} cover {covered} of {math.prod(size)} elements; not a whole checkpoint"
             )
-        tensor = None
-        for offsets, sizes, low, extent in pieces:
-            within = [a - b for a, b in zip(low, offsets)]
-            part = self._read_block(key, offsets, sizes, within, extent, stored.dtype)
-            if len(pieces) == 1:
-                tensor = part
-                break
-            tensor = torch.empty(size, dtype=stored.dtype) if tensor is None else tensor
-            narrow_tensor_by_index(tensor, [a - b for a, b in zip(low, start)], extent).copy_(part)
-        if tensor is None:  # a tensor without elements
-            tensor = torch.empty(size, dtype=stored.dtype)
-        return tensor.squeeze(0) if index is not None else tensor
 
-    def _read_block(
-        self, key: str, offsets: Shape, sizes: Shape, within: list[int], extent: list[int], dtype: torch.dtype
-    ) -> Tensor:
-        """Part ``within``, ``extent`` of a block: only its rows, where the bytes lie in order in the file."""
+    def _read_block(self, key: str, offsets: Shape, sizes: Shape, within: list[int], target: Tensor) -> None:
+        """Fill ``target`` with the part of a block at ``within``: only its rows, where the bytes lie in order in the file."""
         where = MetadataIndex(key, offsets)
         info = self._storage[where]
         with (self.directory / info.relative_path).open("rb", buffering=0) as file:
-            raw = self._position(file, where, info, sizes, dtype)
+            raw = self._position(file, where, info, sizes, target.dtype)
             if raw is None:
                 whole = self._load(_window(file, info), where, info, device="cpu")
-                return narrow_tensor_by_index(whole, within, extent).contiguous()
-            row = math.prod(sizes[1:]) * dtype.itemsize
-            first, count = (within[0], extent[0]) if sizes else (0, 1)
-            rows = torch.empty([count, *sizes[1:]] if sizes else [], dtype=dtype)
-            read_into(
-                file, tensor_bytes(rows), raw + first * row, what=f"{self.directory / info.relative_path}: {key!r}"
-            )
-        if not sizes:
-            return rows
-        part = narrow_tensor_by_index(rows, [0, *within[1:]], extent)
-        return part if part.is_contiguous() else part.contiguous()
+                target.copy_(narrow_tensor_by_index(whole, within, target.shape))
+                return
+            first, row = (within[0] if sizes else 0), math.prod(sizes[1:]) * target.dtype.itemsize
+            whole_rows = target.shape[1:] == sizes[1:] and target.is_contiguous()
+            rows = target if whole_rows else torch.empty(len(target), *sizes[1:], dtype=target.dtype)
+            what = f"{self.directory / info.relative_path}: {key!r}"
+            read_into(file, tensor_bytes(rows), raw + first * row, what=what)
+        if not whole_rows:
+            target.copy_(narrow_tensor_by_index(rows, [0, *within[1:]], target.shape))
 
     def _load(self, view: io.BufferedReader, where: MetadataIndex, info: _StorageInfo, *, device: str) -> Any:
         try:

@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+STRIP_ROWS = 128
+
 
 class Transform(Protocol):
     """What a row of ``names.py`` needs of its transform."""
@@ -128,7 +130,7 @@ class DownTransposed:
 
     def to_ours(self, parts: Sequence[Tensor]) -> Tensor:
         assert len(parts) == self.experts
-        return torch.cat([_transposed([part]) for part in parts])
+        return torch.cat([_transposed([part]) for part in parts]) if self.experts > 1 else _transposed(parts)
 
     def to_theirs(self, tensor: Tensor) -> list[Tensor]:
         return [_transposed([part]) for part in tensor.chunk(self.experts)]
@@ -137,7 +139,15 @@ class DownTransposed:
 def _transposed(parts: Sequence[Tensor]) -> Tensor:
     """Transposes [c, r] of ``parts`` [r, c], side by side.
 
-    torch transposes whole contiguous matrices in blocks, and anything else element by element at half the speed.
+    torch transposes whole contiguous matrices in blocks, and anything else element by element at a fifth of the speed:
+    so in strips of rows that stay in the cache.
     """
-    columns = [part.contiguous().t().contiguous() for part in parts]
-    return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+    whole = parts[0].new_empty(parts[0].shape[1], sum(part.shape[0] for part in parts))
+    if whole.is_meta:
+        return whole
+    column = 0
+    for part in parts:
+        for strip in part.split(STRIP_ROWS):
+            whole[:, column : column + len(strip)] = strip.contiguous().t().contiguous()
+            column += len(strip)
+    return whole
