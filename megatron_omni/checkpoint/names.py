@@ -199,6 +199,11 @@ def qwen2_rows(model: ModelConfig) -> list[Row]:
 
 def siglip_rows(vision: VisionConfig, *, prefix: str = "vision_model.") -> list[Row]:
     """The kept layers of SigLIP; ``prefix`` of their names differs between releases."""
+    if vision.stem != "patch":
+        raise ValueError(
+            f"model.vision.stem={vision.stem}: SigLIP's format has one patch matrix and no place for a convolutional "
+            "stem; such a model can be trained and run here, not converted"
+        )
     width, ffn, side = vision.hidden_size, vision.ffn_hidden_size, vision.image_size // vision.patch_size
     embeddings: dict[str, Shape] = {
         "embeddings.patch_embedding.weight": (width, 3, vision.patch_size, vision.patch_size),

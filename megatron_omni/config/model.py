@@ -64,6 +64,9 @@ class VisionConfig:
     image_size: int = 384
     """Side of a tile in pixels (the paper's patch p)."""
     patch_size: int = 14
+    stem: Literal["patch", "conv"] = "patch"
+    """``conv``: patches are embedded by log2(patch_size) convolutions of stride 2 instead of one matrix (training from
+    scratch; SigLIP's weights do not fit)."""
     hidden_size: int = 1152
     ffn_hidden_size: int = 4304
     num_layers: int = 26

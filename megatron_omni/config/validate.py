@@ -73,6 +73,11 @@ def _model(model: ModelConfig) -> Iterator[str]:
             "model.vision.hidden_size", model.vision.hidden_size, "model.vision.num_attention_heads",
             model.vision.num_attention_heads,
         )  # fmt: skip
+        if model.vision.stem == "conv" and (model.vision.patch_size < 4 or model.vision.patch_size.bit_count() > 1):
+            yield (
+                f"model.vision.patch_size={model.vision.patch_size}: model.vision.stem=conv halves the picture until a "
+                "patch is one position; choose a power of two from 4 on, or stem=patch"
+            )
         if model.vision.pooled_side > model.vision.image_size // model.vision.patch_size:
             yield (
                 f"model.vision.pooled_side={model.vision.pooled_side}: larger than the tower's grid of "

@@ -173,7 +173,12 @@ def _feed_forward(model: ModelConfig, cut: _Cut) -> Iterator[Weight]:
 
 def _vision(config: VisionConfig, out: int) -> Iterator[Weight]:
     width, side = config.hidden_size, config.image_size // config.patch_size
-    for numel in (3 * config.patch_size**2 * width, width, side * side * width):
+    if config.stem == "patch":
+        stem = [3 * config.patch_size**2 * width, width]
+    else:
+        widths = [3, width // 2, *[width] * (config.patch_size.bit_length() - 2)]
+        stem = [numel for a, b in pairwise(widths) for numel in (9 * a * b, b)]
+    for numel in (*stem, side * side * width):
         yield Weight("vision", numel)
     for _ in range(config.num_layers):
         yield from _norm("vision", width)

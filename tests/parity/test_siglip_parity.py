@@ -1,5 +1,7 @@
 """The vision encoder against transformers' SigLIP, and its full size against the specification."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -172,3 +174,34 @@ def test_drawn_weights_depend_on_the_name_alone() -> None:
     position = first.tower.embeddings.position_embedding.weight
     assert abs(position.std().item() * 24**0.5 - 1) < 0.15
     assert first.projector[0].bias.eq(0).all() and first.tower.encoder.layers[0].layer_norm1.weight.eq(1).all()
+
+
+def test_convolutional_stem_is_strided_convolutions_and_gelu() -> None:
+    """Patches of 8: three convolutions, 16 px to 2 x 2 positions of widths 12, 24, 24, in place of the patch matrix."""
+    config = replace(TINY, image_size=16, patch_size=8, stem="conv")
+    encoder = VisionEncoder(config, 16).double()
+    encoder.draw_weights(generator)
+    stem, pixels = encoder.tower.embeddings.patch_embedding, torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    kernels = [p for p in stem.parameters() if p.ndim == 4]
+    assert [tuple(k.shape) for k in kernels] == [(12, 3, 3, 3), (24, 12, 3, 3), (24, 24, 3, 3)]
+    expected = pixels
+    for i, kernel in enumerate(kernels):
+        expected = F.conv2d(F.gelu(expected) if i else expected, kernel, stride=2, padding=1)
+    torch.testing.assert_close(stem(pixels), expected, atol=1e-12, rtol=0)
+    rows = encoder(pixels)
+    assert rows.shape == (2, 4, 16)
+    rows.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in stem.parameters())
+    with pytest.raises(ValueError, match=r"missing embeddings\.patch_embedding\.0\.weight"):
+        encoder.load_siglip(random_siglip().state_dict())
+
+
+def test_convolutional_stem_starts_with_a_gain_of_two() -> None:
+    """Kernels N(0, 4 / fan-in)."""
+    encoder = VisionEncoder(replace(TINY, image_size=64, patch_size=8, stem="conv", hidden_size=96), 16)
+    encoder.draw_weights(generator)
+    for kernel in encoder.tower.embeddings.patch_embedding.parameters():
+        if kernel.ndim == 4:
+            assert abs(kernel.std().item() * kernel[0].numel() ** 0.5 / 2 - 1) < 0.1  # 1,296 draws and more
+        else:
+            assert kernel.eq(0).all()

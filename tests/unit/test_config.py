@@ -69,6 +69,11 @@ def test_missing_file_loop_and_non_mapping(tmp_path: Path) -> None:
         ({"data": {"global_batch_size": 2}}, 4, "more ranks than work"),
         ({"data": {"global_batch_size": 6}}, 4, "no multiple"),
         ({"model": {"mrope_section": [1, 2, 3]}}, 1, "mrope_section"),
+        (
+            {"model": {"vision": {"stem": "conv"}}},
+            1,
+            "model.vision.patch_size=14: model.vision.stem=conv .* power of two",
+        ),
         ({"model": {"audio": {"num_query_tokens": 100}}}, 1, "20 tokens stand for 3 seconds"),
         ({"model": {"moe": {"routing_weight_mode": "release"}}}, 1, "gradient_estimator='paper'"),
         ({"freeze": ["audo"]}, 1, "unknown part 'audo'"),

@@ -7,6 +7,9 @@
 The tower is built from Hugging Face's SigLIP layers under its parameter names, so that a checkpoint loads by name.
 """
 
+from itertools import pairwise
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,6 +17,7 @@ from transformers import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipVisionEmbeddings
 
 from megatron_omni.config.model import VisionConfig
+from megatron_omni.models.encoders.replay import run_layer
 from megatron_omni.models.encoders.weights import (
     GeneratorFor,
     LoadReport,
@@ -22,6 +26,29 @@ from megatron_omni.models.encoders.weights import (
     is_trainable,
     load_named,
 )
+
+
+class ConvStem(nn.Sequential):
+    """Patch embedding for training from scratch: 3 x 3 convolutions of stride 2 down to one position a patch.
+
+    [N, 3, p, p] to [N, D, g, g]; log2(patch_size) of them, the first D / 2 wide, the others D, GELU between. Neighbouring
+    pixels share weights at every shift, which one large patch matrix has to learn from data (docs/quickstart.md).
+    """
+
+    GAIN = 2.0
+    """Factor on the usual initial kernels, N(0, 1 / fan-in): GELU halves small signals."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        steps = config.patch_size.bit_length() - 1
+        widths = [3, config.hidden_size // 2, *[config.hidden_size] * (steps - 1)]
+        convolutions = [nn.Conv2d(a, b, kernel_size=3, stride=2, padding=1) for a, b in pairwise(widths)]
+        super().__init__(*(m for c in convolutions for m in (c, nn.GELU())))
+        del self[-1]
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the last convolution: Hugging Face's embeddings ask it for their dtype."""
+        return cast(nn.Conv2d, self[-1]).weight
 
 
 class SiglipTower(nn.Module):
@@ -40,17 +67,22 @@ class SiglipTower(nn.Module):
         )
         siglip._attn_implementation = "sdpa"
         self.embeddings = SiglipVisionEmbeddings(siglip)
+        if config.stem == "conv":
+            self.embeddings.patch_embedding = ConvStem(config)  # type: ignore[assignment]
         self.encoder = SiglipEncoder(siglip)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, *, recompute: bool = False) -> Tensor:
         hidden = self.embeddings(pixel_values)
         for layer in self.encoder.layers:
-            hidden = layer(hidden, None)
+            hidden = run_layer(layer, hidden, None, recompute=recompute)
         return hidden
 
 
 class VisionEncoder(nn.Module):
     """Tower, projector and pooling."""
+
+    recompute = False
+    """Layers are replayed in the backward (``parallel.recompute: full``); set by models/build.py."""
 
     def __init__(self, config: VisionConfig, out_hidden: int) -> None:
         super().__init__()
@@ -64,7 +96,7 @@ class VisionEncoder(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[N, 3, p, p] to [N, s * s, H]. A frozen tower keeps nothing for the backward."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trainable(self.tower)):
-            patches = self.tower(pixel_values)
+            patches = self.tower(pixel_values, recompute=self.recompute)
         rows = self.projector(patches)
         grid = rows.unflatten(1, (self.grid_side, self.grid_side)).permute(0, 3, 1, 2)  # [N, H, g, g]
         pooled = F.adaptive_avg_pool2d(grid, self.config.pooled_side)
@@ -78,6 +110,10 @@ class VisionEncoder(nn.Module):
     def draw_weights(self, generator_for: GeneratorFor, *, prefix: str = "") -> None:
         """Weights for training from scratch; position embeddings N(0, 1 / width) as in SigLIP."""
         draw_weights(self, generator_for, prefix=prefix)
+        if isinstance(stem := self.tower.embeddings.patch_embedding, ConvStem):
+            with torch.no_grad():
+                for kernel in stem.parameters():
+                    kernel.mul_(stem.GAIN)  # biases are zero
         name = "tower.embeddings.position_embedding.weight"
         draw_normal(self.get_parameter(name), self.config.hidden_size**-0.5, generator_for(prefix + name))
 
