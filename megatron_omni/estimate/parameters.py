@@ -12,6 +12,7 @@ expert tensor parallelism (ETP). Encoders live on the first pipeline stage.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from megatron_omni.config.model import AudioConfig, ModelConfig, VisionConfig
