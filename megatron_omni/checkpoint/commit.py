@@ -156,7 +156,7 @@ def find(path: Path) -> Path | None:
 def write_manifest(directory: Path, *, digests: dict[str, str] | None = None) -> None:
     """Write SHA-256 of every file below ``directory``; ``digests`` are those that are known already."""
     known = digests or {}
-    files = {name: known.get(name) or _sha256(directory / name) for name in _files(directory)}
+    files = {name: known.get(name) or sha256(directory / name) for name in _files(directory)}
     write_text(directory / MANIFEST, json.dumps({"algorithm": "sha256", "files": files}, indent=1))
 
 
@@ -173,7 +173,7 @@ def check(directory: Path) -> None:
     for name, digest in recorded.items():
         if name not in present:
             raise CheckpointError(f"{directory / name}: missing from the checkpoint")
-        if _sha256(directory / name) != digest:
+        if sha256(directory / name) != digest:
             raise CheckpointError(f"{directory / name}: contents do not match the manifest")
     if extra := present - set(recorded):
         raise CheckpointError(f"{directory / min(extra)}: a file that the manifest does not list")
@@ -196,7 +196,8 @@ def _files(directory: Path) -> Iterator[str]:
             yield path.relative_to(directory).as_posix()
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -17,6 +17,9 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves only at the end and on a stop signal."""
     keep: int = 2
     """Newest checkpoints kept; older ones are removed after a newer one is whole. 0 keeps all."""
+    async_save: bool = False
+    """Write files while training goes on, from a copy in main memory (as large as this rank's part of the checkpoint).
+    The last save of a run is always waited for."""
     keep_best: str | None = None
     """A metric of the held-out evaluation, lower is better (``eval/loss``: mean over the held-out sets,
     ``eval/loss/<name>``: one of them). The checkpoint with the lowest value stays too, and ``best.json`` names it."""
@@ -34,6 +37,8 @@ class LogConfig:
     tensorboard: bool = True
     expert_load: bool = True
     """Routing statistics per layer x expert x modality."""
+    profile_steps: list[int] = field(default_factory=list)
+    """First and last step of a torch profiler trace (training/profile.py); empty for none."""
 
 
 @dataclass(kw_only=True)

@@ -223,10 +223,16 @@ def _run(recipe: Recipe) -> Iterator[str]:
     if data.sources and not any(s.weight > 0 and s.from_sample == 0 for s in data.sources):
         yield "data.sources: no source with weight > 0 starts at sample 0; give one from_sample=0"
     yield from _best(recipe)
+    yield from _profile(recipe.log.profile_steps)
     if (recipe.init_allow_missing or recipe.init_allow_extra) and not recipe.init_from:
         yield "init_allow_missing, init_allow_extra: no effect without init_from; set it or take them out"
     if recipe.load and recipe.init_from and recipe.load != "auto":
         yield "load and init_from are both set: load resumes everything, init_from takes weights only; keep one"
+
+
+def _profile(steps: list[int]) -> Iterator[str]:
+    if steps and not (len(steps) == 2 and 0 < steps[0] <= steps[1]):
+        yield f"log.profile_steps={steps}: give the first and the last step to trace, such as [10, 12], or nothing"
 
 
 def _best(recipe: Recipe) -> Iterator[str]:

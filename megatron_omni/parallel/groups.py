@@ -91,8 +91,7 @@ def initialize(
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        # Megatron counts whole minutes; torch's own timeout above is the one that matters for the default group.
-        distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_seconds / 60)),
+        distributed_timeout_minutes=parallel.distributed_timeout_seconds / 60,  # type: ignore[arg-type]
         create_gloo_process_groups=True,
     )
     return ProcessGroupCollection.use_mpu_process_groups()

@@ -7,6 +7,7 @@ groups.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -35,17 +36,18 @@ def run_step(
     pg: ProcessGroupCollection,
     recipe: Recipe,
     forward_only: bool = False,
+    around_reduction: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> list[Any]:
     """Run ``forward_step`` (and its backward) on every micro-batch; the reports of the last stage, [] on the others.
 
     ``forward_step(batch, model)`` returns the model's output and a function that turns it, on the last stage, into the
     scalar to differentiate and a report of any kind. The scalar is differentiated as it is: no division by
-    micro-batches or tokens.
+    micro-batches or tokens. ``around_reduction`` is entered for the reduction of the gradients.
     """
     config = get_model_config(model)
     config.timers = None
     config.grad_scale_func = None
-    config.finalize_model_grads_func = _finalize_summed_grads
+    config.finalize_model_grads_func = partial(_finalize_summed_grads, around_reduction)
     overlap = recipe.parallel.overlap_grad_reduce and isinstance(model, DistributedDataParallel)
     config.no_sync_func = model.no_sync if overlap else None
     config.grad_sync_func = None
@@ -84,6 +86,7 @@ def _megatron_forward_step(
 
 
 def _finalize_summed_grads(
+    around: Callable[[], AbstractContextManager[Any]],
     models: list[torch.nn.Module],
     num_tokens: Tensor | None = None,
     *,
@@ -91,4 +94,5 @@ def _finalize_summed_grads(
     force_all_reduce: bool | None = False,
 ) -> None:
     """Megatron's gradient reduction without its division by tokens, which the loss function has done."""
-    finalize_model_grads(models, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
+    with around():
+        finalize_model_grads(models, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)

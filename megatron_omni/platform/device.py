@@ -37,6 +37,12 @@ def select_device() -> torch.device:
     return chosen
 
 
+def synchronize() -> None:
+    """Wait until the device of this process has done what it was given."""
+    if accelerator_present():
+        torch.cuda.synchronize()
+
+
 def install() -> None:
     """Make Megatron-Core importable and runnable on this machine, and let malloc keep what a CPU run frees.
 

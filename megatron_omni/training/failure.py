@@ -1,13 +1,15 @@
 """How a run ends when something goes wrong on one rank: the first cause is printed once, and no rank is left waiting.
 
-The ranks share a key-value store. The first to fail claims the report and prints the cause; the others, whose
-collectives break because of it, print one line. Every failing rank then ends its process at once, which closes its
-connections: gloo peers notice within half a second, and torchrun ends the rest.
+The ranks share a key-value store. The first to fail claims the report and prints the cause, and where every rank was
+(watch.py: who is missing from a collective that timed out); the others, whose collectives break because of it, print
+one line. Every failing rank then ends its process at once, which closes its connections: gloo peers notice within half
+a second, and a rank that does not notice is ended by its watch.
 """
 
 import multiprocessing
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import NoReturn
@@ -16,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.parallel.sharing import ReaderFailed
+from megatron_omni.training import watch
 
 PACKAGE = Path(__file__).resolve().parents[1]
 EXIT_FAILURE = 1
@@ -33,6 +36,8 @@ def report_failure(error: BaseException) -> int:
         else:
             print(f"[rank {rank}] {''.join(traceback.format_exception(error))}", file=sys.stderr, flush=True)
             print(f"error: [rank {rank}] {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            print("".join(f"{line}\n" for line in _places()), file=sys.stderr, end="", flush=True)
+        _tell_the_others()
     elif not explained:
         print(f"[rank {rank}] ends: another rank failed first ({type(error).__name__})", file=sys.stderr, flush=True)
     return _status(error)
@@ -58,6 +63,23 @@ def is_for_users(error: BaseException) -> bool:
 def _status(error: BaseException) -> int:
     bad_input = isinstance(error, ReaderFailed) or (isinstance(error, ValueError) and is_for_users(error))
     return EXIT_BAD_INPUT if bad_input else EXIT_FAILURE
+
+
+def _places() -> list[str]:
+    """Where the ranks were, as far as they said."""
+    try:
+        told = watch.places(dist.distributed_c10d._get_default_store(), dist.get_world_size())
+    except Exception:  # no groups, or the store went down with the rank that kept it
+        return []
+    lines = watch.describe_places(told, now=time.time())
+    return ["the ranks were last heard of in:", *lines] if lines else []
+
+
+def _tell_the_others() -> None:
+    try:
+        watch.mark_failed(dist.distributed_c10d._get_default_store())
+    except Exception:  # then every rank notices that the store is gone
+        return
 
 
 def _is_first(rank: int) -> bool:

@@ -16,7 +16,8 @@ from megatron_omni.config.run import Recipe
 from megatron_omni.config.validate import validate
 from megatron_omni.parallel.groups import destroy
 from megatron_omni.parallel.schedule import run_step
-from megatron_omni.training.loop import aux_loss_scale, next_batches, sum_reports
+from megatron_omni.training.logger import sum_reports
+from megatron_omni.training.loop import aux_loss_scale, next_batches
 from megatron_omni.training.setup import Run, setup
 from megatron_omni.training.task import StepInfo, Task
 

@@ -2,9 +2,9 @@
 
 Signals: SIGTERM, SIGINT and SIGUSR1 set a flag. The flag rides on the reduction that every step begins with, so all
 ranks act on it after the same step: they save a checkpoint and leave with status 75 ("saved, requeue me"). A second
-signal ends the process at once with 128 + its number. Launchers deliver one interruption several times within
-milliseconds (the terminal to the whole process group, then torchrun to its workers); copies that arrive within half a
-second count as one signal.
+signal ends the process at once with 128 + its number. Launchers deliver one interruption several times (the terminal
+to the whole process group, or SLURM to every process of a job, and then torchrun to its workers); copies that arrive
+within five seconds count as one signal.
 """
 
 import os
@@ -20,7 +20,7 @@ from megatron_omni.config.run import Recipe
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 EXIT_REQUEUE = 75
-SAME_SIGNAL_SECONDS = 0.5
+SAME_SIGNAL_SECONDS = 5.0
 
 
 class StopSignals:
@@ -29,6 +29,10 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._first = 0.0
+
+    def asked(self) -> bool:
+        """Whether a stop signal has come."""
+        return self.received is not None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Signal handler."""
@@ -75,22 +79,55 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 class PartTimer:
-    """Wall seconds by part of the step, summed since the last :meth:`take`; one part runs at a time."""
+    """Wall seconds by part of a step. Parts may lie inside each other; then a second counts for the innermost alone.
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    ``synchronize`` is called before the clock is read while ``exact`` is set: an accelerator works asynchronously, and
+    what it still has to do would be counted where the host happens to wait for it.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, synchronize: Callable[[], None] = lambda: None
+    ) -> None:
+        self.exact = False
+        self._clock, self._synchronize = clock, synchronize
+        self._stack: list[str] = []
+        self._last = 0.0
         self._seconds: dict[str, float] = {}
+        self._total: dict[str, float] = {}
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
-        """Add the block's wall time to ``part``."""
-        start = self._clock()
+        """Count the block's wall time as ``part``."""
+        self._tick()
+        self._stack.append(part)
         try:
             yield
         finally:
-            self._seconds[part] = self._seconds.get(part, 0.0) + self._clock() - start
+            self._tick()
+            self._stack.pop()
+
+    def _tick(self) -> None:
+        if self.exact:
+            self._synchronize()
+        now = self._clock()
+        if self._stack:
+            part = self._stack[-1]
+            self._seconds[part] = self._seconds.get(part, 0.0) + now - self._last
+        self._last = now
 
     def take(self) -> dict[str, float]:
-        """The sums so far; starts again from zero."""
+        """Seconds by part since the last call; starts again from zero."""
         seconds, self._seconds = self._seconds, {}
+        for part, value in seconds.items():
+            self._total[part] = self._total.get(part, 0.0) + value
         return seconds
+
+    def total(self) -> dict[str, float]:
+        """Seconds by part since the beginning; call it outside of all parts."""
+        parts = {**self._total, **self._seconds}
+        return {part: self._total.get(part, 0.0) + self._seconds.get(part, 0.0) for part in parts}
+
+    def current(self) -> tuple[str, float]:
+        """The part that is being measured and for how long it has been; another thread may ask."""
+        stack = self._stack
+        return (stack[-1] if stack else "between parts"), self._clock() - self._last

@@ -3,42 +3,38 @@
     read micro-batches -> sum label counts over ranks -> forwards and backwards (1F1B) -> clip, learning rate, update
     -> log, evaluate, save, stop
 
-Ranks synchronise at three points of a step only: the three integers that every step starts with (label tokens, failed
-readers, stop requests), the gradient reduction, and the gradient norm. Loss sums stay on the device and are reduced
-when they are logged.
+Ranks synchronise at three points of a step only: the few integers that every step starts with (label tokens, failed
+readers, stop requests, finished background saves), the gradient reduction, and the gradient norm. Loss sums stay on the
+device and are reduced when they are logged.
 
 A step whose gradients are not finite changes nothing, on any rank; ``NON_FINITE_LIMIT`` of them in a row end the run.
 """
 
 import gc
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_omni.batch import OmniBatch
-from megatron_omni.checkpoint.ledger import converted_directory, recorded_loss
+from megatron_omni.checkpoint.saving import PendingSave
 from megatron_omni.data.loader import StepLoader
-from megatron_omni.models.moe.balance import aux_loss_coefficient, reduce_stats, routing_metrics
+from megatron_omni.models.moe.balance import aux_loss_coefficient
 from megatron_omni.models.moe.context import RoutingStats
-from megatron_omni.models.parts import parameter_table
 from megatron_omni.parallel.schedule import run_step
 from megatron_omni.parallel.sharing import ReaderFailed, share_step, sum_over_ranks
-from megatron_omni.platform.peak import peak_tflops
+from megatron_omni.platform.device import synchronize
 from megatron_omni.training.hooks import EXIT_REQUEUE, PartTimer, StopSignals, eval_due, evaluation_mode, save_due
-from megatron_omni.training.metrics import MetricsWriter, Progress, throughput
-from megatron_omni.training.optimizer import learning_rate, update
-from megatron_omni.training.setup import Run, save
-from megatron_omni.training.task import StepInfo
+from megatron_omni.training.logger import RunLogger, sum_reports
+from megatron_omni.training.optimizer import update
+from megatron_omni.training.setup import Run, begin_save
+from megatron_omni.training.task import LossFunction, StepInfo
+from megatron_omni.training.watch import Watch
 
 NON_FINITE_LIMIT = 3
 """Skipped updates in a row after which the run stops."""
-STOP_MARKER = "requeue"
-"""File in the run directory that says: stopped on a signal, checkpoint whole, start me again."""
 
 
 def train(run: Run) -> int:
@@ -46,10 +42,15 @@ def train(run: Run) -> int:
     # A million objects of imported modules and the model live as long as the process: the collector may leave them out.
     gc.collect()
     gc.freeze()
+    timer = PartTimer(synchronize=synchronize)
+    watch = Watch(lambda: run.state.step, timer)
     with StopSignals().installed() as signals:
-        logger = _Logger(run)
+        logger = RunLogger(run, timer)
         try:
-            return _train(run, signals, logger)
+            watch.start()
+            status = _train(run, signals, logger)
+            watch.stop()
+            return status
         finally:
             logger.close()
             for loader in (run.loader, *run.eval_loaders.values()):
@@ -57,14 +58,17 @@ def train(run: Run) -> int:
                     loader.close()
 
 
-def _train(run: Run, signals: StopSignals, logger: "_Logger") -> int:
-    state, timer = run.state, logger.timer
+def _train(run: Run, signals: StopSignals, logger: RunLogger) -> int:
+    state, timer, saver = run.state, logger.timer, _Saver(run, logger)
     stopping = False
     while state.step < run.recipe.train_iters and not stopping:
-        with timer.measure("data wait"):
-            batches, totals = next_batches(run, run.loader, signals)
+        logger.begin_step(state.step + 1)
+        batches, totals = next_batches(run, run.loader, timer=timer, stop=signals.asked, written=saver.is_written)
         labels, tokens, stopping = totals["labels"], totals["tokens"], totals["stop"] > 0
         state.step += 1
+        logger.note_samples(state.step)
+        if totals["written"] == dist.get_world_size():
+            saver.finish()
         stats = RoutingStats() if logger.due(state.step) and run.recipe.model.moe is not None else None
         info = StepInfo(
             step=state.step,
@@ -73,11 +77,16 @@ def _train(run: Run, signals: StopSignals, logger: "_Logger") -> int:
             aux_loss_scale=aux_loss_scale(run, state.step),
             stats=stats,
         )
-        with timer.measure("forward-backward"):
+        with timer.measure("backward"):
             run.model.zero_grad_buffer()
             run.optimizer.zero_grad()
             reports = run_step(
-                partial(run.task.forward_step, info=info), batches, run.model, pg=run.pg, recipe=run.recipe
+                partial(_timed_forward, run, info, timer),
+                batches,
+                run.model,
+                pg=run.pg,
+                recipe=run.recipe,
+                around_reduction=partial(timer.measure, "communication"),
             )
         if stats is not None:
             stats.micro_batches = run.num_micro_batches
@@ -92,58 +101,95 @@ def _train(run: Run, signals: StopSignals, logger: "_Logger") -> int:
             logger.add(reports, tokens=tokens, samples=totals["samples"])
         else:
             state.skipped_in_a_row += 1
-            logger.say(f"step {state.step}: gradient norm is {grad_norm}; no weight changed, the step is skipped")
-        if logger.due(state.step):
-            logger.record(grad_norm=grad_norm, stats=stats)
+            samples = logger.skipped(grad_norm)
+        logger.end_step(grad_norm=grad_norm, stats=stats)
         if state.skipped_in_a_row >= NON_FINITE_LIMIT:
             raise RuntimeError(
-                f"{NON_FINITE_LIMIT} steps in a row had non-finite gradients (step {state.step}: norm {grad_norm}); "
-                "lower optim.lr or look at the data of these steps, then resume from the last checkpoint"
+                f"{NON_FINITE_LIMIT} steps in a row had non-finite gradients (step {state.step}: norm {grad_norm}; "
+                f"{samples}); lower optim.lr or look at these samples, then resume from the last checkpoint"
             )
         evaluated: dict[str, float] = {}
         if eval_due(run.recipe, state.step):
-            with logger.paused():
+            with logger.paused("evaluation"):
                 evaluated = evaluate(run)
                 logger.write(evaluated)
         if stopping or save_due(run.recipe, state.step):
-            with logger.paused():
-                logger.say(f"saved {save(run, evaluated)}")
+            saver.save(evaluated, wait=stopping or state.step >= run.recipe.train_iters)
+    logger.summarize()
     if stopping and state.step < run.recipe.train_iters:
         logger.mark_stopped()
-        return EXIT_REQUEUE
-    return 0
+        status = EXIT_REQUEUE
+    else:
+        status = 0
+    if dist.get_world_size() > 1:
+        dist.barrier()  # a launcher may end the other ranks as soon as one of them exits with 75
+    return status
 
 
-def describe(run: Run) -> list[str]:
-    """What is about to run, as this rank sees it."""
-    place, data, state = run.layout, run.recipe.data, run.state
-    table = parameter_table(run.model)
-    trained = ", ".join(f"{part} {count:,}" for part, (_, count) in table.items() if count)
-    frozen = ", ".join(f"{part} {total - count:,}" for part, (total, count) in table.items() if total > count)
-    sizes = f"tp {place.tp_size} x pp {place.pp_size} x dp {place.dp_size}, ep {place.ep_size}"
-    rows = f"packed rows of {data.seq_length} tokens" if data.packing else "samples"
-    step = (
-        f"{data.global_batch_size} {rows}; {run.num_micro_batches} micro-batches of {data.micro_batch_size} a replica"
-    )
-    lines = [f"layout: {sizes}, on {run.device.type}", f"step: {step}", f"trained on this rank: {trained}"]
-    if frozen:
-        lines.append(f"frozen on this rank: {frozen}")
-    if state.step:
-        lines.append(f"resumed after step {state.step}, {state.consumed_samples} samples")
-    return lines
+class _Saver:
+    """At most one checkpoint that is being written in the background."""
+
+    def __init__(self, run: Run, logger: RunLogger) -> None:
+        self._run, self._logger = run, logger
+        self._pending: PendingSave | None = None
+
+    def is_written(self) -> bool:
+        """Whether this rank's files of a pending checkpoint are on disk."""
+        return self._pending is not None and self._pending.written
+
+    def save(self, evaluated: Mapping[str, float], *, wait: bool) -> None:
+        """Save the run as it stands; in the background if the recipe says so, unless ``wait``."""
+        self.finish()
+        background = self._run.recipe.checkpoint.async_save and not wait
+        with self._logger.paused("checkpoint"):
+            self._pending = begin_save(self._run, evaluated, background=background)
+        if not background:
+            self.finish()
+        self._logger.note_time()
+
+    def finish(self) -> None:
+        """Make the pending checkpoint, if there is one, the latest; all ranks at the same step."""
+        if self._pending is None:
+            return
+        with self._logger.paused("checkpoint"):
+            path = self._pending.finish()
+        self._pending = None
+        self._logger.say(f"saved {path}")
+
+
+def _timed_forward(
+    run: Run, info: StepInfo, timer: PartTimer, batch: OmniBatch, model: torch.nn.Module
+) -> tuple[Tensor, LossFunction]:
+    """The task's forward step, its time counted."""
+    with timer.measure("forward"):
+        output, loss_function = run.task.forward_step(batch, model, info=info)
+
+    def timed_loss(output: Tensor) -> tuple[Tensor, Tensor]:
+        with timer.measure("forward"):
+            return loss_function(output)
+
+    return output, timed_loss
 
 
 def next_batches(
-    run: Run, loader: StepLoader | None, signals: StopSignals | None = None
+    run: Run,
+    loader: StepLoader | None,
+    *,
+    timer: PartTimer | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    written: Callable[[], bool] = lambda: False,
 ) -> tuple[list[OmniBatch], dict[str, int]]:
-    """This rank's micro-batches of the next step and, over all ranks, its label tokens, tokens, samples and stop requests.
+    """This rank's micro-batches of the next step and, over all ranks, its label tokens, tokens and samples, and how many
+    ranks said ``stop`` (asked to end) and ``written`` (done with the files of a checkpoint).
 
     A reader that fails raises its own error; the other ranks raise ReaderFailed at the same step.
     """
+    timer = timer or PartTimer()
     batches, error = None, None
     if loader is not None:
         try:
-            batches = loader.next_step()
+            with timer.measure("data"):
+                batches = loader.next_step()
         except Exception as caught:  # reported below, once every rank knows that it must not wait for this one
             error = caught
     labels = tokens = samples = 0
@@ -151,15 +197,15 @@ def next_batches(
         labels = sum(batch.num_label_tokens for batch in batches)
         tokens = sum(int((batch.segment_ids >= 0).sum()) for batch in batches)
         samples = sum(batch.num_samples for batch in batches)
-    shared = share_step(batches, num_micro_batches=run.num_micro_batches, pg=run.pg, device=run.device)
-    stop = signals is not None and signals.received is not None
-    values = [labels, tokens, samples, int(error is not None), int(stop)]
-    labels, tokens, samples, failed, stops = sum_over_ranks(values, device=run.device)
+    with timer.measure("communication"):
+        shared = share_step(batches, num_micro_batches=run.num_micro_batches, pg=run.pg, device=run.device)
+        values = [labels, tokens, samples, int(error is not None), int(stop()), int(written())]
+        labels, tokens, samples, failed, stops, done = sum_over_ranks(values, device=run.device)
     if error is not None:
         raise error
     if failed or shared is None:
         raise ReaderFailed("another rank could not load its data")
-    return shared, {"labels": labels, "tokens": tokens, "samples": samples, "stop": stops}
+    return shared, {"labels": labels, "tokens": tokens, "samples": samples, "stop": stops, "written": done}
 
 
 def aux_loss_scale(run: Run, step: int) -> float:
@@ -191,145 +237,3 @@ def evaluate(run: Run) -> dict[str, float]:
             loss, count = sum_reports(run, total if total is not None else torch.zeros(2)).tolist()
             losses[f"eval/loss/{name}"] = loss / max(count, 1.0)
     return losses if not losses else losses | {"eval/loss": sum(losses.values()) / len(losses)}
-
-
-def sum_reports(run: Run, table: torch.Tensor) -> torch.Tensor:
-    """Sum a report table over the data-parallel ranks; every rank gets it. Only the last stage's tensor rank 0
-    contributes.
-    """
-    table = table.to(run.device, torch.float64)
-    if dist.get_world_size() == 1:
-        return table
-    contributes = run.layout.is_last_stage and run.layout.tp_rank == 0
-    table = table.clone() if contributes else torch.zeros_like(table)
-    dist.all_reduce(table)
-    return table
-
-
-class _Logger:
-    """Sums between records, and the record: every rank takes part in the reductions, rank 0 writes."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.timer = PartTimer()
-        self._tables: torch.Tensor | None = None
-        self._tokens = self._samples = 0
-        self._started = time.perf_counter()
-        self._step = run.state.step
-        self._mean_k = 0.0
-        self._writes = dist.get_rank() == 0
-        self._marker = run.checkpoints.parent / STOP_MARKER
-        if self._writes:
-            self._writer = MetricsWriter(
-                run.checkpoints.parent, tensorboard=run.recipe.log.tensorboard, after_step=run.state.step
-            )
-            self._progress = Progress(run.recipe.train_iters, initial=run.state.step)
-            self._marker.unlink(missing_ok=True)
-            for line in describe(run):
-                self.say(line)
-
-    def due(self, step: int) -> bool:
-        """Whether ``step`` is logged."""
-        return step % self.run.recipe.log.interval == 0 or step >= self.run.recipe.train_iters or step == 1
-
-    def add(self, reports: list[torch.Tensor], *, tokens: int, samples: int) -> None:
-        """Add the report tables of a step that updated the weights."""
-        self._tokens += tokens
-        self._samples += samples
-        for report in reports:
-            self._tables = report if self._tables is None else self._tables + report
-        if self._writes:
-            self._progress.advance()
-
-    def record(self, *, grad_norm: float, stats: RoutingStats | None) -> None:
-        """Reduce what was summed since the last record, and write it."""
-        run, names = self.run, list(self.run.task.report_names)
-        table = self._tables if self._tables is not None else torch.zeros(len(names), 2)
-        sums = sum_reports(run, table).tolist()
-        metrics = {name: loss / count for name, (loss, count) in zip(names, sums, strict=True) if count > 0}
-        metrics |= {"grad-norm": grad_norm, "learning-rate": learning_rate(run.optimizer)}
-        routing = self._routing(stats)
-        self._mean_k = routing.get("moe/mean_k", self._mean_k)
-        metrics |= self._speed()
-        metrics |= {"consumed samples": run.state.consumed_samples, "consumed tokens": run.state.consumed_tokens}
-        metrics |= {"skipped steps": run.state.step - run.state.updates}
-        if first := self._compare_first_loss(metrics):
-            self.say(first)
-        self.write(metrics | routing)
-        self._tables, self._tokens, self._samples = None, 0, 0
-        if self._writes:
-            self._progress.show(run.state.step, metrics | routing)
-
-    def _compare_first_loss(self, metrics: dict[str, float]) -> str | None:
-        """At step 1: the loss recorded with the converted checkpoint (checkpoint/ledger.py), into ``metrics`` and a line."""
-        origin = self.run.recipe.init_from
-        if not self._writes or origin is None or self.run.state.step != 1 or "lm loss" not in metrics:
-            return None
-        recorded, own = recorded_loss(converted_directory(Path(origin))), metrics["lm loss"]
-        if recorded is None:
-            return None
-        metrics["recorded first-step loss"] = recorded
-        return f"first step: lm loss {own:.6f}; recorded with the checkpoint: {recorded:.6f} ({own - recorded:+.1e})"
-
-    def _routing(self, stats: RoutingStats | None) -> dict[str, float]:
-        moe = self.run.recipe.model.moe
-        if stats is None or moe is None:
-            return {}
-        # Hybrid layer numbers count attention and feed-forward layers alike, from 1: every second one is a MoE layer.
-        layers = [2 * block + 2 for block in range(self.run.recipe.model.num_layers)]
-        pg = self.run.pg
-        total = reduce_stats(
-            stats, layers=layers, moe=moe, tp_group=pg.tp, dp_group=pg.dp, pp_group=pg.pp, device=self.run.device
-        )
-        metrics = routing_metrics(total, layers=layers, moe=moe)
-        if self.run.recipe.log.expert_load:
-            return metrics
-        return {name: value for name, value in metrics.items() if name.count("/") == 1}
-
-    def _speed(self) -> dict[str, float]:
-        steps = max(self.run.state.step - self._step, 1)
-        seconds, self._started = time.perf_counter() - self._started, time.perf_counter()
-        self._step = self.run.state.step
-        rates = throughput(
-            self.run.recipe,
-            tokens=self._tokens,
-            samples=self._samples,
-            seconds=seconds,
-            world_size=dist.get_world_size(),
-            mean_k=self._mean_k,
-            peak_tflops=peak_tflops(),
-        )
-        parts = {f"time/{part}": value / steps for part, value in self.timer.take().items()}
-        return {**rates, "step time": seconds / steps, **parts}
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time inside the block does not count as training."""
-        start = time.perf_counter()
-        yield
-        self._started += time.perf_counter() - start
-
-    def write(self, metrics: dict[str, float]) -> None:
-        """Write metrics of the current step."""
-        if self._writes:
-            self._writer.write(self.run.state.step, metrics)
-            for name, value in metrics.items():
-                if name.startswith("eval/"):
-                    self._progress.say(f"step {self.run.state.step} | {name} {value:.4f}")
-
-    def say(self, text: str) -> None:
-        """A line in the log."""
-        if self._writes:
-            self._progress.say(text)
-
-    def mark_stopped(self) -> None:
-        """Tell the job script that a whole checkpoint waits for the next start."""
-        if self._writes:
-            self._marker.write_text(f"{self.run.state.step}\n", encoding="utf-8")
-        self.say(f"stopped after step {self.run.state.step}; start again with load=auto to continue")
-
-    def close(self) -> None:
-        """Close files."""
-        if self._writes:
-            self._progress.close()
-            self._writer.close()

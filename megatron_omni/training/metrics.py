@@ -5,8 +5,8 @@ the lines after the step it resumes from, so that a file never holds a step twic
 
 Names: ``lm loss``, ``loss/modality/*``, ``loss/source/*`` (losses/lm.py; means over the label tokens since the last
 record), ``grad-norm``, ``learning-rate``, ``tokens/s`` (all tokens of the run, padding not counted), ``TFLOP/s`` per
-rank and ``MFU`` where the device's peak is known, ``step time`` and ``time/*`` in seconds per step, ``moe/*``
-(models/moe/balance.py; of the logged step), ``eval/loss/*``.
+rank and ``MFU`` where the device's peak is known, ``step time`` in seconds, ``time/*`` (training/logger.py; of the
+logged step), ``moe/*`` (models/moe/balance.py; of the logged step), ``eval/loss/*``.
 
 FLOPs are those of the language model (estimate.py) at the measured mean number of experts per token; the encoders are
 not counted.
@@ -105,7 +105,9 @@ def progress_line(step: int, train_iters: int, metrics: Mapping[str, float]) -> 
         if name in metrics:
             parts.append(f"{label} {form.format(metrics[name])}")
     split = [
-        f"{name.removeprefix('time/')} {value * 1e3:.0f}" for name, value in metrics.items() if name.startswith("time/")
+        f"{name.removeprefix('time/')} {value * 1e3:.0f}"
+        for name, value in metrics.items()
+        if name.startswith("time/") and not name.startswith("time/slow")
     ]
     if split:
         parts.append(f"ms ({', '.join(split)})")

@@ -16,7 +16,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_omni.checkpoint.commit import CHECKPOINTS
-from megatron_omni.checkpoint.distributed import find_checkpoint, load_checkpoint, save_checkpoint
+from megatron_omni.checkpoint.distributed import find_checkpoint, load_checkpoint
+from megatron_omni.checkpoint.saving import PendingSave, start_save
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.load import load_recipe
 from megatron_omni.config.run import Recipe
@@ -133,12 +134,17 @@ def new_token_ids(recipe: Recipe) -> list[int]:
 
 def save(run: Run, evaluated: Mapping[str, float] | None = None) -> Path:
     """Write a checkpoint of the run as it stands after its last step, whose held-out evaluation is ``evaluated``."""
+    return begin_save(run, evaluated).finish()
+
+
+def begin_save(run: Run, evaluated: Mapping[str, float] | None = None, *, background: bool = False) -> PendingSave:
+    """The same up to the point where training may go on; see checkpoint/saving.py."""
     # Rank 0 is always a reader; its cursor is everyone's, its counts of skipped records stand for the run.
     data = [run.loader.state_dict() if run.loader is not None else None]
     dist.broadcast_object_list(data, src=0)
     common = {"train_state": run.state.state_dict(), "data": data[0]}
     value = (evaluated or {}).get(metric) if (metric := run.recipe.checkpoint.keep_best) is not None else None
-    return save_checkpoint(
+    return start_save(
         run.checkpoints,
         run.state.step,
         model=unwrap_model(run.model),
@@ -147,6 +153,7 @@ def save(run: Run, evaluated: Mapping[str, float] | None = None) -> Path:
         recipe=run.recipe,
         pg=run.pg,
         score=None if metric is None or value is None else (metric, value),
+        background=background,
     )
 
 

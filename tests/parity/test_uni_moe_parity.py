@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_omni.checkpoint.commit import CheckpointError, find, write_manifest
 from megatron_omni.checkpoint.convert import import_checkpoint
-from megatron_omni.checkpoint.distributed import _metadata, load_weights
+from megatron_omni.checkpoint.distributed import sharding_metadata, load_weights
 from megatron_omni.checkpoint.export import export_checkpoint, open_ours
 from megatron_omni.checkpoint.families import open_language
 from megatron_omni.checkpoint.layout import Layout
@@ -144,7 +144,7 @@ def save_weights(rank: Rank, directory: str, sizes: dict[str, int], out: str) ->
     pg = rank.initialize(recipe.parallel)
     model = build_model(recipe, pg)
     load_weights(Path(directory), model=model, pg=pg)
-    state = {"model": model.sharded_state_dict(prefix="", metadata=_metadata(pg))}
+    state = {"model": model.sharded_state_dict(prefix="", metadata=sharding_metadata(pg))}
     filesystem_async._results_queue = queue.Queue()  # instead of a helper process, which a rank here may not start
     dist_checkpointing.save(state, out)
 
@@ -180,7 +180,7 @@ def test_a_checkpoint_that_was_made_to_run_code_is_refused_by_every_reader(impor
     """Its manifest is right: whoever makes such a file computes the hashes again."""
     evil, marker = tmp_path / "iter_0000000", tmp_path / "ran"
     shutil.copytree(imported, evil)
-    metadata = read_metadata(evil / ".metadata")
+    metadata = readsharding_metadata(evil / ".metadata")
     metadata.planner_data = Payload(marker)
     (evil / ".metadata").write_bytes(pickle.dumps(metadata))
     write_manifest(evil)

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from megatron_omni.checkpoint import commit, convert
 from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.checkpoint.convert import import_checkpoint
-from megatron_omni.checkpoint.distributed import _metadata
+from megatron_omni.checkpoint.distributed import sharding_metadata
 from megatron_omni.checkpoint.export import export_checkpoint, open_ours
 from megatron_omni.checkpoint.families import FAMILIES, OpenedSources, draw_projectors, open_sources
 from megatron_omni.checkpoint.layout import Layout
@@ -85,7 +85,7 @@ def test_the_table_is_the_model(family: str, model: dict[str, Any]) -> None:
     recipe = recipe_from_dict({"model": {**NARROW, **model}, "optim": {"precision": "fp32"}})
     pg = groups.initialize(recipe.parallel)
     try:
-        state = build_model(recipe, pg).sharded_state_dict(prefix="", metadata=_metadata(pg))
+        state = build_model(recipe, pg).sharded_state_dict(prefix="", metadata=sharding_metadata(pg))
     finally:
         groups.destroy()
     real, objects = {}, set()

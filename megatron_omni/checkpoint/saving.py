@@ -1,0 +1,293 @@
+"""Writing a checkpoint: at once, or by a thread beside the training steps that follow.
+
+    start     collective: plan, and gather the optimizer's state; for a background save, copy what training will change
+    write     each rank alone: its files, flushed to disk and hashed
+    finish    collective: metadata, manifest, rename (commit.py)
+
+A background save stalls training for *start*, and for a *finish* that has only small files left to write. Until
+*finish* the previous checkpoint is in charge: a run that dies in between leaves a temporary directory, which the next
+save removes.
+
+Every rank sees the same outcome: after each phase the ranks exchange their errors, and one failure anywhere becomes one
+:class:`CheckpointError` everywhere, with the temporary directory removed. torch's ``CheckpointException`` derives from
+``BaseException``, so it is named wherever errors are caught.
+"""
+
+import gc
+import logging
+import queue
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from torch.distributed.checkpoint import CheckpointException
+
+from megatron_omni.checkpoint import commit
+from megatron_omni.checkpoint.commit import CheckpointError
+from megatron_omni.checkpoint.distributed import RUN_CONFIG, TOKENIZER, reason_of, rng_shard, sharding_metadata
+from megatron_omni.config.load import recipe_to_yaml
+from megatron_omni.config.run import Recipe
+
+FAILURES = (Exception, CheckpointException)
+
+
+class PendingSave:
+    """A checkpoint between *start* and *finish*; made by :func:`start_save`."""
+
+    def __init__(
+        self, root: Path, step: int, *, recipe: Recipe, score: tuple[str, float] | None, request: AsyncRequest
+    ) -> None:
+        self.root, self.step = root, step
+        self._recipe, self._score, self._request = recipe, score, request
+        self._digests: dict[str, str] = {}
+        self._errors: list[str] = []
+        self._thread: threading.Thread | None = None
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank's files are on disk, or will not be."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def write(self) -> None:
+        """Write, flush and hash this rank's files. Megatron's writer hands its errors over to :meth:`finish`."""
+        with _writer_errors() as errors, _no_garbage_collection():
+            if self._request.async_fn is not None:
+                self._request.async_fn(*self._request.async_fn_args, **self._request.async_fn_kwargs)
+            self._errors = errors
+            if errors:
+                gc.freeze()
+            else:
+                self._digests = {name: commit.sha256(Path(path)) for path, name, _ in _buckets(self._request)}
+
+    def write_in_background(self) -> None:
+        """The same, in a thread."""
+        # Not a daemon thread of some pool: an interpreter that ends in order waits for the files.
+        self._thread = threading.Thread(target=self.write, name="checkpoint")
+        self._thread.start()
+
+    def finish(self) -> Path:
+        """Wait for the files of every rank and make the checkpoint the latest; all ranks call this together."""
+        if self._thread is not None:
+            self._thread.join()
+        try:
+            _together(self._collect, what="saving", errors=self._errors)
+            digests: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(digests, self._digests)
+            known = {name: digest for rank in digests for name, digest in rank.items()}
+            _on_first_rank(lambda: self._publish(known), what="finishing the checkpoint")
+        except CheckpointError:
+            self._abandon()
+            raise
+        return commit.iteration_dir(self.root, self.step)
+
+    def _collect(self) -> None:
+        """Megatron's part after writing: gather what every rank wrote where, and write ``.metadata``."""
+        for finalize in self._request.finalize_fns:
+            finalize()
+
+    def _publish(self, digests: dict[str, str]) -> None:
+        directory = commit.temporary_dir(self.root, self.step)
+        save_config(CheckpointingConfig("torch_dist", 1), str(directory))
+        commit.write_text(directory / RUN_CONFIG, recipe_to_yaml(self._recipe))
+        _copy_tokenizer(Path(self._recipe.data.tokenizer), directory / TOKENIZER)
+        keep = self._recipe.checkpoint.keep
+        commit.publish(self.root, self.step, keep=keep, digests=digests, score=self._score)
+
+    def _abandon(self) -> None:
+        if dist.get_rank() == 0:
+            commit.abandon(self.root, self.step)
+
+
+def start_save(
+    root: Path,
+    step: int,
+    *,
+    model: MegatronModule,
+    optimizer: MegatronOptimizer,
+    common: dict[str, Any],
+    recipe: Recipe,
+    pg: ProcessGroupCollection,
+    score: tuple[str, float] | None = None,
+    background: bool = False,
+) -> PendingSave:
+    """Begin to write ``root/iter_<step>``; all ranks call this together, and later :meth:`PendingSave.finish`.
+
+    ``common`` is plain values, equal on every rank; ``score`` as :func:`commit.publish` takes it. ``background``: the
+    files are written while training goes on; else before this returns. Raises CheckpointError on every rank when any
+    rank fails; the previous checkpoint stays what it was.
+    """
+    pending: list[PendingSave] = []
+
+    def plan() -> None:
+        sharded = _state(model, optimizer, common, pg)
+        request = _plan(sharded, commit.temporary_dir(root, step))
+        if background:
+            request = _with_own_tensors(request, sharded)
+        pending.append(PendingSave(root, step, recipe=recipe, score=score, request=request))
+
+    try:
+        _on_first_rank(lambda: commit.begin(root, step), what=f"{root}: cannot start a checkpoint")
+        _together(plan, what="saving")
+    except CheckpointError:
+        if dist.get_rank() == 0:
+            commit.abandon(root, step)
+        raise
+    if background:
+        pending[0].write_in_background()
+    else:
+        pending[0].write()
+    return pending[0]
+
+
+def _state(
+    model: MegatronModule, optimizer: MegatronOptimizer, common: dict[str, Any], pg: ProcessGroupCollection
+) -> dict[str, Any]:
+    metadata = sharding_metadata(pg)
+    weights = model.sharded_state_dict(prefix="", metadata=metadata)
+    state: dict[str, Any] = {
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(weights, metadata=metadata),
+        "rng": rng_shard(),
+        "common": common,
+        "layout": {"world_size": dist.get_world_size()},
+    }
+    sharded, plain = save_preprocess(state)
+    sharded["common_state"] = ShardedObject("common_state", plain, (1,), (0,), replica_id=dist.get_rank())
+    return dict(sharded)
+
+
+def _plan(sharded: dict[str, Any], directory: Path) -> AsyncRequest:
+    """Megatron's ``dist_checkpointing.save`` in its parts, so that no rank waits at a barrier for one that has failed.
+
+    The tensors of the result are on the CPU; some are the model's own.
+    """
+    # The writer hands its results over through a queue that Megatron starts a helper process for. Here both ends are
+    # this process; a plain queue saves seconds and an orphan when a run is killed.
+    filesystem_async._results_queue = queue.Queue()
+    torch_strategy._logged_mcore_async_deprecation = True  # a thread of ours, not Megatron's process, writes
+    request = torch_strategy.TorchDistSaveShardedStrategy().async_save(sharded, directory, async_strategy="mcore")
+    if request.preload_fn is None:  # nothing to write on this rank
+        return request
+    rank, _, results = request.async_fn_args
+    return request._replace(async_fn_args=(rank, request.preload_fn(), results), preload_fn=None)
+
+
+def _buckets(request: AsyncRequest) -> list[Any]:
+    """(path, name, (bytes, tensors)) of every file of this rank."""
+    return request.async_fn_args[1] if request.async_fn_args else []
+
+
+def _with_own_tensors(request: AsyncRequest, sharded: dict[str, Any]) -> AsyncRequest:
+    """``request`` with a copy of every tensor that shares memory with the model or the optimizer."""
+    if request.async_fn is None:
+        return request
+    tensors = (value.data for value in nested_values(sharded) if isinstance(value, ShardedTensor))
+    live = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor is not None and tensor.is_cpu}
+    copied = [
+        (path, name, (data, [(item, _own(tensor, live)) for item, tensor in items]))
+        for path, name, (data, items) in _buckets(request)
+    ]
+    rank, _, results = request.async_fn_args
+    return request._replace(async_fn_args=(rank, copied, results))
+
+
+def _own(tensor: torch.Tensor, live: set[int]) -> torch.Tensor:
+    return tensor.clone() if tensor.untyped_storage().data_ptr() in live else tensor
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    target.mkdir()
+    if source.is_file():
+        shutil.copyfile(source, target / ("tokenizer.model" if source.suffix == ".model" else source.name))
+    else:
+        for file in source.iterdir():
+            if file.is_file() and file.suffix in {".json", ".txt", ".model"}:
+                shutil.copyfile(file, target / file.name)
+
+
+def _together(action: Callable[[], Any], *, what: str, errors: list[str] | None = None) -> None:
+    """Run ``action`` on every rank; if it fails on any, CheckpointError on all of them.
+
+    ``errors``: what this rank's writer said, which explains the failure better than its exception does.
+    """
+    failure = None
+    try:
+        action()
+    except FAILURES as error:
+        text = errors[0] if errors else reason_of(error)
+        failure = _Failure(f"[rank {dist.get_rank()}] {what}: {text}", is_cause=bool(errors))
+    _agree(failure)
+
+
+def _on_first_rank(action: Callable[[], Any], *, what: str) -> None:
+    """Run ``action`` on rank 0; if it fails, CheckpointError on every rank."""
+    failure = None
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except FAILURES as error:
+            failure = _Failure(f"{what}: {reason_of(error)}", is_cause=True)
+    _agree(failure)
+
+
+class _Failure(NamedTuple):
+    text: str
+    is_cause: bool
+    """Whether this rank itself failed, not merely heard of it."""
+
+
+def _agree(failure: _Failure | None) -> None:
+    everyone: list[_Failure | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, failure)
+    failures = sorted((f for f in everyone if f is not None), key=lambda f: not f.is_cause)
+    if failures:
+        raise CheckpointError(failures[0].text)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """torch's zip writer, left in a reference cycle by a write that failed, crashes the process when the collector
+    finds it.
+
+    So nothing is collected while files are written, and after a failure what exists then is exempt for good.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def _writer_errors() -> Iterator[list[str]]:
+    """What Megatron's file writer logs as errors inside the block: it drops the text of an OSError from its exception."""
+    errors: list[str] = []
+    writer = logging.getLogger(filesystem_async.__name__)
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            errors.append(record.getMessage().split("an error: ")[-1])
+        return record.levelno < logging.ERROR
+
+    writer.addFilter(keep)
+    try:
+        yield errors
+    finally:
+        writer.removeFilter(keep)

@@ -1,0 +1,304 @@
+"""What a run says about itself: records every ``log.interval`` steps, lines in the log, incidents, the end's summary.
+
+Every rank has a logger and takes part in its reductions; rank 0 writes. Between records loss sums stay on the device.
+
+``time/<part>`` are seconds of the recorded step, mean over ranks, measured with the device synchronised around every
+part: *data* (own reading), *forward*, *backward*, *communication* (the exchange that a step starts with, in which a
+rank waits for the slowest reader, and the reduction of gradients; collectives inside layers count where they are),
+*optimizer*; *checkpoint* is what saving has cost since the last record, divided by the steps. ``time/slowest_rank``
+is the rank whose own work (data, forward, backward) took longest, ``time/slowdown`` its multiple of the median rank's;
+a line in the log names a rank that is slowest, at ``SLOW`` times the median or more, in ``SLOW_RECORDS`` records in a
+row.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_omni.checkpoint.ledger import converted_directory, recorded_loss
+from megatron_omni.models.moe.balance import reduce_stats, routing_metrics
+from megatron_omni.models.moe.context import RoutingStats
+from megatron_omni.models.parts import parameter_table
+from megatron_omni.parallel.sharing import sum_over_ranks
+from megatron_omni.platform.peak import peak_tflops
+from megatron_omni.training import goodput, incidents
+from megatron_omni.training.hooks import PartTimer
+from megatron_omni.training.metrics import MetricsWriter, Progress, throughput
+from megatron_omni.training.optimizer import learning_rate
+from megatron_omni.training.profile import StepProfiler
+from megatron_omni.training.setup import Run
+
+STOP_MARKER = "requeue"
+"""File in the run directory that says: stopped on a signal, checkpoint whole, start me again."""
+PARTS = ("data", "forward", "backward", "communication", "optimizer")
+OWN_PARTS = PARTS[:3]
+SLOW, SLOW_RECORDS = 1.25, 3
+
+
+def sum_reports(run: Run, table: torch.Tensor) -> torch.Tensor:
+    """Sum a report table over the data-parallel ranks; every rank gets it. Only the last stage's tensor rank 0
+    contributes.
+    """
+    table = table.to(run.device, torch.float64)
+    if dist.get_world_size() == 1:
+        return table
+    contributes = run.layout.is_last_stage and run.layout.tp_rank == 0
+    table = table.clone() if contributes else torch.zeros_like(table)
+    dist.all_reduce(table)
+    return table
+
+
+class RunLogger:
+    """Sums between records, and the record."""
+
+    def __init__(self, run: Run, timer: PartTimer) -> None:
+        self.run, self.timer = run, timer
+        self._reports: list[tuple[int, torch.Tensor]] = []
+        """(step, report table) of the steps since the last record that updated the weights."""
+        self._tokens = self._samples = 0
+        self._started = time.perf_counter()
+        self._step = run.state.step
+        self._mean_k = 0.0
+        self._stalled = 0.0
+        """Seconds in checkpoints up to the last record."""
+        self._stragglers = _Stragglers()
+        self._writes = dist.get_rank() == 0
+        self._directory = run.checkpoints.parent
+        if self._writes:
+            assert run.loader is not None, "rank 0 reads data"
+            log = run.recipe.log
+            self._writer = MetricsWriter(self._directory, tensorboard=log.tensorboard, after_step=run.state.step)
+            self._progress = Progress(run.recipe.train_iters, initial=run.state.step)
+            self._incidents = incidents.Incidents(self._directory, run.loader)
+            self._spikes = incidents.SpikeDetector()
+            self._goodput = goodput.Goodput(self._directory, step=run.state.step)
+            self._profiler = StepProfiler(self._directory, log.profile_steps)
+            (self._directory / STOP_MARKER).unlink(missing_ok=True)
+            for line in describe(run):
+                self.say(line)
+
+    def due(self, step: int) -> bool:
+        """Whether ``step`` is recorded."""
+        return step % self.run.recipe.log.interval == 0 or step >= self.run.recipe.train_iters or step == 1
+
+    def begin_step(self, step: int) -> None:
+        """Before anything of ``step``."""
+        self.timer.exact = self.due(step)
+        self.timer.take()
+        if self._writes:
+            self._profiler.before(step)
+
+    def note_samples(self, step: int) -> None:
+        """Once the loader has moved past the samples of ``step``."""
+        if self._writes:
+            self._incidents.note_step(step)
+
+    def add(self, reports: list[torch.Tensor], *, tokens: int, samples: int) -> None:
+        """Add the report tables of a step that updated the weights."""
+        self._tokens += tokens
+        self._samples += samples
+        empty = torch.zeros(len(self.run.task.report_names), 2)
+        self._reports.append((self.run.state.step, sum(reports[1:], reports[0]) if reports else empty))
+        if self._writes:
+            self._progress.advance()
+
+    def skipped(self, grad_norm: float) -> str:
+        """Report a step whose gradients are not finite; a phrase that says where its samples are listed."""
+        step = self.run.state.step
+        if self._writes:
+            self._incidents.report("non-finite gradients", step, {"grad-norm": grad_norm})
+        where = f"its samples are in {self._directory / incidents.FILE}"
+        self.say(f"step {step}: gradient norm is {grad_norm}; no weight changed, the step is skipped; {where}")
+        return where
+
+    def end_step(self, *, grad_norm: float, stats: RoutingStats | None) -> None:
+        """After the update of a step: the record, when it is due."""
+        step = self.run.state.step
+        if self._writes and (trace := self._profiler.after(step)) is not None:
+            self.say(f"profile: {trace}")
+        if self.due(step):
+            self._record(grad_norm=grad_norm, stats=stats)
+        self.timer.exact = False
+
+    def _record(self, *, grad_norm: float, stats: RoutingStats | None) -> None:
+        """Reduce what was summed since the last record, and write it."""
+        run, names = self.run, list(self.run.task.report_names)
+        tables = [table for _, table in self._reports]
+        total = sum(tables[1:], tables[0]) if tables else torch.zeros(len(names), 2)
+        # The first row of every step's own table: its loss.
+        sums = sum_reports(run, torch.cat([total, *(table[:1] for table in tables)])).tolist()
+        metrics = {name: loss / count for name, (loss, count) in zip(names, sums) if count > 0}
+        metrics |= {"grad-norm": grad_norm, "learning-rate": learning_rate(run.optimizer)}
+        routing = self._routing(stats)
+        self._mean_k = routing.get("moe/mean_k", self._mean_k)
+        metrics |= self._speed()
+        metrics |= {"consumed samples": run.state.consumed_samples, "consumed tokens": run.state.consumed_tokens}
+        metrics |= {"skipped steps": run.state.step - run.state.updates}
+        if first := self._compare_first_loss(metrics):
+            self.say(first)
+        self.write(metrics | routing)
+        if self._writes:
+            self._progress.show(run.state.step, metrics | routing)
+            for (step, _), (loss, count) in zip(self._reports, sums[len(names) :]):
+                self._look_for_spike(step, loss / max(count, 1.0))
+        self._reports, self._tokens, self._samples = [], 0, 0
+
+    def _look_for_spike(self, step: int, loss: float) -> None:
+        usual = self._spikes.add(loss)
+        if usual is not None:
+            self._incidents.report("loss spike", step, {"lm loss": loss, "usual lm loss": usual})
+            where = self._directory / incidents.FILE
+            self.say(f"step {step}: loss {loss:.4f} is far above the usual {usual:.4f}; its samples are in {where}")
+
+    def _compare_first_loss(self, metrics: dict[str, float]) -> str | None:
+        """At step 1: the loss recorded with the converted checkpoint (checkpoint/ledger.py), into ``metrics`` and a line."""
+        origin = self.run.recipe.init_from
+        if not self._writes or origin is None or self.run.state.step != 1 or "lm loss" not in metrics:
+            return None
+        recorded, own = recorded_loss(converted_directory(Path(origin))), metrics["lm loss"]
+        if recorded is None:
+            return None
+        metrics["recorded first-step loss"] = recorded
+        return f"first step: lm loss {own:.6f}; recorded with the checkpoint: {recorded:.6f} ({own - recorded:+.1e})"
+
+    def _routing(self, stats: RoutingStats | None) -> dict[str, float]:
+        moe = self.run.recipe.model.moe
+        if stats is None or moe is None:
+            return {}
+        # Hybrid layer numbers count attention and feed-forward layers alike, from 1: every second one is a MoE layer.
+        layers = [2 * block + 2 for block in range(self.run.recipe.model.num_layers)]
+        pg = self.run.pg
+        total = reduce_stats(
+            stats, layers=layers, moe=moe, tp_group=pg.tp, dp_group=pg.dp, pp_group=pg.pp, device=self.run.device
+        )
+        metrics = routing_metrics(total, layers=layers, moe=moe)
+        if self.run.recipe.log.expert_load:
+            return metrics
+        return {name: value for name, value in metrics.items() if name.count("/") == 1}
+
+    def _speed(self) -> dict[str, float]:
+        steps = max(self.run.state.step - self._step, 1)
+        seconds, self._started = time.perf_counter() - self._started, time.perf_counter()
+        self._step = self.run.state.step
+        rates = throughput(
+            self.run.recipe,
+            tokens=self._tokens,
+            samples=self._samples,
+            seconds=seconds,
+            world_size=dist.get_world_size(),
+            mean_k=self._mean_k,
+            peak_tflops=peak_tflops(),
+        )
+        return {**rates, "step time": seconds / steps, **self._parts(steps=steps)}
+
+    def _parts(self, *, steps: int) -> dict[str, float]:
+        """The step's time by part, mean over ranks, and the slowest rank; of checkpoints, the share of each step."""
+        own = self.timer.take()
+        world, rank = dist.get_world_size(), dist.get_rank()
+        micros = [0] * (world * len(PARTS))
+        micros[rank * len(PARTS) : (rank + 1) * len(PARTS)] = [round(own.get(part, 0.0) * 1e6) for part in PARTS]
+        everyone = torch.tensor(sum_over_ranks(micros, device=self.run.device)).view(world, len(PARTS)).double() / 1e6
+        metrics = {f"time/{part}": value for part, value in zip(PARTS, everyone.mean(dim=0).tolist())}
+        saving = self.timer.total().get("checkpoint", 0.0)
+        if saving > self._stalled:
+            metrics["time/checkpoint"] = (saving - self._stalled) / steps
+        self._stalled = saving
+        if world > 1:
+            slowest, slowdown, line = self._stragglers.add(everyone[:, : len(OWN_PARTS)].sum(dim=1).tolist())
+            metrics |= {"time/slowest_rank": slowest, "time/slowdown": slowdown}
+            if line is not None:
+                self.say(line)
+        return metrics
+
+    @contextmanager
+    def paused(self, part: str) -> Iterator[None]:
+        """Time inside the block is ``part``'s, not training's."""
+        start = time.perf_counter()
+        with self.timer.measure(part):
+            yield
+        self._started += time.perf_counter() - start
+
+    def write(self, metrics: dict[str, float]) -> None:
+        """Write metrics of the current step."""
+        if self._writes:
+            self._writer.write(self.run.state.step, metrics)
+            for name, value in metrics.items():
+                if name.startswith("eval/"):
+                    self._progress.say(f"step {self.run.state.step} | {name} {value:.4f}")
+
+    def say(self, text: str) -> None:
+        """A line in the log."""
+        if self._writes:
+            self._progress.say(text)
+
+    def note_time(self) -> None:
+        """Account for the time up to here: a later start may continue from this step."""
+        if self._writes:
+            self._goodput.note(self.run.state.step, self.timer.total())
+
+    def mark_stopped(self) -> None:
+        """Tell the job script that a whole checkpoint waits for the next start."""
+        if self._writes:
+            marker = self._directory / STOP_MARKER
+            marker.write_text(f"{self.run.state.step}\n", encoding="utf-8")
+        self.say(f"stopped after step {self.run.state.step}; start again with load=auto to continue")
+
+    def summarize(self) -> None:
+        """Say where the time of the run went."""
+        self.note_time()
+        if self._writes:
+            self.say(goodput.describe(self._goodput.lines()))
+
+    def close(self) -> None:
+        """Close files."""
+        if self._writes:
+            self._profiler.stop()
+            self._progress.close()
+            self._writer.close()
+
+
+class _Stragglers:
+    """Whether one rank is slow again and again."""
+
+    def __init__(self) -> None:
+        self._suspect, self._times = -1, 0
+
+    def add(self, seconds: list[float]) -> tuple[int, float, str | None]:
+        """The slowest rank of ``seconds`` of own work by rank, its multiple of the median, and a line worth saying."""
+        median = sorted(seconds)[(len(seconds) - 1) // 2]
+        slowest = max(range(len(seconds)), key=seconds.__getitem__)
+        slowdown = seconds[slowest] / median if median > 0 else 1.0
+        slow = slowdown >= SLOW
+        self._times = (self._times + 1 if slowest == self._suspect else 1) if slow else 0
+        self._suspect = slowest if slow else -1
+        if self._times < SLOW_RECORDS:
+            return slowest, slowdown, None
+        self._times = 0
+        return (
+            slowest,
+            slowdown,
+            f"rank {slowest} is slow: {slowdown:.2f} times the median, {SLOW_RECORDS} records in a row",
+        )
+
+
+def describe(run: Run) -> list[str]:
+    """What is about to run, as this rank sees it."""
+    place, data, state = run.layout, run.recipe.data, run.state
+    table = parameter_table(run.model)
+    trained = ", ".join(f"{part} {count:,}" for part, (_, count) in table.items() if count)
+    frozen = ", ".join(f"{part} {total - count:,}" for part, (total, count) in table.items() if total > count)
+    sizes = f"tp {place.tp_size} x pp {place.pp_size} x dp {place.dp_size}, ep {place.ep_size}"
+    rows = f"packed rows of {data.seq_length} tokens" if data.packing else "samples"
+    step = (
+        f"{data.global_batch_size} {rows}; {run.num_micro_batches} micro-batches of {data.micro_batch_size} a replica"
+    )
+    lines = [f"layout: {sizes}, on {run.device.type}", f"step: {step}", f"trained on this rank: {trained}"]
+    if frozen:
+        lines.append(f"frozen on this rank: {frozen}")
+    if state.step:
+        lines.append(f"resumed after step {state.step}, {state.consumed_samples} samples")
+    return lines
