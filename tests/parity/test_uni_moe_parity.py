@@ -180,7 +180,7 @@ def test_a_checkpoint_that_was_made_to_run_code_is_refused_by_every_reader(impor
     """Its manifest is right: whoever makes such a file computes the hashes again."""
     evil, marker = tmp_path / "iter_0000000", tmp_path / "ran"
     shutil.copytree(imported, evil)
-    metadata = readsharding_metadata(evil / ".metadata")
+    metadata = read_metadata(evil / ".metadata")
     metadata.planner_data = Payload(marker)
     (evil / ".metadata").write_bytes(pickle.dumps(metadata))
     write_manifest(evil)
