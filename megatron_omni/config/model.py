@@ -57,6 +57,12 @@ class MoEConfig:
     Transformer Engine's grouped linear, megatron-core's functions expert by expert. Free to change on resume."""
 
 
+UPCYCLED_SHAPE = (
+    "num_null_experts", "num_shared_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
+)  # fmt: skip
+"""What a recipe decides about a mixture that is made of dense weights; the rest follows from those."""
+
+
 @dataclass(kw_only=True)
 class VisionConfig:
     """SigLIP tower, MLP projector and 2D pooling (spec section 4). One tile is ``image_size`` square."""

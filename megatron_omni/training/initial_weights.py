@@ -18,13 +18,12 @@ from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.checkpoint.distributed import RUN_CONFIG, find_checkpoint, load_weights
 from megatron_omni.checkpoint.upcycle import upcycle
 from megatron_omni.config.load import load_recipe
-from megatron_omni.config.model import MoEConfig
+from megatron_omni.config.model import UPCYCLED_SHAPE, MoEConfig
 from megatron_omni.config.run import Recipe
 from megatron_omni.models.omni import OmniModel
 
 UPCYCLED = "upcycled"
 """Directory in the run directory, removed once its weights are loaded."""
-COPIED_SHAPE = ("num_null_experts", "num_shared_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ def upcycled_copies(dense: Path, recipe: Recipe, moe: MoEConfig) -> Path:
             upcycle(
                 dict.fromkeys(names, dense),
                 out,
-                overrides=[f"model.moe.{name}={getattr(moe, name)}" for name in COPIED_SHAPE],
+                overrides=[f"model.moe.{name}={getattr(moe, name)}" for name in UPCYCLED_SHAPE],
                 dtype="bf16" if recipe.optim.precision == "bf16" else "fp32",
                 seed=recipe.seed,
             )
