@@ -1,0 +1,60 @@
+# Read by every job script after env.sh: starts the ranks of a job, and requeues it when training stopped on a signal.
+#
+#   train RECIPE [key=value ...]    train, continuing from the run's newest checkpoint if there is one (load=auto)
+#   launch FILE|-m MODULE ARGS      run Python on every rank, by $LAUNCH
+#   each_node FILE|-m MODULE ARGS   run Python once on every node
+
+set -uo pipefail
+trap : USR1 TERM # stop signals are for the ranks; this shell waits for them and then decides
+
+NODES=$SLURM_JOB_NUM_NODES
+RANKS_PER_NODE=$SLURM_NTASKS_PER_NODE
+export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+export WORLD_SIZE=$((NODES * RANKS_PER_NODE))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE / RANKS_PER_NODE > 0 ? SLURM_CPUS_ON_NODE / RANKS_PER_NODE : 1))}
+# A failed collective must end its rank, not leave it waiting.
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+
+# One task a node, with all its CPUs. One task that fails ends the others: the run can only go on as a whole.
+on_nodes() { srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \
+  --kill-on-bad-exit=1 ${SRUN_OPTIONS[@]+"${SRUN_OPTIONS[@]}"} "$@"; }
+python=(${CONTAINER[@]+"${CONTAINER[@]}"} "$OMNI_PYTHON")
+
+each_node() { on_nodes "${python[@]}" "$@"; }
+
+launch() {
+  if [ "$LAUNCH" = torchrun ]; then
+    # torchrun must be told to pass USR1 on, and to wait long enough for the checkpoint.
+    on_nodes bash -c 'export PET_NODE_RANK=$SLURM_NODEID; exec "$@"' _ "${python[@]}" -m torch.distributed.run \
+      --nnodes "$NODES" --nproc-per-node "$RANKS_PER_NODE" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
+      --max-restarts 0 --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout "$SAVE_SECONDS" "$@"
+  else
+    srun --ntasks="$WORLD_SIZE" --ntasks-per-node="$RANKS_PER_NODE" --kill-on-bad-exit=1 \
+      ${SRUN_OPTIONS[@]+"${SRUN_OPTIONS[@]}"} bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "$@"' _ \
+      "${python[@]}" "$@"
+  fi
+}
+
+train() {
+  local run_dir status
+  run_dir=$(srun --nodes=1 --ntasks=1 ${SRUN_OPTIONS[@]+"${SRUN_OPTIONS[@]}"} "${python[@]}" -c \
+    'import sys; from megatron_omni.config.load import load_recipe; print(load_recipe(sys.argv[1], sys.argv[2:]).run_dir)' \
+    "$@") || return 2
+  echo "== job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $1 in $run_dir, $NODES x $RANKS_PER_NODE ranks by $LAUNCH"
+  rm -f "$run_dir/requeue"
+  launch -m megatron_omni.cli.train "$@" load=auto
+  status=$?
+  # torchrun's status says nothing about its workers'. The run leaves this file when it stopped with a whole checkpoint.
+  if [ -e "$run_dir/requeue" ]; then
+    if scontrol show job "$SLURM_JOB_ID" | grep -q JobState=CANCELLED; then
+      echo "== cancelled after step $(cat "$run_dir/requeue"); submit it again to continue"
+    else
+      echo "== stopped after step $(cat "$run_dir/requeue"); requeued"
+      scontrol requeue "$SLURM_JOB_ID" || true # preempted jobs are in the queue already
+    fi
+    return 0
+  fi
+  echo "== ended with status $status"
+  return "$status"
+}
