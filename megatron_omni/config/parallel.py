@@ -14,7 +14,7 @@ class ParallelConfig:
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int = 1
     recompute: Literal["none", "full", "moe"] = "none"
-    """Activation recomputation: every layer, or the MoE layers alone."""
+    """Activation recomputation: every layer, those of the encoders too, or the MoE layers alone."""
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     distributed_timeout_seconds: float = 600.0

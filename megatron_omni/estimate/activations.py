@@ -54,6 +54,7 @@ class Activations:
         self.model, self.parallel = recipe.model, recipe.parallel
         self.w = element_bytes(recipe)
         self.trained = trained_parts(recipe)
+        self.replays = recipe.parallel.recompute == "full"
         self.tp = recipe.parallel.tensor_model_parallel_size
         self.tokens = batch.tokens
         self.shard = batch.tokens / self.tp
@@ -72,8 +73,7 @@ class Activations:
 
     def layer(self, *, moe: bool) -> float:
         """Bytes kept by an attention layer or, with ``moe``, by the feed-forward layer that follows it."""
-        recompute = self.parallel.recompute
-        if recompute == "full" or (recompute == "moe" and moe and self.model.moe is not None):
+        if self.replays or (self.parallel.recompute == "moe" and moe and self.model.moe is not None):
             return self.shard * self.model.hidden_size * self.w
         return self.feed_forward() if moe else self.attention()
 
@@ -141,8 +141,10 @@ class Activations:
         return total
 
     def embedding(self) -> float:
-        """Token ids, of which tensor parallelism makes a shifted copy."""
-        return ("embeddings" in self.trained) * self.tokens * INDEX
+        """Token ids; where the first layer keeps its input as it is, the other shards too, of which it is a view."""
+        whole = self.tp > 1 and (self.replays or self.w == FP32)
+        others = whole * (self.tokens - self.shard) * self.model.hidden_size * self.w
+        return ("embeddings" in self.trained) * self.tokens * INDEX + others
 
     def head(self) -> float:
         """Labelled rows, log-probabilities, targets, masks: the output layer and its loss."""
@@ -170,7 +172,8 @@ class Activations:
 
     def _tower(self, config: VisionConfig, patches: float) -> float:
         pixels = self.batch.tiles * 3 * config.image_size**2 * self.w
-        return pixels + config.num_layers * self.siglip_layer(config, patches)
+        layer = patches * config.hidden_size * self.w if self.replays else self.siglip_layer(config, patches)
+        return pixels + config.num_layers * layer
 
     def siglip_layer(self, config: VisionConfig, patches: float) -> float:
         """Two norms (input, mean, scale), their outputs, query, key, value, attention output, both sides of GELU."""
@@ -191,8 +194,12 @@ class Activations:
         total = 0.0
         if trains_tower:
             total += frames * self.w * (2 * config.num_mel_bins + 5 * width + width + 2)  # convolutions, last norm
-            total += config.num_encoder_layers * self.whisper_layer(config, frames)
-        total += config.num_decoder_layers * self.qformer_layer(config, frames, queries)
+            total += config.num_encoder_layers * (
+                frames * width * self.w if self.replays else self.whisper_layer(config, frames)
+            )
+        total += config.num_decoder_layers * (
+            queries * width * self.w if self.replays else self.qformer_layer(config, frames, queries)
+        )
         total += (trains_queries * frames * width + queries * (2 * width + 2)) * self.w
         return total + queries * (self.model.hidden_size * self.w + INDEX)
 

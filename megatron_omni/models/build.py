@@ -111,6 +111,9 @@ def build_model(recipe: Recipe, pg: ProcessGroupCollection) -> "OmniModel":
         pg=pg,
         run_idle_encoders=recipe.parallel.overlap_grad_reduce,
     )
+    for encoder in (model.vision, model.audio):
+        if encoder is not None:
+            encoder.recompute = recipe.parallel.recompute == "full"
     for name, parameter in model.named_parameters():
         if not name.startswith("language."):
             # Replicated over the tensor-parallel group, with equal gradients up to the order of sums on an accelerator.

@@ -21,6 +21,7 @@ from transformers.models.whisper.modeling_whisper import (
 )
 
 from megatron_omni.config.model import AudioConfig
+from megatron_omni.models.encoders.replay import run_layer
 from megatron_omni.models.encoders.weights import (
     GeneratorFor,
     LoadReport,
@@ -92,17 +93,20 @@ class WhisperQformer(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.layer_norm = nn.LayerNorm(config.hidden_size)
 
-    def forward(self, frames: Tensor) -> Tensor:
+    def forward(self, frames: Tensor, *, recompute: bool = False) -> Tensor:
         num_queries = self.query_tokens.shape[1]
         hidden = self.query_tokens + self.embed_positions.weight[:num_queries]
         hidden = hidden.expand(frames.shape[0], -1, -1)
         for layer in self.layers:
-            hidden = layer(hidden, None, frames, use_cache=False)
+            hidden = run_layer(layer, hidden, None, frames, use_cache=False, recompute=recompute)
         return self.layer_norm(hidden)
 
 
 class AudioEncoder(nn.Module):
     """Tower, Q-former and projector."""
+
+    recompute = False
+    """Layers are replayed in the backward (``parallel.recompute: full``); set by models/build.py."""
 
     def __init__(self, config: AudioConfig, out_hidden: int) -> None:
         super().__init__()
@@ -116,7 +120,7 @@ class AudioEncoder(nn.Module):
         """[C, mel bins, frames] to [C, Q, H]. A frozen tower keeps nothing for the backward."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trainable(self.tower)):
             frames = self._encode(audio_features.to(self.projector.weight.dtype))
-        return self.projector(self.qformer(frames))
+        return self.projector(self.qformer(frames, recompute=self.recompute))
 
     def _encode(self, audio_features: Tensor) -> Tensor:
         """``WhisperEncoder.forward`` without its output capturing."""
@@ -127,7 +131,7 @@ class AudioEncoder(nn.Module):
         hidden = nn.functional.gelu(tower.conv2(hidden)).transpose(1, 2)
         hidden = hidden + tower.embed_positions.weight
         for layer in tower.layers:
-            hidden = layer(hidden, None)
+            hidden = run_layer(layer, hidden, None, recompute=self.recompute)
         return tower.layer_norm(hidden)
 
     def idle_input(self) -> Tensor:
