@@ -15,6 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers.audio_utils import mel_filter_bank
@@ -120,14 +121,19 @@ def log_mel(samples: np.ndarray | Tensor, config: AudioConfig) -> Tensor:
     padded[: wave.numel()] = wave
     if not torch.isfinite(padded.sum()):
         raise ValueError("audio clip with samples that are not finite")
-    return _log_mel_chunks(padded.view(num_chunks, chunk_samples), config.num_mel_bins)
+    frames = chunk_samples // HOP_SAMPLES
+    # Half a window behind the last sample and half a window of mirrored silence.
+    heard = frames if num_chunks > 1 else min(frames, -(-(wave.numel() + N_FFT) // HOP_SAMPLES))
+    return _log_mel_chunks(padded.view(num_chunks, chunk_samples), config.num_mel_bins, heard)
 
 
-def _log_mel_chunks(chunks: Tensor, num_mel_bins: int) -> Tensor:
-    window, filters = _window(), _mel_filters(num_mel_bins)
-    spectrum = torch.stft(chunks, N_FFT, HOP_SAMPLES, window=window, return_complex=True)[..., :-1]
-    power = spectrum.real.square().add_(spectrum.imag.square())  # [C, 201, frames]; a sum over the pairs is 4 x slower
-    log_power = (filters @ power).clamp_(min=1e-10).log10_()
+def _log_mel_chunks(chunks: Tensor, num_mel_bins: int, heard: int) -> Tensor:
+    """[C, samples] -> [C, mel bins, frames]; from frame ``heard`` on all chunks are silent."""
+    spectrum = torch.stft(chunks[:, : heard * HOP_SAMPLES], N_FFT, HOP_SAMPLES, window=_window(), return_complex=True)
+    spectrum = spectrum[..., :-1]
+    power = spectrum.real.square().add_(spectrum.imag.square())  # [C, 201, heard]; a sum over the pairs is 4 x slower
+    log_power = (_mel_filters(num_mel_bins) @ power).clamp_(min=1e-10).log10_()
+    log_power = F.pad(log_power, (0, chunks.shape[1] // HOP_SAMPLES - heard), value=-10.0)
     floor = log_power.amax(dim=(1, 2), keepdim=True) - 8.0
     return torch.maximum(log_power, floor).add_(4.0).div_(4.0)
 

@@ -184,6 +184,17 @@ def test_chunks_do_not_see_each_other() -> None:
     torch.testing.assert_close(together[1:], alone, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("num_samples", [1, 200, 15_000, 15_600, 15_601, 15_840, 15_999, 16_000])
+def test_a_clip_shorter_than_its_chunk_equals_transformers(num_samples: int) -> None:
+    """Frames behind the sound are silence, wherever it ends."""
+    samples = sound(1.0)[-num_samples:]
+    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=1)
+    theirs = extractor(samples, sampling_rate=16_000, return_tensors="pt").input_features
+    torch.testing.assert_close(
+        log_mel(samples, AudioConfig(num_mel_bins=80, chunk_seconds=1.0)), theirs, atol=1e-5, rtol=0
+    )
+
+
 def test_silence_is_finite() -> None:
     features = log_mel(np.zeros(100, dtype=np.float32), AudioConfig(num_mel_bins=80, chunk_seconds=1.0))
     assert (features == -1.5).all()  # log10(1e-10) = -10 everywhere: (-10 + 4) / 4
