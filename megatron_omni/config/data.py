@@ -6,10 +6,14 @@ from typing import Literal
 
 @dataclass(kw_only=True)
 class SourceConfig:
-    """One JSONL file of records; media paths are relative to the file's directory and may not leave it."""
+    """A set of records: JSONL files, whose media paths are relative to the file's directory, or WebDataset tars."""
 
     name: str
     path: str
+    """A file, ``shards/{000..127}.tar``, a pattern such as ``shards/*.tar``, or a folder prepared by Energon (``DIR``:
+    its split ``train``; ``DIR#val``). Tars need an index (tools/prepare_data.py); JSONL files gain from one."""
+    prompt: str = ""
+    """Asked of a tar's media that come with a caption alone; empty: "Describe the picture." or the like."""
     weight: float = 1.0
     """Share of the mixture, relative to the other active sources."""
     from_sample: int = 0

@@ -1,11 +1,11 @@
 """The data of one optimizer step at a time, for one data-parallel rank.
 
 A step takes ``global_batch_size`` rows: the next samples of the mixture's order, one a row, or several with
-``packing`` (packing.py). Every rank knows the size of each (from media headers, nothing is decoded) and cuts the rows
-into micro-batches: by length, longest first, so that little is padded; packed rows, which are full anyway, so that all
-micro-batches hold about the same work for the encoders. So the micro-batches are the same sets of samples on any number
-of ranks. Round j hands one to each rank, in the ranks' order or against it in turn, which keeps their loads level. A
-rank decodes its own samples only.
+``packing`` (packing.py). Every rank knows the size of each (from the source's index, or from media headers; nothing is
+decoded) and cuts the rows into micro-batches: by length, longest first, so that little is padded; packed rows, which are
+full anyway, so that all micro-batches hold about the same work for the encoders. So the micro-batches are the same sets
+of samples on any number of ranks. Round j hands one to each rank, in the ranks' order or against it in turn, which keeps
+their loads level. A rank decodes its own samples only.
 
 A record that cannot be used gives way to the rows after it in its source's order of that epoch: a function of the data
 alone, the same on every layout. What a header does not show is found when one rank decodes; the rule is the same, only
@@ -35,7 +35,8 @@ from megatron_omni.data.decode.cpu import MediaError
 from megatron_omni.data.mixture import Component, Draw, Mixture
 from megatron_omni.data.packing import deal, fill_rows
 from megatron_omni.data.record import RecordError
-from megatron_omni.data.sample import Sample, SampleBuilder, SampleSize
+from megatron_omni.data.sample import Sample, SampleBuilder
+from megatron_omni.data.sizes import SampleSize, measure
 from megatron_omni.data.sources import open_sources
 from megatron_omni.data.tokenizer import Tokenizer
 from megatron_omni.estimate import encoder_flops
@@ -134,7 +135,7 @@ class StepLoader:
         self.data, self.data_rank, self.data_size = data, data_rank, data_size
         self.builder = SampleBuilder(recipe, tokenizer)
         configs = data.sources if sources is None else sources
-        self.sources = open_sources(configs)
+        self.sources = open_sources(configs, tokenizer=self.builder.tokenizer)
         self.mixture = Mixture(
             [
                 Component(
@@ -281,7 +282,11 @@ class StepLoader:
         if (known := self._sizes.get(key)) is not None:
             return known
         try:
-            size: SampleSize | Skip = self.builder.size(self.sources[draw.source][draw.row])
+            source = self.sources[draw.source]
+            facts = source.facts(draw.row)
+            if facts is None:  # no index
+                facts = measure(source[draw.row], self.builder.tokenizer)
+            size: SampleSize | Skip = self.builder.sizes.size(facts)
         except (RecordError, MediaError) as error:
             size = self._skip(draw, error)
         self._sizes.put(key, size, cost=1)

@@ -19,13 +19,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_omni.data.decode.media import MediaBytes, MediaError
+from megatron_omni.data.tar import TarMember
+
+MediaFile = str | TarMember
+"""A path, or a file inside a tar."""
 Kind = Literal["image", "audio", "video"]
 KINDS: tuple[Kind, ...] = ("image", "audio", "video")
 MARKER = re.compile(r"<(image|audio|video)>")
 ROLES = ("system", "user", "assistant")
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-_LIST_FIELD: dict[Kind, str] = {"image": "images", "audio": "audios", "video": "videos"}
-_KNOWN_KEYS = {"messages", "conversations", "system", "id", *KINDS, *_LIST_FIELD.values()}
+LIST_FIELD: dict[Kind, str] = {"image": "images", "audio": "audios", "video": "videos"}
+_KNOWN_KEYS = {"messages", "conversations", "system", "id", *KINDS, *LIST_FIELD.values()}
 _SHOWN_CHARACTERS = 80
 
 
@@ -36,8 +41,20 @@ class RecordError(ValueError):
         shown = repr(value)
         if len(shown) > _SHOWN_CHARACTERS:
             shown = shown[:_SHOWN_CHARACTERS] + "..."
-        super().__init__(f"{where}: {field} = {shown}: {problem}; {fix}")
+        super().__init__(
+            f"{where}: {field} = {shown}: {problem}; {fix}" if where else f"{field} = {shown}: {problem}; {fix}"
+        )
         self.where, self.field, self.value, self.reason = where, field, value, reason
+
+
+def loaded(file: MediaFile) -> str | MediaBytes:
+    """What the decoders take: the path, or the bytes inside a tar; MediaError for a tar that cannot be read."""
+    if isinstance(file, str):
+        return file
+    try:
+        return file.load()
+    except (OSError, EOFError) as error:
+        raise MediaError(str(file), error) from error
 
 
 @dataclass(frozen=True)
@@ -53,9 +70,9 @@ class Record:
     """A conversation with its media files, in marker order per kind."""
 
     messages: tuple[Message, ...]
-    images: tuple[str, ...] = ()
-    audios: tuple[str, ...] = ()
-    videos: tuple[str, ...] = ()
+    images: tuple[MediaFile, ...] = ()
+    audios: tuple[MediaFile, ...] = ()
+    videos: tuple[MediaFile, ...] = ()
     id: str = ""
     source: str = ""
     """Name of the source in the recipe."""
@@ -63,7 +80,7 @@ class Record:
     """File and line, for messages to people."""
     extra: Mapping[str, Any] = field(default_factory=dict)
 
-    def media(self, kind: Kind) -> tuple[str, ...]:
+    def media(self, kind: Kind) -> tuple[MediaFile, ...]:
         """The files of one kind."""
         return {"image": self.images, "audio": self.audios, "video": self.videos}[kind]
 
@@ -197,7 +214,7 @@ def _encodable(text: str) -> bool:
 
 
 def _media_list(row: dict[str, Any], kind: Kind, where: str) -> tuple[str, ...]:
-    plural = _LIST_FIELD[kind]
+    plural = LIST_FIELD[kind]
     if kind in row and plural in row:
         raise RecordError(
             where,
@@ -233,7 +250,7 @@ def _check_markers(messages: tuple[Message, ...], media: dict[Kind, tuple[str, .
             in_answers = sum(m.content.count(marker) for m in messages if m.role == "assistant")
             note = f" (the {in_answers} in answers do not count)" if in_answers else ""
             raise RecordError(
-                where, field=_LIST_FIELD[kind], value=list(media[kind]),
+                where, field=LIST_FIELD[kind], value=list(media[kind]),
                 problem=f"{len(media[kind])} file(s) for {count} {marker} marker(s) in system and user turns{note}",
                 fix=f"write one {marker} for each file", reason="marker_count",
             )  # fmt: skip

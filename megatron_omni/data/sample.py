@@ -1,33 +1,25 @@
 """Record -> ``Sample``: the tensors of one conversation, the same code for training, evaluation and generation.
 
-``SampleBuilder`` holds what the recipe says (tokenizer, template, sizes). ``size`` reads media headers only, the
-``build_*`` methods decode. Labels are the ids shifted by one, on answers alone; tiles and chunks stand in the order of
+``SampleBuilder`` holds what the recipe says (tokenizer, template, sizes). ``size`` reads media headers only (sizes.py),
+the ``build_*`` methods decode. Labels are the ids shifted by one, on answers alone; tiles and chunks stand in the order of
 their placeholders.
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_omni.batch import IGNORE_LABEL
 from megatron_omni.config.run import Recipe
-from megatron_omni.data.decode.cpu import (
-    FrameSampling,
-    MediaError,
-    decode_audio,
-    decode_image,
-    decode_video,
-    probe_audio,
-    probe_image,
-    probe_video,
-)
-from megatron_omni.data.processors import choose_grid, frame_tiles, image_tiles, log_mel
-from megatron_omni.data.record import KINDS, MARKER, Kind, Record, RecordError
+from megatron_omni.data.decode.cpu import MediaError, decode_audio, decode_image, decode_video
+from megatron_omni.data.decode.media import Media
+from megatron_omni.data.processors import frame_tiles, image_tiles, log_mel
+from megatron_omni.data.record import KINDS, MARKER, Kind, MediaFile, Record, RecordError, loaded
+from megatron_omni.data.sizes import SampleSize, SizeRule, measure
 from megatron_omni.data.template import MediaSpans, Rendered, render
 from megatron_omni.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_omni.positions import AudioSpan, ImageSpan, PositionRule, VideoSpan, audio_chunks, position_ids
+from megatron_omni.positions import AudioSpan, ImageSpan, VideoSpan, position_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +51,6 @@ class Sample:
         return replace(self, labels=torch.full_like(self.labels, IGNORE_LABEL))
 
 
-class SampleSize(NamedTuple):
-    """What a sample will cost, known before anything is decoded."""
-
-    tokens: int
-    tiles: int
-    chunks: int
-
-
 class SampleBuilder:
     """Turns records into samples as a recipe says."""
 
@@ -78,41 +62,13 @@ class SampleBuilder:
                 f"data.tokenizer = {recipe.data.tokenizer!r}; raise it to at least that"
             )
         self.data, self.vision, self.audio = recipe.data, recipe.model.vision, recipe.model.audio
-        self.rule = PositionRule.from_config(recipe.model)
-        self.sampling = FrameSampling(
-            fps=self.data.video_fps,
-            min_frames=self.data.min_frames,
-            max_frames=self.data.max_frames,
-            max_frames_with_audio=self.data.max_frames_with_audio,
-            sound=self.data.use_video_sound and self.audio is not None,
-        )
-        lowest = min(self.sampling.max_frames, self.sampling.max_frames_with_audio)
-        if self.sampling.fps <= 0 or not 1 <= self.sampling.min_frames <= lowest:
-            raise ValueError(
-                f"data.video_fps = {self.sampling.fps}, min_frames = {self.sampling.min_frames}, max_frames = "
-                f"{self.sampling.max_frames}, max_frames_with_audio = {self.sampling.max_frames_with_audio}: need "
-                "video_fps > 0 and 1 <= min_frames <= both maxima"
-            )
-        self._sound_seconds = self.audio.max_chunks * self.audio.chunk_seconds if self.audio else 0.0
+        self.sizes = SizeRule(recipe, self.tokenizer)
+        self.rule = self.sizes.rule
 
     def size(self, record: Record) -> SampleSize:
         """Size of the training sample, from media headers; RecordError or MediaError for what cannot be used."""
         self._check(record)
-        _require_answer(record)
-        media = MediaSpans(
-            images=[self._probe_image(file) for file in record.images],
-            audios=[self._audio_span(probe_audio(file, max_seconds=self._sound_seconds)) for file in record.audios],
-            videos=[self._probe_video(file) for file in record.videos],
-        )
-        rendered = self._render(record, media)
-        self._check_length(record, rendered)
-        frames = sum(len(video.times_seconds) for video, _ in media.videos)
-        sounds = (*media.audios, *(sound for _, sound in media.videos if sound is not None))
-        return SampleSize(
-            tokens=len(rendered.input_ids),
-            tiles=sum(image.rows * image.cols for image in media.images) + frames,
-            chunks=sum(sound.num_chunks for sound in sounds),
-        )
+        return self.sizes.size(measure(record, self.tokenizer), where=record.where)
 
     def build_sample(self, record: Record) -> Sample:
         """The training sample; RecordError or MediaError for what cannot be used."""
@@ -139,7 +95,8 @@ class SampleBuilder:
             videos=[(clip.picture, clip.sound) for clip in decoded["video"] if isinstance(clip.picture, VideoSpan)],
         )
         rendered = self._render(record, media, open_answer=open_answer)
-        self._check_length(record, rendered)
+        text, image, video, audio = (rendered.modality.count(modality) for modality in range(4))
+        self.sizes.check_length((text, image, video, audio), where=record.where)
         in_order = {kind: iter(items) for kind, items in decoded.items()}
         ordered = [
             next(in_order[kind])  # type: ignore[index]
@@ -173,27 +130,29 @@ class SampleBuilder:
 
     # -------------------------------------------------------------------------------------------- media
 
-    def _decode(self, kind: Kind, file: str) -> "_Decoded":
+    def _decode(self, kind: Kind, file: MediaFile) -> "_Decoded":
+        decode = {"image": self._decode_image, "audio": self._decode_audio, "video": self._decode_video}[kind]
+        media = loaded(file)
         try:
-            return {"image": self._decode_image, "audio": self._decode_audio, "video": self._decode_video}[kind](file)
+            return decode(media)
         except MediaError:
             raise
         except ValueError as error:  # a processor refused the content
-            raise MediaError(file, error) from error
+            raise MediaError(media, error) from error
 
-    def _decode_image(self, file: str) -> "_Decoded":
+    def _decode_image(self, file: Media) -> "_Decoded":
         assert self.vision is not None
         tiles, (rows, cols) = image_tiles(decode_image(file), self.vision)
         return _Decoded(picture=ImageSpan(rows, cols), tiles=tiles)
 
-    def _decode_audio(self, file: str) -> "_Decoded":
+    def _decode_audio(self, file: Media) -> "_Decoded":
         assert self.audio is not None
-        chunks = log_mel(decode_audio(file, max_seconds=self._sound_seconds), self.audio)
+        chunks = log_mel(decode_audio(file, max_seconds=self.sizes.sound_seconds), self.audio)
         return _Decoded(sound=AudioSpan(len(chunks)), chunks=chunks)
 
-    def _decode_video(self, file: str) -> "_Decoded":
+    def _decode_video(self, file: Media) -> "_Decoded":
         assert self.vision is not None
-        video = decode_video(file, sampling=self.sampling)
+        video = decode_video(file, sampling=self.sizes.sampling)
         chunks = None
         if video.sound is not None:
             assert self.audio is not None
@@ -205,45 +164,12 @@ class SampleBuilder:
             chunks=chunks,
         )
 
-    def _probe_image(self, file: str) -> ImageSpan:
-        assert self.vision is not None
-        width, height = probe_image(file)
-        cols, rows = choose_grid(
-            width, height, tile_size=self.vision.image_size, max_tiles_per_side=self.vision.max_tiles_per_side
-        )
-        return ImageSpan(rows, cols)
-
-    def _probe_video(self, file: str) -> tuple[VideoSpan, AudioSpan | None]:
-        size = probe_video(file, sampling=self.sampling)
-        frames = VideoSpan(tuple(map(float, range(size.num_frames))))  # only the count matters for a length
-        return frames, self._audio_span(size.sound_samples) if size.sound_samples else None
-
-    def _audio_span(self, num_samples: int) -> AudioSpan:
-        assert self.audio is not None
-        return AudioSpan(audio_chunks(num_samples, chunk_seconds=self.audio.chunk_seconds))
-
     # -------------------------------------------------------------------------------------------- checks
 
     def _check(self, record: Record) -> None:
         for kind in KINDS:
-            name, present = ("audio", self.audio) if kind == "audio" else ("vision", self.vision)
-            if record.media(kind) and present is None:
-                raise RecordError(
-                    record.where, field=f"{kind}s", value=list(record.media(kind)),
-                    problem=f"the model has no {name} encoder (model.{name} is null)",
-                    fix=f"give the recipe a model.{name} or drop the record", reason="no_encoder",
-                )  # fmt: skip
-
-    def _check_length(self, record: Record, rendered: Rendered) -> None:
-        length = len(rendered.input_ids)
-        if length > self.data.seq_length:
-            counts = [rendered.modality.count(m) for m in range(4)]
-            raise RecordError(
-                record.where, field="length", value=length,
-                problem=f"{length} tokens (text {counts[0]}, image {counts[1]}, video {counts[2]}, audio {counts[3]}) "
-                f"exceed data.seq_length = {self.data.seq_length}",
-                fix="shorten the record or raise data.seq_length", reason="too_long",
-            )  # fmt: skip
+            if record.media(kind):
+                self.sizes.check_encoder(kind, where=record.where)
 
 
 @dataclass(frozen=True, kw_only=True)

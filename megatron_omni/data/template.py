@@ -100,6 +100,16 @@ def render(
     return writer.close()
 
 
+def count_text_tokens(messages: Sequence[Message], tokenizer: Tokenizer) -> int:
+    """Tokens that ``render`` writes for the turns themselves: what media add comes on top."""
+    count = 0
+    for message in messages:
+        pieces = [message.content] if message.role == "assistant" else MARKER.split(message.content)[::2]
+        texts = (f"{message.role}\n", *pieces, "\n")
+        count += 2 + sum(len(tokenizer.encode(text)) for text in texts)
+    return count
+
+
 class _Writer:
     """Appends tokens and keeps ids, masks and spans in step."""
 

@@ -1,0 +1,88 @@
+"""The files that a source's ``path`` stands for.
+
+records.jsonl              that file
+shards/{000..127}.tar      a range (zeros are kept) or {a,b}: every file named, all must exist
+shards/*.tar               a pattern: the files that exist, in the order of their names
+DIR                        a folder with ``.nv-meta`` (Energon): the tars of the split ``train``
+DIR#val                    another split of it
+"""
+
+import glob
+import re
+from pathlib import Path
+
+import yaml
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_MOST_FILES = 1_000_000
+
+
+def shard_paths(path: str) -> list[Path]:
+    """Files of a source, in order; ValueError when there is none or one is missing."""
+    folder, _, split = path.partition("#")
+    if (Path(folder) / ".nv-meta").is_dir():
+        return _energon_shards(Path(folder), split or "train")
+    if Path(path).is_file():
+        return [Path(path)]
+    if Path(path).is_dir():
+        raise ValueError(
+            f"{path!r} is a folder without .nv-meta; name its files ({path}/*.tar), or make records of the media in it "
+            "with tools/prepare_data.py --folder"
+        )
+    files = []
+    for name in expand_braces(path):
+        found = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+        files += [Path(file) for file in found]
+    if not files:
+        raise ValueError(f"no file matches {path!r}")
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"no such file {str(file)!r}")
+    return files
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """``a{00..02}`` and ``a{x,y}`` written out, from left to right."""
+    match = _BRACES.search(pattern)
+    if match is None:
+        return [pattern]
+    bounds = _RANGE.fullmatch(match[1])
+    if bounds is not None:
+        low, high = int(bounds[1]), int(bounds[2])
+        if not 0 <= high - low < _MOST_FILES:
+            raise ValueError(f"{pattern!r}: the range {match[0]} is empty or absurdly long")
+        choices = [str(number).zfill(len(bounds[1])) for number in range(low, high + 1)]
+    else:
+        choices = match[1].split(",")
+    return [
+        tail for choice in choices for tail in expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
+    ]
+
+
+def _energon_shards(folder: Path, split: str) -> list[Path]:
+    """Tars of one split of a folder that ``energon prepare`` has been over."""
+    file = folder / ".nv-meta" / "split.yaml"
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        parts = content["split_parts"]
+        names = [name for pattern in parts[split] for name in expand_braces(pattern)]
+        excluded = {name for pattern in content.get("exclude") or [] for name in expand_braces(pattern)}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(file)!r} names no shards for the split {split!r} ({error!r})") from error
+    partly = sorted(name for name in excluded if not name.endswith(".tar"))
+    if partly:
+        raise ValueError(f"{str(file)!r} excludes single samples ({partly[0]!r}), which is not supported; remove them")
+    files = []
+    for name in names:
+        if name in excluded:
+            continue
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{str(file)!r} names {name!r}, which leads out of {str(folder)!r}")
+        if not path.is_file():
+            raise ValueError(f"{str(file)!r} names {name!r}, and there is no such file")
+        files.append(path)
+    if not files:
+        raise ValueError(f"{str(file)!r} names no shards for the split {split!r}")
+    return files

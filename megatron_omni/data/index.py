@@ -1,0 +1,234 @@
+"""The index of a data file: where every row lies and what it will cost, so that planning a step opens no media file.
+
+``DATA.index`` stands beside ``DATA``, a JSONL file or a tar. It is one file, read through a memory map:
+
+    magic line | header (JSON: version, fingerprints, lengths) | records | media | rows | rejections
+
+``records`` has one entry a row (``RECORD``): its bytes, tokens of its text, its media and, for a row that cannot be
+used, the place of the reason. ``media`` has one entry a media file (``MEDIA``): what its header says. For a tar ``rows``
+holds the records themselves as JSON lines, made from the members of each key, and ``media`` the byte ranges.
+
+Every row of the data is there, bad ones too: an index changes the speed of a run and nothing else. It belongs to one
+tokenizer and to unchanged data; an index of anything else is refused. Of large data the size and a few places are
+compared, and of a JSONL row its checksum when it is read, so a changed row is found at the latest then.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_omni.data.record import KINDS, RecordError
+from megatron_omni.data.sizes import MediaFacts, RecordFacts
+
+VERSION = 1
+_MAGIC = b"megatron_omni data index\n"
+_ALIGNMENT = 64
+_WHOLE_BYTES, _PLACES, _PLACE_BYTES = 1 << 20, 16, 1 << 13
+"""A file up to the first size is compared whole, a larger one at some places."""
+
+RECORD = np.dtype(
+    [
+        ("start", "<u8"), ("num_bytes", "<u4"),  # the row: in the JSONL file, or in ``rows``
+        ("crc", "<u4"),  # of a JSONL row
+        ("number", "<u8"),  # line of a JSONL file, from 1
+        ("text_tokens", "<u4"),
+        ("rejection", "<u4"),  # 0, or 1 + where its line starts in ``rejections``
+        ("media", "<u8"), ("num_media", "<u4"),
+        ("flags", "u1"),
+    ]
+)  # fmt: skip
+HAS_SYSTEM, HAS_ANSWER = 1, 2
+HOLDS = {"image": 4, "audio": 8, "video": 16}
+MEDIA = np.dtype(
+    [
+        ("kind", "u1"), ("width", "<u4"), ("height", "<u4"), ("frames", "<u4"), ("seconds", "<f8"), ("samples", "<u8"),
+        ("start", "<u8"), ("num_bytes", "<u8"),  # in the tar
+    ]
+)  # fmt: skip
+_ARRAYS = {"records": RECORD, "media": MEDIA, "rows": np.dtype("u1"), "rejections": np.dtype("u1")}
+
+
+class RejectedRecord(RecordError):
+    """A row that was found unusable when the index was made."""
+
+    def __init__(self, where: str, *, reason: str, message: str) -> None:
+        ValueError.__init__(self, f"{where}: {message}")
+        self.where, self.reason = where, reason
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells whether data is the data an index was made of."""
+
+    num_bytes: int
+    digest: str
+
+    @staticmethod
+    def of(path: Path) -> "Fingerprint":
+        """Size, and SHA-256 of the whole file or of some places in it."""
+        size = os.path.getsize(path)
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            if size <= _WHOLE_BYTES:
+                digest.update(file.read())
+            else:
+                for place in range(_PLACES):
+                    file.seek(place * (size - _PLACE_BYTES) // (_PLACES - 1))
+                    digest.update(file.read(_PLACE_BYTES))
+        return Fingerprint(size, digest.hexdigest())
+
+
+def tokenizer_digest(path: str | Path) -> str:
+    """SHA-256 of a tokenizer's file."""
+    path = Path(path)
+    return hashlib.sha256((path / "tokenizer.json" if path.is_dir() else path).read_bytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class IndexArrays:
+    """The contents of an index, or of a part of one."""
+
+    records: NDArray[np.void]
+    media: NDArray[np.void]
+    rows: NDArray[np.uint8]
+    rejections: NDArray[np.uint8]
+
+
+class Index:
+    """An index on disk."""
+
+    def __init__(self, path: Path, arrays: IndexArrays, header: dict[str, Any]) -> None:
+        self.path, self.arrays, self.header = path, arrays, header
+
+    def __len__(self) -> int:
+        return len(self.arrays.records)
+
+    @property
+    def num_rejected(self) -> int:
+        """Rows that no recipe can use."""
+        return int(np.count_nonzero(self.arrays.records["rejection"]))
+
+    def facts(self, row: int, *, where: Callable[[int], str]) -> RecordFacts:
+        """What is known of a row; RejectedRecord, which names ``where(row)``, for one that cannot be used."""
+        record = self.arrays.records[row].item()
+        _, _, _, _, text_tokens, rejection, first, num_media, flags = record
+        if rejection:
+            raise RejectedRecord(where(row), **self._rejection(rejection - 1))
+        media = tuple(
+            MediaFacts(KINDS[kind], *header)
+            for kind, *header, _, _ in self.arrays.media[first : first + num_media].tolist()
+        )
+        return RecordFacts(text_tokens, bool(flags & HAS_SYSTEM), bool(flags & HAS_ANSWER), media)
+
+    def byte_range(self, row: int) -> tuple[int, int, int]:
+        """Start, length and checksum of a row."""
+        start, num_bytes, crc, *_ = self.arrays.records[row].item()
+        return start, num_bytes, crc
+
+    def stored_row(self, row: int) -> dict[str, Any]:
+        """The record of a tar's sample, before parsing."""
+        start, num_bytes, _ = self.byte_range(row)
+        return json.loads(self.arrays.rows[start : start + num_bytes].tobytes())
+
+    def media_ranges(self, row: int) -> list[tuple[int, int]]:
+        """Start and length of each media file of a tar's sample, kind by kind."""
+        record = self.arrays.records[row]
+        first, count = int(record["media"]), int(record["num_media"])
+        return [(int(item["start"]), int(item["num_bytes"])) for item in self.arrays.media[first : first + count]]
+
+    def rejections(self) -> Iterator[tuple[int, str, str]]:
+        """(row, reason, message) of the rows that no recipe can use."""
+        for row in np.flatnonzero(self.arrays.records["rejection"]).tolist():
+            found = self._rejection(int(self.arrays.records[row]["rejection"]) - 1)
+            yield row, found["reason"], found["message"]
+
+    def _rejection(self, start: int) -> dict[str, str]:
+        line = self.arrays.rejections[start : start + (1 << 16)].tobytes().split(b"\n", 1)[0]
+        return json.loads(line)
+
+
+def index_path(data: Path) -> Path:
+    """Where the index of ``data`` stands."""
+    return data.with_name(data.name + ".index")
+
+
+def open_index(data: Path, *, tokenizer: str, prompt: str = "") -> Index | None:
+    """The index of ``data`` for the tokenizer with this digest; None where there is none, ValueError for a stale one.
+
+    ``prompt`` went into the records of a tar and matters for nothing else.
+    """
+    path = index_path(data)
+    if not path.is_file():
+        return None
+    again = f"run tools/prepare_data.py again, or remove {str(path)!r}"
+    index = read_index(path)
+    if index.header["data"] != asdict(Fingerprint.of(data)):
+        raise ValueError(f"{path}: stale, {data.name!r} has changed since it was made; {again}")
+    if index.header["tokenizer"] != tokenizer:
+        raise ValueError(f"{path}: stale, its tokens were counted with another tokenizer; {again}")
+    if data.suffix == ".tar" and index.header["prompt"] != prompt:
+        raise ValueError(
+            f"{path}: stale, it was made with prompt = {index.header['prompt']!r}, not {prompt!r}; {again}"
+        )
+    return index
+
+
+def read_index(path: Path) -> Index:
+    """An index as it lies there, whatever it belongs to; ValueError for a damaged one or one of another version."""
+    again = f"run tools/prepare_data.py again, or remove {str(path)!r}"
+    try:
+        with path.open("rb") as file:
+            if file.readline(len(_MAGIC)) != _MAGIC:
+                raise ValueError("it does not start like an index")
+            header = json.loads(file.readline(1 << 16))
+            offset = file.tell()
+        if header["version"] != VERSION:
+            raise ValueError(f"it has version {header['version']}, not {VERSION}")
+        arrays = {}
+        for name, dtype in _ARRAYS.items():
+            count, offset = int(header["lengths"][name]), _aligned(offset)
+            end = offset + count * dtype.itemsize
+            if count < 0 or end > path.stat().st_size:
+                raise ValueError("it is cut off")
+            shape = (count,)
+            arrays[name] = np.memmap(path, dtype, "r", offset, shape) if count else np.zeros(shape, dtype)
+            offset = end
+    except (ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: no usable index ({error}); {again}") from error
+    return Index(path, IndexArrays(**arrays), header)
+
+
+def write_index(data: Path, arrays: IndexArrays, *, fingerprint: Fingerprint, tokenizer: str, prompt: str = "") -> Path:
+    """Put the index of ``data`` in its place, whole or not at all."""
+    header = {
+        "version": VERSION,
+        "data": asdict(fingerprint),
+        "tokenizer": tokenizer,
+        "prompt": prompt,
+        "lengths": {name: len(getattr(arrays, name)) for name in _ARRAYS},
+    }
+    path = index_path(data)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(_MAGIC + json.dumps(header).encode() + b"\n")
+            for name, dtype in _ARRAYS.items():
+                file.write(b"\0" * (_aligned(file.tell()) - file.tell()))
+                np.ascontiguousarray(getattr(arrays, name), dtype).tofile(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGNMENT) * _ALIGNMENT

@@ -1,0 +1,180 @@
+"""What a sample will cost, before anything is decoded.
+
+    record --measure: tokenizer, media headers--> RecordFacts --SizeRule: the recipe--> SampleSize
+
+Facts are what text and headers say: text tokens, pixels, seconds, frames. They depend on the tokenizer and on nothing
+else of a recipe, so an index of them (index.py) serves any. Tiles, frames, chunks and placeholders follow from them by
+the pure functions of positions.py and processors.py. ``SizeRule`` is where a record that a recipe cannot use is
+refused; what decoding then yields may differ slightly from what a header promised.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from megatron_omni.config.run import Recipe
+from megatron_omni.data.decode.cpu import probe_audio, probe_image, read_video_header
+from megatron_omni.data.decode.media import FrameSampling, MediaError, VideoHeader
+from megatron_omni.data.processors import choose_grid
+from megatron_omni.data.record import KINDS, Kind, MediaFile, Message, Record, RecordError, loaded
+from megatron_omni.data.template import count_text_tokens
+from megatron_omni.data.tokenizer import Tokenizer
+from megatron_omni.positions import SAMPLE_RATE, PositionRule, audio_chunks, audio_tokens, image_tokens, video_tokens
+
+
+class MediaFacts(NamedTuple):
+    """What the header of a media file says; fields that the kind lacks are 0."""
+
+    kind: Kind
+    width: int = 0
+    height: int = 0
+    frames: int = 0
+    """Of the whole video."""
+    seconds: float = 0.0
+    """Of the picture of a video."""
+    samples: int = 0
+    """Of sound at 16 kHz; of a video, of its sound track."""
+
+
+class RecordFacts(NamedTuple):
+    """What text and headers of a record say."""
+
+    text_tokens: int
+    """Tokens of its turns, without media and without the recipe's system prompt."""
+    has_system: bool
+    has_answer: bool
+    media: tuple[MediaFacts, ...] = ()
+
+
+class SampleSize(NamedTuple):
+    """What a sample will cost: tokens by modality, and encoder inputs."""
+
+    text: int
+    image: int = 0
+    video: int = 0
+    audio: int = 0
+    tiles: int = 0
+    chunks: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole sample."""
+        return self.text + self.image + self.video + self.audio
+
+
+def measure(record: Record, tokenizer: Tokenizer) -> RecordFacts:
+    """Facts of a record; MediaError for a file whose header cannot be read."""
+    return RecordFacts(
+        text_tokens=count_text_tokens(record.messages, tokenizer),
+        has_system=record.messages[0].role == "system",
+        has_answer=any(message.role == "assistant" for message in record.messages),
+        media=tuple(_measure_media(kind, file) for kind in KINDS for file in record.media(kind)),
+    )
+
+
+def _measure_media(kind: Kind, file: MediaFile) -> MediaFacts:
+    readable = loaded(file)
+    if kind == "image":
+        width, height = probe_image(readable)
+        return MediaFacts(kind, width=width, height=height)
+    if kind == "audio":
+        return MediaFacts(kind, samples=probe_audio(readable))
+    video = read_video_header(readable)
+    if not (0 < video.num_frames < 1 << 32 and 0 <= video.seconds < 1e9 and video.sound_samples >= 0):
+        raise MediaError(readable, f"its header promises {video.num_frames} frames in {video.seconds} s")
+    return MediaFacts(kind, video.width, video.height, video.num_frames, video.seconds, video.sound_samples)
+
+
+class SizeRule:
+    """Sizes as one recipe sees them."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
+        data = recipe.data
+        self.vision, self.audio, self.seq_length = recipe.model.vision, recipe.model.audio, data.seq_length
+        self.rule = PositionRule.from_config(recipe.model)
+        self.sampling = FrameSampling(
+            fps=data.video_fps,
+            min_frames=data.min_frames,
+            max_frames=data.max_frames,
+            max_frames_with_audio=data.max_frames_with_audio,
+            sound=data.use_video_sound and self.audio is not None,
+        )
+        lowest = min(self.sampling.max_frames, self.sampling.max_frames_with_audio)
+        if self.sampling.fps <= 0 or not 1 <= self.sampling.min_frames <= lowest:
+            raise ValueError(
+                f"data.video_fps = {self.sampling.fps}, min_frames = {self.sampling.min_frames}, max_frames = "
+                f"{self.sampling.max_frames}, max_frames_with_audio = {self.sampling.max_frames_with_audio}: need "
+                "video_fps > 0 and 1 <= min_frames <= both maxima"
+            )
+        self.sound_seconds = self.audio.max_chunks * self.audio.chunk_seconds if self.audio else 0.0
+        """Longest clip that the model takes."""
+        system = [Message("system", data.system_prompt)] if data.system_prompt else []
+        self._system_tokens = count_text_tokens(system, tokenizer)
+        if self.vision is not None:  # most pictures of a source share a few sizes
+            tile_size, sides = self.vision.image_size, self.vision.max_tiles_per_side
+            self._grid = lru_cache(maxsize=1 << 16)(
+                lambda width, height: choose_grid(width, height, tile_size=tile_size, max_tiles_per_side=sides)
+            )
+
+    def size(self, facts: RecordFacts, *, where: str = "") -> SampleSize:
+        """Size of the training sample; RecordError for one that this recipe cannot use (``where`` stands in it)."""
+        if not facts.has_answer:
+            raise RecordError(
+                where, field="messages", value=facts.text_tokens, problem="has no answer to learn",
+                fix="add an assistant turn", reason="no_answer",
+            )  # fmt: skip
+        text = facts.text_tokens + (0 if facts.has_system else self._system_tokens)
+        image = video = audio = tiles = chunks = 0
+        for number, item in enumerate(facts.media):
+            self.check_encoder(item.kind, where=where)
+            text += 2
+            if item.kind == "image":
+                cols, rows = self._grid(item.width, item.height)
+                tiles += rows * cols
+                image += image_tokens(rows, cols, pooled_side=self.rule.pooled_side)
+                continue
+            samples = item.samples
+            if item.kind == "video":
+                header = VideoHeader(
+                    width=item.width, height=item.height, num_frames=item.frames, seconds=item.seconds,
+                    sound_samples=samples,
+                )  # fmt: skip
+                frames, samples = vars(header.sampled(self.sampling)).values()
+                tiles += frames
+                video += video_tokens(frames, pooled_side=self.rule.pooled_side)
+                text += 2 if samples else 0
+            elif samples > self.sound_seconds * SAMPLE_RATE:
+                seconds = samples / SAMPLE_RATE
+                raise RecordError(
+                    where, field=f"media[{number}]", value="audio",
+                    problem=f"{seconds:.1f} s of sound, above the limit of {self.sound_seconds:g} s",
+                    fix="cut the clip or raise model.audio.max_chunks", reason="media_too_large",
+                )  # fmt: skip
+            if samples:
+                assert self.audio is not None
+                here = audio_chunks(samples, chunk_seconds=self.audio.chunk_seconds)
+                chunks += here
+                audio += audio_tokens(here, num_query_tokens=self.rule.num_query_tokens)
+        size = SampleSize(text, image, video, audio, tiles, chunks)
+        self.check_length((text, image, video, audio), where=where)
+        return size
+
+    def check_encoder(self, kind: Kind, *, where: str) -> None:
+        """RecordError for a medium that the model has no encoder for."""
+        name, present = ("audio", self.audio) if kind == "audio" else ("vision", self.vision)
+        if present is None:
+            raise RecordError(
+                where, field=f"{kind}s", value=kind,
+                problem=f"the model has no {name} encoder (model.{name} is null)",
+                fix=f"give the recipe a model.{name} or drop the record", reason="no_encoder",
+            )  # fmt: skip
+
+    def check_length(self, counts: tuple[int, int, int, int], *, where: str) -> None:
+        """RecordError for more tokens (text, image, video, audio) than a row holds."""
+        length = sum(counts)
+        if length > self.seq_length:
+            raise RecordError(
+                where, field="length", value=length,
+                problem=f"{length} tokens (text {counts[0]}, image {counts[1]}, video {counts[2]}, audio {counts[3]}) "
+                f"exceed data.seq_length = {self.seq_length}",
+                fix="shorten the record or raise data.seq_length", reason="too_long",
+            )  # fmt: skip

@@ -1,0 +1,103 @@
+"""WebDataset tars: members grouped into samples by key, and read in place.
+
+``a/0007.left.png`` has the key ``a/0007`` and the suffix ``left.png``; neighbours with the same key are one sample. A
+tar is read by its headers only, each member is remembered as a byte range, and ``TarMember.load`` reads that range
+without touching the rest. Nothing is ever unpacked, so names are labels and not paths; still a sample with a member
+that could be one elsewhere (absolute, ``..``, a link, a device) is refused: such a tar is not what its maker meant.
+"""
+
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from megatron_omni.data.decode.media import MediaBytes
+
+
+@dataclass(frozen=True)
+class TarMember:
+    """A byte range of a tar that holds one file."""
+
+    tar: str
+    name: str
+    start: int
+    num_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.tar}:{self.name}"
+
+    def load(self) -> MediaBytes:
+        """Its bytes; EOFError when the tar is shorter than it was."""
+        file = os.open(self.tar, os.O_RDONLY)
+        try:
+            data = os.pread(file, self.num_bytes, self.start)
+        finally:
+            os.close(file)
+        if len(data) < self.num_bytes:
+            raise EOFError(f"{self}: the tar ends inside this member")
+        return MediaBytes(str(self), data)
+
+
+@dataclass
+class TarSample:
+    """The members of one key, in the order in which they lie in the tar."""
+
+    key: str
+    members: dict[str, TarMember] = field(default_factory=dict)
+    """By suffix, in lower case."""
+    problem: str = ""
+    """Why the sample is refused; empty when it is not."""
+
+
+def tar_samples(path: str | Path) -> Iterator[TarSample]:
+    """The samples of a tar, from its headers; a tar that breaks off ends with a sample that says so."""
+    sample: TarSample | None = None
+    size = os.path.getsize(path)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while (info := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # the library would keep every header
+                if info.isdir() or info.name.startswith(("./PaxHeaders", ".nv-meta/")):
+                    continue
+                key, suffix = split_name(info.name)
+                if sample is None or sample.key != key:
+                    if sample is not None:
+                        yield sample
+                    sample = TarSample(key)
+                problem = _problem(info, size)
+                if not problem and suffix in sample.members:
+                    problem = f"{info.name!r} is there twice"
+                sample.problem = sample.problem or problem
+                sample.members[suffix] = TarMember(str(path), info.name, info.offset_data, info.size)
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        if sample is None:
+            raise ValueError(f"{path}: is no plain tar ({error}); compressed tars cannot be read in place") from error
+        yield sample
+        yield TarSample(f"after {sample.key}", problem=f"the tar is damaged or cut off here ({error})")
+        return
+    if sample is not None:
+        yield sample
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and suffix of a member: the base name is cut at its first dot."""
+    folder, _, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return (f"{folder}/{stem}" if folder else stem), suffix.lower()
+
+
+def _problem(info: tarfile.TarInfo, tar_bytes: int) -> str:
+    path = PurePosixPath(info.name)
+    if path.is_absolute():
+        return f"{info.name!r} is an absolute path"
+    if ".." in path.parts:
+        return f"{info.name!r} climbs out with '..'"
+    if not info.isreg():
+        kind = "a symbolic link" if info.issym() else "a hard link" if info.islnk() else "no ordinary file"
+        return f"{info.name!r} is {kind}"
+    if info.sparse is not None:
+        return f"{info.name!r} is a sparse file"
+    if info.offset_data + info.size > tar_bytes:
+        return f"{info.name!r} is cut off by the end of the tar"
+    return ""
