@@ -63,7 +63,9 @@ class Watch:
 
     def _run(self, store: dist.Store, rank: int) -> None:
         seen: float | None = None
-        while not self._ended.wait(BEAT_SECONDS if seen is None else GRACE_SECONDS / 10):
+        wait = 0.0
+        while not self._ended.wait(wait):
+            wait = BEAT_SECONDS
             part, seconds = self._timer.current()
             try:
                 beat = Place(self._step(), part, seconds, time.time())
@@ -95,7 +97,7 @@ def places(store: dist.Store, world_size: int) -> list[Place | None]:
 
 
 def describe_places(told: Sequence[Place | None], *, now: float) -> list[str]:
-    """Lines that group the ranks by where they are; a rank not heard of for three beats is listed as silent."""
+    """Lines that group the ranks by where they are, the fewest first; a rank not heard of for three beats is silent."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     longest: dict[tuple[Any, ...], float] = {}
     for rank, place in enumerate(told):
@@ -105,7 +107,8 @@ def describe_places(told: Sequence[Place | None], *, now: float) -> list[str]:
         key = (place.step, place.part, silent > 3 * BEAT_SECONDS)
         groups.setdefault(key, []).append(rank)
         longest[key] = max(longest.get(key, 0.0), silent if key[2] else place.seconds)
-    lines = []
+    unknown = [rank for rank, place in enumerate(told) if place is None]
+    lines = [f"  nowhere: {ranges(unknown)} (never heard of)"] if unknown and groups else []
     for (step, part, is_silent), ranks in sorted(groups.items(), key=lambda item: (not item[0][2], len(item[1]))):
         what = "silent for" if is_silent else "there for"
         lines.append(f"  step {step}, {part}: {ranges(ranks)} ({what} {longest[step, part, is_silent]:.0f} s)")

@@ -1,7 +1,10 @@
 """A checkpoint is visible only when whole, damage is found and passed over, and the last whole one is never deleted."""
 
 import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,3 +110,59 @@ def test_what_a_dead_run_left_is_removed(tmp_path: Path) -> None:
     (commit.begin(tmp_path, 1) / "a.distcp").write_text("half")
     write(tmp_path, 2)
     assert not list(tmp_path.glob(".tmp*"))
+
+
+# ---------------------------------------------------------------------------------------------------- death anywhere
+
+CALLS = ("fsync", "rename", "replace", "open", "mkdir", "rmdir", "unlink")
+
+
+class Died(BaseException):
+    """Stands for the death of the process: nothing that follows is executed."""
+
+
+def write_and_die(root: Path, *, last_call: int, after: bool, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Publish step 3, dying around the ``last_call``-th call that changes the disk; whether it came that far."""
+    calls = [0]
+
+    def dying(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **settings: Any) -> Any:
+            calls[0] += 1
+            if calls[0] > last_call or (calls[0] == last_call and not after):
+                raise Died
+            result = real(*args, **settings)
+            if calls[0] == last_call:
+                raise Died
+            return result
+
+        return call
+
+    with monkeypatch.context() as patched:
+        for name in CALLS:
+            patched.setattr(os, name, dying(getattr(os, name)))
+        try:
+            write(root, 3, keep=2)
+        except Died:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_death_around_any_call_leaves_the_old_or_the_new_checkpoint(
+    tmp_path: Path, after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for last_call in range(1, 100):
+        root = tmp_path / str(last_call)
+        write(root, 1, keep=2)
+        write(root, 2, keep=2)
+        if not write_and_die(root, last_call=last_call, after=after, monkeypatch=monkeypatch):
+            break
+        directory = commit.find(root)
+        assert directory is not None
+        step = int(directory.name[5:])
+        assert (directory / "a.distcp").read_text() == f"weights {step}"
+        found.append(step)
+        newest = write(root, 4, keep=2)  # and the next start is not hindered
+        assert commit.find(root) == newest and not list(root.glob(".tmp*")) and len(commit.steps(root)) <= 3
+    assert len(found) > 10 and found == sorted(found) and set(found) == {2, 3}

@@ -84,3 +84,18 @@ def test_part_timer_sums_and_restarts() -> None:
             pass
     assert timer.take() == {"read": 2.0, "compute": 2.0}
     assert timer.take() == {}
+
+
+def test_a_part_inside_another_counts_for_itself_alone() -> None:
+    ticks = iter([0.0, 1.0, 4.0, 6.0, 7.0])
+    synchronized: list[int] = []
+    timer = PartTimer(clock=lambda: next(ticks), synchronize=lambda: synchronized.append(1))
+    with timer.measure("backward"):
+        timer.exact = True
+        with timer.measure("forward"):
+            assert timer._stack == ["backward", "forward"]
+        timer.exact = False
+    assert timer.take() == {"backward": 1.0 + 2.0, "forward": 3.0}
+    assert len(synchronized) == 2
+    assert timer.total() == {"backward": 3.0, "forward": 3.0}
+    assert timer.current() == ("between parts", 7.0 - 6.0)

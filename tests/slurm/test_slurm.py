@@ -1,0 +1,142 @@
+"""The shipped job scripts on a real SLURM of two nodes: trained on 2 x 2 ranks, preempted by a signal, requeued, they end
+with the loss of a run that was never stopped.
+
+Skipped, with its reason, where SLURM or munge is not installed. The first start is one torchrun per node, the second
+is SLURM's own ranks; ``OMNI_STRESS=1`` (`make stress`) preempts both shapes.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_omni.config.load import recipe_to_yaml
+from megatron_omni.config.run import Recipe
+from tests.distributed.test_resume import exact
+from tests.distributed.tiny_run import make_corpus, records, run_tiny, tiny_recipe
+from tests.slurm.cluster import NODES, Cluster, missing_programs, two_nodes
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted((ROOT / "examples" / "slurm").glob("*.sbatch"))
+STEPS = 24
+RANKS = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1")
+
+pytestmark = pytest.mark.skipif(
+    bool(missing_programs()),
+    reason=f"SLURM is not installed ({', '.join(missing_programs())} missing); Debian: apt-get install slurm-wlm munge",
+)
+
+ENVIRONMENT = """
+OMNI_PYTHON={python}
+SHAPES=({shapes})
+LAUNCH=${{SHAPES[${{SLURM_RESTART_COUNT:-0}}]}}
+SRUN_OPTIONS=()
+CONTAINER=()
+MASTER_ADDR=127.0.0.1
+export GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1
+SAVE_SECONDS=240
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    root = Path(tempfile.mkdtemp(prefix="slurm-"))
+    try:
+        with two_nodes(root) as running:
+            yield running
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def site(directory: Path, shapes: tuple[str, ...]) -> Path:
+    """A checkout as a site would have it: the shipped files, an env.sh of its own."""
+    import sys
+
+    scripts = directory / "examples" / "slurm"
+    shutil.copytree(ROOT / "examples" / "slurm", scripts)
+    (scripts / "env.sh").write_text(ENVIRONMENT.format(python=sys.executable, shapes=" ".join(shapes)))
+    (directory / "tools").symlink_to(ROOT / "tools")
+    (directory / "recipes").mkdir()
+    return directory
+
+
+def tiny(corpus: Path, run_dir: Path) -> Recipe:
+    """Text alone, on TP 2 x PP 2 x EP 2."""
+    layout = {f"parallel__{kind}_model_parallel_size": 2 for kind in ("tensor", "pipeline", "expert")}
+    recipe = tiny_recipe(
+        corpus, run_dir, train_iters=STEPS, model__vision=None, model__audio=None, data__micro_batch_size=4, **layout
+    )
+    recipe.data.sources = recipe.data.sources[:1]
+    return recipe
+
+
+SHAPES = [("torchrun", "srun")] if not os.environ.get("OMNI_STRESS") else [("torchrun", "srun", "torchrun")]
+
+
+@pytest.mark.parametrize("shapes", SHAPES, ids="-".join)
+def test_preempted_and_requeued_equals_undisturbed(cluster: Cluster, tmp_path: Path, shapes: tuple[str, ...]) -> None:
+    corpus = make_corpus(tmp_path / "corpus")
+    undisturbed = exact(run_tiny(tiny(corpus, tmp_path / "straight"), 4))
+    place = site(tmp_path / "site", shapes)
+    recipe = tiny(corpus, tmp_path / "run")
+    (place / "recipes" / "3_sft.yaml").write_text(recipe_to_yaml(recipe))
+    job = cluster.submit(*RANKS, "--output=log.txt", "examples/slurm/3_sft.sbatch", "log.interval=1", cwd=place)
+    log = place / "log.txt"
+    seen = 0
+    for restarts in range(len(shapes) - 1):
+        seen = _wait_for_step(tmp_path / "run" / "metrics.jsonl", seen + 2, log)
+        cluster.call("scancel", "--signal=USR1", job)
+        cluster.wait_for(job, {"RUNNING", "COMPLETED"}, restarts=restarts + 1)
+    state = cluster.wait_for(job, {"COMPLETED", "FAILED", "CANCELLED"}, restarts=len(shapes) - 1)
+    text = log.read_text()
+    assert state["JobState"] == "COMPLETED", text
+    for number, shape in enumerate(shapes):
+        assert f"start {number + 1}: recipes/3_sft.yaml" in text and f"by {shape}" in text
+    stopped = [int(step) for step in re.findall(r"== stopped after step (\d+); requeued", text)]
+    assert len(stopped) == len(shapes) - 1 and all(2 <= step < STEPS for step in stopped), text
+    assert [int(step) for step in re.findall(r"resumed after step (\d+)", text)] == stopped
+    assert exact(records(recipe)) == undisturbed
+    assert not (tmp_path / "run" / "requeue").exists()
+    assert f"over {len(shapes)} start(s)" in text  # goodput
+
+
+def test_preflight_looks_at_every_node_and_all_ranks(cluster: Cluster, tmp_path: Path) -> None:
+    place = site(tmp_path / "site", ("srun",))
+    job = cluster.submit(*RANKS, "--output=log.txt", "examples/slurm/preflight.sbatch", cwd=place)
+    state = cluster.wait_for(job, {"COMPLETED", "FAILED"})
+    text = (place / "log.txt").read_text()
+    assert state["JobState"] == "COMPLETED", text
+    assert text.count("ok   kernels: compiled extension loads") == len(NODES)
+    assert "ok   4 ranks on 1 machines sum up" in text and "FAIL" not in text
+
+
+def _wait_for_step(metrics: Path, step: int, log: Path) -> int:
+    """Until the run has recorded ``step``; the last step recorded."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        if len(lines) >= step:
+            return len(lines)
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached:\n{log.read_text() if log.exists() else 'no output'}")
+
+
+# ---------------------------------------------------------------------------------------------------- the files
+
+
+def test_every_stage_script_names_a_recipe_and_differs_from_the_others_in_that_alone() -> None:
+    bodies = set()
+    for script in SCRIPTS:
+        text = script.read_text()
+        stage = re.search(r"^train recipes/(\S+)\.yaml", text, re.MULTILINE)
+        if stage is None:
+            continue
+        assert (ROOT / "recipes" / f"{stage[1]}.yaml").exists(), f"{script.name} names a recipe that does not exist"
+        assert stage[1] == script.stem and f"--job-name={script.stem}" in text
+        bodies.add(re.sub(r"^# .*\n", "", text, flags=re.MULTILINE).replace(stage[1], "STAGE"))
+    assert len(bodies) == 1
