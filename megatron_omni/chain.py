@@ -193,7 +193,7 @@ def _stage(path: Path, made: StageConfig, run_dir: Path, overrides: Sequence[str
     where = f"{path}: stage {made.name}"
     if (made.recipe is None) == (made.upcycle is None):
         raise ValueError(f"{where}: has {'both' if made.recipe else 'neither'} of recipe and upcycle; give one of them")
-    common = {"name": made.name, "run_dir": run_dir / made.name, "hand_on": made.hand_on}
+    directory = run_dir / made.name
     if made.upcycle is not None:
         if made.init_from is not None or made.overrides:
             raise ValueError(f"{where}: init_from and overrides have no effect on an upcycling; take them out")
@@ -201,10 +201,16 @@ def _stage(path: Path, made: StageConfig, run_dir: Path, overrides: Sequence[str
         sources = {"vision": given.vision} if given.vision is not None else {}
         sources |= {f"speech{i + 1}": word for i, word in enumerate(given.speech)}
         _check_order(where, sources | {"base": given.base}, later)
-        return Stage(**common, sources=sources | {"base": given.base}, upcycle=given)
+        return Stage(
+            name=made.name,
+            run_dir=directory,
+            hand_on=made.hand_on,
+            sources=sources | {"base": given.base},
+            upcycle=given,
+        )
     assert made.recipe is not None
     file = path.parent / made.recipe
-    words = (*overrides, *made.overrides, f"run_dir={common['run_dir']}", "load=auto")
+    words = (*overrides, *made.overrides, f"run_dir={directory}", "load=auto")
     try:
         recipe = load_recipe(file, list(words))
     except ValueError as error:
@@ -212,7 +218,15 @@ def _stage(path: Path, made: StageConfig, run_dir: Path, overrides: Sequence[str
     word = made.init_from if made.init_from is not None else recipe.init_from
     sources = {"init_from": word} if word is not None else {}
     _check_order(where, sources, later)
-    return Stage(**common, sources=sources, recipe_file=file, overrides=words, recipe=recipe)
+    return Stage(
+        name=made.name,
+        run_dir=directory,
+        hand_on=made.hand_on,
+        sources=sources,
+        recipe_file=file,
+        overrides=words,
+        recipe=recipe,
+    )
 
 
 def _check_order(where: str, sources: dict[str, str], later: set[str]) -> None:

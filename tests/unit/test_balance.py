@@ -143,6 +143,10 @@ def test_statistics_count_tokens_once_and_padding_never():
     per_token = (2 * mask.sum().item() + 6) / 66
     assert metrics["moe/aux_loss"] == pytest.approx(1.5 / per_token)
     image = [t for t in range(33) if t % 4 == Modality.IMAGE]
+    counts = [metrics[f"moe/k/layer_0/{k}"] for k in range(5)]
+    assert counts == pytest.approx([(real == k).double().mean().item() for k in range(5)]) and sum(
+        counts
+    ) == pytest.approx(1)
     load = mask[image].double().mean(0).tolist()
     names = [f"expert_{e}" for e in range(4)] + ["null_0"]
     assert [metrics[f"moe/load/layer_0/image/{name}"] for name in names] == pytest.approx(load)

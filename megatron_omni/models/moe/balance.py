@@ -177,6 +177,7 @@ def routing_metrics(stats: RoutingStats, *, layers: Sequence[int], moe: MoEConfi
     ``moe/mean_k``: real experts per token; ``moe/null_share``: part of the selected slots that are null;
     ``moe/aux_loss``: L over the mean number of counted slots per token (1 is balanced), mean over layers and
     micro-batches;
+    ``moe/k/layer_{i}/{k}``: part of the tokens that use exactly k real experts;
     ``moe/dropped``: part of the selected slots that capacity removed (where there is a capacity);
     ``moe/load/layer_{i}/{modality}/expert_{e}``: part of that modality's tokens that use slot e (``null_{e}`` after
     them).
@@ -197,6 +198,8 @@ def routing_metrics(stats: RoutingStats, *, layers: Sequence[int], moe: MoEConfi
         if stats.micro_batches and counted:
             losses.append(float(stats.aux_loss[layer]) / stats.micro_batches / (counted / num_tokens))
         metrics[f"moe/mean_k/layer_{i}"] = real_per_token[-1]
+        for k, count in enumerate(stats.k_histogram[layer].tolist()):
+            metrics[f"moe/k/layer_{i}/{k}"] = count / num_tokens
         for modality in Modality:
             if tokens[modality] > 0:
                 for name, load in zip(names, (selected[modality] / tokens[modality]).tolist()):
