@@ -52,6 +52,7 @@ class ParameterCount:
     vision: int = 0
     audio: int = 0
     projectors: int = 0
+    adapters: int = 0
 
     @property
     def language(self) -> int:
@@ -117,6 +118,8 @@ def trained_parts(recipe: Recipe) -> frozenset[str]:
 
     A frozen vocabulary matrix whose new rows are trained counts: its gradient is masked, but it is there in full.
     """
+    if recipe.model.lora is not None:
+        return frozenset({"adapters"})
     frozen = {part for part in recipe.freeze if part != "new_token_rows"}
     matrices = {"embeddings", "output"}
     if not recipe.model.untie_embeddings_and_output_weights and frozen & matrices:
@@ -153,6 +156,9 @@ def _attention(model: ModelConfig, cut: _Cut) -> Iterator[Weight]:
     yield Weight("attention", query_key_value * width)
     if model.add_qkv_bias:
         yield Weight("attention", query_key_value)
+    if model.lora is not None and "attention" in model.lora.targets:
+        for numel in (width, query_key_value, query, width):  # A and B of queries, keys, values, then of the projection
+            yield Weight("adapters", model.lora.rank * numel)
 
 
 def _feed_forward(model: ModelConfig, cut: _Cut) -> Iterator[Weight]:
@@ -166,6 +172,10 @@ def _feed_forward(model: ModelConfig, cut: _Cut) -> Iterator[Weight]:
     experts = moe.num_routed_experts // cut.ep * (moe.moe_ffn_hidden_size // cut.etp) * width
     yield Weight("experts", 2 * experts, expert=True)
     yield Weight("experts", experts, expert=True)
+    if model.lora is not None and "experts" in model.lora.targets:
+        local, ffn = moe.num_routed_experts // cut.ep, moe.moe_ffn_hidden_size
+        for size in (width, 2 * ffn, ffn, width):
+            yield Weight("adapters", local * model.lora.rank * size, expert=True)
     if moe.num_shared_experts:
         shared = moe.num_shared_experts * moe.moe_shared_expert_intermediate_size * width
         yield Weight("shared_experts", 2 * shared)

@@ -252,12 +252,12 @@ def activations(recipe: Recipe, model: Any, pg: Any) -> tuple[int, float]:
 
 @pytest.fixture(scope="module")
 def four_ranks() -> list[list[dict[str, Any]]]:
-    return run_ranks(held_and_planned, 4, FOUR_RANKS, timeout_seconds=200.0)
+    return run_ranks(held_and_planned, 4, FOUR_RANKS, timeout_seconds=500.0)
 
 
 @pytest.fixture(scope="module")
 def two_ranks() -> list[list[dict[str, Any]]]:
-    return run_ranks(held_and_planned, 2, TWO_RANKS, timeout_seconds=100.0)
+    return run_ranks(held_and_planned, 2, TWO_RANKS, timeout_seconds=250.0)
 
 
 def check(results: list[list[dict[str, Any]]], index: int) -> None:

@@ -1,13 +1,26 @@
-"""Parameter counts and FLOPs against the paper's Table 1 figures as worked out in docs/model.md."""
+"""Parameter counts and FLOPs against the paper's Table 1 figures as worked out in docs/model.md; what a plan says."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from megatron_omni.config.load import recipe_from_dict
+from megatron_omni.config.load import load_recipe, recipe_from_dict
 from megatron_omni.config.model import ModelConfig, MoEConfig
 from megatron_omni.config.parallel import ParallelConfig
+from megatron_omni.config.validate import validate
 from megatron_omni.estimate import ParameterCount, count_parameters, flops_per_token, weight_bytes_per_rank
+from megatron_omni.estimate.activations import MicroBatch
+from megatron_omni.estimate.hardware import GPUS, STATED, Efficiency, with_measured_experts
 from megatron_omni.estimate.memory import replicas, static_bytes
 from megatron_omni.estimate.parameters import stage_weights
+from megatron_omni.estimate.plan import GIB, Plan, alternatives, expected_mean_k, make_plan
+from megatron_omni.platform.peak import PEAK_TFLOPS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_full_model_counts() -> None:
@@ -88,3 +101,110 @@ def test_optimizer_shards_add_up_to_what_is_trained(world_size: int, overlap: bo
     assert along_dense == dense + dense_ranks * (base - dense_here)
     assert along_experts == experts + expert_ranks * dense_here
     assert dense_here * dense_ranks == pytest.approx(dense, rel=0.01)
+
+
+def full_plan(name: str, gpus: int, *overrides: str) -> Plan:
+    recipe = load_recipe(ROOT / "recipes" / name, list(overrides))
+    validate(recipe, world_size=gpus, check_files=False)
+    return make_plan(recipe, world_size=gpus, gpu=GPUS["H100-80GB"])
+
+
+@pytest.mark.parametrize("gpus", [8, 32, 64])
+def test_layout_recipes_of_the_full_model_fit_their_gpus(gpus: int) -> None:
+    plan = full_plan(f"layout/sft_{gpus}x80gb.yaml", gpus)
+    assert count_parameters(plan.recipe.model).language == 26_151_734_784
+    assert plan.fits and plan.usable_bytes <= 73.6 * GIB
+    assert 0.05 < plan.mfu < 0.6
+    assert plan.tokens_per_step == pytest.approx(full_plan("3_sft.yaml", 64).tokens_per_step)
+
+
+def test_the_stage_recipe_does_not_fit_one_machine_and_no_layout_saves_it() -> None:
+    plan = full_plan("3_sft.yaml", 8)
+    assert not plan.fits and alternatives(plan) == []
+
+
+def test_alternatives_fit_and_come_fastest_first() -> None:
+    plan = full_plan("3_sft.yaml", 32)
+    others = alternatives(plan)
+    assert others and all(other.fits for other in others)
+    speeds = [other.tokens_per_second for other in others]
+    assert speeds == sorted(speeds, reverse=True)
+    layouts = [replace(other.recipe.parallel) for other in others]
+    assert all(layouts.count(layout) == 1 for layout in layouts)
+
+
+def test_memory_answers_to_what_should_lower_it() -> None:
+    base = full_plan("3_sft.yaml", 64)
+    for override in ("parallel.recompute=moe", "parallel.recompute=none", "data.seq_length=32768"):
+        assert full_plan("3_sft.yaml", 64, override).peak_bytes > base.peak_bytes, override
+    for override in ("model.vision=null", "parallel.tensor_model_parallel_size=4", "data.seq_length=8192"):
+        assert full_plan("3_sft.yaml", 64, override).peak_bytes < base.peak_bytes, override
+    stages = full_plan("3_sft.yaml", 64, "parallel.pipeline_model_parallel_size=4").stages
+    assert [round(stage.language / stages[-1].language) for stage in stages] == [4, 3, 2, 1]  # 1F1B: 4 micro-batches a step
+
+
+def test_step_time_by_hand() -> None:
+    """One dense layer of known sizes on one GPU whose every share is 1: forward, two backward products, half a square."""
+    recipe = recipe_from_dict(
+        {
+            "model": {"num_layers": 1, "moe": None, "vision": None, "audio": None, "vocab_size": 1280},
+            "data": {"seq_length": 1024, "micro_batch_size": 2, "global_batch_size": 4},
+        }
+    )
+    shares = Efficiency(dense=1.0, experts=1.0, attention=1.0, encoders=1.0, memory=1e9, links=1.0)
+    batch = MicroBatch(rows=2, length=1024, label_tokens=100)
+    plan = make_plan(recipe, world_size=1, gpu=GPUS["H100-80GB"], batch=batch, efficiency=shares)
+    tokens, width, ffn = 2048, 3584, 18944
+    flops = 6 * tokens * (width * (2 * 3584 + 2 * 512) + 3 * width * ffn) + 6 * 100 * width * 1280
+    flops += 3 * 4 * tokens * 1024 * 3584 / 2
+    assert plan.step.total == pytest.approx(2 * flops / 989e12, rel=1e-3)
+    assert plan.step.messages == plan.step.gradients == plan.step.bubble == plan.step.encoders == 0.0
+
+
+def test_expected_mean_k_is_that_of_independent_logits() -> None:
+    """Of 5 slots 2.92 are drawn by sampling and 2.46 by sorting; four fifths of them are real."""
+    assert expected_mean_k(MoEConfig()) == pytest.approx(0.8 * 2.92, abs=0.05)
+    assert expected_mean_k(MoEConfig(sample_experts=False)) == pytest.approx(0.8 * 2.46, abs=0.05)
+    assert expected_mean_k(MoEConfig(top_k=2, num_null_experts=0)) == 2.0
+
+
+def test_measured_experts_replace_the_stated_share(tmp_path: Path) -> None:
+    rows = [
+        {"op": "expert_mlp", "contender": "omni", "dtype": "bf16", "direction": way, "gflops": rate}
+        for way, rate in (("forward", 500e3), ("backward", 400e3))
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps([*rows, {**rows[0], "contender": "torch", "gflops": 1.0}]))
+    gpu = GPUS["H100-80GB"]
+    measured = with_measured_experts(STATED, tmp_path / "rows.json", gpu)
+    assert measured.experts == pytest.approx(450e3 / 989e3) and measured.measured == ("experts",)
+    (tmp_path / "none.json").write_text(json.dumps(rows[:0]))
+    with pytest.raises(ValueError, match="no bf16 row"):
+        with_measured_experts(STATED, tmp_path / "none.json", gpu)
+
+
+def test_rates_agree_with_those_that_a_run_divides_by() -> None:
+    for gpu in GPUS.values():
+        assert PEAK_TFLOPS[gpu.name.partition("-")[0]] == gpu.tflops
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["recipes/layout/sft_64x80gb.yaml", "--gpus", "64"], 0, "fits"),
+        (["recipes/3_sft.yaml", "--gpus", "8"], 1, "DOES NOT FIT"),
+        (["recipes/3_sft.yaml", "--gpus", "6"], 2, "parallel.expert_model_parallel_size=4"),
+        (["recipes/3_sft.yaml", "--gpus", "0"], 2, "--gpus 0: must be positive"),
+    ],
+)
+def test_plan_command(arguments: list[str], status: int, said: str) -> None:
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['tools/plan.py', *{arguments}]\n"
+        "try:\n"
+        "    runpy.run_path('tools/plan.py', run_name='__main__')\n"
+        "finally:\n"
+        "    assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert said in done.stdout + done.stderr

@@ -1,0 +1,281 @@
+"""Does a recipe fit on so many GPUs, how long does a step take, and what would fit better: what ``tools/plan.py`` prints.
+
+Memory of a rank of each pipeline stage, at its peak: weights, gradients and optimizer state (memory.py), what the
+micro-batches in flight keep (activations.py; 1F1B holds ``stages - stage`` of them), and what the backward of one layer
+or the loss needs besides while it runs. A reserve is left for the context, communication buffers and fragments.
+
+A plan is made for the heaviest micro-batch that a recipe is expected to meet, see ``heaviest_batch``; its assumptions are
+arguments, so that they can be doubted.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import exp, log
+
+from megatron_omni.config.model import MoEConfig
+from megatron_omni.config.parallel import ParallelConfig
+from megatron_omni.config.run import Recipe
+from megatron_omni.config.validate import validate
+from megatron_omni.estimate.activations import FP32, Activations, MicroBatch
+from megatron_omni.estimate.flops import flops_per_token
+from megatron_omni.estimate.hardware import STATED, Efficiency, Gpu
+from megatron_omni.estimate.memory import StaticBytes, element_bytes, static_bytes
+from megatron_omni.estimate.parameters import padded_vocab_size
+from megatron_omni.estimate.step_time import StepTime, StepTimer
+
+GIB = 2**30
+RESERVE_GIB = 6.0
+"""CUDA context, communicators, cuBLAS workspace, fragments of the allocator."""
+IMBALANCE = 1.5
+"""Rows of the fullest rank's experts over the mean. 4 experts of which a token takes 2.3 can reach 1.7."""
+DEFAULT_CHUNKS = 8
+"""Audio chunks beside the pictures of the heaviest row: four minutes."""
+SECONDS_PER_DAY = 86_400
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageMemory:
+    """Bytes on a rank of one pipeline stage."""
+
+    held: StaticBytes
+    language: float
+    """Kept by the blocks, all micro-batches in flight."""
+    encoders: float
+    loss: float
+    working: float
+    """While a layer's backward or the loss runs."""
+
+    @property
+    def total(self) -> float:
+        """At the peak."""
+        return self.held.total + self.language + self.encoders + self.loss + self.working
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a recipe asks of its GPUs."""
+
+    recipe: Recipe
+    world_size: int
+    gpu: Gpu
+    batch: MicroBatch
+    stages: list[StageMemory]
+    step: StepTime
+    tokens_per_step: float
+    usable_bytes: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage stays within the usable memory."""
+        return self.peak_bytes <= self.usable_bytes
+
+    @property
+    def peak_bytes(self) -> float:
+        """Of the fullest stage."""
+        return max(stage.total for stage in self.stages)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the whole run."""
+        return self.tokens_per_step / self.step.total
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs (language model, as training/metrics.py counts them) over the sheet's rate."""
+        flops = flops_per_token(self.recipe.model, self.batch.length, self.batch.mean_k)
+        return self.tokens_per_second * flops / (self.world_size * self.gpu.tflops * 1e12)
+
+    def days(self, tokens: float) -> float:
+        """For so many tokens."""
+        return tokens / self.tokens_per_second / SECONDS_PER_DAY
+
+
+def expected_mean_k(moe: MoEConfig, *, draws: int = 4000) -> float:
+    """Real experts per token before training has shaped the gate: independent N(0, 1) logits, drawn by the rule.
+
+    The paper's shape gives 2.34 (2.92 slots with the null, of 5). A trained gate will differ: a log has ``moe/mean_k``.
+    """
+    slots = moe.num_routed_experts + moe.num_null_experts
+    if moe.top_k is not None:
+        return moe.top_k * moe.num_routed_experts / slots
+    rng, real = random.Random(0), 0
+    for _ in range(draws):
+        logits = [rng.gauss(0.0, 1.0) for _ in range(slots)]
+        total = sum(map(exp, logits))
+        noise = [-log(-log(rng.random())) if moe.sample_experts else 0.0 for _ in range(slots)]
+        reached = chosen = 0.0
+        for slot in sorted(range(slots), key=lambda i: -(logits[i] + noise[i])):
+            if reached >= moe.top_p:
+                break
+            reached += exp(logits[slot]) / total
+            chosen += slot < moe.num_routed_experts
+        real += min(int(chosen), moe.max_routed or slots)
+    return real / draws
+
+
+def heaviest_batch(
+    recipe: Recipe,
+    *,
+    mean_k: float | None = None,
+    imbalance: float = IMBALANCE,
+    label_share: float = 0.5,
+    tiles: float | None = None,
+    chunks: float | None = None,
+) -> MicroBatch:
+    """A full micro-batch: rows of ``seq_length`` tokens, of which ``label_share`` carry labels.
+
+    Each row holds ``tiles`` (a video of ``max_frames``) and ``chunks`` of sound, or what fits beside each other.
+    """
+    model, data = recipe.model, recipe.data
+    room = float(data.seq_length)
+    if model.vision is None:
+        tiles = 0.0
+    else:
+        per_tile = model.vision.pooled_side**2
+        tiles = min(float(data.max_frames), room // per_tile) if tiles is None else tiles
+        room -= tiles * per_tile
+    if model.audio is None:
+        chunks = 0.0
+    elif chunks is None:
+        chunks = max(0.0, min(DEFAULT_CHUNKS, room // model.audio.num_query_tokens))
+    multiple = data.pad_to_multiple_of
+    return MicroBatch(
+        rows=data.micro_batch_size,
+        length=-(-data.seq_length // multiple) * multiple,
+        label_tokens=data.micro_batch_size * data.seq_length * label_share,
+        tiles=data.micro_batch_size * tiles,
+        chunks=data.micro_batch_size * chunks,
+        packed=data.packing,
+        mean_k=0.0 if model.moe is None else expected_mean_k(model.moe) if mean_k is None else mean_k,
+        imbalance=imbalance if recipe.parallel.expert_model_parallel_size > 1 else 1.0,
+    )
+
+
+def make_plan(
+    recipe: Recipe,
+    *,
+    world_size: int,
+    gpu: Gpu,
+    batch: MicroBatch | None = None,
+    efficiency: Efficiency = STATED,
+    fill: float = 1.0,
+    reserve_gib: float = RESERVE_GIB,
+) -> Plan:
+    """The plan of ``recipe``, which must be valid on ``world_size`` ranks; ``fill``: tokens in a row over its length."""
+    batch = heaviest_batch(recipe) if batch is None else batch
+    stages = [
+        _stage_memory(recipe, world_size, batch, stage=stage)
+        for stage in range(recipe.parallel.pipeline_model_parallel_size)
+    ]
+    timer = StepTimer(recipe, batch, world_size=world_size, gpu=gpu, efficiency=efficiency)
+    return Plan(
+        recipe=recipe,
+        world_size=world_size,
+        gpu=gpu,
+        batch=batch,
+        stages=stages,
+        step=timer.step([stage.held for stage in stages]),
+        tokens_per_step=recipe.data.global_batch_size * recipe.data.seq_length * fill,
+        usable_bytes=(gpu.memory_gib - reserve_gib) * GIB,
+    )
+
+
+def alternatives(plan: Plan, *, efficiency: Efficiency = STATED, reserve_gib: float = RESERVE_GIB) -> list[Plan]:
+    """Layouts of the same recipe that fit, the fastest first."""
+    found = []
+    fill = plan.tokens_per_step / (plan.recipe.data.global_batch_size * plan.recipe.data.seq_length)
+    for parallel in _layouts(plan.recipe, plan.world_size):
+        recipe = replace(plan.recipe, parallel=parallel)
+        imbalance = max(plan.batch.imbalance, IMBALANCE) if parallel.expert_model_parallel_size > 1 else 1.0
+        other = make_plan(
+            recipe,
+            world_size=plan.world_size,
+            gpu=plan.gpu,
+            batch=replace(plan.batch, imbalance=imbalance),
+            efficiency=efficiency,
+            fill=fill,
+            reserve_gib=reserve_gib,
+        )
+        if other.fits:
+            found.append(other)
+    return sorted(found, key=lambda other: -other.tokens_per_second)
+
+
+def _layouts(recipe: Recipe, world_size: int) -> Iterator[ParallelConfig]:
+    model = recipe.model
+    experts = 1 if model.moe is None else model.moe.num_routed_experts
+    for tp in _divisors(model.num_query_groups):
+        for pp in _divisors(model.num_layers):
+            for ep in _divisors(experts):
+                for recompute in ("none", "moe", "full"):
+                    parallel = replace(
+                        recipe.parallel,
+                        tensor_model_parallel_size=tp,
+                        pipeline_model_parallel_size=pp,
+                        expert_model_parallel_size=ep,
+                        expert_tensor_parallel_size=1,
+                        recompute=recompute,
+                    )
+                    try:
+                        validate(replace(recipe, parallel=parallel), world_size=world_size, check_files=False)
+                    except ValueError:
+                        continue
+                    yield parallel
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _stage_memory(recipe: Recipe, world_size: int, batch: MicroBatch, *, stage: int) -> StageMemory:
+    stages = recipe.parallel.pipeline_model_parallel_size
+    rounds = recipe.data.global_batch_size * recipe.parallel.tensor_model_parallel_size * stages
+    rounds //= recipe.data.micro_batch_size * world_size
+    in_flight = min(stages - stage, rounds)
+    kept = Activations(recipe, batch)
+    first, last = stage == 0, stage == stages - 1
+    encoders = kept.embedding() + kept.vision() + kept.audio() if first else 0.0
+    loss = kept.norm() + kept.head() if last else 0.0
+    return StageMemory(
+        held=static_bytes(recipe, world_size, stage=stage),
+        language=in_flight * (kept.stage(stage) - encoders - loss + _mask(batch)),
+        encoders=in_flight * encoders,
+        loss=loss,
+        working=max(
+            _attention_working(kept), _layer_working(recipe, kept), _loss_working(recipe, batch) if last else 0.0
+        ),
+    )
+
+
+def _mask(batch: MicroBatch) -> int:
+    """The boolean mask of packed rows, which every layer of a micro-batch shares."""
+    return batch.rows * batch.length**2 if batch.packed else 0
+
+
+def _attention_working(kept: Activations) -> float:
+    """An attention layer's backward: what recomputation makes again, gradients of query, key, value and output."""
+    replayed = kept.attention() if kept.layer(moe=False) < kept.attention() else 0.0
+    model = kept.model
+    heads = 2 * model.num_attention_heads + 2 * model.num_query_groups
+    return replayed + kept.tokens * heads * model.kv_channels / kept.tp * kept.w
+
+
+def _layer_working(recipe: Recipe, kept: Activations) -> float:
+    """A feed-forward layer's backward: what recomputation makes again, gradients of its rows, weight gradients."""
+    model, parallel, size = recipe.model, recipe.parallel, kept.w
+    replayed = kept.feed_forward() if kept.layer(moe=True) < kept.feed_forward() else 0.0
+    if model.moe is None:
+        width = model.ffn_hidden_size // kept.tp
+        return replayed + (4 * kept.tokens * width + 3 * width * model.hidden_size) * size
+    width = model.moe.moe_ffn_hidden_size // parallel.expert_tensor_parallel_size
+    local = model.moe.num_routed_experts // parallel.expert_model_parallel_size
+    rows = kept.received_rows * (3 * width + 2 * model.hidden_size) * size
+    weights = local * 3 * width * model.hidden_size * size if "experts" in kept.trained else 0
+    return replayed + rows + weights + 2 * kept.shard * model.hidden_size * FP32
+
+
+def _loss_working(recipe: Recipe, batch: MicroBatch) -> float:
+    """Logits before and after their conversion to fp32, or their gradient, beside the kept log-probabilities."""
+    vocabulary = padded_vocab_size(recipe.model) // recipe.parallel.tensor_model_parallel_size
+    return batch.label_tokens * vocabulary * (FP32 + element_bytes(recipe))
