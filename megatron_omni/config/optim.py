@@ -10,10 +10,13 @@ class OptimConfig:
 
     lr: float = 1e-5
     min_lr: float = 0.0
-    lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = "cosine"
+    """WSD: constant after the warm-up, then a linear decay over the last ``lr_wsd_decay_iters`` steps."""
     lr_warmup_iters: int = 0
     lr_decay_iters: int | None = None
     """None: ``train_iters``."""
+    lr_wsd_decay_iters: int | None = None
+    """Steps of the decay at the end of a WSD schedule."""
     lr_scale: dict[str, float] = field(default_factory=dict)
     """Factor on the learning rate per named part (``vision: 0.1``); the part names of ``freeze``."""
     weight_decay: float = 0.0

@@ -206,6 +206,7 @@ def _run(recipe: Recipe) -> Iterator[str]:
             f"optim.lr_warmup_iters={optim.lr_warmup_iters}: must be below the length of the schedule, "
             f"{optim.lr_decay_iters or recipe.train_iters} steps"
         )
+    yield from _wsd(recipe)
     for group, names in (("freeze", recipe.freeze), ("optim.lr_scale", list(optim.lr_scale))):
         for name in names:
             if name not in PARTS:
@@ -228,6 +229,20 @@ def _run(recipe: Recipe) -> Iterator[str]:
         yield "init_allow_missing, init_allow_extra: no effect without init_from; set it or take them out"
     if recipe.load and recipe.init_from and recipe.load != "auto":
         yield "load and init_from are both set: load resumes everything, init_from takes weights only; keep one"
+
+
+def _wsd(recipe: Recipe) -> Iterator[str]:
+    optim, steps = recipe.optim, recipe.optim.lr_wsd_decay_iters
+    if optim.lr_decay_style != "WSD":
+        if steps is not None:
+            yield f"optim.lr_wsd_decay_iters={steps}: no effect with lr_decay_style={optim.lr_decay_style}; set it to WSD"
+        return
+    longest = (optim.lr_decay_iters or recipe.train_iters) - optim.lr_warmup_iters
+    if steps is None or not 1 <= steps <= longest:
+        yield (
+            f"optim.lr_wsd_decay_iters={steps}: WSD needs the steps of its decay, 1 to {longest} (the schedule without "
+            "its warm-up)"
+        )
 
 
 def _profile(steps: list[int]) -> Iterator[str]:

@@ -59,7 +59,13 @@ def build_optimizer(
         if not member.is_stub_optimizer:
             # So that a checkpoint has the same tensors before the first update as after it.
             member.init_state_fn(member.optimizer, member.config)
-    scheduler = OptimizerParamScheduler(
+    return optimizer, build_schedule(optimizer, recipe)
+
+
+def build_schedule(optimizer: object, recipe: Recipe) -> OptimizerParamScheduler:
+    """The learning rate of every step, for an optimizer with ``param_groups``."""
+    optim = recipe.optim
+    return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=optim.lr,
@@ -67,12 +73,13 @@ def build_optimizer(
         lr_warmup_steps=optim.lr_warmup_iters,
         lr_decay_steps=optim.lr_decay_iters or recipe.train_iters,
         lr_decay_style=optim.lr_decay_style,
+        wsd_decay_steps=optim.lr_wsd_decay_iters,
+        lr_wsd_decay_style="linear",
         start_wd=optim.weight_decay,
         end_wd=optim.weight_decay,
         wd_incr_steps=recipe.train_iters,
         wd_incr_style="constant",
     )
-    return optimizer, scheduler
 
 
 def _count_padding_as_content(optimizer: DistributedOptimizer) -> None:

@@ -78,6 +78,12 @@ def test_missing_file_loop_and_non_mapping(tmp_path: Path) -> None:
         ({"model": {"moe": {"routing_weight_mode": "release"}}}, 1, "gradient_estimator='paper'"),
         ({"freeze": ["audo"]}, 1, "unknown part 'audo'"),
         ({"optim": {"lr_warmup_iters": 5000}}, 1, "lr_warmup_iters"),
+        (
+            {"optim": {"lr_decay_style": "WSD"}},
+            1,
+            "lr_wsd_decay_iters=None: WSD needs the steps of its decay, 1 to 1000",
+        ),
+        ({"optim": {"lr_wsd_decay_iters": 5}}, 1, "lr_wsd_decay_iters=5: no effect with lr_decay_style=cosine"),
         ({"load": "x", "init_from": "y"}, 1, "load and init_from"),
     ],
 )
