@@ -15,7 +15,9 @@ class SourceConfig:
     prompt: str = ""
     """Asked of a tar's media that come with a caption alone; empty: "Describe the picture." or the like."""
     weight: float = 1.0
-    """Share of the mixture, relative to the other active sources."""
+    """Share of the mixture, relative to the other active sources: of its samples, or of its tokens (``weight_by``)."""
+    epochs: float | None = None
+    """Times that its records are drawn before it leaves the mixture; null: for ever."""
     from_sample: int = 0
     """Global sample count at which the source joins the mixture (curriculum)."""
     reweight: dict[int, float] = field(default_factory=dict)
@@ -43,6 +45,11 @@ class DataConfig:
     """Rows of a micro-batch: samples, or packed rows."""
     global_batch_size: int = 8
     """Rows per optimizer step over all data-parallel ranks."""
+    weight_by: Literal["samples", "tokens"] = "samples"
+    """What the weights of sources are shares of; ``tokens`` needs an index of each."""
+    balance: Literal["none", "modality"] = "none"
+    """``modality``: samples with video, with pictures, with sound and of text alone are drawn equally often (annealing);
+    needs an index of each source."""
     batch_by: Literal["mixed", "source"] = "mixed"
     """``source``: all samples of a step come from one source, drawn by weight (less padding at small scale)."""
     pad_to_multiple_of: int = 8
@@ -50,8 +57,16 @@ class DataConfig:
     """Share of bad samples above which training stops and says so."""
     num_workers: int = 0
     """Threads that prepare the next steps, per rank; 0 decodes inside the training step."""
+    prefetch_gib: float = 1.0
+    """Most memory of the steps that are prepared ahead, per rank; the next step is prepared whatever its size."""
+    stall_seconds: float = 120.0
+    """A thread that works on one record for longer is given up and its work done again by another; a record that stalls
+    twice is skipped and counted."""
     cache_gib: float = 0.0
     """Decoded samples kept in memory per rank, so that a second epoch decodes nothing."""
+    decoder: Literal["cpu", "dali"] = "cpu"
+    """What decodes media: Pillow, soundfile and PyAV, or NVIDIA DALI (on the GPU where there is one; what it cannot
+    read goes to ``cpu``, counted and logged)."""
     video_fps: float = 1.0
     min_frames: int = 8
     max_frames: int = 64

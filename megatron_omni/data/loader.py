@@ -13,15 +13,14 @@ the length may then differ from the plan (in a packed row a stand-in must fit th
 Skips are counted by reason; beyond ``max_bad_fraction`` the run stops.
 
 The state is the number of samples consumed, those that packing made wait, and the counters. ``num_workers`` threads
-prepare the next steps; they change neither order nor state. Threads, because decoding, resampling and tokenizing
-release the interpreter lock, and threads leave no orphans, need no pickling and fork nothing beside CUDA; an error in
-one surfaces in ``next_step``.
+prepare the next steps (workers.py); they change neither order nor state. Threads, because decoding, resampling and
+tokenizing release the interpreter lock, and threads leave no orphans, need no pickling and fork nothing beside CUDA; an
+error in one surfaces in ``next_step``.
 """
 
 import logging
-from collections import Counter, deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from math import lcm
 from typing import Any, NamedTuple
@@ -29,16 +28,18 @@ from typing import Any, NamedTuple
 from megatron_omni.batch import OmniBatch
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.run import Recipe
+from megatron_omni.data.blend import components
 from megatron_omni.data.cache import Lru, PackedSample
 from megatron_omni.data.collate import collate
 from megatron_omni.data.decode.cpu import MediaError
-from megatron_omni.data.mixture import Component, Draw, Mixture
+from megatron_omni.data.mixture import Draw, Mixture
 from megatron_omni.data.packing import deal, fill_rows
 from megatron_omni.data.record import RecordError
 from megatron_omni.data.sample import Sample, SampleBuilder
 from megatron_omni.data.sizes import SampleSize, measure
 from megatron_omni.data.sources import open_sources
 from megatron_omni.data.tokenizer import Tokenizer
+from megatron_omni.data.workers import Workers, working_on
 from megatron_omni.estimate import encoder_flops
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ MAX_STAND_INS = 1000
 """Rows in a row that may fail before their source counts as unusable."""
 _LOGGED_PER_REASON = 3
 _KNOWN_SIZES = 1 << 18
+_TOKEN_BYTES = 80
+"""Of a token in a batch: ten integers."""
 
 
 class Place(NamedTuple):
@@ -136,32 +139,34 @@ class StepLoader:
         self.builder = SampleBuilder(recipe, tokenizer)
         configs = data.sources if sources is None else sources
         self.sources = open_sources(configs, tokenizer=self.builder.tokenizer)
+        blended = data if sources is None else replace(data, weight_by="samples", balance="none")
         self.mixture = Mixture(
-            [
-                Component(
-                    name=c.name,
-                    num_rows=len(s),
-                    weight=c.weight,
-                    from_sample=c.from_sample,
-                    reweight=tuple(sorted(c.reweight.items())),
-                )
-                for c, s in zip(configs, self.sources)
-            ],
+            components(configs, self.sources, data=blended, sizes=self.builder.sizes),
             seed=recipe.seed,
             batch_by=data.batch_by,
             global_batch_size=data.global_batch_size,
         )
         self._length_multiple = lcm(data.pad_to_multiple_of, recipe.parallel.tensor_model_parallel_size)
         self._tile_flops, self._chunk_flops = encoder_flops(recipe.model)
+        vision, audio = recipe.model.vision, recipe.model.audio
+        self._tile_bytes = 12 * vision.image_size**2 if vision else 0
+        self._chunk_bytes = round(400 * audio.num_mel_bins * audio.chunk_seconds) if audio else 0
         self._sizes: Lru[SampleSize | Skip] = Lru(_KNOWN_SIZES)
         self._undecodable: Lru[Skip] = Lru(_KNOWN_SIZES)
         self._samples: Lru[PackedSample] = Lru(int(data.cache_gib * 2**30))
-        self._pool: ThreadPoolExecutor | None = None
-        self._ahead: deque[Future[_Step]] = deque()
+        self._workers = Workers[Cursor, Plan, _Step](
+            self.plan,
+            lambda plan: self._load(plan),
+            num_bytes=self._planned_bytes,
+            num_workers=data.num_workers,
+            most_bytes=int(data.prefetch_gib * 2**30),
+            stall_seconds=data.stall_seconds,
+            give_up=self._give_up,
+        )
         self._skipped: Counter[str] = Counter()
         self._tried = {"planned": 0, "decoded": 0}
         self._bad = {"planned": 0, "decoded": 0}
-        self._cursor = self._planned_to = Cursor(0)
+        self._cursor = Cursor(0)
         self.load_state_dict({"consumed_samples": consumed_samples})
 
     @property
@@ -173,7 +178,7 @@ class StepLoader:
 
     def next_step(self) -> list[OmniBatch]:
         """This rank's micro-batches of the next step."""
-        step = self._take()
+        step = self._workers.take(self._cursor) if self.data.num_workers else self._load(self.plan(self._cursor))
         self._count(step)
         self._cursor = step.plan.after
         return step.batches
@@ -219,9 +224,11 @@ class StepLoader:
     def _batch(self, rows: list[Row], skips: list[Skip]) -> OmniBatch:
         samples, places, row_of = [], [], []
         for number, row in enumerate(rows):
+            spare = self.data.seq_length - sum(place.length for place in row)
             for place in row:
-                sample = self._sample(place, skips)
+                sample = self._sample(place, skips, room=place.length + spare)
                 if sample is not None:
+                    spare -= sample.length - place.length
                     samples.append(sample)
                     places.append(place)
                     row_of.append(number)
@@ -236,33 +243,17 @@ class StepLoader:
             multiple_of=self._length_multiple,
         )
 
-    def _take(self) -> _Step:
-        if self.data.num_workers == 0:
-            return self._load(self.plan(self._cursor))
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.data.num_workers, thread_name_prefix="data")
-        while len(self._ahead) <= self.data.num_workers:
-            plan = self.plan(self._planned_to)
-            self._planned_to = plan.after
-            self._ahead.append(self._pool.submit(self._load, plan))
-        try:
-            return self._ahead.popleft().result()
-        except BaseException:
-            self._forget_ahead()  # what was prepared belongs to steps that will not follow this one
-            raise
-
-    def _forget_ahead(self) -> None:
-        for future in self._ahead:
-            future.cancel()
-        self._ahead.clear()
-        self._planned_to = self._cursor
+    def _planned_bytes(self, plan: Plan) -> int:
+        """Memory of this rank's batches, from planned sizes."""
+        rows = [row for rows in self.own_micro_batches(plan.micro_batches) for row in rows]
+        width = max(sum(place.length for place in row) for row in rows)
+        sizes = [place.size for row in rows for place in row]
+        tiles, chunks = sum(size.tiles for size in sizes), sum(size.chunks for size in sizes)
+        return tiles * self._tile_bytes + chunks * self._chunk_bytes + len(rows) * width * _TOKEN_BYTES
 
     def close(self) -> None:
-        """Stop the threads; the step being prepared is finished first."""
-        self._forget_ahead()
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
+        """Stop the threads; the records that they work on are finished first."""
+        self._workers.close()
 
     # -------------------------------------------------------------------------------------------- samples
 
@@ -283,6 +274,7 @@ class StepLoader:
             return known
         try:
             source = self.sources[draw.source]
+            working_on((draw.source, draw.row, "header"))
             facts = source.facts(draw.row)
             if facts is None:  # no index
                 facts = measure(source[draw.row], self.builder.tokenizer)
@@ -292,34 +284,62 @@ class StepLoader:
         self._sizes.put(key, size, cost=1)
         return size
 
-    def _sample(self, place: Place, skips: list[Skip]) -> Sample | None:
-        """The decoded sample of a place, or of the next row that decodes; None where no row fits a packed place."""
+    def _sample(self, place: Place, skips: list[Skip], *, room: int) -> Sample | None:
+        """The decoded sample of a place, or of the next row that decodes; None where no row fits a packed place.
+
+        ``room``: tokens that the packed row has for it.
+        """
         drawn = self.mixture.sample_at(place.sample_id)
         for attempt in range(place.attempt, self._last_attempt(drawn)):
             draw = self.mixture.next_in_epoch(drawn, attempt)
             if self.data.packing and attempt > place.attempt:
                 size = self._size(draw)
-                if isinstance(size, SampleSize) and size.tokens > place.length:
+                if isinstance(size, SampleSize) and size.tokens > room:
                     continue
             key = draw.source, draw.row
-            if (packed := self._samples.get(key)) is not None:
-                return packed.unpack()
             skip = self._undecodable.get(key)
             if skip is None:
                 try:
-                    sample = self.builder.build_sample(self.sources[draw.source][draw.row])
+                    sample = self._decoded(draw)
                 except (RecordError, MediaError) as error:
                     skip = self._skip(draw, error)
                     self._undecodable.put(key, skip, cost=1)
                 else:
-                    if self._samples.limit:
-                        packed = PackedSample.pack(sample)
-                        self._samples.put(key, packed, cost=packed.num_bytes)
-                    return sample
+                    if not self.data.packing or sample.length <= room:
+                        return sample
+                    skip = self._longer_than_promised(draw, sample, room)
             skips.append(skip)
         if self.data.packing:
             return None
         raise self._exhausted(drawn, skips)
+
+    def _decoded(self, draw: Draw) -> Sample:
+        key = draw.source, draw.row
+        if (packed := self._samples.get(key)) is not None:
+            return packed.unpack()
+        working_on((*key, "sample"))
+        sample = self.builder.build_sample(self.sources[draw.source][draw.row])
+        if self._samples.limit:
+            packed = PackedSample.pack(sample)
+            self._samples.put(key, packed, cost=packed.num_bytes)
+        return sample
+
+    def _longer_than_promised(self, draw: Draw, sample: Sample, room: int) -> Skip:
+        error = RecordError(
+            "", field="length", value=sample.length, problem=f"the headers promised less, and its row has {room} left",
+            fix="repair the file, or run tools/prepare_data.py --again", reason="wrong_header",
+        )  # fmt: skip
+        return self._skip(draw, error)
+
+    def _give_up(self, record: object) -> bool:
+        """Pass over a record that stalled twice while it was decoded; a plan must be the same on every rank."""
+        if not isinstance(record, tuple) or record[-1] != "sample":
+            return False
+        number, row, _ = record
+        source = self.sources[number]
+        message = f"{source.where(row)}: takes longer than data.stall_seconds = {self.data.stall_seconds:g}"
+        self._undecodable.put((number, row), Skip(source.name, "stalled", message), cost=1)
+        return True
 
     def _skip(self, draw: Draw, error: RecordError | MediaError) -> Skip:
         source, where = self.sources[draw.source], self.sources[draw.source].where(draw.row)
@@ -327,7 +347,7 @@ class StepLoader:
         return Skip(source.name, error.reason, message)
 
     def _last_attempt(self, drawn: Draw) -> int:
-        return min(len(self.sources[drawn.source]), MAX_STAND_INS)
+        return min(self.mixture.components[drawn.component].num_rows, MAX_STAND_INS)
 
     def _exhausted(self, drawn: Draw, skips: list[Skip]) -> ValueError:
         name, last = self.sources[drawn.source].name, skips[-1].message
@@ -364,6 +384,16 @@ class StepLoader:
         """Records passed over so far, by reason."""
         return dict(self._skipped)
 
+    @property
+    def num_skipped(self) -> int:
+        """Records that this rank passed over; what all ranks know counts on the first alone."""
+        return self._bad["decoded"] + (self._bad["planned"] if self.data_rank == 0 else 0)
+
+    @property
+    def worker_restarts(self) -> int:
+        """Times that threads died or stalled and were replaced."""
+        return self._workers.restarts.total()
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: how far it is, counters, and the order that this number counts in."""
         return {
@@ -392,7 +422,7 @@ class StepLoader:
                 )
         waiting = tuple(state.get("waiting", ()))
         self._cursor = Cursor(consumed + len(waiting), waiting)
-        self._forget_ahead()
+        self._workers.forget()
         self._skipped = Counter(state.get("skipped", {}))
         self._tried = {**dict.fromkeys(self._tried, 0), **state.get("tried", {})}
         self._bad = {**dict.fromkeys(self._bad, 0), **state.get("bad", {})}
@@ -404,6 +434,8 @@ class StepLoader:
             "batch_by": self.data.batch_by,
             "samples_per_item": self.mixture.samples_per_item,
             "sources": [
-                [c.name, c.num_rows, c.weight, c.from_sample, *map(list, c.reweight)] for c in self.mixture.components
+                [c.name, c.num_rows, c.weight, c.from_sample, *map(list, c.reweight)]
+                + ([f"epochs {c.epochs}"] if c.epochs is not None else [])
+                for c in self.mixture.components
             ],
         }

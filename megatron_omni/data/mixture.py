@@ -9,6 +9,10 @@
   (Pfair scheduling, Baruah et al. 1996). So at every place each source is less than one item off its exact share, and
   after one *period* (a whole number of blocks, as many as the weights need to come out even) it is exact and the
   pattern starts over. Only the counts per block are kept of this; inside a block the order is a seeded shuffle.
+* **Epochs.** A source with ``epochs`` leaves where it has given that many times its rows: a phase ends there. When all
+  have left, the order ends.
+* **Groups.** Components that name a group (a modality class, blend.py) share the group's part of the mixture, and all
+  groups that are active at a place have equal parts.
 * **Rows, without repeats.** The n-th item of a source is row ``permutation(seed, source name, n // rows)[n % rows]``:
   each epoch visits every row once, in an order of its own. The permutation is a Feistel network over the row numbers
   (8 rounds, cycle walking), so no table of rows is kept.
@@ -16,7 +20,7 @@
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from heapq import heappop, heappush
@@ -46,6 +50,14 @@ class Component:
     from_sample: int = 0
     reweight: tuple[tuple[int, float], ...] = ()
     """(sample count, weight from there on), in ascending order."""
+    epochs: float | None = None
+    """Times that its rows are given before it leaves; None: for ever."""
+    group: str = ""
+    """Components of a group share one part of the mixture, equal to every other group's."""
+    source: int | None = None
+    """Number of the source that its rows belong to; None: the component's own number."""
+    rows: NDArray[np.int64] | None = field(default=None, compare=False)
+    """[num_rows] row numbers in that source; None: all of them."""
 
     def weight_at(self, item: int, *, samples_per_item: int) -> float:
         """Weight of the items from number ``item`` on; changes take effect at whole items, so a step is never split."""
@@ -63,7 +75,13 @@ class Draw(NamedTuple):
     row: int
     epoch: int
     rank: int
-    """Samples of this source drawn before this one."""
+    """Samples of this component drawn before this one."""
+    component: int
+    """Number of the component; the source's own number unless sources were divided."""
+
+
+class DataEnded(ValueError):
+    """The order was asked for a sample behind its end: every source has used its epochs."""
 
 
 class Mixture:
@@ -81,41 +99,82 @@ class Mixture:
         self.components = components
         self.seed = seed
         self.samples_per_item = global_batch_size if batch_by == "source" else 1
-        block = BLOCK_STEPS if batch_by == "source" else BLOCK_SAMPLES
+        self._block = BLOCK_STEPS if batch_by == "source" else BLOCK_SAMPLES
         self._phases: list[_Phase] = []
-        changes = [start for c in components for start in (c.from_sample, *(at for at, _ in c.reweight))]
-        starts = sorted({0, *(-(-start // self.samples_per_item) for start in changes)})
-        before = np.zeros(len(components), np.int64)
-        for number, start in enumerate(starts):
-            weights = [c.weight_at(start, samples_per_item=self.samples_per_item) for c in components]
-            _check_weights(components, weights, start * self.samples_per_item)
-            phase = _Phase(start, weights, before, block=block, key=(seed, number))
+        self.num_samples = self._lay_out_phases()
+        """Samples until every source has used its epochs; None for an order without end."""
+
+    def _lay_out_phases(self) -> int | None:
+        """Fill ``_phases``; where the order ends."""
+        parts = self.components
+        limits = [c.epochs and self._items_of_epochs(c) for c in parts]
+        changes = [start for c in parts for start in (c.from_sample, *(at for at, _ in c.reweight))]
+        starts = sorted({-(-start // self.samples_per_item) for start in changes} - {0})
+        start, before = 0, np.zeros(len(parts), np.int64)
+        while True:
+            left = [limit is not None and before[i] >= limit for i, limit in enumerate(limits)]
+            weights = [
+                0.0 if gone else c.weight_at(start, samples_per_item=self.samples_per_item)
+                for c, gone in zip(parts, left)
+            ]
+            later = [at for at in starts if at > start]
+            if any(left) and not any(weights) and not later:
+                return start * self.samples_per_item
+            weights = _balanced(parts, weights)
+            _check_weights(parts, weights, start * self.samples_per_item)
+            phase = _Phase(start, weights, before, block=self._block, key=(self.seed, len(self._phases)))
             self._phases.append(phase)
-            if number + 1 < len(starts):
-                before = before + phase.counts(starts[number + 1] - start)
+            ends = later[:1]
+            for i, limit in enumerate(limits):
+                if limit is not None and weights[i] > 0:
+                    ends.append(start + phase.items_until(i, int(limit - before[i]), most=min(ends, default=None)))
+            if not ends:
+                return None
+            before = before + phase.counts(min(ends) - start)
+            start = min(ends)
+
+    def _items_of_epochs(self, component: Component) -> int:
+        assert component.epochs is not None
+        items = round(component.epochs * component.num_rows) // self.samples_per_item
+        if items < 1:
+            raise ValueError(
+                f"data.sources[{component.name!r}].epochs = {component.epochs} of {component.num_rows} rows is less than "
+                f"one {'step' if self.samples_per_item > 1 else 'sample'}; raise it or drop the source"
+            )
+        return items
 
     def sample_at(self, index: int) -> Draw:
         """The ``index``-th sample of the run, counted from 0."""
         if index < 0:
             raise IndexError(f"sample index {index} is negative")
+        if self.num_samples is not None and index >= self.num_samples:
+            raise DataEnded(
+                f"the data ends after {self.num_samples} samples: every source has used its epochs; lower train_iters, or "
+                "raise data.sources[].epochs"
+            )
         item, within = divmod(index, self.samples_per_item)
         phase = next(phase for phase in reversed(self._phases) if phase.start <= item)
         source, rank = phase.item(item - phase.start)
         return self.draw(source, rank * self.samples_per_item + within)
 
-    def draw(self, source: int, rank: int) -> Draw:
-        """The ``rank``-th sample drawn from a source."""
-        component = self.components[source]
+    def draw(self, number: int, rank: int) -> Draw:
+        """The ``rank``-th sample drawn from component ``number``."""
+        component = self.components[number]
         epoch, position = divmod(rank, component.num_rows)
-        key = permutation_key(self.seed, component.name, epoch)
-        return Draw(source, permuted(position, component.num_rows, key=key), epoch, rank)
+        source = number if component.source is None else component.source
+        return Draw(source, self._row(component, epoch, position), epoch, rank, number)
 
     def next_in_epoch(self, draw: Draw, attempt: int) -> Draw:
         """Stand-in number ``attempt`` (from 1) for an unusable draw: the rows after it in its epoch's order."""
-        component = self.components[draw.source]
+        if not attempt:
+            return draw
+        component = self.components[draw.component]
         position = (draw.rank + attempt) % component.num_rows
-        key = permutation_key(self.seed, component.name, draw.epoch)
-        return draw._replace(row=permuted(position, component.num_rows, key=key))
+        return draw._replace(row=self._row(component, draw.epoch, position))
+
+    def _row(self, component: Component, epoch: int, position: int) -> int:
+        place = permuted(position, component.num_rows, key=permutation_key(self.seed, component.name, epoch))
+        return place if component.rows is None else int(component.rows[place])
 
 
 class _Phase:
@@ -144,6 +203,18 @@ class _Phase:
         block, within = divmod(num_items, self._block)
         inside = np.bincount(self._slots(block)[:within], minlength=len(self._before))
         return self._counts_at_block(block) + inside
+
+    def items_until(self, source: int, count: int, *, most: int | None) -> int:
+        """Fewest items of the phase that hold ``count`` of a source's; of no more than ``most`` the answer is exact."""
+        low, high = 0, count
+        while self.counts(high)[source] < count:
+            if most is not None and high > most:
+                return high
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.counts(middle)[source] < count else (low, middle)
+        return high
 
     def _counts_at_block(self, block: int) -> NDArray[np.int64]:
         period, within = divmod(block, len(self._cumulative) - 1)
@@ -195,6 +266,17 @@ def _whole_shares(weights: list[float], block: int) -> list[int]:
     return shares
 
 
+def _balanced(components: list[Component], weights: list[float]) -> list[float]:
+    """Weights with which all groups have equal parts."""
+    totals: dict[str, float] = {}
+    for component, weight in zip(components, weights):
+        totals[component.group] = totals.get(component.group, 0.0) + weight
+    if list(totals) == [""]:
+        return weights
+    return [weight / totals[c.group] if weight else 0.0 for c, weight in zip(components, weights)]
+
+
+@lru_cache(maxsize=1 << 12)
 def permutation_key(seed: int, name: str, epoch: int) -> int:
     """64-bit key of one source's order in one epoch; the name, not the place in the recipe, so a recipe may grow."""
     text = f"{seed}:{epoch}:{name}".encode()

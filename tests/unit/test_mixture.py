@@ -172,3 +172,69 @@ def test_reweight_never_splits_a_step_and_is_checked() -> None:
         Mixture([Component(name="s0", num_rows=9, from_sample=0, reweight=((0, 1.0),))], seed=5)
     with pytest.raises(ValueError, match="no source with weight > 0 at sample 30"):
         Mixture([Component(name="s0", num_rows=9, reweight=((30, 0.0),))], seed=5)
+
+
+def test_a_source_leaves_when_its_epochs_are_used_up_and_the_order_ends_with_the_last() -> None:
+    parts = [
+        Component(name="s0", num_rows=100, weight=1, epochs=2.5),
+        Component(name="s1", num_rows=70, weight=3, epochs=1),
+        Component(name="s2", num_rows=40, weight=2, epochs=3, from_sample=30),
+    ]
+    mixture = Mixture(parts, seed=2)
+    assert mixture.num_samples == 250 + 70 + 120
+    draws = [mixture.sample_at(i) for i in range(mixture.num_samples)]
+    for source, epochs in enumerate((2.5, 1, 3)):
+        rows = Counter(d.row for d in draws if d.source == source)
+        assert sum(rows.values()) == epochs * parts[source].num_rows
+        assert len(rows) == parts[source].num_rows and max(rows.values()) - min(rows.values()) <= (epochs % 1 > 0)
+    assert len({(d.source, d.row, d.epoch) for d in draws}) == len(draws)
+    last = max(i for i, d in enumerate(draws) if d.source == 1)
+    first = Counter(d.source for d in draws[:30])
+    assert 5 <= first[0] <= 10 and first[2] == 0  # 1 : 3 until s2 joins
+    assert abs(sum(d.source == 0 for d in draws[30:last]) - (last - 30) / 6) < 16  # 1 : 3 : 2 while s1 lasts
+    with pytest.raises(ValueError, match=r"the data ends after 440 samples: every source has used its epochs"):
+        mixture.sample_at(440)
+    again = Mixture(parts, seed=2)
+    assert [again.sample_at(i) for i in reversed(range(440))] == draws[::-1]
+
+
+def test_sources_without_epochs_go_on_after_the_others_left() -> None:
+    parts = [Component(name="s0", num_rows=9, epochs=1), Component(name="s1", num_rows=5)]
+    mixture = Mixture(parts, seed=0)
+    assert mixture.num_samples is None
+    sources = [mixture.sample_at(i).source for i in range(5000)]
+    assert sources.count(0) == 9 and set(sources[64:]) == {1}
+    assert Mixture([parts[1]], seed=0).sample_at(10**12).source == 0
+
+
+def test_epochs_with_a_source_a_step_end_with_a_whole_step() -> None:
+    parts = [Component(name="s0", num_rows=30, epochs=1), Component(name="s1", num_rows=16, epochs=2)]
+    mixture = Mixture(parts, seed=1, batch_by="source", global_batch_size=8)
+    assert mixture.num_samples == 24 + 32
+    steps = [{mixture.sample_at(8 * step + i).source for i in range(8)} for step in range(7)]
+    assert all(len(step) == 1 for step in steps) and Counter(next(iter(s)) for s in steps) == {0: 3, 1: 4}
+    with pytest.raises(ValueError, match=r"data.sources\['s0'\].epochs = 0.2 of 30 rows is less than one step"):
+        Mixture([Component(name="s0", num_rows=30, epochs=0.2)], seed=1, batch_by="source", global_batch_size=8)
+
+
+def test_groups_have_equal_parts_whatever_their_members_weigh() -> None:
+    parts = [
+        Component(name="a/image", num_rows=50, weight=3, group="image", source=0, rows=np.arange(0, 100, 2)),
+        Component(name="a/text", num_rows=50, weight=5, group="text", source=0, rows=np.arange(1, 100, 2)),
+        Component(name="b/image", num_rows=20, weight=1, group="image", source=1, rows=np.arange(20)),
+        Component(name="c/audio", num_rows=7, weight=0.01, group="audio", source=2, from_sample=384, rows=np.arange(7)),
+    ]
+    mixture = Mixture(parts, seed=3)
+    draws = [mixture.sample_at(i) for i in range(384 + 64 * 12)]
+    groups = [parts[d.component].group for d in draws]
+    assert Counter(groups[:384]) == {"image": 192, "text": 192}
+    later = Counter(groups[384:])
+    assert all(abs(later[group] - 256) <= 1 for group in ("image", "text", "audio"))
+    images = Counter(d.source for d in draws if parts[d.component].group == "image")
+    assert abs(images[0] - 3 * images[1]) <= 8
+    assert {d.row % 2 for d in draws if d.component == 0} == {0} and {d.row % 2 for d in draws if d.component == 1} == {
+        1
+    }
+    assert {d.source for d in draws} == {0, 1, 2}
+    stand_in = mixture.next_in_epoch(draws[0], 1)
+    assert stand_in.component == draws[0].component and stand_in.row != draws[0].row
