@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_omni.config.model import ModelConfig
 from megatron_omni.config.parallel import ParallelConfig
 from megatron_omni.config.run import Recipe
+from megatron_omni.config.shards import shard_paths
 
 PARTS = (
     "vision", "audio", "projectors", "attention", "norms", "experts", "shared_experts", "gate",
@@ -211,6 +212,7 @@ def _run(recipe: Recipe) -> Iterator[str]:
         for name in names:
             if name not in PARTS:
                 yield f"{group}: unknown part {name!r}; parts are {', '.join(PARTS)}"
+    yield from _positive({"data.prefetch_gib": data.prefetch_gib, "data.stall_seconds": data.stall_seconds})
     if not 0.0 <= data.max_bad_fraction <= 1.0:
         yield f"data.max_bad_fraction={data.max_bad_fraction}: must lie in [0, 1]"
     if data.min_frames > data.max_frames:
@@ -221,6 +223,8 @@ def _run(recipe: Recipe) -> Iterator[str]:
     for source in data.sources:
         if source.weight < 0:
             yield f"data.sources[{source.name}].weight={source.weight}: must not be negative"
+        if source.epochs is not None and source.epochs <= 0:
+            yield f"data.sources[{source.name}].epochs={source.epochs}: must be positive, or null for ever"
     if data.sources and not any(s.weight > 0 and s.from_sample == 0 for s in data.sources):
         yield "data.sources: no source with weight > 0 starts at sample 0; give one from_sample=0"
     yield from _best(recipe)
@@ -270,8 +274,14 @@ def _files(recipe: Recipe) -> Iterator[str]:
     if not recipe.data.sources:
         yield "data.sources is empty: name at least one JSONL file of records"
     for source in [*recipe.data.sources, *recipe.data.eval_sources]:
-        if not Path(source.path).is_file():
-            yield f"data source {source.name!r}: no such file {source.path!r}; run the data preparation or fix the path"
+        try:
+            files = shard_paths(source.path)
+        except ValueError as error:
+            yield f"data source {source.name!r}: {error}; run the data preparation or fix the path"
+            continue
+        bare = [file for file in files if file.suffix == ".tar" and not file.with_name(file.name + ".index").is_file()]
+        if bare:
+            yield f"data source {source.name!r}: {str(bare[0])!r} has no index; run tools/prepare_data.py"
     if not recipe.data.tokenizer or not Path(recipe.data.tokenizer).exists():
         yield (
             f"data.tokenizer={recipe.data.tokenizer!r}: no such file or directory; give a SentencePiece .model or a directory "
