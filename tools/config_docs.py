@@ -14,7 +14,7 @@ import typing
 from pathlib import Path
 
 from megatron_omni.config.data import DataConfig, SourceConfig
-from megatron_omni.config.model import AudioConfig, ModelConfig, MoEConfig, VisionConfig
+from megatron_omni.config.model import AudioConfig, LoraConfig, ModelConfig, MoEConfig, VisionConfig
 from megatron_omni.config.optim import OptimConfig
 from megatron_omni.config.parallel import ParallelConfig
 from megatron_omni.config.run import CheckpointConfig, LogConfig, Recipe
@@ -26,6 +26,7 @@ GROUPS: list[tuple[str, type]] = [
     ("model.moe", MoEConfig),
     ("model.vision", VisionConfig),
     ("model.audio", AudioConfig),
+    ("model.lora", LoraConfig),
     ("parallel", ParallelConfig),
     ("data", DataConfig),
     ("data.sources[]", SourceConfig),

@@ -25,6 +25,7 @@ from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.checkpoint.convert import CARRIED, DOCUMENTS, DTYPES, RUN_CONFIG, TOKENIZER, check_space, disk_errors
 from megatron_omni.checkpoint.families import FAMILIES, their_name
 from megatron_omni.checkpoint.ledger import dtype_name, read_ledger, tensor_digest, write_ledger
+from megatron_omni.checkpoint.merged import open_reader
 from megatron_omni.checkpoint.names import Entry, expand
 from megatron_omni.checkpoint.progress import ByteProgress
 from megatron_omni.checkpoint.sources import Digests, read_json
@@ -73,12 +74,13 @@ def open_ours(path: Path, *, like: Path | None = None, check: bool = False) -> O
     """
     directory = find_directory(path, check=check)
     origin = directory if like is None else find_directory(like, check=True)
+    recipe = load_recipe(directory / RUN_CONFIG)
     carried = read_header(origin / CARRIED) if (origin / CARRIED).is_file() else {}
     documents = origin / DOCUMENTS
     return Opened(
         directory=directory,
-        recipe=load_recipe(directory / RUN_CONFIG),
-        reader=TorchDistReader(directory),
+        recipe=recipe,
+        reader=open_reader(directory, recipe.model.lora),
         ledger=read_ledger(origin) or {},
         carried=dict(carried),
         documents=documents if documents.is_dir() else None,

@@ -98,9 +98,11 @@ def _training(chain: "Chain", stage: "Stage") -> list[tuple[str, str]]:
     recipe = stage.recipe
     assert recipe is not None
     counts = {part: number for part, number in vars(count_parameters(recipe.model)).items() if number}
-    trained = {part: number for part, number in counts.items() if part not in recipe.freeze}
     frozen = [part for part in counts if part in recipe.freeze]
     rows = "new_token_rows" not in recipe.freeze and {"embeddings", "output"} & set(frozen)
+    if recipe.model.lora is not None:
+        frozen, rows = [part for part in counts if part != "adapters"], False
+    trained = {part: number for part, number in counts.items() if part not in frozen}
     data, ranks = recipe.data, stage_ranks(chain, recipe)
     tokens = recipe.train_iters * data.global_batch_size * data.seq_length
     sizes = weight_bytes_per_rank(recipe, ranks)

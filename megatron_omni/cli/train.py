@@ -104,14 +104,21 @@ def describe(recipe: "Recipe", *, world_size: int) -> str:
     from megatron_omni.config.load import recipe_to_yaml
     from megatron_omni.estimate import count_parameters, weight_bytes_per_rank
 
-    counts = count_parameters(recipe.model)
+    counts, adapters_only = count_parameters(recipe.model), recipe.model.lora is not None
     lines = [recipe_to_yaml(recipe).rstrip(), "", f"{'part':<16}{'parameters':>18}  trained"]
     for part, number in vars(counts).items():
-        trained = "no" if part in recipe.freeze else "yes"
-        if part in ("embeddings", "output") and part in recipe.freeze and "new_token_rows" not in recipe.freeze:
+        trained = "no" if part in recipe.freeze or (adapters_only and part != "adapters") else "yes"
+        if (
+            not adapters_only
+            and part in ("embeddings", "output")
+            and part in recipe.freeze
+            and "new_token_rows" not in recipe.freeze
+        ):
             trained = "rows of special tokens"
         lines.append(f"{part:<16}{number:>18,}  {trained}")
     frozen = sum(number for part, number in vars(counts).items() if part in recipe.freeze)
+    if adapters_only:
+        frozen = counts.total - counts.adapters
     lines.append(f"{'total':<16}{counts.total:>18,}  {counts.total - frozen:,} in trained parts")
     lines += ["", f"fullest of {world_size} rank(s), without activations:"]
     sizes = weight_bytes_per_rank(recipe, world_size)

@@ -108,6 +108,24 @@ class AudioConfig:
 
 
 @dataclass(kw_only=True)
+class LoraConfig:
+    """Low-rank adapters: they alone are trained, whatever ``freeze`` says. Defaults: the authors' published fine-tuning."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    """The adapters' product is scaled by ``alpha / rank``."""
+    dropout: float = 0.05
+    """Training only: share of an adapter's input that is left out."""
+    targets: list[str] = field(default_factory=lambda: ["attention", "experts"])
+    """``attention``: queries, keys and values, and the output projection. ``experts``: the routed experts. Never the gate."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of the adapters' product."""
+        return self.alpha / self.rank
+
+
+@dataclass(kw_only=True)
 class ModelConfig:
     """Language trunk (Qwen2.5 architecture) and the parts around it."""
 
@@ -139,5 +157,7 @@ class ModelConfig:
     """null makes the model dense."""
     vision: VisionConfig | None = field(default_factory=VisionConfig)
     audio: AudioConfig | None = field(default_factory=AudioConfig)
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of the model; export merges them."""
     megatron: dict[str, Any] = field(default_factory=dict)
     """Escape hatch: further ``TransformerConfig`` fields, checked against it when the model is built."""

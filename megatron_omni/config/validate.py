@@ -18,6 +18,9 @@ PARTS = (
 """Named parts of the model, for ``freeze`` and ``optim.lr_scale`` (models/parts.py says which parameters each holds)."""
 
 
+LORA_TARGETS = ("attention", "experts")
+
+
 def validate(recipe: Recipe, *, world_size: int = 1, check_files: bool = True) -> None:
     """Raise one ValueError that lists everything wrong with ``recipe`` on ``world_size`` ranks."""
     problems = [*_model(recipe.model), *_layout(recipe, world_size), *_run(recipe)]
@@ -69,6 +72,8 @@ def _model(model: ModelConfig) -> Iterator[str]:
         yield f"model.rope_theta_seconds={model.rope_theta_seconds}: must be positive (2 in the MoE model)"
     if model.moe is not None:
         yield from _moe(model)
+    if model.lora is not None:
+        yield from _lora(model)
     if model.vision is not None:
         yield from _divides(
             "model.vision.hidden_size", model.vision.hidden_size, "model.vision.num_attention_heads",
@@ -111,6 +116,18 @@ def _moe(model: ModelConfig) -> Iterator[str]:
         )
     if moe.capacity_factor is not None and moe.capacity_factor <= 0:
         yield f"model.moe.capacity_factor={moe.capacity_factor}: must be positive, or null for dropless"
+
+
+def _lora(model: ModelConfig) -> Iterator[str]:
+    lora = model.lora
+    assert lora is not None
+    yield from _positive({"model.lora.rank": lora.rank, "model.lora.alpha": lora.alpha})
+    if not 0.0 <= lora.dropout < 1.0:
+        yield f"model.lora.dropout={lora.dropout}: must lie in [0, 1)"
+    if not lora.targets or set(lora.targets) - set(LORA_TARGETS):
+        yield f"model.lora.targets={list(lora.targets)}: name one or both of {', '.join(LORA_TARGETS)}"
+    if "experts" in lora.targets and model.moe is None:
+        yield "model.lora.targets names experts, which a dense model (model.moe null) has not; set it to [attention]"
 
 
 def _audio(model: ModelConfig) -> Iterator[str]:
@@ -172,6 +189,8 @@ def _layout(recipe: Recipe, world_size: int) -> Iterator[str]:
         yield from _divides(
             "model.moe.moe_ffn_hidden_size", moe.moe_ffn_hidden_size, "parallel.expert_tensor_parallel_size", etp
         )
+        if model.lora is not None and "experts" in model.lora.targets and etp > 1:
+            yield f"parallel.expert_tensor_parallel_size={etp}: adapters of experts are whole on a rank; set it to 1"
         if parallel.expert_model_parallel_size > 1 and pp > 1 and world_size // pp % ep:
             yield f"parallel.expert_model_parallel_size={ep} does not divide the {world_size // pp} rank(s) of a stage"
     dp = data_parallel_size(parallel, world_size)

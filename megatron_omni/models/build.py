@@ -102,6 +102,7 @@ def build_language_model(recipe: Recipe, pg: ProcessGroupCollection) -> Language
 
 def build_model(recipe: Recipe, pg: ProcessGroupCollection) -> "OmniModel":
     """This rank's part of the model, on its device, with its initial weights; nothing frozen, not wrapped."""
+    from megatron_omni.models.lora import add_lora
     from megatron_omni.models.omni import OmniModel
 
     model = OmniModel(
@@ -114,6 +115,8 @@ def build_model(recipe: Recipe, pg: ProcessGroupCollection) -> "OmniModel":
     for encoder in (model.vision, model.audio):
         if encoder is not None:
             encoder.recompute = recipe.parallel.recompute == "full"
+    if recipe.model.lora is not None:
+        add_lora(model.language, recipe.model, seed=recipe.seed, pg=pg)
     for name, parameter in model.named_parameters():
         if not name.startswith("language."):
             # Replicated over the tensor-parallel group, with equal gradients up to the order of sums on an accelerator.

@@ -11,6 +11,7 @@ from torch import nn
 
 # First match wins. Names as in OmniModel.named_parameters().
 _RULES: tuple[tuple[str, str], ...] = (
+    ("adapters", r"\.lora_\w+\."),
     ("projectors", r"^(vision|audio)\.(projector|qformer)\."),
     ("vision", r"^vision\."),
     ("audio", r"^audio\."),
@@ -60,6 +61,12 @@ def apply_freeze(model: nn.Module, names: list[str]) -> None:
     for name, parameter in model.named_parameters():
         if part_of(name) in names:
             parameter.requires_grad_(False)
+
+
+def train_adapters_only(model: nn.Module) -> None:
+    """Stop training everything but low-rank adapters (models/lora.py). Call it before the model is wrapped."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) == "adapters")
 
 
 def parameter_table(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -39,6 +39,7 @@ class Purpose(IntEnum):
     INPUT_JITTER = 1
     GUMBEL = 2
     BERNOULLI = 3
+    ADAPTER_DROPOUT = 4
 
 
 def _signed(value: int, bits: int) -> int:

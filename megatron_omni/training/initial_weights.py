@@ -1,6 +1,8 @@
 """Weights that a run starts from: another stage's checkpoint, of the same shape or one that can be made into it.
 
     same model              loaded as it is; what is missing or extra must be named by the recipe
+    adapters -> none        adapters that this model has not are merged into the weights they stand beside
+    none -> adapters        fresh ones, which change nothing (models/lora.py)
     dense -> experts        upcycled first (checkpoint/upcycle.py): every routed expert is the dense feed-forward part,
                             shared experts are slices of it, gates are drawn
 
@@ -9,6 +11,7 @@ Counters, optimizer state and data position start anew; ``load`` is what resumes
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -20,6 +23,7 @@ from megatron_omni.checkpoint.upcycle import upcycle
 from megatron_omni.config.load import load_recipe
 from megatron_omni.config.model import UPCYCLED_SHAPE, MoEConfig
 from megatron_omni.config.run import Recipe
+from megatron_omni.models.lora import add_lora, merge_lora
 from megatron_omni.models.omni import OmniModel
 
 UPCYCLED = "upcycled"
@@ -38,9 +42,19 @@ def load_initial_weights(model: OmniModel, recipe: Recipe, directory: Path, *, p
     theirs, made = load_recipe(directory / RUN_CONFIG), None
     if theirs.model.moe is None and recipe.model.moe is not None:
         directory = made = upcycled_copies(directory, recipe, recipe.model.moe)
+    merging = theirs.model.lora is not None and recipe.model.lora is None and made is None
+    if merging:
+        add_lora(model.language, replace(recipe.model, lora=theirs.model.lora), seed=recipe.seed, pg=pg)
+    fresh = recipe.model.lora is not None and (theirs.model.lora is None or made is not None)
     load_weights(
-        directory, model=model, pg=pg, allow_missing=recipe.init_allow_missing, allow_extra=recipe.init_allow_extra
+        directory,
+        model=model,
+        pg=pg,
+        allow_missing=[*recipe.init_allow_missing, *["*.lora_*"] * fresh],
+        allow_extra=recipe.init_allow_extra,
     )
+    if merging:
+        merge_lora(model.language)
     if made is not None:
         dist.barrier()
         if dist.get_rank() == 0:

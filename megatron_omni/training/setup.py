@@ -34,7 +34,7 @@ from megatron_omni.data.tokenizer import (
     load_tokenizer,
 )
 from megatron_omni.models.build import build_model
-from megatron_omni.models.parts import apply_freeze, part_of
+from megatron_omni.models.parts import apply_freeze, part_of, train_adapters_only
 from megatron_omni.parallel.groups import Layout, initialize, layout
 from megatron_omni.parallel.wrap import unwrap_model, wrap_model
 from megatron_omni.platform.device import device
@@ -112,6 +112,8 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
 
 def freeze(model: torch.nn.Module, recipe: Recipe, pg: ProcessGroupCollection) -> None:
     """Mark the parts that are not trained; see training/optimizer.py for ``new_token_rows``."""
+    if recipe.model.lora is not None:
+        return train_adapters_only(model)
     frozen = {part for part in recipe.freeze if part != NEW_TOKEN_ROWS}
     matrices = {"embeddings", "output"}
     if not recipe.model.untie_embeddings_and_output_weights and frozen & matrices:

@@ -55,6 +55,8 @@ class RoutedExperts(torch.nn.Module):
                 f"moe.moe_ffn_hidden_size = {ffn_hidden_size} does not divide over "
                 f"parallel.expert_tensor_parallel_size = {self.etp_size}; choose a divisor"
             )
+        self.lora_experts: Any = None
+        """Low-rank adapters (models/lora.py)."""
         self.num_experts = num_experts
         self.num_local_experts = num_experts // self.ep_size
         self.global_expert_offset = self.ep_rank * self.num_local_experts
@@ -76,7 +78,10 @@ class RoutedExperts(torch.nn.Module):
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Outputs [A, H] of rows [A, H] grouped by local expert with ``offsets`` [E_local + 1]; partial under etp."""
-        return self.expert_mlp(rows, self.weight1.to(rows.dtype), self.weight2.to(rows.dtype), offsets)
+        w1, w2 = self.weight1.to(rows.dtype), self.weight2.to(rows.dtype)
+        if self.lora_experts is not None:
+            return self.lora_experts(rows, w1, w2, offsets)
+        return self.expert_mlp(rows, w1, w2, offsets)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -109,7 +114,11 @@ class RoutedExperts(torch.nn.Module):
             return torch.cat(list(halves), dim=-1)
 
         key1, key2 = f"{prefix}experts.linear_fc1.weight", f"{prefix}experts.linear_fc2.weight"
+        adapters = {}
+        if self.lora_experts is not None:
+            adapters = self.lora_experts.sharded_state_dict(f"{prefix}lora_experts.", sharded_offsets)
         return {
+            **adapters,
             f"{prefix}weight1": ShardedTensorFactory(key1, self.weight1, build_fc1, merge_fc1, replica_id),
             f"{prefix}weight2": shard(key2, self.weight2, replica_id, (axis + 1, self.etp_rank, self.etp_size)),
         }
