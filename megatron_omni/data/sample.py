@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megatron_omni.batch import IGNORE_LABEL
 from megatron_omni.config.run import Recipe
-from megatron_omni.data.decode.cpu import MediaError, decode_audio, decode_image, decode_video
-from megatron_omni.data.decode.media import Media
+from megatron_omni.data.decode import open_decoder
+from megatron_omni.data.decode.media import MAX_AUDIO_SECONDS, Media, MediaError
 from megatron_omni.data.processors import frame_tiles, image_tiles, log_mel
 from megatron_omni.data.record import KINDS, MARKER, Kind, MediaFile, Record, RecordError, loaded
 from megatron_omni.data.sizes import SampleSize, SizeRule, measure
@@ -64,6 +64,7 @@ class SampleBuilder:
         self.data, self.vision, self.audio = recipe.data, recipe.model.vision, recipe.model.audio
         self.sizes = SizeRule(recipe, self.tokenizer)
         self.rule = self.sizes.rule
+        self.decoder = open_decoder(recipe.data.decoder)
 
     def size(self, record: Record) -> SampleSize:
         """Size of the training sample, from media headers; RecordError or MediaError for what cannot be used."""
@@ -142,17 +143,19 @@ class SampleBuilder:
 
     def _decode_image(self, file: Media) -> "_Decoded":
         assert self.vision is not None
-        tiles, (rows, cols) = image_tiles(decode_image(file), self.vision)
+        tiles, (rows, cols) = image_tiles(self.decoder.decode_image(file), self.vision)
         return _Decoded(picture=ImageSpan(rows, cols), tiles=tiles)
 
     def _decode_audio(self, file: Media) -> "_Decoded":
         assert self.audio is not None
-        chunks = log_mel(decode_audio(file, max_seconds=self.sizes.sound_seconds), self.audio)
+        chunks = log_mel(self.decoder.decode_audio(file, max_seconds=self.sizes.sound_seconds), self.audio)
         return _Decoded(sound=AudioSpan(len(chunks)), chunks=chunks)
 
     def _decode_video(self, file: Media) -> "_Decoded":
         assert self.vision is not None
-        video = decode_video(file, sampling=self.sizes.sampling)
+        video = self.decoder.decode_video(
+            file, sampling=self.sizes.sampling, max_sound_seconds=self.sizes.sound_seconds or MAX_AUDIO_SECONDS
+        )
         chunks = None
         if video.sound is not None:
             assert self.audio is not None

@@ -9,9 +9,9 @@ only: playlists could lead it to other files.
 
 import io
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 
 import av
@@ -38,6 +38,8 @@ from megatron_omni.positions import SAMPLE_RATE, select_frames
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,wav,flac,mp3,aac,gif,h264,hevc,obu"
 _GAP_SECONDS = 0.05
 """A jump of the sound's clock beyond this is a hole that is filled with silence."""
+_SPARE_SECONDS = 1.0
+"""The last frame of sound, or what comes before the picture, may exceed the limit until it is cut off."""
 _KEPT_BYTES = 64 << 20
 _SKIPS_FRAMES = ("h264", "hevc")
 """Decoders that can leave out, packet by packet, a frame that no other refers to."""
@@ -48,11 +50,11 @@ def open_container(file: Media) -> av.container.InputContainer:
     # max_pixels: FFmpeg refuses a larger frame before it allocates it.
     options = {"format_whitelist": _CONTAINERS, "max_pixels": str(media.MAX_PIXELS)}
     if isinstance(file, MediaBytes):
-        return av.open(io.BytesIO(file.data), options=options)
+        return av.open(io.BytesIO(file.data), "r", options=options)
     if not Path(file).is_file():
         raise FileNotFoundError(file)
     # "file:" keeps a colon in the name from being read as a protocol.
-    return av.open(f"file:{file}", options=options)
+    return av.open(f"file:{file}", "r", options=options)
 
 
 def track_seconds(container: av.container.InputContainer, file: Media) -> float:
@@ -95,14 +97,22 @@ def read_video_header(file: Media) -> VideoHeader:
         )
 
 
-def decode_video(file: Media, *, sampling: FrameSampling, max_sound_seconds: float = media.MAX_AUDIO_SECONDS) -> Video:
-    """Frames nearest to the wanted times, turned upright, and the sound from the first of them to the picture's end."""
+def decode_video(
+    file: Media,
+    *,
+    sampling: FrameSampling,
+    max_sound_seconds: float = media.MAX_AUDIO_SECONDS,
+    pictures: "Pictures | None" = None,
+) -> Video:
+    """Frames nearest to the wanted times, turned upright, and the sound from the first of them to the picture's end.
+
+    ``pictures`` decodes the chosen frames in the place of FFmpeg.
+    """
     with media.named(file), open_container(file) as container:
         packets = _read_packets(container, file)
         sound, end = None, packets.times[0] + packets.seconds
         if sampling.sound and packets.sound_index is not None:
-            check_seconds(file, packets.seconds, max_sound_seconds)
-            sound = _Track(file, max_sound_seconds)
+            sound = _Track(file, max_sound_seconds + _SPARE_SECONDS, end=end)
             sound.decode(packets.of(packets.sound_index))
         has_sound = sound is not None and sound.length > 0
         selection = select_frames(
@@ -112,9 +122,10 @@ def decode_video(file: Media, *, sampling: FrameSampling, max_sound_seconds: flo
             min_frames=sampling.min_frames,
             max_frames=sampling.limit(has_sound),
         )
-        frames = _decode_frames(packets, list(selection.indices))
+        frames = (pictures or decode_frames)(packets, list(selection.indices))
         first = selection.times_seconds[0]
         samples = sound.between(first, end) if has_sound and sound is not None else None
+        check_seconds(file, 0.0 if samples is None else len(samples) / SAMPLE_RATE, max_sound_seconds)
         return Video(
             frames=frames,
             times_seconds=tuple(time - first for time in selection.times_seconds),
@@ -143,7 +154,7 @@ def _picture_stream(container: av.container.InputContainer, file: Media) -> av.V
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Packets:
+class Packets:
     """The compressed data of a video, and what it says without being decoded."""
 
     file: Media
@@ -156,6 +167,10 @@ class _Packets:
     """Of the frames in the order of showing, in seconds."""
     seconds: float
     """How long the picture lasts."""
+    codec: str
+    """FFmpeg's name of the picture's codec."""
+    rotated: bool
+    """Whether the frames are stored turned."""
     picture_index: int
     sound_index: int | None
     kept: list[av.Packet] | None
@@ -174,7 +189,7 @@ class _Packets:
             yield from (packet for packet in again.demux(stream) if packet.size)
 
 
-def _read_packets(container: av.container.InputContainer, file: Media) -> _Packets:
+def _read_packets(container: av.container.InputContainer, file: Media) -> Packets:
     picture = _picture_stream(container, file)
     sound = _sound_stream(container, file) if container.streams.audio else None
     stamps: list[int] = []
@@ -211,13 +226,15 @@ def _read_packets(container: av.container.InputContainer, file: Media) -> _Packe
     shown.sort()
     if not last_duration and len(shown) > 1:
         last_duration = round((shown[-1] - shown[0]) / (len(shown) - 1))
-    return _Packets(
+    return Packets(
         file=file,
         stamps=stamps,
         is_key=is_key,
         shown=shown,
         times=[_seconds(stamp, picture) for stamp in shown],
         seconds=_seconds(shown[-1] - shown[0] + last_duration, picture),
+        codec=picture.codec_context.name,
+        rotated="display_matrix" in picture.codec_context.coded_side_data,
         picture_index=picture_index,
         sound_index=sound.index if sound is not None else None,
         kept=kept,
@@ -234,7 +251,11 @@ def _seconds(ticks: int, stream: av.VideoStream | av.AudioStream) -> float:
 # ------------------------------------------------------------------------------------------------ frames
 
 
-def _decode_frames(packets: _Packets, indices: list[int]) -> list[NDArray[np.uint8]]:
+Pictures = Callable[[Packets, list[int]], list[NDArray[np.uint8]]]
+"""RGB of frames, numbered in the order of showing."""
+
+
+def decode_frames(packets: Packets, indices: list[int]) -> list[NDArray[np.uint8]]:
     """RGB of these frames, numbered in the order of showing."""
     if packets.in_order:
         return _decode_in_order(packets, indices)
@@ -249,7 +270,7 @@ def _decode_frames(packets: _Packets, indices: list[int]) -> list[NDArray[np.uin
     return [frames[stamp] for stamp in wanted]
 
 
-def _plan(packets: _Packets, wanted: set[int]) -> list[range]:
+def _plan(packets: Packets, wanted: set[int]) -> list[range]:
     """Runs of packets, by number, that hold all that the wanted frames need: each from a key frame to a wanted one.
 
     A frame refers to nothing before the last key frame that comes before it both in the file and on the screen.
@@ -270,7 +291,7 @@ def _plan(packets: _Packets, wanted: set[int]) -> list[range]:
     return runs
 
 
-def _decode_stamps(packets: _Packets, wanted: set[int], runs: list[range]) -> dict[int, NDArray[np.uint8]]:
+def _decode_stamps(packets: Packets, wanted: set[int], runs: list[range]) -> dict[int, NDArray[np.uint8]]:
     """RGB of the frames with these stamps, from these runs of packets."""
     frames: dict[int, NDArray[np.uint8]] = {}
     convert, left = _to_rgb(packets.file), iter(runs)
@@ -296,7 +317,7 @@ def _decode_stamps(packets: _Packets, wanted: set[int], runs: list[range]) -> di
     return frames
 
 
-def _decode_in_order(packets: _Packets, indices: list[int]) -> list[NDArray[np.uint8]]:
+def _decode_in_order(packets: Packets, indices: list[int]) -> list[NDArray[np.uint8]]:
     """RGB of these frames, counted as they leave the decoder."""
     wanted, convert = set(indices), _to_rgb(packets.file)
     pictures = _decoded(packets.of(packets.picture_index))
@@ -334,11 +355,11 @@ class _to_rgb:
 
 
 class _Track:
-    """A sound track while it is decoded: [length] float32 samples, mono, at its own ``rate``."""
+    """A sound track while it is decoded: [length] float32 samples, mono, at its own ``rate``, nothing after ``end``."""
 
-    def __init__(self, file: Media, max_seconds: float) -> None:
+    def __init__(self, file: Media, max_seconds: float, *, end: float = inf) -> None:
         self.rate, self.length = 0, 0
-        self._file, self._max_seconds = file, max_seconds
+        self._file, self._max_seconds, self._end = file, max_seconds, end
         self._start = 0.0  # time of the first sample in seconds
         self._parts: list[NDArray[np.float32]] = []
         self._form = ("", "", 0)
@@ -367,10 +388,13 @@ class _Track:
         aligned = samples[offset:] if offset >= 0 else np.concatenate([np.zeros(-offset, np.float32), samples])
         return to_sample_rate(aligned[: ceil((last - first) * self.rate - 1e-6)], self.rate)
 
-    def _add(self, frame: av.AudioFrame) -> None:
+    def _add(self, frame: av.AudioFrame | av.VideoFrame) -> None:
+        assert isinstance(frame, av.AudioFrame)
         form = frame.format.name, frame.layout.name, frame.sample_rate
         base = frame.time_base
         time = frame.pts * base.numerator / base.denominator if frame.pts is not None and base is not None else None
+        if time is not None and time >= self._end:
+            return
         if not self.rate:
             check_rate(self._file, frame.sample_rate)
             self._form, self.rate, self._start = form, frame.sample_rate, time or 0.0

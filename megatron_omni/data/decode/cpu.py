@@ -12,6 +12,7 @@ A file is given by its path or as ``MediaBytes``; whatever is wrong with it is o
 import io
 from functools import lru_cache
 from math import ceil
+from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -45,8 +46,8 @@ from megatron_omni.positions import SAMPLE_RATE
 
 __all__ = [
     "FrameSampling", "Media", "MediaBytes", "MediaError", "Video", "VideoHeader", "VideoSize",
-    "decode_audio", "decode_image", "decode_video", "probe_audio", "probe_image", "probe_video", "read_video_header",
-    "to_rgb", "to_sample_rate",
+    "decode_audio", "decode_image", "decode_video", "open_image", "orientation", "probe_audio", "probe_image",
+    "probe_video", "read_video_header", "to_rgb", "to_sample_rate",
 ]  # fmt: skip
 
 _PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
@@ -60,13 +61,13 @@ _BLOCK_VALUES = 1 << 22
 def decode_image(file: Media) -> Image.Image:
     """The picture as 8-bit RGB, upright (the first one of an animation)."""
     with named(file):
-        return to_rgb(_open_image(file))
+        return to_rgb(open_image(file))
 
 
 def probe_image(file: Media) -> tuple[int, int]:
     """(width, height) of the upright picture."""
-    with named(file), _open_image(file) as image:
-        transposed = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_TRANSPOSED
+    with named(file), open_image(file) as image:
+        transposed = orientation(image) in _EXIF_TRANSPOSED
         return (image.height, image.width) if transposed else (image.width, image.height)
 
 
@@ -77,7 +78,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     (Pillow's own conversion clips it). ValueError for float pictures: their range is not known.
     """
     image.load()
-    if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:  # exif_transpose copies every picture
+    if orientation(image) != 1:  # exif_transpose copies every picture
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("picture of 32-bit floats: their range is unknown; store it with 8 or 16 bits a channel")
@@ -89,10 +90,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _open_image(file: Media) -> Image.Image:
+def open_image(file: Media) -> Image.Image:
+    """The picture with its header read; MediaError above MAX_PIXELS, Pillow's errors for the rest."""
     image = Image.open(_stream(file), formats=_picture_formats())
     check_pixels(file, image.width, image.height)
     return image
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 for upright."""
+    return image.getexif().get(_EXIF_ORIENTATION, 1)
 
 
 @lru_cache(maxsize=1)
@@ -102,7 +109,7 @@ def _picture_formats() -> tuple[str, ...]:
     return tuple(sorted(_PICTURE_FORMATS & Image.OPEN.keys()))
 
 
-def _stream(file: Media) -> Media | io.BytesIO:
+def _stream(file: Media) -> str | Path | io.BytesIO:
     return io.BytesIO(file.data) if isinstance(file, MediaBytes) else file
 
 

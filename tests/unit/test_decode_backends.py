@@ -1,0 +1,176 @@
+"""Both back ends on the same files: every frame that is sampled equals a plain decode, and DALI agrees with the CPU."""
+
+import importlib.util
+import logging
+from collections import Counter
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_omni.data.decode import Decoder, container, cpu, open_decoder
+from megatron_omni.data.decode.media import FrameSampling, MediaBytes, MediaError
+from tests.unit.media_files import write_pictures, write_scenes, write_sounds, write_videos
+
+needs_dali = pytest.mark.skipif(
+    importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None,
+    reason="NVIDIA DALI is not installed (extra [dali], 700 MB)",
+)
+ALL = FrameSampling(fps=1000.0, min_frames=1, max_frames=1000, max_frames_with_audio=1000, sound=True)
+SPARSE = FrameSampling(fps=1.0, min_frames=1, max_frames=8, max_frames_with_audio=8, sound=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("media")
+
+
+@pytest.fixture(scope="module")
+def videos(folder: Path) -> list[Path]:
+    return list(write_videos(folder))
+
+
+def plain_frames(path: Path) -> tuple[list[np.ndarray], list[float]]:
+    """All frames by PyAV alone, in the order in which they leave the decoder, and their times after the first."""
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+    times = sorted(frame.time for frame in frames)
+    pictures = [np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)) for frame in frames]
+    return pictures, [time - times[0] for time in times]
+
+
+def as_bytes(path: Path) -> MediaBytes:
+    return MediaBytes(path.name, path.read_bytes())
+
+
+# ------------------------------------------------------------------------------------------------ CPU
+
+
+def test_sampled_frames_are_those_of_a_plain_decode(videos: list[Path]) -> None:
+    """All of them and one a second: decoding only what is needed changes no bit, whatever refers to what."""
+    for path in videos:
+        frames, times = plain_frames(path)
+        for sampling in (ALL, SPARSE):
+            video = cpu.decode_video(path, sampling=sampling)
+            numbers = [times.index(pytest.approx(time, abs=1e-6)) for time in video.times_seconds]
+            assert all(np.array_equal(frame, frames[n]) for frame, n in zip(video.frames, numbers)), path.name
+            if "uneven" in path.name:  # uniform wishes fall on one frame twice; nearest to 0 and 1 s
+                assert len(numbers) >= 5 if sampling is ALL else numbers == [0, 5]
+            else:  # 24 frames at 8 a second
+                assert numbers == list(range(24)) if sampling is ALL else numbers == [0, 8, 16], path.name
+
+
+def test_less_is_decoded_where_few_frames_are_wanted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_scenes(folder / "long.mp4", codec="libx264", num_frames=160, options={"g": "16"})
+    sampling = FrameSampling(fps=0.1, min_frames=1, max_frames=2, max_frames_with_audio=2, sound=False)
+    fed: list[range] = []
+    plan = container._plan
+    monkeypatch.setattr(container, "_plan", lambda *a: fed.extend(plan(*a)) or plan(*a))
+    video = cpu.decode_video(path, sampling=sampling)
+    assert np.array_equal(video.frames[1], plain_frames(path)[0][80])
+    assert sum(map(len, fed)) == 2  # frames 0 and 80 are key frames
+
+
+def test_bytes_are_decoded_like_files(folder: Path, videos: list[Path]) -> None:
+    for path in write_pictures(folder):
+        assert np.array_equal(cpu.decode_image(as_bytes(path)), cpu.decode_image(path))
+        assert cpu.probe_image(as_bytes(path)) == cpu.probe_image(path)
+    for path in write_sounds(folder):
+        assert np.array_equal(cpu.decode_audio(as_bytes(path)), cpu.decode_audio(path))
+        assert cpu.probe_audio(as_bytes(path)) == cpu.probe_audio(path)
+    for path in videos[:2]:
+        one, other = cpu.decode_video(as_bytes(path), sampling=ALL), cpu.decode_video(path, sampling=ALL)
+        assert one.times_seconds == other.times_seconds and np.array_equal(one.frames, other.frames)
+        assert cpu.read_video_header(as_bytes(path)) == cpu.read_video_header(path)
+    with pytest.raises(MediaError, match=r"media file 'shard\.tar/7\.png': "):
+        cpu.decode_image(MediaBytes("shard.tar/7.png", b"no picture"))
+
+
+def test_files_too_large_to_keep_are_read_again(videos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = cpu.decode_video(videos[0], sampling=ALL)
+    monkeypatch.setattr(container, "_KEPT_BYTES", 100)
+    again = cpu.decode_video(videos[0], sampling=ALL)
+    assert np.array_equal(kept.frames, again.frames) and kept.sound is not None and again.sound is not None
+    assert np.array_equal(kept.sound, again.sound)
+
+
+# ------------------------------------------------------------------------------------------------ DALI
+
+
+@pytest.fixture(scope="module")
+def dali() -> Decoder:
+    return open_decoder("dali")
+
+
+def test_a_back_end_that_is_not_installed_is_an_error() -> None:
+    if importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None:
+        pytest.skip("NVIDIA DALI is installed")
+    with pytest.raises(ValueError, match=r"data\.decoder = 'dali': NVIDIA DALI cannot be imported"):
+        open_decoder("dali")
+
+
+def taken_over(dali: Decoder, before: Counter[str]) -> Counter[str]:
+    return dali.fallbacks - before  # type: ignore[attr-defined]
+
+
+@needs_dali
+def test_dali_pictures_equal_pillow(folder: Path, dali: Decoder, caplog: pytest.LogCaptureFixture) -> None:
+    own = {"rgb.jpg", "progressive.jpg", "chroma.jpg", "grey.jpg", "turned.jpg", "one.jpg", "large.jpg", "rgb.png",
+           "grey.png", "one.png", "lossy.webp", "lossless.webp", "a.bmp", "a.tiff", "a.ppm"}  # fmt: skip
+    for path in [*write_pictures(folder), *write_pictures(folder)]:
+        before = Counter(dali.fallbacks)  # type: ignore[attr-defined]
+        with caplog.at_level(logging.WARNING):
+            ours, reference = dali.decode_image(path), cpu.decode_image(path)
+        assert ours.mode == "RGB" and np.array_equal(ours, reference), path.name
+        assert sum(taken_over(dali, before).values()) == (path.name not in own), path.name
+    reasons = [record.message for record in caplog.records if "picture" in record.message]
+    assert len(reasons) == len(set(reasons)) and any("transparency" in r or "RGBA" in r for r in reasons)
+
+
+@needs_dali
+def test_dali_sound_equals_soundfile(folder: Path, dali: Decoder) -> None:
+    for path in write_sounds(folder):
+        before = Counter(dali.fallbacks)  # type: ignore[attr-defined]
+        ours, reference = dali.decode_audio(path), cpu.decode_audio(path)
+        assert ours.dtype == np.float32 and np.abs(ours - reference).max() <= 5e-7, path.name
+        assert sum(taken_over(dali, before).values()) == (path.suffix in (".mp3", ".m4a")), path.name
+
+
+@needs_dali
+def test_dali_frames_are_the_same_frames(videos: list[Path], dali: Decoder) -> None:
+    """Within what two conversions from YUV to RGB differ by; another frame would be further off."""
+    for path in videos:
+        before = Counter(dali.fallbacks)  # type: ignore[attr-defined]
+        for sampling in (ALL, SPARSE):
+            ours, reference = dali.decode_video(path, sampling=sampling), cpu.decode_video(path, sampling=sampling)
+            assert ours.times_seconds == reference.times_seconds
+            assert (ours.sound is None) == (reference.sound is None)
+            if ours.sound is not None and reference.sound is not None:
+                assert np.array_equal(ours.sound, reference.sound)
+            for one, other in zip(ours.frames, reference.frames, strict=True):
+                assert np.abs(one.astype(int) - other).mean() <= 3.5, path.name
+        reasons = taken_over(dali, before)
+        if path.name in ("vp9.webm", "vp8.webm", "mjpeg.mov"):
+            assert not reasons, reasons
+        if "uneven" in path.name and path.suffix == ".webm":
+            assert reasons == {"video: variable frame rate": 2}
+
+
+@needs_dali
+def test_bad_files_are_one_error_with_dali_too(folder: Path, dali: Decoder) -> None:
+    (folder / "empty").write_bytes(b"")
+    (folder / "noise").write_bytes(np.random.default_rng(0).bytes(3000))
+    jpeg = next(iter(write_pictures(folder)))
+    (folder / "cut.jpg").write_bytes(jpeg.read_bytes()[:900])
+    bomb = Image.new("1", (30000, 30000))
+    bomb.save(folder / "bomb.png")
+    for name in ("absent", "empty", "noise", "cut.jpg", "bomb.png", "."):
+        with pytest.raises(MediaError, match="media file '"):
+            dali.decode_image(folder / name)
+    for name in ("absent", "empty", "noise", "."):
+        with pytest.raises(MediaError, match="media file '"):
+            dali.decode_audio(folder / name)
+        with pytest.raises(MediaError, match="media file '"):
+            dali.decode_video(folder / name, sampling=ALL)
