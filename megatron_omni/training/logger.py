@@ -137,7 +137,7 @@ class RunLogger:
         self._mean_k = routing.get("moe/mean_k", self._mean_k)
         metrics |= self._speed()
         metrics |= {"consumed samples": run.state.consumed_samples, "consumed tokens": run.state.consumed_tokens}
-        metrics |= {"skipped steps": run.state.step - run.state.updates}
+        metrics |= {"skipped steps": run.state.step - run.state.updates} | self._data_counts()
         if first := self._compare_first_loss(metrics):
             self.say(first)
         self.write(metrics | routing)
@@ -146,6 +146,13 @@ class RunLogger:
             for (step, _), (loss, count) in zip(self._reports, sums[len(names) :]):
                 self._look_for_spike(step, loss / max(count, 1.0))
         self._reports, self._tokens, self._samples = [], 0, 0
+
+    def _data_counts(self) -> dict[str, float]:
+        """Records passed over and data threads replaced since the start, over all ranks."""
+        loader = self.run.loader
+        counts = [loader.num_skipped, loader.worker_restarts] if loader is not None else [0, 0]
+        skipped, restarts = sum_over_ranks(counts, device=self.run.device)
+        return {"data/skipped records": skipped, "data/thread restarts": restarts}
 
     def _look_for_spike(self, step: int, loss: float) -> None:
         usual = self._spikes.add(loss)
