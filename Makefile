@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv ext ext-cuda quickstart test lint types layers docs checks golden clean
+.PHONY: help venv ext ext-cuda quickstart test stress lint types layers docs checks golden clean
 
 # The first Python >= 3.12 that really runs (a pyenv shim may exist and refuse).
 PYTHON := $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python python3.13 python3; do \
@@ -10,6 +10,7 @@ PYTHON := $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python py
 VENV := .venv
 BIN := $(VENV)/bin
 FAST ?= 0
+TRIALS ?= 100
 KERNELS := megatron_omni/ops/_kernels.so
 CSRC := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 
@@ -41,6 +42,10 @@ quickstart: venv ## compose a small real corpus, train the tiny recipe, score it
 
 test: venv ## run the tests (CPU, gloo)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+
+stress: venv ## random faults on small runs and both shapes of SLURM job, by hand (TRIALS=100); docs/reliability.md has results
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.stress.faults --trials $(TRIALS)
+	OMNI_STRESS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm
 
 lint: venv ## ruff
 	$(BIN)/ruff check .

@@ -40,6 +40,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_omni.checkpoint import commit
 from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.checkpoint.distributed import RUN_CONFIG, TOKENIZER, reason_of, rng_shard, sharding_metadata
+from megatron_omni.checkpoint.gathering import GatheredState
 from megatron_omni.config.load import recipe_to_yaml
 from megatron_omni.config.run import Recipe
 
@@ -124,20 +125,25 @@ def start_save(
     pg: ProcessGroupCollection,
     score: tuple[str, float] | None = None,
     background: bool = False,
+    memory: GatheredState | None = None,
 ) -> PendingSave:
     """Begin to write ``root/iter_<step>``; all ranks call this together, and later :meth:`PendingSave.finish`.
 
     ``common`` is plain values, equal on every rank; ``score`` as :func:`commit.publish` takes it. ``background``: the
-    files are written while training goes on; else before this returns. Raises CheckpointError on every rank when any
+    files are written while training goes on; else before this returns. ``memory`` is reused from save to save, and
+    belongs to this one until it is finished. Raises CheckpointError on every rank when any
     rank fails; the previous checkpoint stays what it was.
     """
     pending: list[PendingSave] = []
 
     def plan() -> None:
-        sharded = _state(model, optimizer, common, pg)
+        gathered = memory or GatheredState()
+        with gathered.used_by(optimizer):
+            sharded = _state(model, optimizer, common, pg)
+        live = _let_go_of(gathered, sharded)
         request = _plan(sharded, commit.temporary_dir(root, step))
         if background:
-            request = _with_own_tensors(request, sharded)
+            request = _with_own_tensors(request, live)
         pending.append(PendingSave(root, step, recipe=recipe, score=score, request=request))
 
     try:
@@ -192,12 +198,26 @@ def _buckets(request: AsyncRequest) -> list[Any]:
     return request.async_fn_args[1] if request.async_fn_args else []
 
 
-def _with_own_tensors(request: AsyncRequest, sharded: dict[str, Any]) -> AsyncRequest:
+def _let_go_of(gathered: GatheredState, sharded: dict[str, Any]) -> set[int]:
+    """Give every slice of the gathered state a storage of its own size over the same memory (Megatron would copy a slice
+    of a larger storage); addresses of the storages of all other tensors, which training goes on to change.
+    """
+    ours, live = gathered.storages(), set()
+    for value in nested_values(sharded):
+        if not isinstance(value, ShardedTensor) or value.data is None or not value.data.is_cpu:
+            continue
+        address = value.data.untyped_storage().data_ptr()
+        if address in ours:
+            value.data = torch.from_numpy(value.data.contiguous().numpy())
+        else:
+            live.add(address)
+    return live
+
+
+def _with_own_tensors(request: AsyncRequest, live: set[int]) -> AsyncRequest:
     """``request`` with a copy of every tensor that shares memory with the model or the optimizer."""
     if request.async_fn is None:
         return request
-    tensors = (value.data for value in nested_values(sharded) if isinstance(value, ShardedTensor))
-    live = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor is not None and tensor.is_cpu}
     copied = [
         (path, name, (data, [(item, _own(tensor, live)) for item, tensor in items]))
         for path, name, (data, items) in _buckets(request)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_omni.batch import OmniBatch
+from megatron_omni.checkpoint.gathering import GatheredState
 from megatron_omni.checkpoint.saving import PendingSave
 from megatron_omni.data.loader import StepLoader
 from megatron_omni.models.moe.balance import aux_loss_coefficient
@@ -132,6 +133,7 @@ class _Saver:
     def __init__(self, run: Run, logger: RunLogger) -> None:
         self._run, self._logger = run, logger
         self._pending: PendingSave | None = None
+        self._memory = GatheredState() if run.recipe.checkpoint.async_save else None
 
     def is_written(self) -> bool:
         """Whether this rank's files of a pending checkpoint are on disk."""
@@ -142,7 +144,7 @@ class _Saver:
         self.finish()
         background = self._run.recipe.checkpoint.async_save and not wait
         with self._logger.paused("checkpoint"):
-            self._pending = begin_save(self._run, evaluated, background=background)
+            self._pending = begin_save(self._run, evaluated, background=background, memory=self._memory)
         if not background:
             self.finish()
         self._logger.note_time()

@@ -17,6 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_omni.checkpoint.commit import CHECKPOINTS
 from megatron_omni.checkpoint.distributed import find_checkpoint, load_checkpoint
+from megatron_omni.checkpoint.gathering import GatheredState
 from megatron_omni.checkpoint.saving import PendingSave, start_save
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.load import load_recipe
@@ -139,7 +140,13 @@ def save(run: Run, evaluated: Mapping[str, float] | None = None) -> Path:
     return begin_save(run, evaluated).finish()
 
 
-def begin_save(run: Run, evaluated: Mapping[str, float] | None = None, *, background: bool = False) -> PendingSave:
+def begin_save(
+    run: Run,
+    evaluated: Mapping[str, float] | None = None,
+    *,
+    background: bool = False,
+    memory: GatheredState | None = None,
+) -> PendingSave:
     """The same up to the point where training may go on; see checkpoint/saving.py."""
     # Rank 0 is always a reader; its cursor is everyone's, its counts of skipped records stand for the run.
     data = [run.loader.state_dict() if run.loader is not None else None]
@@ -156,6 +163,7 @@ def begin_save(run: Run, evaluated: Mapping[str, float] | None = None, *, backgr
         pg=run.pg,
         score=None if metric is None or value is None else (metric, value),
         background=background,
+        memory=memory,
     )
 
 
