@@ -12,6 +12,7 @@ import errno
 import gc
 import logging
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,7 @@ from megatron_omni.checkpoint.sources import Digests, HuggingFaceSource, check_f
 from megatron_omni.checkpoint.tensor_files import ConversionError, SafetensorsWriter
 from megatron_omni.checkpoint.tokenizer_files import copy_tokenizer
 from megatron_omni.checkpoint.torch_dist import COMMON_STATE, TorchDistWriter
+from megatron_omni.checkpoint.uni_moe import GENERATORS
 from megatron_omni.config.load import recipe_to_yaml
 from megatron_omni.config.model import ModelConfig
 from megatron_omni.config.run import Recipe
@@ -78,6 +80,7 @@ def import_checkpoint(
         check_layout(layout, recipe.model)
     target = _target_dtype(plan, dtype)
     _note_rounding(plan, target)
+    _note_generators(plan)
     root = out / commit.CHECKPOINTS
     if commit.steps(root) or commit.tracked_step(root) is not None:  # a tracker that said 0 would roll a run back
         raise ConversionError(f"{out}: holds a checkpoint already; choose another --out or remove it")
@@ -238,6 +241,15 @@ def _note_rounding(plan: Plan, target: torch.dtype) -> None:
     rounded = [d for d in plan.dtypes() if torch.promote_types(d, target) != target]
     if rounded:
         logger.warning("weights of %s are rounded to %s", ", ".join(map(dtype_name, rounded)), dtype_name(target))
+
+
+def _note_generators(plan: Plan) -> None:
+    keys = [key for _, key in plan.carried if any(re.fullmatch(pattern, key) for pattern in GENERATORS)]
+    if keys:
+        logger.warning(
+            "%d weights of generators (%s) are carried along unused, for an export: nothing here computes with them",
+            len(keys), ", ".join(sorted({key.split(".")[0] for key in keys})),
+        )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ disk

@@ -23,10 +23,11 @@ from megatron_omni.checkpoint import commit, uni_moe
 from megatron_omni.checkpoint.ahead import made_ahead
 from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.checkpoint.convert import CARRIED, DOCUMENTS, DTYPES, RUN_CONFIG, TOKENIZER, check_space, disk_errors
-from megatron_omni.checkpoint.families import FAMILIES, their_name
-from megatron_omni.checkpoint.ledger import dtype_name, read_ledger, tensor_digest, write_ledger
+from megatron_omni.checkpoint.families import FAMILIES, is_foreign, their_name
+from megatron_omni.checkpoint.ledger import DTYPES_BY_NAME, dtype_name, read_ledger, tensor_digest, write_ledger
 from megatron_omni.checkpoint.merged import open_reader
 from megatron_omni.checkpoint.names import Entry, expand
+from megatron_omni.checkpoint.plan import listed
 from megatron_omni.checkpoint.progress import ByteProgress
 from megatron_omni.checkpoint.sources import Digests, read_json
 from megatron_omni.checkpoint.tensor_files import ConversionError, SafetensorsWriter, read_header, read_tensor
@@ -34,9 +35,15 @@ from megatron_omni.checkpoint.tokenizer_files import copy_tokenizer, find_tokeni
 from megatron_omni.checkpoint.torch_dist import TorchDistReader
 from megatron_omni.checkpoint.uni_moe_files import PREPROCESSOR_FILE, write_processor
 from megatron_omni.config.load import load_recipe
+from megatron_omni.config.model import ModelConfig
 from megatron_omni.config.run import Recipe
 
+RELEASED_POSITIONS_PER_SECOND = 2.0
+GENERATOR_FIELDS = ("tune_image_generator",)
+"""Of ``config.json``: they tell of weights that are carried, not of our model."""
 MAX_SHARD_BYTES = 5_000_000_000
+OPTIMIZER = "optimizer."
+"""Keys of a training checkpoint that are no weights."""
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +67,7 @@ class Opened:
     def source_dtypes(self) -> dict[tuple[str, int | None], torch.dtype]:
         """What each tensor was before import, where all its parts agreed."""
         return {
-            (line["key"], line.get("expert")): getattr(torch, line["from_dtype"][0])
+            (line["key"], line.get("expert")): DTYPES_BY_NAME[line["from_dtype"][0]]
             for line in self.ledger.get("tensors", [])
             if len(line.get("from_dtype", [])) == 1
         }
@@ -127,6 +134,8 @@ def export_checkpoint(
     family = family or default_family(opened)
     if out.exists():
         raise ConversionError(f"{out}: exists already; choose another --out or remove it")
+    if family == "uni_moe":
+        _warn_of_other_arithmetic(opened.recipe.model)
     writes = _export_plan(opened, family, dtype)
     files = _shards(writes, max_shard_bytes)
     total = sum(w.num_bytes for w in writes)
@@ -147,10 +156,14 @@ def export_checkpoint(
                 }
                 commit.write_text(temporary / "model.safetensors.index.json", json.dumps(index, indent=1))
             _export_documents(temporary, opened, family, writes, tokens or {})
+            others = sorted(file for file in temporary.iterdir() if file.name not in outputs)
+            outputs |= {file.name: digest for file, digest in Digests(others).result().items()}
             _compare_manifest(opened.directory, manifest, digests.result())
             ledger = {
                 "command": "export",
-                "parts": [{"family": family, "options": opened.options(family), "source": str(opened.directory)}],
+                "parts": [
+                    {"family": family, "options": opened.options(family), "source": str(opened.directory.absolute())}
+                ],
                 "sources": [{"file": name, "sha256": digest} for name, digest in manifest.items()],
                 "outputs": [{"file": name, "sha256": digest} for name, digest in outputs.items()],
                 "tensors": lines,
@@ -199,29 +212,41 @@ def _export_plan(opened: Opened, family: str, dtype: str) -> list[_Write]:
                 for part, (key, shape) in enumerate(zip(entry.theirs, entry.shapes))
             ]
     if problems:
-        more = f"\n  - and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ConversionError(f"{opened.directory}: not a {family} model:\n  - " + "\n  - ".join(problems[:10]) + more)
+        raise ConversionError(listed(f"{opened.directory}: not a {family} model:", problems))
+    _check_left_out(opened, family, {write.entry.ours for write in writes if write.entry is not None})
     return writes + _export_carried(opened, family, options)
 
 
+def _check_left_out(opened: Opened, family: str, written: set[str]) -> None:
+    """ConversionError for weights that the layout has no place for; a warning where the user chose a smaller layout."""
+    left = sorted(key for key in opened.reader.tensors if key not in written and not key.startswith(OPTIMIZER))
+    if left and family == default_family(opened):
+        raise ConversionError(listed(f"{opened.directory}: a {family} directory has no place for:", left))
+    if left:
+        logger.warning("%s", listed(f"left out, since a {family} directory has no place for them:", left))
+
+
 def _export_carried(opened: Opened, family: str, options: dict[str, str]) -> list[_Write]:
+    """Carried weights that came from this layout; where it always has some, those, and a filler for what is missing."""
     there = {their_name(family, options, name): name for name in opened.carried}
     wanted = FAMILIES[family].wants
     if wanted is None:
         expected = [line["key"] for line in opened.ledger.get("carried", []) if line["as"] in opened.carried]
         keys = [key for key in there if key is not None and key in expected]
-        return [
-            _Write(k, opened.carried[there[k]].dtype, opened.carried[there[k]].shape, carried=there[k]) for k in keys
-        ]
+        return [_carried_write(opened, key, there[key]) for key in keys]
     writes = []
     for key, shape in wanted(opened.recipe.model).items():
         if key in there:
-            info = opened.carried[there[key]]
-            writes.append(_Write(key, info.dtype, info.shape, carried=there[key]))
+            writes.append(_carried_write(opened, key, there[key]))
         else:
             logger.warning("%s: the checkpoint carries none; a filler that nothing reads is written", key)
             writes.append(_Write(key, torch.bfloat16, shape))
-    return writes
+    others = {key: name for key, name in there.items() if key is not None and is_foreign(family, name)}
+    return writes + [_carried_write(opened, key, name) for key, name in others.items()]
+
+
+def _carried_write(opened: Opened, key: str, name: str) -> _Write:
+    return _Write(key, opened.carried[name].dtype, opened.carried[name].shape, carried=name)
 
 
 def _shards(writes: Sequence[_Write], limit: int) -> dict[str, list[_Write]]:
@@ -328,13 +353,7 @@ def _export_documents(
             tokens = read_vocabulary(tokenizer).specials
         kept = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
         made = make(opened.recipe.model, opened.recipe.data, tokens, dtype_name(writes[0].dtype))
-        # What the source said in words of its own stays; what our model decides is ours.
-        config = kept or made
-        if kept:
-            config |= {key: value for key, value in made.items() if key in kept and kept[key] != value}
-            config |= {key: made[key] for key in (uni_moe.OURS,) if key in made}
-            if "dtype" in kept:  # how newer configurations call torch_dtype: what a loader rounds to
-                config["dtype"] = made["torch_dtype"]
+        config = _merged(kept, made) if kept else made
         commit.write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
     if family == "uni_moe":
         if not (directory / PREPROCESSOR_FILE).is_file():
@@ -344,6 +363,45 @@ def _export_documents(
     elif tokenizer is not None:
         for file in (opened.directory / TOKENIZER).iterdir():
             shutil.copyfile(file, directory / file.name)
+
+
+def _merged(kept: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    """What the source said in words of its own stays; what our model decides is ours."""
+    config = kept | {key: value for key, value in made.items() if key in kept and key not in GENERATOR_FIELDS}
+    if uni_moe.OURS in made:
+        config[uni_moe.OURS] = made[uni_moe.OURS]
+    if "dtype" in kept:  # how newer configurations call torch_dtype: what a loader rounds to
+        config["dtype"] = made["torch_dtype"]
+    if isinstance(kept.get("rope_parameters"), dict):  # where they have rope_theta and rope_scaling
+        rope = {key: value for key, value in made.get("rope_scaling", {}).items() if key in kept["rope_parameters"]}
+        config["rope_parameters"] = kept["rope_parameters"] | rope | {"rope_theta": made["rope_theta"]}
+    return config
+
+
+def _warn_of_other_arithmetic(model: ModelConfig) -> None:
+    """Say what the released layout's own loader computes otherwise than ``model`` does here."""
+    other = []
+    if model.moe is not None and model.moe.routing_weight_mode != "release":
+        other.append(f"model.moe.routing_weight_mode={model.moe.routing_weight_mode} (always release there)")
+    if model.moe is not None and model.moe.max_routed is not None:
+        other.append(f"model.moe.max_routed={model.moe.max_routed} (no such cap there)")
+    if model.rope_theta_seconds != RELEASED_POSITIONS_PER_SECOND:
+        other.append(
+            f"model.rope_theta_seconds={model.rope_theta_seconds} (always {RELEASED_POSITIONS_PER_SECOND} there)"
+        )
+    if model.audio is not None and not model.audio_only_1d:
+        other.append("model.audio_only_1d=false (samples with sound alone get plain positions there)")
+    if model.audio is not None and not model.audio.causal_queries:
+        other.append("model.audio.causal_queries=false (always causal there)")
+    if other:
+        logger.warning(
+            "%s",
+            listed(
+                "the released code computes something else than this model was trained with; this code base reads the "
+                "settings back from config.json, other loaders of the directory do not:",
+                other,
+            ),
+        )
 
 
 def _manifest(directory: Path) -> dict[str, str]:

@@ -64,7 +64,7 @@ class Family:
     config: Callable[[ModelConfig, DataConfig, dict[str, int], str], dict[str, Any]] | None = None
     """``config.json`` from (model, data, special tokens, dtype); None where the source's own is written back."""
     wants: Callable[[ModelConfig], dict[str, tuple[int, ...]]] | None = None
-    """The carried keys that an export has, and no others; None writes back all there are."""
+    """The carried keys that an export always has; the others are written back where there are any."""
 
 
 def carried_name(family: str, options: Options, key: str) -> str:
@@ -75,9 +75,14 @@ def carried_name(family: str, options: Options, key: str) -> str:
     return f"other.{family}.{key}"
 
 
+def is_foreign(family: str, name: str) -> bool:
+    """Whether a carried ``name`` belongs to no module of ours: a generator's, a text tower's."""
+    return name.startswith(f"other.{family}.")
+
+
 def their_name(family: str, options: Options, name: str) -> str | None:
     """The key of a carried ``name`` in this family; None where it has none."""
-    if name.startswith(f"other.{family}."):
+    if is_foreign(family, name):
         return name.removeprefix(f"other.{family}.")
     for theirs, ours in FAMILIES[family].prefixes(options):
         if name.startswith(ours):
@@ -131,6 +136,7 @@ FAMILIES: dict[str, Family] = {
         carried=(
             re.escape(uni_moe.SIGLIP_PREFIX) + r"post_layernorm\..*",
             re.escape(uni_moe.WHISPER_DECODER_PREFIX) + r"embed_tokens\.weight",
+            *uni_moe.GENERATORS,
         ),
         same={"lm_head.weight": "model.embed_tokens.weight"},
         config=lambda model, data, tokens, dtype: uni_moe.config_to_theirs(model, data, tokens=tokens, dtype=dtype),

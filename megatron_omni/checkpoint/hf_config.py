@@ -4,9 +4,9 @@ What this model cannot compute (another activation, scaled rotary positions, sli
 an error that names the file, the field, and what was expected.
 """
 
-from dataclasses import replace
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_omni.checkpoint.tensor_files import ConversionError
 from megatron_omni.config.model import AudioConfig, ModelConfig, VisionConfig
@@ -18,17 +18,13 @@ TOKENS_PER_SECOND = 20 / 3
 
 def qwen2_model(config: dict[str, Any], path: Path) -> ModelConfig:
     """A dense text model. ``path`` of the configuration, for messages."""
-    field = _Fields(config, path)
+    field = Fields(config, path)
     field.expect("model_type", "qwen2")
     field.expect("hidden_act", "silu", default="silu")
     field.expect("use_sliding_window", False, default=False)
-    rope = config.get("rope_parameters") or {}
-    named = config.get("rope_scaling") or rope
-    scaling = named.get("rope_type") or named.get("type") or "default"  # Qwen's own instructions for YaRN say "type"
-    if scaling != "default":
-        raise ConversionError(f"{path}: rope_type is {scaling!r}, expected 'default' (unscaled rotary positions)")
+    check_unscaled(field, ("default",))
     hidden, heads = field.size("hidden_size"), field.size("num_attention_heads")
-    head = config.get("head_dim") or hidden // heads
+    head = field.size("head_dim", hidden // heads) if config.get("head_dim") is not None else hidden // heads
     return ModelConfig(
         num_layers=field.size("num_hidden_layers"),
         hidden_size=hidden,
@@ -38,10 +34,10 @@ def qwen2_model(config: dict[str, Any], path: Path) -> ModelConfig:
         kv_channels=head,
         vocab_size=field.size("vocab_size"),
         max_position_embeddings=field.size("max_position_embeddings"),
-        rotary_base=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+        rotary_base=rotary_base(field, 10_000.0),
         mrope_section=mrope_section(head),
-        layernorm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-        untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
+        layernorm_epsilon=field.number("rms_norm_eps", 1e-6),
+        untie_embeddings_and_output_weights=not field.flag("tie_word_embeddings", False),
         moe=None,
         vision=None,
         audio=None,
@@ -74,7 +70,7 @@ def siglip_vision(config: dict[str, Any], path: Path, *, drop_last: int = 1) -> 
     """The tower of SigLIP without its last ``drop_last`` layers (so400m: 26 of 27)."""
     if config.get("model_type") == "siglip":
         config = config.get("vision_config") or {}
-    field = _Fields(config, path)
+    field = Fields(config, path)
     field.expect("model_type", "siglip_vision_model", default="siglip_vision_model")
     field.expect("hidden_act", "gelu_pytorch_tanh", default="gelu_pytorch_tanh")
     layers = field.size("num_hidden_layers", 12)
@@ -94,7 +90,7 @@ def siglip_vision(config: dict[str, Any], path: Path, *, drop_last: int = 1) -> 
 
 def whisper_audio(config: dict[str, Any], path: Path) -> AudioConfig:
     """Whisper's encoder, and its decoder as the Q-former."""
-    field = _Fields(config, path)
+    field = Fields(config, path)
     field.expect("model_type", "whisper")
     field.expect("activation_function", "gelu", default="gelu")
     field.expect("scale_embedding", False, default=False)
@@ -122,26 +118,71 @@ def mrope_section(head_size: int) -> list[int]:
     return [time, (half - time) // 2, half - time - (half - time) // 2]
 
 
-def with_perception(model: ModelConfig, vision: VisionConfig | None, audio: AudioConfig | None) -> ModelConfig:
-    """``model`` with these encoders."""
-    return replace(model, vision=vision, audio=audio)
+def check_unscaled(field: "Fields", known: tuple[str, ...]) -> None:
+    """ConversionError for scaled rotary positions: a kind that is not in ``known``."""
+    place = "rope_scaling" if field.config.get("rope_scaling") else "rope_parameters"
+    rope = field.inside(place)
+    for name in ("rope_type", "type"):  # Qwen's own instructions for YaRN say "type"
+        if rope.config.get(name, "default") not in known:
+            rope.refuse(name, f"{' or '.join(map(repr, known))} (unscaled rotary positions)")
 
 
-class _Fields:
-    """Checked access to a configuration."""
+def rotary_base(field: "Fields", default: float) -> float:
+    """Where newer and older configurations have it."""
+    inside = field.inside("rope_parameters")
+    return inside.number("rope_theta") if "rope_theta" in inside.config else field.number("rope_theta", default)
 
-    def __init__(self, config: dict[str, Any], path: Path) -> None:
-        self.config, self.path = config, path
 
-    def size(self, name: str, default: int | None = None) -> int:
-        """A positive whole number."""
+class Fields:
+    """Checked access to a configuration; ``group`` is where in the file it lies, for messages."""
+
+    def __init__(self, config: dict[str, Any], path: Path, *, group: str = "") -> None:
+        self.config, self.path, self._group = config, path, group
+
+    def size(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+        """A whole number, at least ``least``."""
         value = self.config.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConversionError(f"{self.path}: {name}: expected a positive whole number, found {value!r}")
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            self.refuse(name, f"a whole number from {least} on" if least != 1 else "a positive whole number")
+        assert isinstance(value, int)
         return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number, as a float."""
+        value = self.config.get(name, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            self.refuse(name, "a number")
+        assert value is not None
+        return float(value)
+
+    def flag(self, name: str, default: bool | None = None) -> bool:
+        """True or false."""
+        value = self.config.get(name, default)
+        if not isinstance(value, bool):
+            self.refuse(name, "true or false")
+        assert isinstance(value, bool)
+        return value
+
+    def table(self, name: str) -> dict[str, Any]:
+        """A table; empty where there is none."""
+        value = self.config.get(name) or {}
+        if not isinstance(value, dict):
+            self.refuse(name, "a table")
+        assert isinstance(value, dict)
+        return value
+
+    def inside(self, name: str) -> "Fields":
+        """The fields of a table."""
+        return Fields(self.table(name), self.path, group=f"{self._group}{name}.")
 
     def expect(self, name: str, wanted: Any, *, default: Any = None) -> None:
         """The one value that this model computes."""
-        found = self.config.get(name, default)
-        if found != wanted:
-            raise ConversionError(f"{self.path}: {name}: expected {wanted!r}, found {found!r}")
+        if self.config.get(name, default) != wanted:
+            self.refuse(name, repr(wanted))
+
+    def refuse(self, name: str, expected: str) -> NoReturn:
+        """ConversionError that names the file, the field, what was expected and found."""
+        found = repr(self.config[name]) if name in self.config else "nothing"
+        raise ConversionError(f"{self.path}: {self._group}{name}: expected {expected}, found {found}")

@@ -8,6 +8,7 @@
                                dtype, shape, SHA-256 of its bytes
     carried, twins, ignored    the keys that fill nothing: kept beside (with dtype, shape, SHA-256), equal to another,
                                left out on purpose
+    outputs                    of an export: every file that it wrote, with SHA-256
 
 ``verify`` reads every tensor back and compares it with its line; given the sources, it makes every tensor again from
 them. A recorded first-step loss lies beside the checkpoint (``iter_0000000.loss.json``), since it is measured later.
@@ -16,7 +17,7 @@ them. A recorded first-step loss lies beside the checkpoint (``iter_0000000.loss
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,21 @@ from megatron_omni.checkpoint.commit import (
 )
 from megatron_omni.checkpoint.names import Entry
 from megatron_omni.checkpoint.sources import read_json
-from megatron_omni.checkpoint.tensor_files import ConversionError, tensor_bytes
+from megatron_omni.checkpoint.tensor_files import DTYPES, ConversionError, tensor_bytes
 
 LEDGER = "conversion.json"
 FORMAT = 1
+
+TENSOR: dict[str, type] = {"key": str, "dtype": str, "shape": list, "sha256": str}
+LINES: dict[str, dict[str, type]] = {
+    "parts": {"family": str, "source": str, "options": dict},
+    "sources": {"file": str, "sha256": str},
+    "tensors": TENSOR,
+    "carried": {**TENSOR, "as": str},
+    "outputs": {"file": str, "sha256": str},
+}
+"""Fields that reading a ledger relies on."""
+DTYPES_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
 logger = logging.getLogger(__name__)
 
@@ -69,14 +81,34 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def read_ledger(directory: Path) -> dict[str, Any] | None:
-    """The ledger in ``directory``; None where there is none."""
+    """The ledger in ``directory``; None where there is none. ConversionError for one that is damaged."""
     path = directory / LEDGER
     if not path.is_file():
         return None
     ledger = read_json(path)
-    if ledger.get("format") != FORMAT or not isinstance(ledger.get("tensors"), list):
+    if ledger.get("format") != FORMAT:
         raise ConversionError(f"{path}: expected a ledger of format {FORMAT}, found format {ledger.get('format')!r}")
+    lists = ("parts", "sources", "tensors", "outputs" if ledger.get("command") == "export" else "carried")
+    for name in lists:
+        check_fields(ledger.get(name), LINES[name], where=f"{path}: {name}")
+    for line in (*ledger["tensors"], *ledger.get("carried", ())):
+        named = [line["dtype"], *line.get("from_dtype", ())]
+        if wrong := [name for name in named if name not in DTYPES_BY_NAME]:
+            raise ConversionError(f"{path}: damaged: {line['key']!r}: expected a type of tensors, found {wrong[0]!r}")
     return ledger
+
+
+def check_fields(lines: Any, fields: Mapping[str, type], *, where: str) -> None:
+    """ConversionError unless ``lines`` is a list of tables that have these ``fields``."""
+    if not isinstance(lines, list):
+        raise ConversionError(f"{where}: damaged: expected a list, found {type(lines).__name__}; convert again")
+    for number, line in enumerate(lines):
+        for name, kind in fields.items():
+            found = line.get(name) if isinstance(line, dict) else None
+            if not isinstance(found, kind):
+                raise ConversionError(
+                    f"{where}[{number}]: damaged: expected {name!r}, a {kind.__name__}, found {found!r}; convert again"
+                )
 
 
 def write_ledger(directory: Path, ledger: dict[str, Any]) -> None:

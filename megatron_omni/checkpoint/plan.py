@@ -65,11 +65,15 @@ def make_plan(parts: Sequence[Part], wanted: Iterable[Row]) -> Plan:
                 path = part.source.infos()[key].path
                 problems.append(f"{path}: the key {key!r} has no place in a {part.family} model")
     if problems:
-        more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
-        listed = [*problems[:LISTED], *more]
         heading = f"the sources do not fit ({len(problems)} problems):"
-        raise ConversionError(listed[0] if len(listed) == 1 else "\n  - ".join([heading, *listed]))
+        raise ConversionError(problems[0] if len(problems) == 1 else listed(heading, problems))
     return Plan(jobs, carried, twins, ignored)
+
+
+def listed(heading: str, lines: Sequence[str]) -> str:
+    """``heading`` and the first of ``lines`` below it, the others counted."""
+    more = [f"and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
+    return "\n  - ".join([heading, *lines[:LISTED], *more])
 
 
 def _unfilled(jobs: Sequence[Job], wanted: Iterable[Row]) -> Iterator[str]:

@@ -7,8 +7,11 @@ through the restricted reader of ``untrusted.py``.
 
 import hashlib
 import json
+import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+import zipfile
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +23,7 @@ from megatron_omni.checkpoint.untrusted import PICKLE_SUFFIXES, read_torch_file
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
-CHUNK_BYTES, LEAD_BYTES = 4 << 20, 2 << 30
+CHUNK_BYTES, LEAD_BYTES, KEPT_BYTES = 4 << 20, 256 << 20, 512 << 20
 
 
 class Source(Protocol):
@@ -46,6 +49,7 @@ class HuggingFaceSource:
     """A directory with ``config.json`` and weights, or a single weights file."""
 
     def __init__(self, path: Path) -> None:
+        path = path.absolute()  # the ledger keeps it, and is read from elsewhere
         self.path, self.label = path, str(path)
         if not path.exists():
             raise ConversionError(f"{path}: does not exist; give a Hugging Face directory or a weights file")
@@ -68,7 +72,11 @@ class HuggingFaceSource:
         return self._infos
 
     def read(self, key: str) -> Tensor:
-        return self._tensors[key].clone() if key in self._tensors else read_tensor(self._infos[key])
+        if key in self._tensors:
+            return self._tensors[key].clone()
+        info = self._infos[key]
+        # Mapped anew for each tensor: a mapping that stays counts what was read of it as resident.
+        return read_torch_file(info.path)[key].clone() if info.path.suffix in PICKLE_SUFFIXES else read_tensor(info)
 
     def files(self) -> list[Path]:
         extra = [self.path / "config.json"] if self.path.is_dir() else []
@@ -81,7 +89,8 @@ class HuggingFaceSource:
             tensors = read_torch_file(file)
         except ValueError as error:
             raise ConversionError(str(error)) from error
-        self._tensors |= tensors
+        if not zipfile.is_zipfile(file):  # the format before torch 1.6 cannot be mapped: read once and held
+            self._tensors |= tensors
         return {key: TensorInfo(file, key, t.dtype, tuple(t.shape), 0) for key, t in tensors.items()}
 
     def _check_index(self, path: Path) -> None:
@@ -121,7 +130,8 @@ class Digests:
 
     A converter reads the files of a directory in their order, several directories side by side, and the rank files of
     a checkpoint of ours too. So does this thread, and not much further than the converter, so that what one of the two
-    has read is still in the page cache for the other.
+    has read is still in the page cache for the other. What lies behind both is dropped from there: a full cache makes
+    every further page several times as dear.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -160,12 +170,14 @@ class Digests:
         try:
             lanes = [_Lane(files, self._digests) for files in self._lanes.values()]
             total, hashed = max(1, sum(lane.total for lane in lanes)), 0
+            for lane in lanes:
+                lane.kept_bytes = KEPT_BYTES * lane.total // total
             while lanes and not self._stop.is_set():
                 with self._moved:
                     while hashed > self._share * total + LEAD_BYTES and self._share < 1.0:
                         self._moved.wait()
                 lane = min(lanes, key=lambda lane: lane.done / lane.total)
-                count = lane.step()
+                count = next(lane.chunks, 0)
                 hashed += count
                 if count == 0:
                     lanes.remove(lane)
@@ -174,28 +186,38 @@ class Digests:
 
 
 class _Lane:
-    """Files that are hashed one after the other."""
+    """Files that are hashed one after the other, a chunk at a time."""
 
     def __init__(self, files: Sequence[Path], digests: dict[Path, str]) -> None:
-        self._files, self._digests = iter(files), digests
+        self._files, self._digests = files, digests
         self.done, self.total = 0, max(1, sum(path.stat().st_size for path in files))
-        self._buffer = bytearray(CHUNK_BYTES)
-        self._open: tuple[Path, Any, Any] | None = None
+        self.kept_bytes = KEPT_BYTES
+        """What stays in the page cache behind the last chunk."""
+        self.chunks = self._chunks()
 
-    def step(self) -> int:
-        """Hash a chunk; its bytes, 0 at the end."""
-        while self._open is not None or (path := next(self._files, None)) is not None:
-            if self._open is None:
-                self._open = path, path.open("rb", buffering=0), hashlib.sha256()
-            path, file, digest = self._open
-            if count := file.readinto(self._buffer):
-                digest.update(memoryview(self._buffer)[:count])
-                self.done += count
-                return int(count)
-            file.close()
+    def _chunks(self) -> Iterator[int]:
+        """The bytes of each chunk, when it is hashed."""
+        buffer, cached = bytearray(CHUNK_BYTES), deque[tuple[Path, int, int]]()
+        dropped = 0
+        for path in self._files:
+            digest, start = hashlib.sha256(), 0
+            with path.open("rb", buffering=0) as file:
+                while count := file.readinto(buffer):
+                    digest.update(memoryview(buffer)[:count])
+                    self.done += count
+                    cached.append((path, start, count))
+                    start += count
+                    while self.done - dropped > self.kept_bytes:
+                        dropped += _drop_cached(*cached.popleft())
+                    yield count
             self._digests[path] = digest.hexdigest()
-            self._open = None
-        return 0
+
+
+def _drop_cached(path: Path, start: int, count: int) -> int:
+    """Drop a piece of a file from the page cache; its bytes."""
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), start, count, os.POSIX_FADV_DONTNEED)
+    return count
 
 
 def read_json(path: Path) -> dict[str, Any]:

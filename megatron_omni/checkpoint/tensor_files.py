@@ -6,22 +6,25 @@ length, JSON, known dtypes, offsets that follow each other and end with the file
 their own memory (a mapping would count the whole file as resident).
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 MAX_HEADER_BYTES = 100_000_000
 PARALLEL_BYTES = 1 << 20
-FLUSHED_BYTES = 64 << 20
+BUFFER_BYTES = 4 << 20
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -132,48 +135,79 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 class HashedFile:
     """A file being written, with the SHA-256 of what went into it; large pieces are hashed while they are written.
 
-    What is written is sent to the disk as it comes: left to the end, the last gigabytes would be waited for.
+    It goes past the page cache where the file system can do that: a copy of what will not be read again would push out
+    what will, and a cache that is full makes every page of it several times as dear.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = path.open("xb")
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._direct = self._set_direct(True)
+        self._buffer, self._filled = mmap.mmap(-1, BUFFER_BYTES), 0
+        """Whole pages of memory, as the disk wants them."""
         self._digest = hashlib.sha256()
         self._hasher = ThreadPoolExecutor(1)
-        self._flushed = 0
         self.size = 0
 
     def write(self, data: Any) -> int:
         """All of ``data``, to the file and into the hash."""
-        count = memoryview(data).nbytes
-        if count < PARALLEL_BYTES:
-            self._file.write(data)
-            self._digest.update(data)
+        view = memoryview(data).cast("B")
+        if len(view) < PARALLEL_BYTES:
+            self._digest.update(view)
+            self._fill(view)
         else:
-            hashed = self._hasher.submit(self._digest.update, data)
+            hashed = self._hasher.submit(self._digest.update, view)
             try:
-                self._file.write(data)
+                self._fill(view)
             finally:
                 hashed.result()  # the caller's memory is its own again after this
-        self.size += count
-        if self.size - self._flushed >= FLUSHED_BYTES:  # Linux starts writing such pages back, and waits for none
-            os.posix_fadvise(self._file.fileno(), self._flushed, self.size - self._flushed, os.POSIX_FADV_DONTNEED)
-            self._flushed = self.size
-        return count
+        self.size += len(view)
+        return len(view)
 
     def flush(self) -> None:
         """For writers that ask; :meth:`finish` is what counts."""
 
     def finish(self) -> str:
         """Flush to disk, close; the digest."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._direct = self._direct and self._set_direct(False)  # the rest is no whole number of pages
+        self._drain()
+        os.fsync(self._descriptor)
         self.close()
         return self._digest.hexdigest()
 
     def close(self) -> None:
         """Close without flushing to disk (after a failure)."""
         self._hasher.shutdown()
-        self._file.close()
+        os.close(self._descriptor)
+
+    def _fill(self, view: memoryview) -> None:
+        while view:
+            count = min(len(view), BUFFER_BYTES - self._filled)
+            self._buffer[self._filled : self._filled + count] = view[:count]
+            self._filled += count
+            view = view[count:]
+            if self._filled == BUFFER_BYTES:
+                self._drain()
+
+    def _drain(self) -> None:
+        done = 0
+        while done < self._filled:
+            with memoryview(self._buffer)[done : self._filled] as rest:
+                try:
+                    done += os.write(self._descriptor, rest)
+                except OSError as error:
+                    if error.errno != errno.EINVAL or not self._direct:
+                        raise
+                    self._direct = self._set_direct(False)  # a file system that promised too much
+        self._filled = 0
+
+    def _set_direct(self, wanted: bool) -> bool:
+        """Whether writes go past the page cache from now on."""
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | os.O_DIRECT if wanted else flags & ~os.O_DIRECT)
+        except OSError:
+            return False
+        return wanted
 
 
 class SafetensorsWriter:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, serialization
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -34,7 +34,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.utils.serialization import config as serialization
 
 from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.checkpoint.tensor_files import HashedFile, read_into, tensor_bytes
@@ -90,8 +89,12 @@ class TorchDistWriter:
             self._files[rank] = HashedFile(self.directory / f"__{rank}_0.distcp")
         file = self._files[rank]
         start = file.size
-        with serialization.patch("save.compute_crc32", False):  # readers ignore it; the whole file gets a SHA-256
+        checked = serialization.get_crc32_options()
+        serialization.set_crc32_options(False)  # readers ignore it, and the whole file gets a SHA-256
+        try:
             torch.save(value, file)  # type: ignore[arg-type]
+        finally:
+            serialization.set_crc32_options(checked)
         self._storage[index] = _StorageInfo(f"__{rank}_0.distcp", start, file.size - start)
 
     def _write_bytes(self, name: str, data: bytes) -> str:

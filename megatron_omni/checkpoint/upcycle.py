@@ -21,6 +21,7 @@ import dataclasses
 import json
 import logging
 import math
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,11 +35,12 @@ from megatron_omni.checkpoint.commit import write_text
 from megatron_omni.checkpoint.convert import import_checkpoint
 from megatron_omni.checkpoint.families import FAMILIES, Part
 from megatron_omni.checkpoint.layout import Layout
+from megatron_omni.checkpoint.ledger import check_fields
 from megatron_omni.checkpoint.names import Entry, expand
-from megatron_omni.checkpoint.sources import Source, check_finite
-from megatron_omni.checkpoint.tensor_files import TensorInfo, read_into, read_tensor, tensor_bytes
+from megatron_omni.checkpoint.sources import Source, check_finite, read_json
+from megatron_omni.checkpoint.tensor_files import ConversionError, TensorInfo, read_into, read_tensor, tensor_bytes
 from megatron_omni.checkpoint.tokenizer_files import NEW_SPECIALS, copy_tokenizer, find_tokenizer
-from megatron_omni.checkpoint.uni_moe import GATE, ROUTED, SHARED, uni_moe_rows, unused_shapes
+from megatron_omni.checkpoint.uni_moe import GATE, GENERATORS, ROUTED, SHARED, uni_moe_rows, unused_shapes
 from megatron_omni.checkpoint.upcycle_sources import (
     SAME_FIELDS,
     DenseSource,
@@ -80,22 +82,17 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """How far a source's trunk lies from the chosen one."""
+    """How far a source's tensors of one part lie from those that are used."""
 
     source: str
+    part: str
+    """``trunk``, ``vision`` or ``audio`` (encoder and projector)."""
     num_tensors: int
     """That differ."""
     largest: float
     """Largest relative difference |a - b| / |a| (Frobenius) of a tensor."""
     key: str
     """Of that tensor."""
-
-
-@dataclass
-class _Gap:
-    count: int = 0
-    largest: float = -1.0
-    key: str = ""
 
 
 def upcycled_model(base: ModelConfig, *, num_experts: int) -> ModelConfig:
@@ -165,7 +162,7 @@ class UpcycledSource:
         self.origins = {key: self._origin(key) for key in self._shapes}
         for name, prefixes in ((self.vision, VISION_PREFIXES), (self.audio, AUDIO_PREFIXES)):
             self._add_unused(name, prefixes)
-        self._gaps: dict[str, _Gap] = {name: _Gap() for name in self.sources if name != self.trunk}
+        self._gaps: dict[tuple[str, str], Difference] = {}
         self._infos = {key: self._info(key) for key in self.origins}
 
     # ------------------------------------------------------------------------------------------ as a Source
@@ -187,8 +184,8 @@ class UpcycledSource:
             tensor = torch.empty(info.shape).normal_(std=GATE_STD, generator=generator).to(info.dtype)
         else:
             tensor = self._read_finite(origin)
-            if self._is_trunk(key):
-                self._compare(key, tensor)
+            if (part := self._part(key)) is not None:
+                self._compare(part, key, tensor)
             if key in VOCABULARY_KEYS:
                 tensor = self._with_new_rows(tensor)
         assert tuple(tensor.shape) == info.shape and tensor.dtype == info.dtype, key
@@ -197,12 +194,21 @@ class UpcycledSource:
     # ------------------------------------------------------------------------------------------ reports
 
     def differences(self) -> list[Difference]:
-        """Sources whose trunk is not the chosen one, by what was read so far."""
-        return [
-            Difference(source=name, num_tensors=gap.count, largest=gap.largest, key=gap.key)
-            for name, gap in self._gaps.items()
-            if gap.count
-        ]
+        """Sources whose trunk or encoders are not the chosen ones, by what was read so far."""
+        return list(self._gaps.values())
+
+    def left_out(self) -> list[str]:
+        """What sources have and the result has not: encoders that are configured otherwise, generators."""
+        found = []
+        for source in self.sources.values():
+            for kind in ("vision", "audio"):
+                theirs, chosen = getattr(source.model, kind), getattr(self.model, kind)
+                if theirs is not None and theirs != chosen:
+                    found.append(f"{source.path}: its {kind} encoder, which is not configured as the one that is used")
+            number = sum(any(re.fullmatch(p, key) for p in GENERATORS) for key in source.tensors.infos())
+            if number:
+                found.append(f"{source.path}: {number} weights of generators; carry them with an import of their own")
+        return found
 
     def report(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """``upcycle.json``: ``lines`` are the ledger's, one for each tensor that was written, with its checksum."""
@@ -212,9 +218,9 @@ class UpcycledSource:
             "vision": self.vision,
             "audio": self.audio,
             "seed": self.seed,
-            "sources": {name: str(source.path) for name, source in self.sources.items()},
+            "sources": {name: str(source.path.absolute()) for name, source in self.sources.items()},
             "new_token_rows": dict(self.new_tokens),
-            "trunk_differences": [dataclasses.asdict(difference) for difference in self.differences()],
+            "differences": [dataclasses.asdict(difference) for difference in self.differences()],
             "tensors": [
                 {
                     **{name: line[name] for name in ("key", "expert", "dtype", "shape", "sha256") if name in line},
@@ -277,11 +283,13 @@ class UpcycledSource:
 
     # ------------------------------------------------------------------------------------------ making
 
-    def _is_trunk(self, key: str) -> bool:
-        origin = self.origins[key]
-        return (
-            origin.source == self.trunk and origin.how.startswith("copied") and key.startswith(("model.", "lm_head."))
-        )
+    def _part(self, key: str) -> str | None:
+        """What ``key`` belongs to where other sources may have a tensor of its name that is not used."""
+        if key.startswith(VISION_PREFIXES):
+            return "vision"
+        if key.startswith(AUDIO_PREFIXES):
+            return "audio"
+        return "trunk" if self.origins[key].how.startswith("copied") else None
 
     def _with_new_rows(self, matrix: Tensor) -> Tensor:
         """``matrix`` [V, H] with the mean of the old tokens' rows in the rows of the new ones, grown if they lie beyond."""
@@ -314,22 +322,31 @@ class UpcycledSource:
         check_finite(tensor, info)
         return tensor
 
-    def _compare(self, key: str, ours: Tensor) -> None:
-        """Note how far the other sources' tensor ``key`` lies from ``ours``."""
-        for name, gap in self._gaps.items():
-            source = self.sources[name].tensors
+    def _compare(self, part: str, key: str, ours: Tensor) -> None:
+        """Note how far the other sources' tensors ``key`` lie from ``ours``."""
+        origin = self.origins[key].source
+        assert origin is not None
+        used = self.sources[origin].tensors.infos()[key]
+        for name, source in self.sources.items():
+            info = source.tensors.infos().get(key)
+            if name == origin or info is None or info.shape != used.shape or (info == used and info.offset):
+                continue  # absent, said by left_out, or the same bytes of the same file
             squared = 0.0
-            for rows, piece in _pieces(source, source.infos()[key]):
+            for rows, piece in _pieces(source.tensors, info):
                 if ours.dtype != piece.dtype or not torch.equal(ours[rows], piece):
-                    check_finite(piece, source.infos()[key])
+                    check_finite(piece, info)
                     squared += float((ours[rows].double() - piece.double()).square().sum())
             if squared == 0.0:
                 continue
-            gap.count += 1
             norm = sum(float(rows.double().square().sum()) for rows in ours.split(4096))
             relative = math.sqrt(squared / norm) if norm else math.inf
-            if relative > gap.largest:
-                gap.largest, gap.key = relative, key
+            before = self._gaps.get((name, part))
+            if before is None or relative > before.largest:
+                at, largest = key, relative
+            else:
+                at, largest = before.key, before.largest
+            count = 1 + (before.num_tensors if before is not None else 0)
+            self._gaps[name, part] = Difference(source=name, part=part, num_tensors=count, largest=largest, key=at)
 
 
 def upcycle(
@@ -389,11 +406,24 @@ def upcycle(
             command="upcycle", finishing=report,
         )  # fmt: skip
     for gap in made.differences():
+        used = {"trunk": trunk, "vision": vision, "audio": audio}[gap.part]
         logger.warning(
-            "the trunk of %s differs from that of %s, which is used: %d tensors, the largest relative difference %.3g in %s",
-            gap.source, trunk, gap.num_tensors, gap.largest, gap.key,
+            "the %s of %s differs from that of %s, which is used: %d tensors, the largest relative difference %.3g in %s",
+            gap.part, gap.source, used, gap.num_tensors, gap.largest, gap.key,
         )  # fmt: skip
+    for said in made.left_out():
+        logger.warning("left out: %s", said)
     return directory
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """``upcycle.json``; ConversionError for one that is damaged."""
+    report = read_json(path)
+    kinds = {"sources": dict, "experts": list, "trunk": str, "seed": int, "new_token_rows": dict}
+    check_fields([report], kinds, where=str(path))
+    if unknown := {report["trunk"], *report["experts"]} - report["sources"].keys():
+        raise ConversionError(f"{path}: damaged: names the source {unknown.pop()!r}, which it does not list")
+    return report
 
 
 def reopen(report: Mapping[str, Any], model: ModelConfig) -> UpcycledSource:
@@ -402,8 +432,8 @@ def reopen(report: Mapping[str, Any], model: ModelConfig) -> UpcycledSource:
         sources={name: open_dense(name, Path(path)) for name, path in report["sources"].items()},
         experts=tuple(report["experts"]),
         trunk=report["trunk"],
-        vision=report["vision"],
-        audio=report["audio"],
+        vision=report.get("vision"),
+        audio=report.get("audio"),
         model=model,
         seed=report["seed"],
         new_tokens=report["new_token_rows"],

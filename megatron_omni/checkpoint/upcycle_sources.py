@@ -70,8 +70,9 @@ class OursSource:
             for part, (key, shape) in enumerate(zip(entry.theirs, entry.shapes)):
                 self._places[key] = entry, part
                 self._infos[key] = TensorInfo(opened.directory, key, found.dtype, shape, 0)
-        self._carried = {their_name("uni_moe", {}, name): info for name, info in opened.carried.items()}
-        self._infos |= {key: info for key, info in self._carried.items() if key is not None}
+        carried = {their_name("uni_moe", {}, name): info for name, info in opened.carried.items()}
+        self._carried = {key: dataclasses.replace(info, key=key) for key, info in carried.items() if key is not None}
+        self._infos |= self._carried
 
     def infos(self) -> Mapping[str, TensorInfo]:
         return self._infos
@@ -104,6 +105,7 @@ def open_dense(name: str, path: Path) -> DenseSource:
 
     ConversionError names the file, the key or field, what was expected and what was found.
     """
+    path = path.absolute()  # upcycle.json keeps it
     if (path / "config.json").is_file():
         model, part = open_language(path)
         directory = path

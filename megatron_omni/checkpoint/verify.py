@@ -11,20 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_omni.checkpoint import commit
 from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.checkpoint.convert import CARRIED, import_checkpoint
 from megatron_omni.checkpoint.export import Opened, export_checkpoint, open_ours
 from megatron_omni.checkpoint.families import FAMILIES, Part
 from megatron_omni.checkpoint.layout import Layout
-from megatron_omni.checkpoint.ledger import LEDGER, check_lines, read_ledger, tensor_digest
+from megatron_omni.checkpoint.ledger import DTYPES_BY_NAME, LEDGER, check_lines, read_ledger, tensor_digest
 from megatron_omni.checkpoint.names import Row, expand
 from megatron_omni.checkpoint.progress import ByteProgress
-from megatron_omni.checkpoint.sources import Digests, HuggingFaceSource, Source, read_json
+from megatron_omni.checkpoint.sources import Digests, HuggingFaceSource, Source
 from megatron_omni.checkpoint.tensor_files import ConversionError, read_tensor
-from megatron_omni.checkpoint.upcycle import REPORT, reopen
+from megatron_omni.checkpoint.upcycle import REPORT, read_report, reopen
 from megatron_omni.config.run import Recipe
 
 logger = logging.getLogger(__name__)
@@ -78,7 +76,7 @@ def _verify_made(ledger: dict[str, Any], record: dict[str, Any], opened: Opened)
     """A part that is no path: what was upcycled is made again of the dense checkpoints, where they are still there."""
     if not (opened.directory / REPORT).is_file():
         return f"{record['family']}: {record['source']}; its tensors have no file to be made from again"
-    report = read_json(opened.directory / REPORT)
+    report = read_report(opened.directory / REPORT)
     for place in report["sources"].values():
         if not Path(place).exists():
             return f"{record['family']}: {place} is not here; its tensors were not made again"
@@ -116,7 +114,7 @@ def _verify_source(
         if recorded[file] not in (None, digest):
             raise CheckpointError(f"{file}: is not the file that was converted: its SHA-256 is another")
     lines = {(line["key"], line.get("expert")): line for line in ledger["tensors"]}
-    dtype = getattr(torch, ledger["dtype"])
+    dtype = DTYPES_BY_NAME[ledger["dtype"]]
     entries = expand(FAMILIES[record["family"]].rows(recipe.model, record["options"]))
     for entry in entries:
         tensor = entry.transform.to_ours([source.read(key).to(dtype) for key in entry.theirs]).contiguous()
@@ -134,7 +132,7 @@ def _home(record: dict[str, Any]) -> Path:
 
 
 def _line_bytes(line: dict[str, Any]) -> int:
-    size = getattr(torch, line["dtype"]).itemsize
+    size = DTYPES_BY_NAME[line["dtype"]].itemsize
     for length in line["shape"]:
         size *= length
     return size

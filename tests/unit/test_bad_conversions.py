@@ -145,14 +145,17 @@ def malicious(hf: Path) -> None:
         (lambda hf: change_json(hf / "config.json", model_type="llama"), r"model_type: expected one of.*found 'llama'"),
         (lambda hf: change_json(hf / "config.json", hidden_act="gelu"), r"hidden_act: expected 'silu', found 'gelu'"),
         (lambda hf: change_json(hf / "config.json", num_hidden_layers=-3), r"num_hidden_layers: expected a positive.*-3"),
+        (lambda hf: change_json(hf / "config.json", rms_norm_eps="1e-6"), r"rms_norm_eps: expected a number, found '1e-6'"),
+        (lambda hf: change_json(hf / "config.json", rope_parameters=[1]), r"rope_parameters: expected a table, found \[1\]"),
+        (lambda hf: change_json(hf / "config.json", tie_word_embeddings=1), r"tie_word_embeddings: expected true or false"),
         (lambda hf: change_json(hf / "config.json", use_sliding_window=True), r"use_sliding_window: expected False"),
         (
             lambda hf: change_json(hf / "config.json", rope_parameters={"rope_type": "yarn", "factor": 4.0}),
-            r"rope_type is 'yarn', expected 'default'",
+            r"rope_parameters\.rope_type: expected 'default' .*found 'yarn'",
         ),
         (
             lambda hf: change_json(hf / "config.json", rope_scaling={"type": "yarn", "factor": 4.0}),
-            r"rope_type is 'yarn', expected 'default'",
+            r"rope_scaling\.type: expected 'default' .*found 'yarn'",
         ),
         (
             lambda hf: change_json(hf / "config.json", intermediate_size=97),

@@ -198,8 +198,8 @@ def test_trunk_is_the_named_source_and_differences_are_measured(
     made = upcycle(sources, tmp_path / "out", trunk="vision")
     assert torch.equal(released(made)[key], before * 1.25)
     expected = float((before * 0.25).norm() / (before * 1.25).norm())
-    (gap,) = json.loads((made / "upcycle.json").read_text())["trunk_differences"]
-    assert (gap["source"], gap["num_tensors"], gap["key"]) == ("base", 1, key)
+    (gap,) = json.loads((made / "upcycle.json").read_text())["differences"]
+    assert (gap["source"], gap["part"], gap["num_tensors"], gap["key"]) == ("base", "trunk", 1, key)
     assert gap["largest"] == pytest.approx(expected, rel=1e-5)
     assert "the trunk of base differs" in caplog.text and f"{expected:.3g} in {key}" in caplog.text
 
@@ -235,8 +235,28 @@ def test_verify_makes_every_tensor_again(
     assert f"{sources['vision']} is not here" in verify(Path("upcycled"))[1]
 
 
-def test_equal_trunks_give_no_warning(mixture: Path) -> None:
-    assert json.loads((mixture / "upcycle.json").read_text())["trunk_differences"] == []
+def test_encoders_that_are_left_out_are_compared_and_equal_trunks_are_not_mentioned(
+    dense: dict[str, Path], mixture: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gaps = json.loads((mixture / "upcycle.json").read_text())["differences"]
+    used = {"vision": "vision", "audio": "speech1"}
+    assert {(gap["part"], gap["source"]) for gap in gaps} == {
+        (part, name) for part in used for name in ("vision", "speech1", "speech2") if name != used[part]
+    }
+    for gap in gaps:
+        ours, theirs = tensors_of(dense[used[gap["part"]]]), tensors_of(dense[gap["source"]])
+        keys = [key for key in ours if key.startswith(f"{gap['part']}_")]
+        distances = {key: float((ours[key] - theirs[key]).norm() / ours[key].norm()) for key in keys}
+        assert gap["num_tensors"] == len(keys) and gap["largest"] == pytest.approx(max(distances.values()), rel=1e-5)
+        assert gap["key"] == max(distances, key=distances.__getitem__)
+    other = write_dense(
+        tmp_path / "other", dataclasses.replace(OMNI, vision=dataclasses.replace(OMNI.vision, ffn_hidden_size=20))
+    )
+    change(other, lambda tensors: tensors.update({"speech_generator.norm.weight": torch.ones(3)}))
+    upcycle({"vision": dense["vision"], "speech1": other, "base": dense["base"]}, tmp_path / "out")
+    assert f"the audio of vision differs from that of speech1, which is used: {len(keys)} tensors" in caplog.text
+    assert f"left out: {other}: its vision encoder, which is not configured" in caplog.text
+    assert f"left out: {other}: 1 weights of generators" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------ bad input
