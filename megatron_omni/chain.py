@@ -30,9 +30,12 @@ from megatron_omni.config.load import load_recipe
 from megatron_omni.config.model import UPCYCLED_SHAPE, ModelConfig, MoEConfig
 from megatron_omni.config.run import Recipe
 from megatron_omni.config.validate import validate
+from megatron_omni.evaluation import stages as reading
 
 UPCYCLE_REPORT = "upcycle.json"
 RESOLVED = "resolved.yaml"
+REPORT = "held_out.md"
+"""In the chain's directory: what its stages show on held-out data."""
 TRUNK_FIELDS = (
     "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size", "add_qkv_bias",
     "untie_embeddings_and_output_weights", "rotary_base", "vision", "audio",
@@ -369,3 +372,50 @@ def clean_environment() -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith(prefixes)}
     # torchrun gives its workers 30 seconds to save and leave; a large checkpoint takes longer.
     return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600", **kept}
+
+
+def report(chains: Sequence[Chain]) -> str:
+    """The table over all ``chains`` (one recipe, several seeds) and the reading of each."""
+    first = chains[0]
+    trained = [stage for stage in first.stages if stage.recipe is not None]
+    losses = [{s.name: reading.held_out_losses(s.run_dir) for s in chain.stages} for chain in chains]
+    if not any(seed[stage.name] for seed in losses for stage in trained):
+        raise ValueError(f"{first.run_dir}: no stage has evaluated anything; run the chain, with log.eval_interval > 0")
+    blocks = [reading.table([stage.name for stage in trained], losses)]
+    for chain, found in zip(chains, losses):
+        blocks += [f"{chain.run_dir}:" if len(chains) > 1 else "", *(f"- {line}" for line in _lines(chain, found))]
+    return "\n".join(blocks)
+
+
+def _lines(chain: Chain, losses: dict[str, reading.Losses]) -> list[str]:
+    by_name = {stage.name: stage for stage in chain.stages}
+    lines: list[str] = []
+    for merge in chain.stages:
+        if merge.upcycle is None:
+            continue
+        experts = {
+            name: _own_sets(by_name[name], losses[name])
+            for role, name in merge.sources.items()
+            if role != "base" and losses.get(name)
+        }
+        lines += reading.own_modality(experts, losses)
+        for stage in chain.stages:
+            if stage.sources.get("init_from") == merge.name and losses[stage.name]:
+                lines += reading.against_best(stage.name, list(experts), losses)
+                lines += _after(chain, stage, losses)
+    return lines
+
+
+def _after(chain: Chain, tuned: Stage, losses: dict[str, reading.Losses]) -> list[str]:
+    """Of the stages that start from the fine-tuned mixture, and of its gate after the last of them."""
+    lines, last = [], tuned
+    for stage in chain.stages:
+        if stage.sources.get("init_from") == tuned.name and losses[stage.name]:
+            lines += reading.change(tuned.name, stage.name, losses)
+            last = stage
+    return [*lines, *(f"{last.name}, {line}" for line in reading.routing(last.run_dir))]
+
+
+def _own_sets(stage: Stage, losses: reading.Losses) -> list[str]:
+    assert stage.recipe is not None
+    return [source.name for source in stage.recipe.data.sources if source.name in losses]

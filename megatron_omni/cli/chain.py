@@ -146,7 +146,7 @@ class Signals:
 
 def run(chain: "Chain") -> int:
     """Run the stages that are not finished; the exit status."""
-    from megatron_omni.chain import check_inputs
+    from megatron_omni.chain import REPORT, check_inputs, report
 
     chain.run_dir.mkdir(parents=True, exist_ok=True)
     signals = Signals()
@@ -164,6 +164,8 @@ def run(chain: "Chain") -> int:
                 check_inputs(chain, stage)
                 if stage.is_done:
                     continue
+                if signals.received:  # during the last step of the stage before
+                    raise Stopped
                 print(f"\n== {stage.name} ==", flush=True)
                 status = _upcycle(chain, stage) if stage.recipe is None else _train(chain, stage, signals, lock)
                 if status:
@@ -172,6 +174,10 @@ def run(chain: "Chain") -> int:
             print("stopped; start the chain again to go on", flush=True)
             return EXIT_REQUEUE
     print(f"\nall {len(chain.stages)} stages are finished: {chain.stages[-1].result}", flush=True)
+    if any(stage.recipe is not None and stage.recipe.log.eval_interval > 0 for stage in chain.stages):
+        text = report([chain])
+        (chain.run_dir / REPORT).write_text(text + "\n", encoding="utf-8")
+        print(f"\n{text}\n\nwritten to {chain.run_dir / REPORT}", flush=True)
     return 0
 
 
