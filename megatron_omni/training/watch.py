@@ -50,7 +50,7 @@ class Watch:
         """Begin; a run of one rank has nobody to tell."""
         if dist.get_world_size() > 1:
             # A connection of its own: the loop may sit in a call that holds the other one.
-            store = dist.distributed_c10d._get_default_store().clone()
+            store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
             args = (store, dist.get_rank())
             self._thread = threading.Thread(target=self._run, args=args, name="watch", daemon=True)
             self._thread.start()

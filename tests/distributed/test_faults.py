@@ -20,6 +20,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         ("hang_looping", 3),
         ("non_finite", 4),
         ("dead_worker", 5),
+        ("failing_data", 9),
         ("damaged", 6),
         pytest.param(
             "disk_full", 8, marks=pytest.mark.skipif(not can_mount(), reason="needs root to mount a small disk")

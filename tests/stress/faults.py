@@ -34,6 +34,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from megatron_omni.platform.device import install
 
 install()
@@ -115,7 +117,8 @@ def launch(
                 for process in ranks:
                     process.kill()
             for process in ranks:
-                process.join(timeout=max(0.0, first + PATIENCE - time.monotonic()))
+                while process.is_alive() and time.monotonic() < first + PATIENCE and not _stopped_alone(process, ranks):
+                    process.join(timeout=0.2)
             last = time.monotonic()
         finally:
             for process in ranks:
@@ -123,6 +126,12 @@ def launch(
                 process.join()
         errors = [(Path(place) / f"stderr{rank}").read_text() for rank in range(world_size)]
         return Start([process.exitcode or 0 for process in ranks], errors, last - first)
+
+
+def _stopped_alone(process: Any, ranks: list[Any]) -> bool:
+    """Whether nothing can end this process but its launcher: it is stopped as a whole, and the others have ended."""
+    others = [other for other in ranks if other is not process and other.is_alive()]
+    return not others and psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
 
 
 def _rank(
@@ -238,18 +247,23 @@ def non_finite(run: Run, dice: random.Random) -> None:
     weight.register_hook(spoil)
 
 
-def dead_worker(run: Run, dice: random.Random) -> None:
-    """A thread that prepares data ends with an error that is no record's fault."""
+def failing_data(run: Run, dice: random.Random, *, times: int = 1_000_000) -> None:
+    """From a random sample on, a thread that prepares data ends with an error that is no record's fault."""
     assert run.loader is not None
-    build, calls, last = run.loader.builder.build_sample, [0], dice.randint(1, 8 * STEPS // 2)
+    build, calls, first = run.loader.builder.build_sample, [0], dice.randint(1, 8 * STEPS // 2)
 
     def build_sample(*args: Any, **settings: Any) -> Any:
         calls[0] += 1
-        if calls[0] >= last:
-            raise MemoryError("the worker is out of memory")
+        if first <= calls[0] < first + times:
+            raise MemoryError("the thread is out of memory")
         return build(*args, **settings)
 
     run.loader.builder.build_sample = build_sample  # type: ignore[method-assign]
+
+
+def dead_worker(run: Run, dice: random.Random) -> None:
+    """One thread dies, once."""
+    failing_data(run, dice, times=1)
 
 
 def damage(directory: Path, dice: random.Random) -> str:
@@ -346,7 +360,7 @@ class Bench:
     ) -> dict[str, Any]:
         if kind == "damaged":
             return self._damage(run_dir, dice)
-        if kind == "dead_worker":
+        if kind in ("dead_worker", "failing_data"):
             settings["data__num_workers"] = 2
         recipe = self.recipe(run_dir, **settings)
         victim, hook = dice.randrange(2), HOOKS[kind]
@@ -360,11 +374,13 @@ class Bench:
             "kill_one": start.statuses[victim] == -9 and start.statuses[other] == 1,
             "kill_all": set(start.statuses) <= {-9, 1},
             "hang_stopped": start.statuses[victim] == -9 and start.statuses[other] == 1,
-        }.get(kind, start.statuses == [1, 1] or (kind == "dead_worker" and set(start.statuses) <= {1, 2}))
+            "dead_worker": start.statuses == [0, 0],
+            "failing_data": set(start.statuses) <= {1, 2},
+        }.get(kind, start.statuses == [1, 1])
         # A rank can be killed too late, when everything is done.
         if not expected and not (kind.startswith("kill") and 0 in start.statuses):
             raise Failed(f"statuses {start.statuses}\n" + "\n".join(start.errors))
-        if kind in ("kill_one", "hang_looping", "non_finite", "dead_worker", "disk_full") and start.causes != 1:
+        if kind in ("kill_one", "hang_looping", "non_finite", "failing_data", "disk_full") and start.causes != 1:
             raise Failed(f"{start.causes} causes were printed\n" + "\n".join(start.errors))
         where = {"hang_looping": f"data: rank {victim} (there for", "hang_stopped": f": rank {victim} (silent for"}
         if where.get(kind, "") not in "\n".join(start.errors):
@@ -458,6 +474,7 @@ HOOKS: dict[str, Hook] = {
     "hang_looping": loop_forever,
     "non_finite": non_finite,
     "dead_worker": dead_worker,
+    "failing_data": failing_data,
     "disk_full": nothing,
 }
 KINDS = [*HOOKS, "damaged"]
