@@ -58,5 +58,5 @@ def open_reader(directory: Path, lora: LoraConfig | None) -> TorchDistReader:
     if lora is None:
         return TorchDistReader(directory)
     reader = MergedReader(directory, lora)
-    logger.info("%s: low-rank adapters merged into %d weights", directory, reader.num_merged)
+    logger.warning("%s: low-rank adapters merged into %d weights", directory, reader.num_merged)
     return reader

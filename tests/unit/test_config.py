@@ -85,6 +85,30 @@ def test_missing_file_loop_and_non_mapping(tmp_path: Path) -> None:
         ),
         ({"optim": {"lr_wsd_decay_iters": 5}}, 1, "lr_wsd_decay_iters=5: no effect with lr_decay_style=cosine"),
         ({"load": "x", "init_from": "y"}, 1, "load and init_from"),
+        ({"init_allow_extra": ["audio.*"]}, 1, "no effect without init_from"),
+        ({"checkpoint": {"keep_best": "eval/loss"}}, 1, "keep_best=eval/loss: nothing is evaluated"),
+        (
+            {
+                "data": {"eval_sources": [{"name": "held_out", "path": "x"}]},
+                "checkpoint": {"keep_best": "eval/loss/other", "save_interval": 10},
+                "log": {"eval_interval": 5},
+            },
+            1,
+            "no such metric; choose one of eval/loss, eval/loss/held_out",
+        ),
+        (
+            {
+                "data": {"eval_sources": [{"name": "held_out", "path": "x"}]},
+                "checkpoint": {"keep_best": "eval/loss", "save_interval": 10},
+                "log": {"eval_interval": 4},
+            },
+            1,
+            "save_interval=10 must be a multiple of log.eval_interval=4",
+        ),
+        ({"model": {"moe": None, "lora": {}}}, 1, r"set it to \[attention\]"),
+        ({"model": {"lora": {"targets": ["gate"]}}}, 1, "name one or both of attention, experts"),
+        ({"model": {"lora": {"dropout": 1.0}}}, 1, "model.lora.dropout=1.0"),
+        ({"model": {"lora": {}}, "parallel": {"expert_tensor_parallel_size": 2}}, 2, "adapters of experts are whole"),
     ],
 )
 def test_impossible_recipes_are_refused(values: dict, world_size: int, expected: str) -> None:
