@@ -27,9 +27,11 @@ class Goodput:
     def __init__(self, run_dir: Path, *, step: int, began: float | None = None) -> None:
         """``step`` is the one that this start continues after; ``began`` (Unix seconds) defaults to the process's start."""
         self._path = run_dir / FILE
-        self._began = psutil.Process().create_time() if began is None else began
+        now = time.time()
+        # The kernel counts a process's start in ticks since boot: it may lie a little in the future.
+        self._began = min(psutil.Process().create_time(), now) if began is None else began
         self._from_step = step
-        self._setup = time.time() - self._began
+        self._setup = now - self._began
 
     def note(self, step: int, seconds: Mapping[str, float]) -> dict[str, Any]:
         """Append where the time of this start went up to ``step``; ``seconds`` by part since the loop began."""
