@@ -304,6 +304,14 @@ def _model_of(source: Stage | Path, chain: Chain) -> ModelConfig | None:
     return None if base is None else replace(base, moe=source.moe)
 
 
+def check_paths(chain: Chain) -> None:
+    """ValueError for a stage that has yet to start from a path where nothing is."""
+    for stage in chain.stages:
+        for role, word in stage.sources.items():
+            if stage.steps_done is None and isinstance(path := chain.source(word), Path) and not path.exists():
+                raise ValueError(f"stage {stage.name}: {role}: {word!r} is no earlier stage and no checkpoint is there")
+
+
 def stage_ranks(chain: Chain, recipe: Recipe) -> int:
     """Ranks of a stage: the torchrun's, or with a launcher of its own the fewest that its layout allows."""
     if chain.launcher is None:

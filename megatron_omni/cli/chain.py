@@ -94,6 +94,8 @@ def _plan(chain: "Chain", stage: "Stage") -> str:
 def _training(chain: "Chain", stage: "Stage") -> list[tuple[str, str]]:
     from megatron_omni.chain import stage_ranks
     from megatron_omni.estimate import count_parameters, weight_bytes_per_rank
+    from megatron_omni.estimate.hardware import GPUS
+    from megatron_omni.estimate.plan import make_plan
 
     recipe = stage.recipe
     assert recipe is not None
@@ -105,7 +107,8 @@ def _training(chain: "Chain", stage: "Stage") -> list[tuple[str, str]]:
     trained = {part: number for part, number in counts.items() if part not in frozen}
     data, ranks = recipe.data, stage_ranks(chain, recipe)
     tokens = recipe.train_iters * data.global_batch_size * data.seq_length
-    sizes = weight_bytes_per_rank(recipe, ranks)
+    held = sum(weight_bytes_per_rank(recipe, ranks).values())
+    peak = make_plan(recipe, world_size=ranks, gpu=next(iter(GPUS.values()))).peak_bytes
     scale = ", ".join(f"{part} x {factor:g}" for part, factor in recipe.optim.lr_scale.items())
     return [
         ("trains", ", ".join(f"{p} {_count(n)}" for p, n in trained.items()) + (", rows of new tokens" if rows else "")),
@@ -113,7 +116,7 @@ def _training(chain: "Chain", stage: "Stage") -> list[tuple[str, str]]:
         ("reads", ", ".join(f"{source.name} {source.weight:g}" for source in data.sources)),
         ("tokens", f"{'' if data.packing else 'at most '}{_count(tokens)} in {recipe.train_iters:,} steps"),
         ("rate", f"{recipe.optim.lr:g} to {recipe.optim.min_lr:g}, {recipe.optim.lr_decay_style}" + (scale and f"; {scale}")),
-        ("memory", f"{sum(sizes.values()) / 2**30:.2f} GiB a rank of {ranks}, without activations"),
+        ("memory", f"a rank of {ranks}: {held / 2**30:.2f} GiB held, {peak / 2**30:.2f} at the peak (tools/plan.py)"),
     ]  # fmt: skip
 
 
@@ -146,8 +149,9 @@ class Signals:
 
 def run(chain: "Chain") -> int:
     """Run the stages that are not finished; the exit status."""
-    from megatron_omni.chain import REPORT, check_inputs, report
+    from megatron_omni.chain import REPORT, check_inputs, check_paths, report
 
+    check_paths(chain)
     chain.run_dir.mkdir(parents=True, exist_ok=True)
     signals = Signals()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):

@@ -157,6 +157,13 @@ def test_a_launcher_replaces_torchrun_and_a_torchrun_around_the_chain_is_forgott
     assert main([str(write_chain(tmp_path)), "--dry-run"]) == 2
 
 
+def test_a_path_without_a_checkpoint_is_refused_before_the_first_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(write_chain(tmp_path, **{"0_base": {"init_from": "nowhere"}}))]) == 2
+    assert "stage 0_base: init_from: 'nowhere' is no earlier stage" in capsys.readouterr().err
+
+
 def test_a_second_chain_on_the_same_directory_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import fcntl
 
