@@ -289,7 +289,7 @@ class StepLoader:
 
         ``room``: tokens that the packed row has for it.
         """
-        drawn = self.mixture.sample_at(place.sample_id)
+        drawn = place.draw if place.attempt == 0 else self.mixture.sample_at(place.sample_id)
         for attempt in range(place.attempt, self._last_attempt(drawn)):
             draw = self.mixture.next_in_epoch(drawn, attempt)
             if self.data.packing and attempt > place.attempt:

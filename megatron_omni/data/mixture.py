@@ -25,7 +25,7 @@ from fractions import Fraction
 from functools import lru_cache
 from heapq import heappop, heappush
 from math import lcm
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,8 @@ BLOCK_STEPS = 16
 _LONGEST_PERIOD = 1 << 16
 """Items; weights that do not come out even within this are rounded to it (8e-6 of the mixture)."""
 _ROUNDS = 8
+_ROWS_AT_ONCE = 256
+"""Rows of an epoch's order that are computed together."""
 _MASK64 = (1 << 64) - 1
 
 
@@ -173,8 +175,10 @@ class Mixture:
         return draw._replace(row=self._row(component, draw.epoch, position))
 
     def _row(self, component: Component, epoch: int, position: int) -> int:
-        place = permuted(position, component.num_rows, key=permutation_key(self.seed, component.name, epoch))
-        return place if component.rows is None else int(component.rows[place])
+        key = permutation_key(self.seed, component.name, epoch)
+        block, within = divmod(position, _ROWS_AT_ONCE)
+        row = _permuted_block(block, component.num_rows, key)[within]
+        return row if component.rows is None else int(component.rows[row])
 
 
 class _Phase:
@@ -193,15 +197,13 @@ class _Phase:
     def item(self, index: int) -> tuple[int, int]:
         """Source of the ``index``-th item of the phase, and how many items of that source came before it in the run."""
         block, within = divmod(index, self._block)
-        slots = self._slots(block)
-        source = int(slots[within])
-        earlier = int(np.count_nonzero(slots[:within] == source))
-        return source, int(self._before[source] + self._counts_at_block(block)[source]) + earlier
+        sources, ranks = self._slots(block)
+        return sources[within], ranks[within]
 
     def counts(self, num_items: int) -> NDArray[np.int64]:
         """Items of each source among the first ``num_items`` of the phase."""
         block, within = divmod(num_items, self._block)
-        inside = np.bincount(self._slots(block)[:within], minlength=len(self._before))
+        inside = np.bincount(self._slots(block)[0][:within], minlength=len(self._before))
         return self._counts_at_block(block) + inside
 
     def items_until(self, source: int, count: int, *, most: int | None) -> int:
@@ -220,14 +222,17 @@ class _Phase:
         period, within = divmod(block, len(self._cumulative) - 1)
         return period * self._cumulative[-1] + self._cumulative[within]
 
-    def _shuffled_block(self, block: int) -> NDArray[np.int64]:
+    def _shuffled_block(self, block: int) -> tuple[list[int], list[int]]:
+        """Source of each item of a block, and the items of that source before it."""
         within = block % (len(self._cumulative) - 1)
         counts = self._cumulative[within + 1] - self._cumulative[within]
-        slots = np.repeat(np.arange(len(counts)), counts)
         seed, phase = self._key
-        return np.random.Generator(np.random.Philox(key=[seed & _MASK64, phase], counter=[0, 0, block, 0])).permutation(
-            slots
-        )
+        random = np.random.Generator(np.random.Philox(key=[seed & _MASK64, phase], counter=[0, 0, block, 0]))
+        sources = random.permutation(np.repeat(np.arange(len(counts)), counts))
+        ranks = np.empty_like(sources)
+        for source, first in enumerate(self._before + self._counts_at_block(block)):
+            ranks[sources == source] = first + np.arange(counts[source])
+        return sources.tolist(), ranks.tolist()
 
 
 def block_counts(weights: list[float], *, block: int) -> NDArray[np.int64]:
@@ -283,26 +288,32 @@ def permutation_key(seed: int, name: str, epoch: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def permuted(position: int, size: int, *, key: int) -> int:
-    """Where a keyed permutation of range(size) sends ``position``."""
-    assert 0 <= position < size
+def permuted(positions: NDArray[np.uint64], size: int, *, key: int) -> NDArray[np.uint64]:
+    """Where a keyed permutation of range(size) sends ``positions``."""
+    assert (positions < size).all()
     half = max(((size - 1).bit_length() + 1) // 2, 2)
     mask = (1 << half) - 1
-    value = position
-    while True:  # the network permutes a power of four; walk its cycle until it is back among the rows
-        left, right = value >> half, value & mask
+    values, outside = positions.copy(), np.arange(len(positions))
+    while len(outside):  # the network permutes a power of four; walk its cycles until all are back among the rows
+        left, right = values[outside] >> half, values[outside] & mask
         for round_number in range(_ROUNDS):
             left, right = right, left ^ (_hash64(key, round_number, right) & mask)
-        value = left << half | right
-        if value < size:
-            return value
+        values[outside] = left << half | right
+        outside = outside[values[outside] >= size]
+    return values
 
 
-def _hash64(key: int, round_number: int, value: int) -> int:
-    """SplitMix64's finaliser over the three inputs."""
-    x = (key + (round_number + 1) * 0x9E3779B97F4A7C15 + value * 0xD1B54A32D192ED03) & _MASK64
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+@lru_cache(maxsize=1 << 10)
+def _permuted_block(block: int, size: int, key: int) -> list[int]:
+    start = block * _ROWS_AT_ONCE
+    return permuted(np.arange(start, min(start + _ROWS_AT_ONCE, size), dtype=np.uint64), size, key=key).tolist()
+
+
+def _hash64(key: int, round_number: int, values: NDArray[Any]) -> NDArray[Any]:
+    """SplitMix64's finaliser over the three inputs, modulo 2^64 (``values`` are uint64)."""
+    x: NDArray[Any] = values * 0xD1B54A32D192ED03 + ((key + (round_number + 1) * 0x9E3779B97F4A7C15) & _MASK64)
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
     return x ^ (x >> 31)
 
 
