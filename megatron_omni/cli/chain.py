@@ -190,6 +190,7 @@ def _train(chain: "Chain", stage: "Stage", signals: Signals, lock: TextIO) -> in
 
     assert stage.recipe is not None
     _check_files(chain, stage)
+    (stage.run_dir / STOP_MARKER).unlink(missing_ok=True)  # of an earlier stop: it must not speak for this start
     command = training_command(chain, stage, sys.executable)
     print("$", " ".join(command), flush=True)
     # A session of its own: Ctrl-C reaches the stage once, through this process. It inherits the lock.

@@ -1,0 +1,134 @@
+"""Every stage of the tiny chain trains a few steps from what the stage before it made, the upcycling included, over a small
+corpus of the quickstart's kind; and the command that runs a chain stops, goes on and passes over what is finished.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # examples/ is not installed
+
+from examples.quickstart import compose  # noqa: E402
+from examples.quickstart.tokenizer import VOCAB_SIZE  # noqa: E402
+from megatron_omni.chain import Chain, load_chain, run_upcycle  # noqa: E402
+from megatron_omni.config.load import load_recipe  # noqa: E402
+from megatron_omni.config.run import Recipe  # noqa: E402
+from megatron_omni.config.validate import validate  # noqa: E402
+from megatron_omni.data.tokenizer import train_sentencepiece  # noqa: E402
+from megatron_omni.evaluation.stages import held_out_losses, read_records  # noqa: E402
+from tests.distributed.tiny_run import run_ranks, train_rank  # noqa: E402
+
+CHAIN = ROOT / "recipes" / "tiny" / "chain.yaml"
+SIZES = {"image": 24, "word": 16, "sound": 16, "video": 6, "text": 24}
+SHORT = ("train_iters=2", "optim.lr_warmup_iters=0", "log.eval_iters=1", "log.interval=1", "data.global_batch_size=3")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``make quickstart`` leaves in runs/quickstart, small."""
+    out = tmp_path_factory.mktemp("quickstart")
+    compose.compose(out / "data", seed=3, sizes=SIZES, eval_size=4)
+    text = (out / "data" / "tokenizer_corpus.txt").read_text(encoding="utf-8")
+    train_sentencepiece([text], out / "tokenizer.model", vocab_size=VOCAB_SIZE, model_type="bpe")
+    return out
+
+
+def on(corpus: Path, recipe: Recipe) -> Recipe:
+    """The recipe with its data from ``corpus``."""
+
+    def moved(path: str) -> str:
+        return path.replace("runs/quickstart", str(corpus))
+
+    recipe.data.tokenizer = moved(recipe.data.tokenizer)
+    for source in [*recipe.data.sources, *recipe.data.eval_sources]:
+        source.path = moved(source.path)
+    return recipe
+
+
+def test_every_stage_trains_from_the_stage_before_it(corpus: Path, tmp_path: Path) -> None:
+    chain = load_chain(CHAIN, [f"run_dir={tmp_path}", *SHORT], nproc_per_node=1)
+    for stage in chain.stages:
+        if stage.recipe is None:
+            run_upcycle(chain, stage)
+        else:
+            recipe = on(corpus, stage.recipe)
+            recipe.init_from = next((str(path) for path in chain.inputs(stage).values()), None)
+            validate(recipe)
+            assert run_ranks(train_rank, 1, recipe) == [0]
+            assert set(held_out_losses(stage.run_dir)) == {"text", "image", "video", "word", "sound"}
+        assert stage.is_done
+    last = read_records(chain.stages[-1].run_dir)
+    assert {"moe/null_share", "moe/k/layer_2/0", "moe/load/layer_0/image/expert_3"} <= set(last[0])
+
+
+def test_the_quickstart_recipes_name_what_the_chain_reads() -> None:
+    """The chain's sources are the quickstart's files, so that ``make quickstart`` prepares its data."""
+    quickstart = {s.path for s in load_recipe(ROOT / "recipes" / "tiny" / "quickstart.yaml").data.sources}
+    for stage in load_chain(CHAIN).stages:
+        if stage.recipe is not None:
+            assert {source.path for source in stage.recipe.data.sources} <= quickstart
+            assert stage.recipe.data.tokenizer == "runs/quickstart/tokenizer.model"
+
+
+def two_stages(corpus: Path, tmp_path: Path) -> Path:
+    """A chain of two text stages that take a while."""
+    source = [{"name": "text", "path": str(corpus / "data" / "train" / "text.jsonl")}]
+    recipe = {
+        "extends": str(CHAIN.parent / "0_base.yaml"),
+        "model": {"vision": None, "audio": None, "num_layers": 1},
+        "data": {"sources": source, "eval_sources": [], "tokenizer": str(corpus / "tokenizer.model")},
+        "checkpoint": {"save_interval": 0, "keep_best": None},
+        "log": {"interval": 1, "eval_interval": 0},
+    }
+    (tmp_path / "stage.yaml").write_text(yaml.safe_dump(recipe))
+    stages: list[dict[str, Any]] = [
+        {"name": "first", "recipe": "stage.yaml", "overrides": ["train_iters=100000"]},
+        {"name": "second", "recipe": "stage.yaml", "init_from": "first", "overrides": ["train_iters=2"]},
+    ]
+    file = tmp_path / "chain.yaml"
+    file.write_text(yaml.safe_dump({"run_dir": str(tmp_path / "run"), "stages": stages}))
+    return file
+
+
+def wait_for(what: Callable[[], object], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, f"nothing after {seconds} s"
+        time.sleep(0.2)
+
+
+def test_the_command_stops_on_a_signal_and_goes_on(corpus: Path, tmp_path: Path) -> None:
+    file = two_stages(corpus, tmp_path)
+    command = [sys.executable, "-m", "megatron_omni.cli.chain", str(file), "optim.lr_warmup_iters=0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        started = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        first = tmp_path / "run" / "first"
+        wait_for(lambda: len(read_records(first)) > 2 or started.poll() is not None, 600)
+        started.send_signal(signal.SIGUSR1)
+        assert started.wait(300) == 75, (tmp_path / "log").read_text()
+    chain: Chain = load_chain(file, ["optim.lr_warmup_iters=0"])
+    stopped = chain.stages[0].steps_done
+    assert stopped is not None and 2 < stopped < 100_000 and not (tmp_path / "run" / "second").exists()
+
+    # The goal of the first stage moves to two steps after where it was stopped.
+    file.write_text(file.read_text().replace("train_iters=100000", f"train_iters={stopped + 2}"))
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [int(record["step"]) for record in read_records(first) if "lm loss" in record]
+    assert steps == list(range(1, stopped + 3)), "every step once: the run was resumed, not started again"
+    second = load_recipe(tmp_path / "run" / "second" / "resolved.yaml")
+    assert second.init_from == str(first / "checkpoints" / f"iter_{stopped + 2:07d}")
+    assert "first: " in done.stdout and f"at step {stopped} of {stopped + 2}" in done.stdout
+
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0 and "all 2 stages are finished" in again.stdout and "==" not in again.stdout
