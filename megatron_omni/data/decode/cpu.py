@@ -10,6 +10,7 @@ A file is given by its path or as ``MediaBytes``; whatever is wrong with it is o
 """
 
 import io
+import os
 from functools import lru_cache
 from math import ceil
 from pathlib import Path
@@ -46,7 +47,7 @@ from megatron_omni.positions import SAMPLE_RATE
 
 __all__ = [
     "FrameSampling", "Media", "MediaBytes", "MediaError", "Video", "VideoHeader", "VideoSize",
-    "decode_audio", "decode_image", "decode_video", "open_image", "orientation", "probe_audio", "probe_image",
+    "decode_audio", "decode_image", "decode_video", "open_image", "open_sound", "orientation", "probe_audio", "probe_image",
     "probe_video", "read_video_header", "to_rgb", "to_sample_rate",
 ]  # fmt: skip
 
@@ -122,7 +123,7 @@ def decode_audio(file: Media, *, max_seconds: float = MAX_AUDIO_SECONDS) -> NDAr
     soundfile reads wav, flac, ogg, opus and mp3; PyAV reads the rest (m4a, aac, the sound track of a video).
     """
     with named(file):
-        if (sound := _open_sound(file)) is None:
+        if (sound := open_sound(file)) is None:
             samples, rate, promised = decode_track(file, max_seconds)
         else:
             with sound:
@@ -140,7 +141,7 @@ def decode_audio(file: Media, *, max_seconds: float = MAX_AUDIO_SECONDS) -> NDAr
 def probe_audio(file: Media, *, max_seconds: float = MAX_AUDIO_SECONDS) -> int:
     """Samples at 16 kHz, from the header."""
     with named(file):
-        if (sound := _open_sound(file)) is not None:
+        if (sound := open_sound(file)) is not None:
             with sound:
                 seconds = sound.frames / sound.samplerate
         else:
@@ -162,20 +163,27 @@ def _read_mono(sound: soundfile.SoundFile) -> NDArray[np.float32]:
     return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.float32), *parts])
 
 
-def _open_sound(file: Media) -> soundfile.SoundFile | None:
-    """The file opened by soundfile, None for a format that it does not know."""
+def open_sound(file: Media) -> soundfile.SoundFile | None:
+    """The file opened by soundfile, None for a format that it does not know; MediaError for a WAV that was cut off."""
     if isinstance(file, MediaBytes):
-        start = file.data[:8]
+        start, size = file.data[:8], len(file.data)
     else:
         with open(file, "rb") as head:
-            start = head.read(8)
+            start, size = head.read(8), os.fstat(head.fileno()).st_size
     # mp4 and matroska: libsndfile searches long before it refuses.
     if start[4:] == b"ftyp" or start[:4] == b"\x1aE\xdf\xa3":
         return None
     try:
-        return soundfile.SoundFile(_stream(file))
+        sound = soundfile.SoundFile(_stream(file))
     except soundfile.LibsndfileError:
         return None
+    if start[:4] == b"RIFF":  # libsndfile takes what is there, however much the header promises
+        promised_bytes = int.from_bytes(start[4:], "little")
+        streamed = promised_bytes == 0 or promised_bytes % (1 << 31) >= (1 << 31) - 4096  # written to a pipe
+        check_rate(file, sound.samplerate)
+        seconds = sound.frames / sound.samplerate
+        check_whole(file, seconds, 0.0 if streamed else seconds * (promised_bytes + 8) / size)
+    return sound
 
 
 # ------------------------------------------------------------------------------------------------ video

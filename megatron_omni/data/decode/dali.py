@@ -13,7 +13,6 @@ cut frames, whatever DALI refuses) goes to the CPU back end, file by file: count
 reason is logged once. The sound track of a video is always FFmpeg's. Only this file imports ``nvidia.dali``.
 """
 
-import io
 import logging
 import threading
 from collections import Counter
@@ -22,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import nvidia.dali.experimental.dynamic as ndd
-import soundfile
 from numpy.typing import NDArray
 from nvidia.dali.types import DALIDataType, DALIImageType
 from PIL import Image
@@ -164,10 +162,8 @@ def _require_plain_sound(data: MediaBytes, max_seconds: float) -> tuple[int, flo
     """(rate, seconds that the header promises)."""
     if data.data[:4] not in (b"RIFF", b"fLaC", b"OggS"):
         raise _Refused("format other than WAV, FLAC and Ogg")
-    try:
-        header = soundfile.SoundFile(io.BytesIO(data.data))
-    except soundfile.LibsndfileError as error:
-        raise _Refused("unreadable header") from error
+    if (header := cpu.open_sound(data)) is None:
+        raise _Refused("unreadable header")
     with header:
         if header.format not in _SOUND_FORMATS:
             raise _Refused(f"format {header.format}")
