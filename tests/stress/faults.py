@@ -58,7 +58,7 @@ from tests.distributed.tiny_run import make_corpus, records, tiny_recipe  # noqa
 STEPS, INTERVAL = 9, 3
 TIMEOUT = 300.0
 """Seconds that a collective may take: long, since a busy machine is not a fault."""
-HANG_TIMEOUT = 10.0
+HANG_TIMEOUT = 25.0
 """The same where a rank hangs."""
 PATIENCE = 60.0
 """Seconds that the other ranks may take to end, beyond the time-out where there is one."""
