@@ -96,6 +96,9 @@ class Activations:
             self.norm()
             + (self.tokens * kept + mask + projection_input) * self.w
             + self.tokens * model.num_attention_heads / tp * FP32
+            + self._adapters(
+                "attention", self.shard * model.hidden_size + self.tokens * query, self.tokens + self.shard
+            )
         )
 
     def feed_forward(self) -> float:
@@ -132,13 +135,22 @@ class Activations:
         weights = sent * FP32 * (2 if moe.gradient_estimator == "paper" else 1)
         ffn = moe.moe_ffn_hidden_size // self.parallel.expert_tensor_parallel_size
         rows = received * (width + 2 * ffn) * w + sent * width * w
-        total = router + indices + weights + rows
+        if self.model.lora is not None and "experts" in self.model.lora.targets:
+            rows += received * 2 * ffn * w  # silu(gate) and the product, which the fused MLP does not keep
+        total = router + indices + weights + rows + self._adapters("experts", received * (width + ffn), 2 * received)
         if num_shared:
             hidden = num_shared * moe.moe_shared_expert_intermediate_size
             total += t * (4 + shared) * hidden * w  # gate and up, silu(gate), product, weighted product
         if shared or (gate and not copies):
             total += t * width * w
         return total
+
+    def _adapters(self, target: str, inputs: float, narrow_rows: float) -> float:
+        """LoRA on ``target``: its inputs after dropout with their masks, and the narrow results."""
+        lora = self.model.lora
+        if lora is None or target not in lora.targets:
+            return 0.0
+        return (2 * inputs * (lora.dropout > 0) + narrow_rows * lora.rank) * self.w
 
     def embedding(self) -> float:
         """Token ids; where the first layer keeps its input as it is, the other shards too, of which it is a view."""

@@ -81,6 +81,7 @@ FOUR_RANKS = [
     layout(1, 1, 2, parallel__expert_tensor_parallel_size=2, freeze=TABLE_2),
     layout(2, 2, 1, model__moe=None, model__untie_embeddings_and_output_weights=False),
     layout(2, 1, 2, model__moe__moe_token_dispatcher_type="allgather", data__packing=True),
+    layout(2, 1, 2, model__lora={"rank": 4}),
 ]
 TWO_RANKS = [
     layout(optim__precision=precision, optim__use_distributed_optimizer=sharded)
