@@ -16,7 +16,7 @@ from PIL import Image
 SAMPLE_RATE = 16000
 TILE_PX = 64
 NUM_FRAMES, FRAMES_A_SECOND = 4, 2
-DETUNE_CENTS = 30  # a third of the step to the next pitch: a note stays nearer to its own than to a held-out one
+DETUNE_CENTS = 50  # half the step to the next pitch: a note is never nearer to a held-out one than to its own
 PAUSE_SECONDS = (0.03, 0.18)  # the two longest words of any voice, 1.72 s, and their pauses stay within 2.1 s
 X264_OPTIONS = {"preset": "ultrafast", "tune": "zerolatency", "crf": "14"}
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}

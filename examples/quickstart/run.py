@@ -1,4 +1,4 @@
-"""The quickstart: compose a corpus, train a tokenizer, train the tiny recipe on 2 ranks, score it, draw it, ask it.
+"""The quickstart: compose a corpus, train a tokenizer, index the corpus, train the tiny recipe on 2 ranks, score it, draw it, ask it.
 
     python -m examples.quickstart.run [--fast]
 
@@ -94,7 +94,9 @@ def main() -> None:
     steps.run("compose the corpus", "-m", "examples.quickstart.compose", "--out", corpus, *["--fast"] * fast)
     text = f"{corpus}/tokenizer_corpus.txt"
     steps.run("train the tokenizer", "-m", "examples.quickstart.tokenizer", "--corpus", text, "--out", tokenizer)
-    steps.run("train", *torchrun("megatron_omni.cli.train", FAST_RECIPE if fast else RECIPE))
+    recipe = FAST_RECIPE if fast else RECIPE
+    steps.run("index the corpus", "tools/prepare_data.py", recipe, "--workers", str(NUM_RANKS))
+    steps.run("train", *torchrun("megatron_omni.cli.train", recipe))
     steps.run("score", *torchrun("examples.quickstart.score", str(OUT)))
     picture = f"{corpus}/eval/media/image.held_out/000000.png"
     question = ["--image", picture, "--prompt", "<image> what is it?", "--out", f"{OUT}/answer"]
