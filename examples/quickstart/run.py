@@ -1,4 +1,4 @@
-"""The quickstart: compose a corpus, train a tokenizer, index the corpus, train the tiny recipe on 2 ranks, score it, draw it, ask it.
+"""The quickstart: corpus, tokenizer, index, training of the tiny recipe on 2 ranks, scores, pictures, an answer.
 
     python -m examples.quickstart.run [--fast]
 
