@@ -40,7 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
     words = parser.parse_args(arguments)
     use, shares = slot_use(words.run_dir), late_means(words.run_dir, _K)
     if not use or not shares:
-        print(f"error: {words.run_dir}/metrics.jsonl: holds no moe/load/* and moe/k/*; train with log.expert_load", file=sys.stderr)
+        print(
+            f"error: {words.run_dir}/metrics.jsonl: holds no moe/load/* and moe/k/*; train with log.expert_load",
+            file=sys.stderr,
+        )
         return 2
     out = words.out or words.run_dir
     out.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_omni.checkpoint.commit import CheckpointError, find, write_manifest
 from megatron_omni.checkpoint.convert import import_checkpoint
-from megatron_omni.checkpoint.distributed import sharding_metadata, load_weights
+from megatron_omni.checkpoint.distributed import load_weights, sharding_metadata
 from megatron_omni.checkpoint.export import export_checkpoint, open_ours
 from megatron_omni.checkpoint.families import open_language
 from megatron_omni.checkpoint.layout import Layout
