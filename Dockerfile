@@ -1,9 +1,9 @@
 # Image for GPU clusters, on the vendor's PyTorch image: torch, CUDA, NCCL and Transformer Engine are the image's own. Any
 # release with Python 3.12 and torch 2.11 to 2.13 will do.
-#   docker build -t megatron_omni .                                   # or: --build-arg BASE=... for another release
+#   docker build -t megatron_omni --build-arg BASE=.../nvidia/pytorch:26.06-py3 .   # ...: the host of the vendor's catalogue, or of your mirror
 #   enroot import -o omni.sqsh dockerd://megatron_omni                # for pyxis; apptainer: apptainer build omni.sif docker-daemon://megatron_omni:latest
 # Not built where this project is tested (docs/verification.yaml): `python tools/doctor.py` inside says whether it is sound.
-ARG BASE=nvcr.io/nvidia/pytorch:26.06-py3
+ARG BASE
 FROM ${BASE}
 
 WORKDIR /workspace/megatron_omni
