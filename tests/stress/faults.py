@@ -18,6 +18,7 @@ files. Nothing is tried twice: a failure is printed with its seed and ends the s
 import argparse
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -142,6 +143,9 @@ def _rank(
     for name, stream in (("stdout", 1), ("stderr", 2)):
         os.dup2(os.open(place / f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", buffering=1) for n in (1, 2))
+    logging.basicConfig(
+        stream=sys.stderr, format="%(levelname)s %(message)s", force=True
+    )  # pytest's handlers were forked too
     torch.set_num_threads(1)
     try:
         recipe.parallel.distributed_timeout_seconds = timeout
