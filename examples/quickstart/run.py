@@ -28,7 +28,10 @@ NUM_RANKS = 2
 
 
 class PeakMemory:
-    """Largest sum of resident memory over this process and its descendants, sampled twice a second."""
+    """Largest sum of resident memory over this process and its descendants, sampled every two seconds.
+
+    Not more often: reading it stops the processes for a moment.
+    """
 
     def __init__(self) -> None:
         self.peak_bytes = 0
@@ -38,7 +41,7 @@ class PeakMemory:
 
     def _watch(self) -> None:
         me = psutil.Process()
-        while not self._stop.wait(0.5):
+        while not self._stop.wait(2.0):
             total = 0
             for process in [me, *me.children(recursive=True)]:
                 try:
