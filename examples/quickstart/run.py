@@ -28,7 +28,7 @@ NUM_RANKS = 2
 
 
 class PeakMemory:
-    """Largest sum of resident memory over this process and its descendants, sampled every two seconds.
+    """Largest sum of resident memory over this process and its descendants, sampled every five seconds.
 
     Not more often: reading it stops the processes for a moment.
     """
@@ -41,7 +41,7 @@ class PeakMemory:
 
     def _watch(self) -> None:
         me = psutil.Process()
-        while not self._stop.wait(2.0):
+        while not self._stop.wait(5.0):
             total = 0
             for process in [me, *me.children(recursive=True)]:
                 try:
