@@ -12,6 +12,7 @@ from PIL import Image
 from megatron_omni.config.data import DataConfig, SourceConfig
 from megatron_omni.config.model import AudioConfig, ModelConfig, VisionConfig
 from megatron_omni.config.run import Recipe
+from megatron_omni.data.prepare import index_files
 from megatron_omni.data.tokenizer import train_sentencepiece
 
 CORPUS = ["the cat is left of the dog", "a banana and a violin: what do you hear?", "user system assistant"] * 4
@@ -78,3 +79,21 @@ def write_clip(path: Path, levels: list[int], *, sound: bool = False) -> Path:
             container.mux(audio.encode(samples))
             container.mux(audio.encode())
     return path
+
+
+def three_sources(folder: Path) -> list[SourceConfig]:
+    """30 text, 12 picture and 7 sound records of various lengths."""
+    for i in range(3):
+        write_image(folder / f"{i}.png", level=40 * i, size=(28 * (i + 1), 28))
+        write_sound(folder / f"{i}.wav", 0.5 + i)
+    return [
+        write_source(folder, "text", [row("what?", "x" * (1 + 5 * (i % 9))) for i in range(30)], weight=2),
+        write_source(folder, "picture", [row("<image>", f"p{i}", images=[f"{i % 3}.png"]) for i in range(12)]),
+        write_source(folder, "sound", [row("<audio>", f"s{i}", audios=[f"{i % 3}.wav"]) for i in range(7)]),
+    ]
+
+
+def indexed(folder: Path, sources: list[SourceConfig]) -> list[SourceConfig]:
+    """The sources with an index each."""
+    index_files([Path(source.path) for source in sources], tokenizer_file(folder))
+    return sources
