@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     from megatron_omni.tasks.supervised import SupervisedTask
     from megatron_omni.training.setup import begin_save, setup
 
-    run = setup(recipe, SupervisedTask([source.name for source in recipe.data.sources]))
+    run = setup(recipe, SupervisedTask(recipe.data.sources))
     memory = GatheredState()
     gc.collect()
     gc.freeze()  # as a run does

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     from megatron_omni.training.task import StepInfo
 
     torch.set_num_threads(1)
-    run = setup(recipe, SupervisedTask([source.name for source in recipe.data.sources]))
+    run = setup(recipe, SupervisedTask(recipe.data.sources))
     times, faults = [], []
     for step in range(1, WARM_UP_STEPS + options.steps + 1):
         batches, totals = next_batches(run, run.loader)

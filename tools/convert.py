@@ -167,7 +167,7 @@ def run_verify(options: argparse.Namespace) -> None:
     from megatron_omni.tasks.supervised import SupervisedTask
     from megatron_omni.training.first_loss import record_first_loss
 
-    loss = record_first_loss(recipe, SupervisedTask([source.name for source in recipe.data.sources]))
+    loss = record_first_loss(recipe, SupervisedTask(recipe.data.sources))
     print(f"first-step loss {loss:.6f}, recorded beside the checkpoint")
 
 

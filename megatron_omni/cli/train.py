@@ -67,7 +67,7 @@ def run(recipe: "Recipe") -> int:
 
     try:
         write_resolved(recipe)
-        prepared = setup(recipe, SupervisedTask([source.name for source in recipe.data.sources]))
+        prepared = setup(recipe, SupervisedTask(recipe.data.sources))
         status = train(prepared)
     except BaseException as error:
         # Not sys.exit: a rank that unwinds politely waits for peers that are waiting for it.

@@ -22,6 +22,9 @@ class SourceConfig:
     """Global sample count at which the source joins the mixture (curriculum)."""
     reweight: dict[int, float] = field(default_factory=dict)
     """Later weights: global sample count at which each takes effect -> weight (0 takes the source out)."""
+    loss_weight: float = 1.0
+    """Factor on the training loss of its label tokens; the divisor stays the number of label tokens of the step, and the
+    losses that are logged stay without it. Raise it for short answers, which a mean over tokens counts little."""
 
 
 @dataclass(kw_only=True)

@@ -242,6 +242,11 @@ def _run(recipe: Recipe) -> Iterator[str]:
     for source in data.sources:
         if source.weight < 0:
             yield f"data.sources[{source.name}].weight={source.weight}: must not be negative"
+        if source.loss_weight <= 0:
+            yield (
+                f"data.sources[{source.name}].loss_weight={source.loss_weight}: must be above 0; "
+                "weight: 0 takes a source out"
+            )
         if source.epochs is not None and source.epochs <= 0:
             yield f"data.sources[{source.name}].epochs={source.epochs}: must be positive, or null for ever"
     if data.sources and not any(s.weight > 0 and s.from_sample == 0 for s in data.sources):

@@ -1,12 +1,14 @@
 """Next-token loss: from per-token cross-entropy to the training loss and its breakdown.
 
-    loss = sum over label tokens of the GLOBAL batch of ce(token) / number of label tokens of the global batch
+    loss = sum over label tokens of the GLOBAL batch of w(source) ce(token) / number of label tokens of the global batch
+
+with w the source's ``loss_weight``, 1 unless the recipe says otherwise.
 
 The divisor is known before the first forward of a step (``training/loop.py`` sums it over the data-parallel ranks),
 so every micro-batch contributes ``sum / divisor`` and gradients are summed, not averaged: the loss does not depend on
 how samples are dealt to ranks or packed into micro-batches.
 
-The breakdown is a table of (sum, count) rows over label tokens, float64, that is added over micro-batches, ranks and
+The breakdown is a table of (sum of ce, count) rows over label tokens, float64, that is added over micro-batches, ranks and
 steps and divided only where it is printed:
 
     row 0                 every label token                                   ``lm loss``
@@ -28,9 +30,14 @@ from megatron_omni.batch import IGNORE_LABEL, Modality, OmniBatch
 NUM_MODALITIES = len(Modality)
 
 
-def lm_loss(token_loss: Tensor, labels: Tensor, *, num_label_tokens: int) -> Tensor:
-    """This micro-batch's share of the training loss: sum over its label tokens, divided by those of the global batch."""
+def lm_loss(token_loss: Tensor, labels: Tensor, *, num_label_tokens: int, token_weight: Tensor | None = None) -> Tensor:
+    """This micro-batch's share of the training loss: sum over its label tokens, divided by those of the global batch.
+
+    ``token_weight`` [B, S]: factor on each token's loss.
+    """
     learned = token_loss.masked_fill(labels == IGNORE_LABEL, 0.0)
+    if token_weight is not None:
+        learned = learned * token_weight
     return learned.sum() / max(num_label_tokens, 1)
 
 

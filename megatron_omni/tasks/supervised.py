@@ -9,16 +9,19 @@ import torch
 from torch import Tensor
 
 from megatron_omni.batch import OmniBatch
+from megatron_omni.config.data import SourceConfig
 from megatron_omni.losses.lm import lm_loss, loss_report, report_names
 from megatron_omni.training.task import LossFunction, StepInfo
 
 
 class SupervisedTask:
-    """Language-model loss over the label tokens of the batch; ``source_names`` in the order of the batch's source ids."""
+    """Language-model loss over the label tokens of the batch; ``sources`` in the order of the batch's source ids."""
 
-    def __init__(self, source_names: Sequence[str]) -> None:
-        self.num_sources = len(source_names)
-        self.report_names: Sequence[str] = report_names(source_names)
+    def __init__(self, sources: Sequence[SourceConfig]) -> None:
+        self.num_sources = len(sources)
+        self.report_names: Sequence[str] = report_names([source.name for source in sources])
+        weights = [source.loss_weight for source in sources]
+        self._loss_weights = torch.tensor(weights) if any(weight != 1.0 for weight in weights) else None
 
     def forward_step(self, batch: OmniBatch, model: torch.nn.Module, *, info: StepInfo) -> tuple[Tensor, LossFunction]:
         """See :class:`megatron_omni.training.task.Task`."""
@@ -27,7 +30,10 @@ class SupervisedTask:
         )
 
         def loss_function(token_loss: Tensor) -> tuple[Tensor, Tensor]:
-            loss = lm_loss(token_loss, batch.labels, num_label_tokens=info.num_label_tokens)
+            weight = None
+            if self._loss_weights is not None and info.training:
+                weight = self._loss_weights.to(token_loss.device)[batch.source_ids.clamp(min=0)]
+            loss = lm_loss(token_loss, batch.labels, num_label_tokens=info.num_label_tokens, token_weight=weight)
             return loss, loss_report(token_loss, batch, num_sources=self.num_sources)
 
         return output, loss_function

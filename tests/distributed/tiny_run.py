@@ -117,7 +117,7 @@ def tiny_recipe(corpus: Path, run_dir: Path, **overrides: Any) -> Recipe:
 def prepare(rank: Rank, recipe: Recipe) -> Run:
     """The run of ``recipe`` on this rank."""
     pg = rank.initialize(recipe.parallel)
-    return setup(recipe, SupervisedTask([source.name for source in recipe.data.sources]), pg=pg)
+    return setup(recipe, SupervisedTask(recipe.data.sources), pg=pg)
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:

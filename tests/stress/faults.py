@@ -146,7 +146,7 @@ def _rank(
         recipe.parallel.distributed_timeout_seconds = timeout
         store = dist.FileStore(str(place / "store"), world_size)
         pg = groups.initialize(recipe.parallel, store=store, rank=rank, world_size=world_size)
-        run = setup.setup(recipe, SupervisedTask([source.name for source in recipe.data.sources]), pg=pg)
+        run = setup.setup(recipe, SupervisedTask(recipe.data.sources), pg=pg)
         record_samples(run, Path(recipe.run_dir) / "samples.jsonl", start=place.name)
         if hook is not None:
             hook(run, random.Random(seed))

@@ -1,10 +1,15 @@
 """The loss is a mean over the label tokens of the global batch, however the batch is cut; its breakdown adds up."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from megatron_omni.batch import IGNORE_LABEL, Modality, OmniBatch
+from megatron_omni.config.data import SourceConfig
 from megatron_omni.losses.lm import contains_modality, lm_loss, loss_report, report_names
+from megatron_omni.tasks.supervised import SupervisedTask
+from megatron_omni.training.task import StepInfo
 
 TEXT, IMAGE, VIDEO, AUDIO = Modality
 
@@ -52,6 +57,30 @@ def test_unlabelled_tokens_get_no_gradient() -> None:
     lm_loss(losses, batch_of(ROWS).labels, num_label_tokens=4).backward()
     expected = [[0, 0, 0.25, 0.25, 0.25], [0, 0, 0.25, 0, 0]]
     assert losses.grad is not None and losses.grad.tolist() == expected
+
+
+def test_loss_weights_of_sources_scale_gradients_and_nothing_that_is_reported() -> None:
+    batch, sources = (
+        batch_of(ROWS),
+        [SourceConfig(name=n, path=n, loss_weight=w) for n, w in zip("abc", (1.0, 3.0, 0.5))],
+    )
+
+    def loss_and_gradient(sources: list[SourceConfig], *, training: bool) -> tuple[torch.Tensor, list[list[float]]]:
+        losses = LOSSES.clone().requires_grad_()
+        info = StepInfo(step=1, training=training, num_label_tokens=4)
+        output, loss_function = SupervisedTask(sources).forward_step(batch, lambda *_, **__: losses, info=info)
+        loss, report = loss_function(output)
+        loss.backward()
+        assert losses.grad is not None
+        assert report[0].tolist() == [15.0, 4.0]
+        return loss, losses.grad.tolist()
+
+    loss, gradient = loss_and_gradient(sources, training=True)
+    assert loss.item() == pytest.approx((1 + 3 * (2 + 4) + 0.5 * 8) / 4)
+    assert gradient == [[0, 0, 0.25, 0.75, 0.75], [0, 0, 0.125, 0, 0]]
+    plain = [[0, 0, 0.25, 0.25, 0.25], [0, 0, 0.25, 0, 0]]
+    assert loss_and_gradient(sources, training=False)[1] == plain
+    assert loss_and_gradient([replace(s, loss_weight=1.0) for s in sources], training=True)[1] == plain
 
 
 def test_a_modality_belongs_to_its_sample_not_to_its_row() -> None:
