@@ -34,9 +34,9 @@ class ByteProgress:
         left = (
             f"{(self.total - self.done) / rate:.0f} s left" if self.done < self.total and rate else f"{seconds:.0f} s"
         )
-        return (
-            f"{self.label} {self.done / 1e9:.2f}/{self.total / 1e9:.2f} GB  {share:4.0%}  {rate / 1e6:.0f} MB/s  {left}"
-        )
+        size, unit = (1e9, "GB") if self.total >= 1e9 else (1e6, "MB") if self.total >= 1e6 else (1e3, "kB")
+        speed = f"{rate / 1e6:.0f} MB/s" if rate >= 1e7 else f"{rate / 1e3:.0f} kB/s"
+        return f"{self.label} {self.done / size:.2f}/{self.total / size:.2f} {unit}  {share:4.0%}  {speed}  {left}"
 
     def _show(self, *, end: str) -> None:
         self._shown = time.monotonic()
