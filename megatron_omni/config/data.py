@@ -42,7 +42,8 @@ class DataConfig:
     """Longest sample in tokens, media placeholders included; a longer one is skipped and counted. The row length when
     samples are packed."""
     packing: bool = False
-    """Several samples share a row of ``seq_length`` tokens (first fit), attention and positions kept apart. A step then
+    """Several samples share a row of ``seq_length`` tokens (each takes the oldest that waits and what fills it best),
+    attention and positions kept apart. A step then
     takes as many samples as its rows hold."""
     micro_batch_size: int = 1
     """Rows of a micro-batch: samples, or packed rows."""

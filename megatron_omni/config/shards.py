@@ -62,7 +62,8 @@ def expand_braces(pattern: str) -> list[str]:
 
 def _energon_shards(folder: Path, split: str) -> list[Path]:
     """Tars of one split of a folder that ``energon prepare`` has been over."""
-    file = folder / ".nv-meta" / "split.yaml"
+    choices = [folder / ".nv-meta" / name for name in ("split.yaml", "split.json")]
+    file = next((choice for choice in choices if choice.is_file()), choices[0])
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
         parts = content["split_parts"]

@@ -138,14 +138,19 @@ def assemble_mapped(
     where: str,
     prompt: str,
 ) -> dict[str, Any]:
-    """The row of one key by a field map. ``parts``: decoded text and JSON by suffix."""
+    """The row of one key by a field map, whose values may name several parts (``jpg,png``): the first that is there counts.
+
+    ``parts``: decoded text and JSON by suffix.
+    """
     media: dict[Kind, list[str]] = {kind: [] for kind in KINDS}
     words: dict[str, object] = {}
-    for name, part in fields.items():
-        if part in files and (kind := media_kind(part)) is not None:
+    for name, options in fields.items():
+        part = next((part for part in options.lower().split(",") if part in files), "")
+        if (kind := media_kind(part)) is not None:
             media[kind].append(files[part])
         elif not name.startswith("__"):
-            words[name] = _looked_up(part, parts)
+            found = (_looked_up(option, parts) for option in options.split(","))
+            words[name] = next((value for value in found if value is not None), None)
     answer = next((words[name] for name in _ANSWERS if words.get(name) is not None), None)
     question = next((words[name] for name in _QUESTIONS if words.get(name) is not None), None)
     return question_and_answer(key, media, question, answer, where=where, prompt=prompt)

@@ -10,7 +10,7 @@ their loads level. A rank decodes its own samples only.
 A record that cannot be used gives way to the rows after it in its source's order of that epoch: a function of the data
 alone, the same on every layout. What a header does not show is found when one rank decodes; the rule is the same, only
 the length may then differ from the plan (in a packed row a stand-in must fit the place, or the place stays empty).
-Skips are counted by reason; beyond ``max_bad_fraction`` the run stops.
+Skips are counted by source and reason; beyond ``max_bad_fraction`` the run stops.
 
 The state is the number of samples consumed, those that packing made wait, and the counters. ``num_workers`` threads
 prepare the next steps (workers.py); they change neither order nor state. Threads, because decoding, resampling and
@@ -20,10 +20,11 @@ error in one surfaces in ``next_step``.
 
 import logging
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from math import lcm
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from megatron_omni.batch import OmniBatch
 from megatron_omni.config.data import SourceConfig
@@ -32,7 +33,7 @@ from megatron_omni.data.blend import components
 from megatron_omni.data.cache import Lru, PackedSample
 from megatron_omni.data.collate import collate
 from megatron_omni.data.decode.cpu import MediaError
-from megatron_omni.data.mixture import Draw, Mixture
+from megatron_omni.data.mixture import DataEnded, Draw, Mixture
 from megatron_omni.data.packing import deal, fill_rows
 from megatron_omni.data.record import RecordError
 from megatron_omni.data.sample import Sample, SampleBuilder
@@ -106,6 +107,10 @@ class Skip:
     message: str
 
 
+Found = Literal["planned", "decoded"]
+"""Where a record was found to be bad: in a plan, which all ranks make alike, or when one rank decoded it."""
+
+
 class _Step(NamedTuple):
     batches: list[OmniBatch]
     plan: Plan
@@ -163,9 +168,9 @@ class StepLoader:
             stall_seconds=data.stall_seconds,
             give_up=self._give_up,
         )
-        self._skipped: Counter[str] = Counter()
-        self._tried = {"planned": 0, "decoded": 0}
-        self._bad = {"planned": 0, "decoded": 0}
+        self._skipped: dict[Found, Counter[tuple[str, str]]] = {"planned": Counter(), "decoded": Counter()}
+        """By (source, reason)."""
+        self._tried: dict[Found, int] = {"planned": 0, "decoded": 0}
         self._cursor = Cursor(0)
         self.load_state_dict({"consumed_samples": consumed_samples})
 
@@ -184,20 +189,33 @@ class StepLoader:
         return step.batches
 
     def plan(self, cursor: Cursor) -> Plan:
-        """The step that starts at ``cursor``."""
+        """The step that starts at ``cursor``; DataEnded where too few samples are left for its rows."""
         data = self.data
         skips: list[Skip] = []
+        ended: list[DataEnded] = []
         num_rows = data.global_batch_size
         waiting = [self._place(i, []) for i in cursor.waiting]
-        coming = (self._place(i, skips) for i in count(cursor.next_sample))
+        coming = self._coming(cursor.next_sample, skips, ended)
         if data.packing:
             rows, left_over = fill_rows(waiting, coming, num_rows=num_rows, capacity=data.seq_length)
         else:  # samples wait here only when a packed run was resumed without packing
             rows = [[place] for place in (*waiting[:num_rows], *islice(coming, max(num_rows - len(waiting), 0)))]
             left_over = waiting[num_rows:]
+        if len(rows) < num_rows:
+            raise ended[0]
         seen = [place.sample_id for row in (*rows, left_over) for place in row]
         after = Cursor(max(seen) + 1, tuple(place.sample_id for place in left_over))
         return Plan(self._cut(rows), skips, after.next_sample - cursor.next_sample, after)
+
+    def _coming(self, first: int, skips: list[Skip], ended: list[DataEnded]) -> Iterator[Place]:
+        """The samples from number ``first`` on; why there are no more goes to ``ended``."""
+        for sample_id in count(first):
+            try:
+                place = self._place(sample_id, skips)
+            except DataEnded as end:
+                ended.append(end)
+                return
+            yield place
 
     def _cut(self, rows: list[Row]) -> list[list[Row]]:
         """Rows into micro-batches."""
@@ -360,20 +378,21 @@ class StepLoader:
     def _count(self, step: _Step) -> None:
         """Count, report and judge what a consumed step passed over."""
         own = sum(batch.num_samples for batch in step.batches)
-        for stage, used, skips in (
+        stages: list[tuple[Found, int, list[Skip]]] = [
             ("planned", step.plan.num_samples, step.plan.skips),
             ("decoded", own, step.own_skips),
-        ):
+        ]
+        for stage, used, skips in stages:
             self._tried[stage] += used + len(skips)
-            self._bad[stage] += len(skips)
             for skip in skips:
-                self._skipped[skip.reason] += 1
+                key = skip.source, skip.reason
+                self._skipped[stage][key] += 1
                 everyone_knows = stage == "planned" and self.data_rank > 0
-                if self._skipped[skip.reason] <= _LOGGED_PER_REASON and not everyone_knows:
+                if self._skipped[stage][key] <= _LOGGED_PER_REASON and not everyone_knows:
                     logger.warning("skipped a record of %s (%s): %s", skip.source, skip.reason, skip.message)
-            tried, bad = self._tried[stage], self._bad[stage]
+            tried, bad = self._tried[stage], self._skipped[stage].total()
             if tried >= MIN_TRIED and bad > self.data.max_bad_fraction * tried:
-                counts = ", ".join(f"{reason}: {count}" for reason, count in self._skipped.most_common())
+                counts = ", ".join(f"{reason}: {count}" for reason, count in self.report().items())
                 raise ValueError(
                     f"{bad} of {tried} records could not be used, more than data.max_bad_fraction = "
                     f"{self.data.max_bad_fraction} ({counts}); the last one: "
@@ -381,13 +400,26 @@ class StepLoader:
                 )
 
     def report(self) -> dict[str, int]:
-        """Records passed over so far, by reason."""
-        return dict(self._skipped)
+        """Records passed over so far, as far as this rank knows, by reason."""
+        reasons: Counter[str] = Counter()
+        for counts in self._skipped.values():
+            for (_, reason), number in counts.items():
+                reasons[reason] += number
+        return dict(reasons.most_common())
+
+    def own_skips(self) -> Counter[tuple[str, str]]:
+        """This rank's part of the run's count, by (source, reason): what all ranks know counts on the first alone."""
+        return self._skipped["decoded"] + (self._skipped["planned"] if self.data_rank == 0 else Counter())
 
     @property
     def num_skipped(self) -> int:
-        """Records that this rank passed over; what all ranks know counts on the first alone."""
-        return self._bad["decoded"] + (self._bad["planned"] if self.data_rank == 0 else 0)
+        """Records in ``own_skips``."""
+        return self.own_skips().total()
+
+    @property
+    def fallbacks(self) -> Counter[str]:
+        """Files that ``data.decoder`` left to the CPU back end since the start of this process, by reason."""
+        return Counter(self.builder.decoder.fallbacks)
 
     @property
     def worker_restarts(self) -> int:
@@ -399,14 +431,18 @@ class StepLoader:
         return {
             "consumed_samples": self.consumed_samples,
             "waiting": list(self._cursor.waiting),
-            "skipped": dict(self._skipped),
+            "skips": {
+                stage: [[*key, number] for key, number in found.items()] for stage, found in self._skipped.items()
+            },
             "tried": dict(self._tried),
-            "bad": dict(self._bad),
             "order": self._order(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where ``state`` was taken, on any number of ranks; only ``consumed_samples`` is required."""
+        """Continue where ``state`` was taken, on any number of ranks; only ``consumed_samples`` is required.
+
+        What was found while decoding counts on the first rank from here on, so that the sum over ranks stays right.
+        """
         consumed = state["consumed_samples"]
         if consumed < 0 or (self.data.batch_by == "source" and consumed % self.data.global_batch_size):
             raise ValueError(
@@ -423,9 +459,11 @@ class StepLoader:
         waiting = tuple(state.get("waiting", ()))
         self._cursor = Cursor(consumed + len(waiting), waiting)
         self._workers.forget()
-        self._skipped = Counter(state.get("skipped", {}))
-        self._tried = {**dict.fromkeys(self._tried, 0), **state.get("tried", {})}
-        self._bad = {**dict.fromkeys(self._bad, 0), **state.get("bad", {})}
+        for stage in self._skipped:
+            mine = stage == "planned" or self.data_rank == 0
+            found = state.get("skips", {}).get(stage, []) if mine else []
+            self._skipped[stage] = Counter({(source, reason): number for source, reason, number in found})
+            self._tried[stage] = state.get("tried", {}).get(stage, 0) if mine else 0
 
     def _order(self) -> dict[str, Any]:
         """Everything that the order of samples depends on."""
@@ -439,3 +477,15 @@ class StepLoader:
                 for c in self.mixture.components
             ],
         }
+
+
+def joined_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The state of a run from those of its data ranks, in order: what each found while decoding is added up."""
+    skips: Counter[tuple[str, str]] = Counter()
+    for state in states:
+        skips.update({(source, reason): number for source, reason, number in state["skips"]["decoded"]})
+    first = states[0]
+    return first | {
+        "skips": first["skips"] | {"decoded": [[*key, number] for key, number in skips.items()]},
+        "tried": first["tried"] | {"decoded": sum(state["tried"]["decoded"] for state in states)},
+    }

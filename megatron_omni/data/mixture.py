@@ -151,8 +151,8 @@ class Mixture:
             raise IndexError(f"sample index {index} is negative")
         if self.num_samples is not None and index >= self.num_samples:
             raise DataEnded(
-                f"the data ends after {self.num_samples} samples: every source has used its epochs; lower train_iters, or "
-                "raise data.sources[].epochs"
+                f"the data ends after {self.num_samples} samples: every source has used its epochs; lower train_iters to "
+                "what they last for, or raise data.sources[].epochs"
             )
         item, within = divmod(index, self.samples_per_item)
         phase = next(phase for phase in reversed(self._phases) if phase.start <= item)

@@ -117,6 +117,8 @@ class Preflight:
     """Expected samples of the whole run."""
     planned_skips: dict[str, int]
     """Records that the first steps pass over because of what their headers show, by reason."""
+    last_sample: int | None
+    """Samples until every source has used its epochs; None where they have none."""
 
     @property
     def problems(self) -> list[str]:
@@ -137,6 +139,11 @@ class Preflight:
                 )
             if not source.share:
                 found.append(f"{source.name}: never drawn in this run")
+        if self.last_sample is not None and self.last_sample < self.total_samples:
+            found.append(
+                f"the sources have used their epochs after {self.last_sample:,} samples: the run ends there, at about step "
+                f"{int(self.recipe.train_iters * self.last_sample / self.total_samples)} of {self.recipe.train_iters}"
+            )
         return found
 
 
@@ -159,7 +166,12 @@ def inspect(recipe: Recipe, *, num_samples: int, num_steps: int, encoder_rows: E
     finally:
         loader.close()
     return Preflight(
-        recipe=recipe, sources=reports, packing=packing, total_samples=total, planned_skips=dict(skips.most_common())
+        recipe=recipe,
+        sources=reports,
+        packing=packing,
+        total_samples=total,
+        planned_skips=dict(skips.most_common()),
+        last_sample=loader.mixture.num_samples,
     )
 
 

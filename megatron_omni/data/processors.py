@@ -81,11 +81,11 @@ def image_tiles(image: Image.Image, config: VisionConfig) -> tuple[Tensor, tuple
 
 def frame_tiles(frames: Sequence[Image.Image | np.ndarray], config: VisionConfig) -> Tensor:
     """Video frames (pictures or uint8 [height, width, 3]) to one tile each, [F, 3, p, p] float32; aspect not kept."""
-    return _normalise(np.stack([_square(frame, config.image_size) for frame in frames]))
+    return _normalise(np.stack([square(frame, config.image_size) for frame in frames]))
 
 
-def _square(frame: Image.Image | np.ndarray, side: int) -> np.ndarray:
-    """[side, side, 3] uint8."""
+def square(frame: Image.Image | np.ndarray, side: int) -> np.ndarray:
+    """A frame stretched to one tile, [side, side, 3] uint8; one that is a tile already comes back as it is."""
     if isinstance(frame, np.ndarray) and frame.shape == (side, side, 3):
         return frame
     picture = frame.convert("RGB") if isinstance(frame, Image.Image) else Image.fromarray(frame)

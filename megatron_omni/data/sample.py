@@ -14,7 +14,7 @@ from megatron_omni.batch import IGNORE_LABEL
 from megatron_omni.config.run import Recipe
 from megatron_omni.data.decode import open_decoder
 from megatron_omni.data.decode.media import MAX_AUDIO_SECONDS, Media, MediaError
-from megatron_omni.data.processors import frame_tiles, image_tiles, log_mel
+from megatron_omni.data.processors import frame_tiles, image_tiles, log_mel, square
 from megatron_omni.data.record import KINDS, MARKER, Kind, MediaFile, Record, RecordError, loaded
 from megatron_omni.data.sizes import SampleSize, SizeRule, measure
 from megatron_omni.data.template import MediaSpans, Rendered, render
@@ -153,8 +153,12 @@ class SampleBuilder:
 
     def _decode_video(self, file: Media) -> "_Decoded":
         assert self.vision is not None
+        side = self.vision.image_size
         video = self.decoder.decode_video(
-            file, sampling=self.sizes.sampling, max_sound_seconds=self.sizes.sound_seconds or MAX_AUDIO_SECONDS
+            file,
+            sampling=self.sizes.sampling,
+            max_sound_seconds=self.sizes.sound_seconds or MAX_AUDIO_SECONDS,
+            keep=lambda frame: square(frame, side),
         )
         chunks = None
         if video.sound is not None:

@@ -82,9 +82,9 @@ def tar_samples(path: str | Path) -> Iterator[TarSample]:
 
 def split_name(name: str) -> tuple[str, str]:
     """Key and suffix of a member: the base name is cut at its first dot."""
-    folder, _, base = name.rpartition("/")
+    folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
-    return (f"{folder}/{stem}" if folder else stem), suffix.lower()
+    return f"{folder}{slash}{stem}", suffix.lower()
 
 
 def _problem(info: tarfile.TarInfo, tar_bytes: int) -> str:

@@ -12,6 +12,7 @@ row.
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,8 @@ from megatron_omni.training.setup import Run
 
 STOP_MARKER = "requeue"
 """File in the run directory that says: stopped on a signal, checkpoint whole, start me again."""
+ENDED_MARKER = "data_ended"
+"""File in the run directory that holds the step after which the data ended, before ``train_iters``."""
 PARTS = ("data", "forward", "backward", "communication", "optimizer")
 OWN_PARTS = PARTS[:3]
 SLOW, SLOW_RECORDS = 1.25, 3
@@ -62,7 +65,7 @@ class RunLogger:
         self._tokens = self._samples = 0
         self._started = time.perf_counter()
         self._step = run.state.step
-        self._mean_k = 0.0
+        self._mean_k = self._grad_norm = 0.0
         self._stalled = 0.0
         """Seconds in checkpoints up to the last record."""
         self._stragglers = _Stragglers()
@@ -77,7 +80,8 @@ class RunLogger:
             self._spikes = incidents.SpikeDetector()
             self._goodput = goodput.Goodput(self._directory, step=run.state.step)
             self._profiler = StepProfiler(self._directory, log.profile_steps)
-            (self._directory / STOP_MARKER).unlink(missing_ok=True)
+            for marker in (STOP_MARKER, ENDED_MARKER):
+                (self._directory / marker).unlink(missing_ok=True)
             for line in describe(run):
                 self.say(line)
 
@@ -117,25 +121,30 @@ class RunLogger:
 
     def end_step(self, *, grad_norm: float, stats: RoutingStats | None) -> None:
         """After the update of a step: the record, when it is due."""
-        step = self.run.state.step
+        step, self._grad_norm = self.run.state.step, grad_norm
         if self._writes and (trace := self._profiler.after(step)) is not None:
             self.say(f"profile: {trace}")
         if self.due(step):
-            self._record(grad_norm=grad_norm, stats=stats)
+            self._record(stats=stats)
         self.timer.exact = False
 
-    def _record(self, *, grad_norm: float, stats: RoutingStats | None) -> None:
-        """Reduce what was summed since the last record, and write it."""
+    def flush(self) -> None:
+        """The record of the steps since the last one: the run ends here, without a step that says where its time goes."""
+        if self._reports:
+            self._record(stats=None, timed=False)
+
+    def _record(self, *, stats: RoutingStats | None, timed: bool = True) -> None:
+        """Reduce what was summed since the last record, and write it; ``timed``: with the time of each part."""
         run, names = self.run, list(self.run.task.report_names)
         tables = [table for _, table in self._reports]
         total = sum(tables[1:], tables[0]) if tables else torch.zeros(len(names), 2)
         # The first row of every step's own table: its loss.
         sums = sum_reports(run, torch.cat([total, *(table[:1] for table in tables)])).tolist()
         metrics = {name: loss / count for name, (loss, count) in zip(names, sums) if count > 0}
-        metrics |= {"grad-norm": grad_norm, "learning-rate": learning_rate(run.optimizer)}
+        metrics |= {"grad-norm": self._grad_norm, "learning-rate": learning_rate(run.optimizer)}
         routing = self._routing(stats)
         self._mean_k = routing.get("moe/mean_k", self._mean_k)
-        metrics |= self._speed()
+        metrics |= {name: value for name, value in self._speed().items() if timed or not name.startswith("time/")}
         metrics |= {"consumed samples": run.state.consumed_samples, "consumed tokens": run.state.consumed_tokens}
         metrics |= {"skipped steps": run.state.step - run.state.updates} | self._data_counts()
         if first := self._compare_first_loss(metrics):
@@ -148,11 +157,17 @@ class RunLogger:
         self._reports, self._tokens, self._samples = [], 0, 0
 
     def _data_counts(self) -> dict[str, float]:
-        """Records passed over and data threads replaced since the start, over all ranks."""
-        loader = self.run.loader
-        counts = [loader.num_skipped, loader.worker_restarts] if loader is not None else [0, 0]
-        skipped, restarts = sum_over_ranks(counts, device=self.run.device)
-        return {"data/skipped records": skipped, "data/thread restarts": restarts}
+        """Records passed over, by source, data threads replaced and files left to the CPU decoder, over all ranks."""
+        loader, names = self.run.loader, [source.name for source in self.run.recipe.data.sources]
+        own = [0] * (2 + len(names))
+        if loader is not None:
+            own[:2] = loader.worker_restarts, loader.fallbacks.total()
+            for (source, _), number in loader.own_skips().items():
+                own[2 + names.index(source)] += number
+        restarts, fallbacks, *skipped = sum_over_ranks(own, device=self.run.device)
+        metrics: dict[str, float] = {"data/skipped records": sum(skipped), "data/thread restarts": restarts}
+        metrics["data/decoder fallbacks"] = fallbacks
+        return metrics | {f"data/skipped/{name}": number for name, number in zip(names, skipped) if number}
 
     def _look_for_spike(self, step: int, loss: float) -> None:
         usual = self._spikes.add(loss)
@@ -254,11 +269,22 @@ class RunLogger:
             marker.write_text(f"{self.run.state.step}\n", encoding="utf-8")
         self.say(f"stopped after step {self.run.state.step}; start again with load=auto to continue")
 
+    def mark_ended(self, reason: str) -> None:
+        """Tell a chain that the run is finished at this step, and people why."""
+        step, planned = self.run.state.step, self.run.recipe.train_iters
+        if self._writes:
+            (self._directory / ENDED_MARKER).write_text(f"{step}\n", encoding="utf-8")
+        self.say(
+            f"finished after step {step} of {planned}: {reason}. The learning rate was planned for {planned} steps"
+        )
+
     def summarize(self) -> None:
-        """Say where the time of the run went."""
+        """Say where the time of the run went, and what its data cost."""
         self.note_time()
+        data = describe_data(self.run)
         if self._writes:
             self.say(goodput.describe(self._goodput.lines()))
+            self.say(data)
 
     def close(self) -> None:
         """Close files."""
@@ -290,6 +316,28 @@ class _Stragglers:
             slowdown,
             f"rank {slowest} is slow: {slowdown:.2f} times the median, {SLOW_RECORDS} records in a row",
         )
+
+
+def describe_data(run: Run) -> str:
+    """What all ranks' loaders passed over, replaced, or left to the CPU decoder; every rank takes part."""
+    loader = run.loader
+    own = (loader.own_skips(), loader.fallbacks, loader.worker_restarts) if loader is not None else None
+    everyone: list[tuple[Counter[tuple[str, str]], Counter[str], int] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    skips, fallbacks, restarts = Counter[str](), Counter[str](), 0
+    for theirs in everyone:
+        if theirs is not None:
+            skips.update({f"{source}: {reason}": number for (source, reason), number in theirs[0].items()})
+            fallbacks.update(theirs[1])
+            restarts += theirs[2]
+    told = [
+        f"{counts.total()} {what}" + "".join(f"\n  {number} {name}" for name, number in counts.most_common())
+        for counts, what in ((skips, "records passed over"), (fallbacks, "files left to the CPU decoder"))
+        if counts
+    ]
+    if restarts:
+        told.append(f"data threads replaced {restarts} times")
+    return "data: " + ("; ".join(told) if told else "no record passed over")
 
 
 def describe(run: Run) -> list[str]:

@@ -8,6 +8,7 @@ readers, stop requests, finished background saves), the gradient reduction, and 
 device and are reduced when they are logged.
 
 A step whose gradients are not finite changes nothing, on any rank; ``NON_FINITE_LIMIT`` of them in a row end the run.
+Where every source has used its epochs before ``train_iters``, the run ends there as if that step had been the last.
 """
 
 import gc
@@ -22,6 +23,7 @@ from megatron_omni.batch import OmniBatch
 from megatron_omni.checkpoint.gathering import GatheredState
 from megatron_omni.checkpoint.saving import PendingSave
 from megatron_omni.data.loader import StepLoader
+from megatron_omni.data.mixture import DataEnded
 from megatron_omni.models.moe.balance import aux_loss_coefficient
 from megatron_omni.models.moe.context import RoutingStats
 from megatron_omni.parallel.schedule import run_step
@@ -39,7 +41,7 @@ NON_FINITE_LIMIT = 3
 
 
 def train(run: Run) -> int:
-    """Run until ``train_iters`` or a stop signal; the exit status (0, or 75 after a stop signal)."""
+    """Run until ``train_iters``, the end of the data or a stop signal; the exit status (0, or 75 after a signal)."""
     # A million objects of imported modules and the model live as long as the process: the collector may leave them out.
     gc.collect()
     gc.freeze()
@@ -61,10 +63,14 @@ def train(run: Run) -> int:
 
 def _train(run: Run, signals: StopSignals, logger: RunLogger) -> int:
     state, timer, saver = run.state, logger.timer, _Saver(run, logger)
-    stopping = False
+    stopping, evaluated = False, dict[str, float]()
     while state.step < run.recipe.train_iters and not stopping:
         logger.begin_step(state.step + 1)
-        batches, totals = next_batches(run, run.loader, timer=timer, stop=signals.asked, written=saver.is_written)
+        try:
+            batches, totals = next_batches(run, run.loader, timer=timer, stop=signals.asked, written=saver.is_written)
+        except DataEnded as end:
+            _end_with_the_data(run, logger, saver, end, evaluated)
+            return 0
         labels, tokens, stopping = totals["labels"], totals["tokens"], totals["stop"] > 0
         state.step += 1
         logger.note_samples(state.step)
@@ -109,11 +115,7 @@ def _train(run: Run, signals: StopSignals, logger: RunLogger) -> int:
                 f"{NON_FINITE_LIMIT} steps in a row had non-finite gradients (step {state.step}: norm {grad_norm}; "
                 f"{samples}); lower optim.lr or look at these samples, then resume from the last checkpoint"
             )
-        evaluated: dict[str, float] = {}
-        if eval_due(run.recipe, state.step):
-            with logger.paused("evaluation"):
-                evaluated = evaluate(run)
-                logger.write(evaluated)
+        evaluated = _evaluate(run, logger) if eval_due(run.recipe, state.step) else {}
         if stopping or save_due(run.recipe, state.step):
             saver.save(evaluated, wait=stopping or state.step >= run.recipe.train_iters)
     logger.summarize()
@@ -127,11 +129,37 @@ def _train(run: Run, signals: StopSignals, logger: RunLogger) -> int:
     return status
 
 
+def _evaluate(run: Run, logger: RunLogger) -> dict[str, float]:
+    with logger.paused("evaluation"):
+        evaluated = evaluate(run)
+        logger.write(evaluated)
+    return evaluated
+
+
+def _end_with_the_data(
+    run: Run, logger: RunLogger, saver: "_Saver", end: DataEnded, evaluated: dict[str, float]
+) -> None:
+    """What the last step of a run does, where the data says which one that is; ``evaluated`` after that step."""
+    if not run.state.step:
+        raise end
+    logger.flush()
+    if saver.step == run.state.step:
+        saver.finish()
+    else:
+        if not evaluated and run.recipe.log.eval_interval > 0 and run.recipe.data.eval_sources:
+            evaluated = _evaluate(run, logger)
+        saver.save(evaluated, wait=True)
+    logger.mark_ended(str(end))
+    logger.summarize()
+
+
 class _Saver:
     """At most one checkpoint that is being written in the background."""
 
     def __init__(self, run: Run, logger: RunLogger) -> None:
         self._run, self._logger = run, logger
+        self.step = run.state.step
+        """Of the last checkpoint; a run that continues starts from one."""
         self._pending: PendingSave | None = None
         self._memory = GatheredState() if run.recipe.checkpoint.async_save else None
 
@@ -142,6 +170,7 @@ class _Saver:
     def save(self, evaluated: Mapping[str, float], *, wait: bool) -> None:
         """Save the run as it stands; in the background if the recipe says so, unless ``wait``."""
         self.finish()
+        self.step = self._run.state.step
         background = self._run.recipe.checkpoint.async_save and not wait
         with self._logger.paused("checkpoint"):
             self._pending = begin_save(self._run, evaluated, background=background, memory=self._memory)
@@ -184,14 +213,17 @@ def next_batches(
     """This rank's micro-batches of the next step and, over all ranks, its label tokens, tokens and samples, and how many
     ranks said ``stop`` (asked to end) and ``written`` (done with the files of a checkpoint).
 
-    A reader that fails raises its own error; the other ranks raise ReaderFailed at the same step.
+    A reader that fails raises its own error; the other ranks raise ReaderFailed at the same step. Behind the last step of
+    the data all raise DataEnded.
     """
     timer = timer or PartTimer()
-    batches, error = None, None
+    batches, error, end = None, None, None
     if loader is not None:
         try:
             with timer.measure("data"):
                 batches = loader.next_step()
+        except DataEnded as caught:
+            end = caught
         except Exception as caught:  # reported below, once every rank knows that it must not wait for this one
             error = caught
     labels = tokens = samples = 0
@@ -201,10 +233,12 @@ def next_batches(
         samples = sum(batch.num_samples for batch in batches)
     with timer.measure("communication"):
         shared = share_step(batches, num_micro_batches=run.num_micro_batches, pg=run.pg, device=run.device)
-        values = [labels, tokens, samples, int(error is not None), int(stop()), int(written())]
-        labels, tokens, samples, failed, stops, done = sum_over_ranks(values, device=run.device)
+        values = [labels, tokens, samples, int(error is not None), int(stop()), int(written()), int(end is not None)]
+        labels, tokens, samples, failed, stops, done, ended = sum_over_ranks(values, device=run.device)
     if error is not None:
         raise error
+    if ended and not failed:
+        raise end or DataEnded("the data ends here")
     if failed or shared is None:
         raise ReaderFailed("another rank could not load its data")
     return shared, {"labels": labels, "tokens": tokens, "samples": samples, "stop": stops, "written": done}
@@ -222,6 +256,7 @@ def aux_loss_scale(run: Run, step: int) -> float:
 def evaluate(run: Run) -> dict[str, float]:
     """Mean loss over the label tokens of each held-out set: the same samples every time, deterministic routing.
 
+    ``eval_iters`` steps of each, or what a set with ``epochs`` holds.
     ``eval/loss`` is the mean over the sets, each counting the same.
     """
     losses = {}
@@ -231,7 +266,10 @@ def evaluate(run: Run) -> dict[str, float]:
                 loader.load_state_dict({"consumed_samples": 0})
             total = None
             for _ in range(run.recipe.log.eval_iters):
-                batches, totals = next_batches(run, loader)
+                try:
+                    batches, totals = next_batches(run, loader)
+                except DataEnded:
+                    break
                 info = StepInfo(step=run.state.step, training=False, num_label_tokens=totals["labels"])
                 forward = partial(run.task.forward_step, info=info)
                 for report in run_step(forward, batches, run.model, pg=run.pg, recipe=run.recipe, forward_only=True):

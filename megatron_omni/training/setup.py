@@ -7,6 +7,7 @@ optimizer copies its fp32 master weights from them.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from megatron_omni.checkpoint.saving import PendingSave, start_save
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.load import load_recipe
 from megatron_omni.config.run import Recipe
-from megatron_omni.data.loader import StepLoader
+from megatron_omni.data.loader import StepLoader, joined_state
 from megatron_omni.data.tokenizer import (
     ALL_SPECIALS,
     ENDOFTEXT,
@@ -148,10 +149,10 @@ def begin_save(
     memory: GatheredState | None = None,
 ) -> PendingSave:
     """The same up to the point where training may go on; see checkpoint/saving.py."""
-    # Rank 0 is always a reader; its cursor is everyone's, its counts of skipped records stand for the run.
-    data = [run.loader.state_dict() if run.loader is not None else None]
-    dist.broadcast_object_list(data, src=0)
-    common = {"train_state": run.state.state_dict(), "data": data[0]}
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, run.loader.state_dict() if run.loader is not None else None)
+    data = joined_state([state for state in states if state is not None])
+    common = {"train_state": run.state.state_dict(), "data": data}
     value = (evaluated or {}).get(metric) if (metric := run.recipe.checkpoint.keep_best) is not None else None
     return start_save(
         run.checkpoints,

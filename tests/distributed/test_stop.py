@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_omni.checkpoint import commit
 from megatron_omni.config.load import recipe_to_yaml
 from megatron_omni.config.run import Recipe
 from megatron_omni.parallel.wrap import unwrap_model
@@ -83,6 +84,41 @@ def test_the_command_saves_on_sigterm_exits_75_and_resumes_bit_equal(corpus: Pat
     assert done.returncode == 0
     straight = tiny_recipe(corpus, tmp_path / "straight", **{**long, "train_iters": stopped + 2})
     assert exact(records(recipe)) == exact(run_tiny(straight, 1))
+
+
+# ---------------------------------------------------------------------------------------------------- end of the data
+
+
+def test_a_run_ends_where_its_data_ends_with_a_checkpoint_and_says_why(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """20 rows of each source, once, two of one damaged: 60 samples fill 7 steps of 8."""
+    lines = (corpus / "text.jsonl").read_text().splitlines()
+    (corpus / "holes.jsonl").write_text("\n".join(["{", *lines[1:-1], "{"]))
+    sources = [
+        {"name": name, "path": str(corpus / f"{name}.jsonl"), "epochs": 1} for name in ("image", "audio", "holes")
+    ]
+    pipeline = {"parallel__pipeline_model_parallel_size": 2}  # the second rank reads nothing
+    settings = {"data__sources": sources, "data__max_bad_fraction": 1.0, "log__interval": 5, "load": "auto", **pipeline}
+    held_out = {"data__eval_sources": [{"name": "held", "path": str(corpus / "held_out.jsonl"), "epochs": 1}]}
+    recipe = tiny_recipe(corpus, tmp_path, **settings, **held_out, log__eval_interval=50, log__eval_iters=100)
+    assert run_ranks(train_rank, 2, recipe) == [0, 0]
+    found = records(recipe)
+    assert [record["step"] for record in found if "lm loss" in record] == [1, 5, 7]  # step 6 is not lost
+    last = next(record for record in found if record["step"] == 7 and "lm loss" in record)
+    assert last["consumed samples"] == 56 and last["data/skipped records"] == last["data/skipped/holes"] >= 2
+    assert "data/skipped/image" not in last and last["data/decoder fallbacks"] == 0
+    assert [record["step"] for record in found if "eval/loss/held" in record] == [7]
+    assert (tmp_path / "data_ended").read_text() == "7\n" and commit.tracked_step(tmp_path / "checkpoints") == 7
+    said = "".join(capfd.readouterr())
+    assert "finished after step 7 of 20: the data ends after 60 samples: every source has used its epochs" in said
+    count = round(last["data/skipped records"])
+    assert f"data: {count} records passed over\n  {count} holes: not_json" in said
+    assert run_ranks(train_rank, 2, recipe) == [0, 0] and len(records(recipe)) == len(found)  # nothing is left to do
+    recipe.run_dir = str(tmp_path / "none")
+    recipe.data.sources[0].epochs, recipe.data.sources = 0.2, recipe.data.sources[:1]
+    with pytest.raises(RankFailure, match="the data ends after 4 samples"):  # not one step
+        run_ranks(train_rank, 2, recipe)
 
 
 # ---------------------------------------------------------------------------------------------------- failures

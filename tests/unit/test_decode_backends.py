@@ -2,17 +2,22 @@
 
 import importlib.util
 import logging
+import sys
+import weakref
 from collections import Counter
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from megatron_omni.config.model import VisionConfig
 from megatron_omni.data.decode import Decoder, container, cpu, open_decoder
 from megatron_omni.data.decode.media import FrameSampling, MediaBytes, MediaError
-from tests.unit.media_files import write_pictures, write_scenes, write_sounds, write_videos
+from megatron_omni.data.processors import frame_tiles, square
+from tests.unit.media_files import scene, write_pictures, write_scenes, write_sounds, write_videos
 
 needs_dali = pytest.mark.skipif(
     importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None,
@@ -96,6 +101,37 @@ def test_files_too_large_to_keep_are_read_again(videos: list[Path], monkeypatch:
     assert np.array_equal(kept.sound, again.sound)
 
 
+def test_one_frame_of_full_size_is_in_memory_however_many_are_taken(folder: Path) -> None:
+    path = write_scenes(folder / "wide.mp4", codec="libx264", num_frames=32, size=(640, 360))
+    seen: list[weakref.ref[np.ndarray]] = []
+    alive: list[int] = []
+
+    def tile(frame: np.ndarray) -> np.ndarray:
+        assert frame.shape == (360, 640, 3)
+        seen.append(weakref.ref(frame))
+        alive.append(sum(reference() is not None for reference in seen))
+        return square(frame, 28)
+
+    whole, small = (cpu.decode_video(path, sampling=ALL, keep=keep) for keep in (None, tile))
+    assert len(alive) == 32 and max(alive) <= 2
+    config = VisionConfig(image_size=28)
+    assert torch.equal(frame_tiles(whole.frames, config), frame_tiles(small.frames, config))
+
+
+def test_transparency_is_laid_over_white_strip_by_strip(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = Image.fromarray(scene(75, 51))
+    clear = picture.copy()
+    clear.putalpha(Image.fromarray(np.linspace(0, 255, 75 * 51).reshape(51, 75).astype(np.uint8)))
+    for image in (clear, clear.quantize(16), clear.convert("LA")):
+        whole = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+        for pixels in (1 << 20, 7 * 75, 1):
+            monkeypatch.setattr(cpu, "_STRIP_PIXELS", pixels)
+            assert np.array_equal(cpu.to_rgb(image), whole)
+    picture.save(folder / "key.png", transparency=tuple(scene(75, 51)[0, 0].tolist()))
+    with Image.open(folder / "key.png") as image:
+        assert np.asarray(cpu.to_rgb(image))[0, 0].tolist() == [255, 255, 255]
+
+
 # ------------------------------------------------------------------------------------------------ DALI
 
 
@@ -112,7 +148,7 @@ def test_a_back_end_that_is_not_installed_is_an_error() -> None:
 
 
 def taken_over(dali: Decoder, before: Counter[str]) -> Counter[str]:
-    return dali.fallbacks - before  # type: ignore[attr-defined]
+    return Counter(dali.fallbacks) - before
 
 
 @needs_dali
@@ -120,7 +156,7 @@ def test_dali_pictures_equal_pillow(folder: Path, dali: Decoder, caplog: pytest.
     own = {"rgb.jpg", "progressive.jpg", "chroma.jpg", "grey.jpg", "turned.jpg", "one.jpg", "large.jpg", "rgb.png",
            "grey.png", "one.png", "lossy.webp", "lossless.webp", "a.bmp", "a.tiff", "a.ppm"}  # fmt: skip
     for path in [*write_pictures(folder), *write_pictures(folder)]:
-        before = Counter(dali.fallbacks)  # type: ignore[attr-defined]
+        before = Counter(dali.fallbacks)
         with caplog.at_level(logging.WARNING):
             ours, reference = dali.decode_image(path), cpu.decode_image(path)
         assert ours.mode == "RGB" and np.array_equal(ours, reference), path.name
@@ -132,7 +168,7 @@ def test_dali_pictures_equal_pillow(folder: Path, dali: Decoder, caplog: pytest.
 @needs_dali
 def test_dali_sound_equals_soundfile(folder: Path, dali: Decoder) -> None:
     for path in write_sounds(folder):
-        before = Counter(dali.fallbacks)  # type: ignore[attr-defined]
+        before = Counter(dali.fallbacks)
         ours, reference = dali.decode_audio(path), cpu.decode_audio(path)
         assert ours.dtype == np.float32 and np.abs(ours - reference).max() <= 5e-7, path.name
         assert sum(taken_over(dali, before).values()) == (path.suffix in (".mp3", ".m4a")), path.name
@@ -142,7 +178,7 @@ def test_dali_sound_equals_soundfile(folder: Path, dali: Decoder) -> None:
 def test_dali_frames_are_the_same_frames(videos: list[Path], dali: Decoder) -> None:
     """Within what two conversions from YUV to RGB differ by; another frame would be further off."""
     for path in videos:
-        before = Counter(dali.fallbacks)  # type: ignore[attr-defined]
+        before = Counter(dali.fallbacks)
         for sampling in (ALL, SPARSE):
             ours, reference = dali.decode_video(path, sampling=sampling), cpu.decode_video(path, sampling=sampling)
             assert ours.times_seconds == reference.times_seconds
@@ -156,6 +192,27 @@ def test_dali_frames_are_the_same_frames(videos: list[Path], dali: Decoder) -> N
             assert not reasons, reasons
         if "uneven" in path.name and path.suffix == ".webm":
             assert reasons == {"video: variable frame rate": 2}
+
+
+@needs_dali
+def test_dali_does_not_get_what_would_not_fit_into_memory(
+    folder: Path, videos: list[Path], dali: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = next(path for path in videos if path.name == "vp9.webm")
+    small = dali.decode_video(path, sampling=ALL, keep=lambda frame: square(frame, 28))
+    assert all(frame.shape == (28, 28, 3) for frame in small.frames) and len(small.frames) == 24
+    before = Counter(dali.fallbacks)
+    module = sys.modules["megatron_omni.data.decode.dali"]
+    monkeypatch.setattr(module, "_MOST_FRAME_BYTES", 24 * 96 * 64 * 3 - 1)
+    reference = cpu.decode_video(path, sampling=ALL)
+    assert np.array_equal(dali.decode_video(path, sampling=ALL).frames, reference.frames)
+    monkeypatch.setattr(module, "_MOST_FILE_BYTES", 100)
+    for picture in list(write_pictures(folder))[:1]:
+        assert np.array_equal(dali.decode_image(picture), cpu.decode_image(picture))
+    assert taken_over(dali, before) == {
+        "video: more frames at once than memory is meant for": 1,
+        "picture: large file": 1,
+    }
 
 
 @needs_dali

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_omni.data.packing import deal, fill_rows
+from megatron_omni.data.packing import LOOKAHEAD, deal, fill_rows
 
 
 class Item(NamedTuple):
@@ -40,6 +40,8 @@ def test_every_sample_is_used_once_and_rows_hold_what_fits(lengths, num_rows, ca
         here = [item.number for row in filled.rows for item in row]
         left = [item.number for item in filled.waiting]
         assert left == sorted(left)  # oldest first
+        assert all([item.number for item in row] == sorted(item.number for item in row) for row in filled.rows)
+        assert len(left) <= LOOKAHEAD + max(map(len, filled.rows))
         if waiting:  # what waited longest is never passed over
             assert waiting[0].number in here
         used += here
@@ -53,12 +55,27 @@ def test_rows_are_at_least_97_percent_full(num_rows):
     tiny = (rng.choice([24, 26, 40, 40, 41, 42, 44, 38, 112]) for _ in itertools.count())
     # Long-tailed: log-normal around 550 tokens, up to the row length.
     tail = (min(8192, 20 + int(math.exp(rng.gauss(6.3, 1.2)))) for _ in itertools.count())
-    for lengths, capacity in ((tiny, 512), (tail, 8192)):
+    for lengths, capacity in ((tiny, 160), (tiny, 512), (tail, 8192)):
         fill = [
             sum(item.length for row in filled.rows for item in row) / (num_rows * capacity)
             for _, filled in steps(lengths, num_rows=num_rows, capacity=capacity, num_steps=100)
         ]
         assert np.mean(fill) >= 0.97, np.mean(fill)
+
+
+def test_a_row_takes_the_oldest_sample_and_what_fills_it_best():
+    lengths = [50, 30, 30, 41, 60, 9, 20]
+    filled = fill_rows([], iter([Item(i, n) for i, n in enumerate(lengths)]), num_rows=1, capacity=100)
+    assert [item.number for item in filled.rows[0]] == [0, 3, 5]  # 50 + 41 + 9; the first that fit leave 20 free
+    assert [item.number for item in filled.waiting] == [1, 2, 4]  # the last was not looked at
+    filled = fill_rows(filled.waiting, iter([]), num_rows=2, capacity=100)  # the end of the samples
+    assert [[item.number for item in row] for row in filled.rows] == [[1, 4], [2]] and not filled.waiting
+    assert fill_rows([], iter([Item(0, 5)]), num_rows=2, capacity=100).rows == [[Item(0, 5)]]
+
+
+def test_hundreds_of_short_samples_fill_a_long_row():
+    filled = fill_rows([], (Item(i, 40) for i in itertools.count()), num_rows=3, capacity=8192)
+    assert [len(row) for row in filled.rows] == [204] * 3 and len(filled.waiting) <= LOOKAHEAD
 
 
 def test_a_sample_waits_at_most_until_the_next_step_here():

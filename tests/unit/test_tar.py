@@ -1,7 +1,10 @@
 """WebDataset tars and folders: read in place, also as Energon prepares them; hostile and damaged ones are refused."""
 
+import importlib.util
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -19,6 +22,13 @@ from megatron_omni.data.sample import SampleBuilder
 from megatron_omni.data.sources import JsonlSource, open_source
 from tests.unit.tiny_data import row, tiny_recipe, tokenizer_file, write_clip, write_image, write_sound
 from tools import prepare_data
+
+
+def _has_energon() -> bool:
+    try:
+        return importlib.util.find_spec("megatron.energon") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 @pytest.fixture
@@ -155,7 +165,7 @@ def test_energon_datasets_by_split_and_field_map(tmp_path, media):
     )
     (folder / ".nv-meta" / "dataset.yaml").write_text(
         "sample_type:\n  __module__: megatron.energon\n  __class__: VQASample\n"
-        "field_map:\n  image: png\n  context: json[vqa][0][q]\n  answers: json[vqa][0][a]\n"
+        "field_map:\n  image: jpg,png\n  context: json[vqa][0][q]\n  answers: txt,json[vqa][0][a]\n"
     )
     _, train = indexed(tmp_path, str(folder))
     assert [train[i].answer for i in range(len(train))] == ["n0", "n1"]
@@ -164,9 +174,41 @@ def test_energon_datasets_by_split_and_field_map(tmp_path, media):
     assert [held_out[i].answer for i in range(len(held_out))] == ["n2"]
     with pytest.raises(ValueError, match="names no shards for the split 'test'"):
         shard_paths(f"{folder}#test")
+    (folder / ".nv-meta" / "split.yaml").unlink()
+    (folder / ".nv-meta" / "split.json").write_text(
+        json.dumps({"split_parts": {"train": ["shards/shard_{000..002}.tar"]}, "exclude": ["shards/shard_001.tar"]})
+    )
+    assert [path.name for path in shard_paths(str(folder))] == ["shard_000.tar", "shard_002.tar"]
     (folder / ".nv-meta" / "split.yaml").write_text("split_parts: {train: [../a.tar]}")
     with pytest.raises(ValueError, match="leads out of"):
         shard_paths(str(folder))
+
+
+@pytest.mark.skipif(not _has_energon(), reason="megatron-energon is not installed (37 packages)")
+def test_a_folder_that_energon_itself_prepared(tmp_path, media):
+    """By its own command; the test above writes the files that it writes, so that they are tested without it."""
+    folder = tmp_path / "set"
+    for number in range(4):
+        fields = {"q": f"what is {number}?", "a": f"picture {number}"}
+        write_tar(folder / f"part_{number:03d}.tar", [(f"{number}.png", media["png"]), (f"{number}.json", fields)])
+    fields = json.dumps({"image": "jpg,png", "context": "json[q]", "answers": "json[a]"})
+    words = [
+        "prepare",
+        "--non-interactive",
+        "--split-ratio",
+        "2,1,1",
+        "--sample-type",
+        "VQASample",
+        "--field-map",
+        fields,
+    ]
+    code = f"import sys; sys.argv[1:] = {[*words, '--num-workers', '1', '--no-progress', str(folder)]!r}\n"
+    code += "from megatron.energon.cli.main import main; main()"
+    subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, check=True)
+    for split, numbers in (("", [0, 1]), ("#val", [2]), ("#test", [3])):
+        _, opened = indexed(tmp_path, f"{folder}{split}")
+        assert [opened[i].answer for i in range(len(opened))] == [f"picture {n}" for n in numbers]
+        assert opened[0].messages[0].content == f"<image>\nwhat is {numbers[0]}?"
 
 
 def test_paths_of_shards(tmp_path):

@@ -7,6 +7,7 @@
 Headers are read by the CPU functions ``probe_*`` whatever the back end: sizes must not depend on it.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Literal, Protocol
 
 import numpy as np
@@ -14,11 +15,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from megatron_omni.data.decode import cpu
-from megatron_omni.data.decode.media import MAX_AUDIO_SECONDS, FrameSampling, Media, Video
+from megatron_omni.data.decode.media import MAX_AUDIO_SECONDS, Frame, FrameSampling, Media, Video
 
 
 class Decoder(Protocol):
     """What decodes. Every method raises MediaError for a file that cannot be used; threads may share a decoder."""
+
+    @property
+    def fallbacks(self) -> Mapping[str, int]:
+        """Files that were left to the CPU back end, by reason."""
 
     def decode_image(self, file: Media) -> Image.Image:
         """The picture as 8-bit RGB, upright."""
@@ -27,9 +32,18 @@ class Decoder(Protocol):
         """[samples] float32 mono 16 kHz."""
 
     def decode_video(
-        self, file: Media, *, sampling: FrameSampling, max_sound_seconds: float = MAX_AUDIO_SECONDS
+        self,
+        file: Media,
+        *,
+        sampling: FrameSampling,
+        max_sound_seconds: float = MAX_AUDIO_SECONDS,
+        keep: Callable[[Frame], Frame] | None = None,
     ) -> Video:
-        """Sampled frames with their true times, and the sound that goes with them."""
+        """Sampled frames with their true times, and the sound that goes with them.
+
+        ``keep`` makes of each frame what is kept of it, before the next one is converted: memory then holds one frame
+        of full size, however large and many they are.
+        """
 
 
 def open_decoder(name: Literal["cpu", "dali"]) -> Decoder:

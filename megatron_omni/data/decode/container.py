@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from megatron_omni.data.decode import media
 from megatron_omni.data.decode.media import (
+    Frame,
     FrameSampling,
     Media,
     MediaBytes,
@@ -102,11 +103,12 @@ def decode_video(
     *,
     sampling: FrameSampling,
     max_sound_seconds: float = media.MAX_AUDIO_SECONDS,
+    keep: Callable[[Frame], Frame] | None = None,
     pictures: "Pictures | None" = None,
 ) -> Video:
     """Frames nearest to the wanted times, turned upright, and the sound from the first of them to the picture's end.
 
-    ``pictures`` decodes the chosen frames in the place of FFmpeg.
+    ``keep`` makes of each frame what is kept of it; ``pictures`` decodes the chosen frames in the place of FFmpeg.
     """
     with media.named(file), open_container(file) as container:
         packets = _read_packets(container, file)
@@ -122,7 +124,7 @@ def decode_video(
             min_frames=sampling.min_frames,
             max_frames=sampling.limit(has_sound),
         )
-        frames = (pictures or decode_frames)(packets, list(selection.indices))
+        frames = (pictures or decode_frames)(packets, list(selection.indices), keep or np.asarray)
         first = selection.times_seconds[0]
         samples = sound.between(first, end) if has_sound and sound is not None else None
         check_seconds(file, 0.0 if samples is None else len(samples) / SAMPLE_RATE, max_sound_seconds)
@@ -171,6 +173,8 @@ class Packets:
     """FFmpeg's name of the picture's codec."""
     rotated: bool
     """Whether the frames are stored turned."""
+    frame_bytes: int
+    """Of one frame as RGB."""
     picture_index: int
     sound_index: int | None
     kept: list[av.Packet] | None
@@ -235,6 +239,7 @@ def _read_packets(container: av.container.InputContainer, file: Media) -> Packet
         seconds=_seconds(shown[-1] - shown[0] + last_duration, picture),
         codec=picture.codec_context.name,
         rotated="display_matrix" in picture.codec_context.coded_side_data,
+        frame_bytes=3 * picture.width * picture.height,
         picture_index=picture_index,
         sound_index=sound.index if sound is not None else None,
         kept=kept,
@@ -251,19 +256,22 @@ def _seconds(ticks: int, stream: av.VideoStream | av.AudioStream) -> float:
 # ------------------------------------------------------------------------------------------------ frames
 
 
-Pictures = Callable[[Packets, list[int]], list[NDArray[np.uint8]]]
-"""RGB of frames, numbered in the order of showing."""
+Keep = Callable[[Frame], Frame]
+"""What is kept of a frame."""
+Pictures = Callable[[Packets, list[int], Keep], list[Frame]]
+"""Frames, numbered in the order of showing."""
 
 
-def decode_frames(packets: Packets, indices: list[int]) -> list[NDArray[np.uint8]]:
-    """RGB of these frames, numbered in the order of showing."""
+def decode_frames(packets: Packets, indices: list[int], keep: Keep) -> list[Frame]:
+    """What is kept of these frames, numbered in the order of showing; one at a time in full size."""
+    convert = _to_rgb(packets.file, keep)
     if packets.in_order:
-        return _decode_in_order(packets, indices)
+        return _decode_in_order(packets, indices, convert)
     wanted = [packets.shown[index] for index in indices]
-    frames = _decode_stamps(packets, set(wanted), _plan(packets, set(wanted)))
+    frames = _decode_stamps(packets, set(wanted), _plan(packets, set(wanted)), convert)
     if frames.keys() != set(wanted):
         # A key frame that the decoder cannot start at (a file that only refreshes bit by bit): from the beginning.
-        frames = _decode_stamps(packets, set(wanted), [range(len(packets.stamps))])
+        frames = _decode_stamps(packets, set(wanted), [range(len(packets.stamps))], convert)
     if missing := sorted(set(wanted) - frames.keys()):
         time = packets.times[packets.shown.index(missing[0])]
         raise MediaError(packets.file, f"the frame at {time:.3f} s cannot be decoded")
@@ -291,10 +299,10 @@ def _plan(packets: Packets, wanted: set[int]) -> list[range]:
     return runs
 
 
-def _decode_stamps(packets: Packets, wanted: set[int], runs: list[range]) -> dict[int, NDArray[np.uint8]]:
-    """RGB of the frames with these stamps, from these runs of packets."""
-    frames: dict[int, NDArray[np.uint8]] = {}
-    convert, left = _to_rgb(packets.file), iter(runs)
+def _decode_stamps(packets: Packets, wanted: set[int], runs: list[range], convert: "_to_rgb") -> dict[int, Frame]:
+    """The frames with these stamps, from these runs of packets."""
+    frames: dict[int, Frame] = {}
+    left = iter(runs)
     run = next(left)
     for index, packet in enumerate(packets.of(packets.picture_index)):
         if index < run.start:
@@ -317,9 +325,9 @@ def _decode_stamps(packets: Packets, wanted: set[int], runs: list[range]) -> dic
     return frames
 
 
-def _decode_in_order(packets: Packets, indices: list[int]) -> list[NDArray[np.uint8]]:
-    """RGB of these frames, counted as they leave the decoder."""
-    wanted, convert = set(indices), _to_rgb(packets.file)
+def _decode_in_order(packets: Packets, indices: list[int], convert: "_to_rgb") -> list[Frame]:
+    """These frames, counted as they leave the decoder."""
+    wanted = set(indices)
     pictures = _decoded(packets.of(packets.picture_index))
     frames = [convert(frame) for index, frame in enumerate(pictures) if index in wanted]  # all of it: the count matters
     if len(frames) < len(indices):
@@ -337,18 +345,18 @@ def _decoded(packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame]:
 
 
 class _to_rgb:
-    """Frame -> [height, width, 3] uint8, upright."""
+    """Frame -> what is kept of it as RGB, upright."""
 
-    def __init__(self, file: Media) -> None:
-        self.file, self.reformatter = file, VideoReformatter()
+    def __init__(self, file: Media, keep: Keep) -> None:
+        self.file, self.keep, self.reformatter = file, keep, VideoReformatter()
 
-    def __call__(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
+    def __call__(self, frame: av.VideoFrame) -> Frame:
         if frame.is_corrupt:
             raise MediaError(self.file, f"the frame at {frame.time:.3f} s is damaged")
         check_pixels(self.file, frame.width, frame.height)
         picture = self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
         # The display matrix turns counter-clockwise by ``rotation`` degrees, as rot90 does.
-        return np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90)))
+        return self.keep(np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90))))
 
 
 # ------------------------------------------------------------------------------------------------ sound

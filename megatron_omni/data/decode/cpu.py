@@ -11,6 +11,7 @@ A file is given by its path or as ``MediaBytes``; whatever is wrong with it is o
 
 import io
 import os
+from collections.abc import Mapping
 from functools import lru_cache
 from math import ceil
 from pathlib import Path
@@ -47,14 +48,18 @@ from megatron_omni.positions import SAMPLE_RATE
 
 __all__ = [
     "FrameSampling", "Media", "MediaBytes", "MediaError", "Video", "VideoHeader", "VideoSize",
-    "decode_audio", "decode_image", "decode_video", "open_image", "open_sound", "orientation", "probe_audio", "probe_image",
-    "probe_video", "read_video_header", "to_rgb", "to_sample_rate",
+    "decode_audio", "decode_image", "decode_video", "fallbacks", "open_image", "open_sound", "orientation", "probe_audio",
+    "probe_image", "probe_video", "read_video_header", "to_rgb", "to_sample_rate",
 ]  # fmt: skip
 
 _PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 _EXIF_ORIENTATION, _EXIF_TRANSPOSED = 0x0112, (5, 6, 7, 8)
+_STRIP_PIXELS = 1 << 20
 _BLOCK_VALUES = 1 << 22
 """Values of sound that are read at once, over all channels: a header may promise more than the file holds."""
+
+fallbacks: Mapping[str, int] = {}
+"""Of the interface: this back end reads everything itself."""
 
 # ------------------------------------------------------------------------------------------------ pictures
 
@@ -84,11 +89,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("picture of 32-bit floats: their range is unknown; store it with 8 or 16 bits a channel")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        image = Image.fromarray((np.clip(np.asarray(image, dtype=np.int64), 0, 65535) >> 8).astype(np.uint8))
+        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return _over_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """In strips: a whole picture would be there four times."""
+    out = Image.new("RGB", image.size)
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        out.paste(Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert("RGB"), (0, top))
+    return out
 
 
 def open_image(file: Media) -> Image.Image:

@@ -16,6 +16,7 @@ reason is logged once. The sound track of a video is always FFmpeg's. Only this 
 import logging
 import threading
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,9 +27,10 @@ from nvidia.dali.types import DALIDataType, DALIImageType
 from PIL import Image
 
 from megatron_omni.data.decode import cpu
-from megatron_omni.data.decode.container import Packets, decode_frames, decode_video
+from megatron_omni.data.decode.container import Keep, Packets, decode_frames, decode_video
 from megatron_omni.data.decode.media import (
     MAX_AUDIO_SECONDS,
+    Frame,
     FrameSampling,
     Media,
     MediaBytes,
@@ -50,6 +52,10 @@ _SOUND_FORMATS = ("WAV", "FLAC", "OGG")
 _VIDEO_CODECS = {"cpu": ("vp8", "vp9", "mjpeg"), "gpu": ("vp8", "vp9", "mjpeg", "h264", "hevc", "av1", "mpeg4")}
 _MOST_VALUES = 1 << 26
 """Values of sound that DALI may allocate at once, all channels: 256 MB."""
+_MOST_FRAME_BYTES = 1 << 29
+"""Of the chosen frames of a video, which DALI gives all at once in full size; the CPU back end needs one."""
+_MOST_FILE_BYTES = 1 << 29
+"""Of a file that is read as a whole for DALI."""
 _JPEG_END = b"\xff\xd9"
 _UNEVEN_TICKS = 1
 """Rounding of a time base makes a constant rate waver by this."""
@@ -71,26 +77,26 @@ class DaliDecoder:
     def decode_image(self, file: Media) -> Image.Image:
         """As cpu.decode_image."""
         with named(file):
-            data = _bytes_of(file)
             try:
+                data = _bytes_of(file)
                 with cpu.open_image(data) as header:
                     _require_plain_picture(header, data.data)
                 pixels = self._run(ndd.decoders.image, data.data, device=self.device, output_type=DALIImageType.RGB)
             except (_Refused, RuntimeError) as error:
                 self._count("picture", error)
-                return cpu.decode_image(data)
+                return cpu.decode_image(file)
             return Image.fromarray(pixels)
 
     def decode_audio(self, file: Media, *, max_seconds: float = MAX_AUDIO_SECONDS) -> NDArray[np.float32]:
         """As cpu.decode_audio."""
         with named(file):
-            data = _bytes_of(file)
             try:
+                data = _bytes_of(file)
                 rate, promised = _require_plain_sound(data, max_seconds)
                 values = self._run(ndd.decoders.audio, data.data, device="cpu", dtype=DALIDataType.FLOAT)
             except (_Refused, RuntimeError) as error:
                 self._count("sound", error)
-                return cpu.decode_audio(data, max_seconds=max_seconds)
+                return cpu.decode_audio(file, max_seconds=max_seconds)
             samples = values.reshape(len(values), -1).mean(axis=1, dtype=np.float32)
             if not len(samples):
                 raise MediaError(file, "holds no sound samples")
@@ -98,24 +104,33 @@ class DaliDecoder:
             return to_sample_rate(samples, rate)
 
     def decode_video(
-        self, file: Media, *, sampling: FrameSampling, max_sound_seconds: float = MAX_AUDIO_SECONDS
+        self,
+        file: Media,
+        *,
+        sampling: FrameSampling,
+        max_sound_seconds: float = MAX_AUDIO_SECONDS,
+        keep: Callable[[Frame], Frame] | None = None,
     ) -> Video:
         """As cpu.decode_video."""
-        return decode_video(file, sampling=sampling, max_sound_seconds=max_sound_seconds, pictures=self._frames)
+        return decode_video(
+            file, sampling=sampling, max_sound_seconds=max_sound_seconds, keep=keep, pictures=self._frames
+        )
 
-    def _frames(self, packets: Packets, indices: list[int]) -> list[NDArray[np.uint8]]:
+    def _frames(self, packets: Packets, indices: list[int], keep: Keep) -> list[Frame]:
         try:
-            self._require_plain_video(packets)
+            self._require_plain_video(packets, len(indices))
             data = _bytes_of(packets.file).data
             frames = self._run(ndd.decoders.video, data, device=self.device, frames=indices)
         except (_Refused, RuntimeError) as error:
             self._count("video", error)
-            return decode_frames(packets, indices)
-        return list(frames)
+            return decode_frames(packets, indices, keep)
+        return [keep(frame) for frame in frames]
 
-    def _require_plain_video(self, packets: Packets) -> None:
+    def _require_plain_video(self, packets: Packets, num_frames: int) -> None:
         if packets.codec not in _VIDEO_CODECS[self.device]:
             raise _Refused(f"codec {packets.codec}")
+        if packets.frame_bytes * num_frames > _MOST_FRAME_BYTES:
+            raise _Refused("more frames at once than memory is meant for")
         if packets.rotated:
             raise _Refused("rotated")
         if len(packets.shown) != len(packets.stamps):
@@ -142,7 +157,12 @@ class DaliDecoder:
 
 
 def _bytes_of(file: Media) -> MediaBytes:
-    return file if isinstance(file, MediaBytes) else MediaBytes(str(file), Path(file).read_bytes())
+    """The file in memory; _Refused for one that is too large for that."""
+    if isinstance(file, MediaBytes):
+        return file
+    if Path(file).stat().st_size > _MOST_FILE_BYTES:
+        raise _Refused("large file")
+    return MediaBytes(str(file), Path(file).read_bytes())
 
 
 def _require_plain_picture(header: Image.Image, data: bytes) -> None:

@@ -35,6 +35,8 @@ class MediaBytes:
 
 
 Media = str | Path | MediaBytes
+Frame = NDArray[np.uint8]
+"""[height, width, 3] RGB."""
 
 
 class MediaError(ValueError):
@@ -80,8 +82,8 @@ class FrameSampling:
 class Video:
     """A decoded video."""
 
-    frames: list[NDArray[np.uint8]]
-    """[height, width, 3] RGB each, upright."""
+    frames: list[Frame]
+    """Upright; or what was to be kept of each."""
     times_seconds: tuple[float, ...]
     """True times of the frames, counted from the first of them."""
     sound: NDArray[np.float32] | None
