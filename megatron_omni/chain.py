@@ -34,6 +34,8 @@ from megatron_omni.evaluation import stages as reading
 
 UPCYCLE_REPORT = "upcycle.json"
 RESOLVED = "resolved.yaml"
+ENDED_MARKER = "data_ended"
+"""In a stage's directory: the step after which its sources had used their epochs (training/logger.py)."""
 REPORT = "held_out.md"
 """In the chain's directory: what its stages show on held-out data."""
 TRUNK_FIELDS = (
@@ -111,8 +113,8 @@ class Stage:
 
     @property
     def is_done(self) -> bool:
-        done = self.steps_done
-        return done is not None and done >= self.steps
+        done, ended = self.steps_done, self.run_dir / ENDED_MARKER
+        return done is not None and (done >= self.steps or (ended.is_file() and ended.read_text() == f"{done}\n"))
 
     @property
     def result(self) -> Path:
