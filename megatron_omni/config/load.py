@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_omni.config.run import Recipe
 
-MAX_EXTENDS = 3
+MAX_EXTENDS = 5
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:

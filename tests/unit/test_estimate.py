@@ -110,12 +110,18 @@ def full_plan(name: str, gpus: int, *overrides: str) -> Plan:
 
 
 @pytest.mark.parametrize("gpus", [8, 32, 64])
-def test_layout_recipes_of_the_full_model_fit_their_gpus(gpus: int) -> None:
-    plan = full_plan(f"layout/sft_{gpus}x80gb.yaml", gpus)
-    assert count_parameters(plan.recipe.model).language == 26_151_734_784
+@pytest.mark.parametrize("stage", ["1_pretrain", "2_expert_warmup_vision", "3_sft", "4_anneal"])
+def test_every_stage_of_the_full_model_has_a_layout_that_fits(stage: str, gpus: int) -> None:
+    """The dense stages as they are, those of the mixture by a layout recipe."""
+    name = f"layout/{stage[2:]}_{gpus}x80gb" if stage in ("3_sft", "4_anneal") else stage
+    plan = full_plan(f"{name}.yaml", gpus)
+    language = 26_151_734_784 if stage in ("3_sft", "4_anneal") else 7_615_616_512
+    assert count_parameters(plan.recipe.model).language == language
     assert plan.fits and plan.usable_bytes <= 73.6 * GIB
     assert 0.05 < plan.mfu < 0.6
-    assert plan.tokens_per_step == pytest.approx(full_plan("3_sft.yaml", 64).tokens_per_step)
+    whole = load_recipe(ROOT / "recipes" / f"{stage}.yaml")
+    assert plan.tokens_per_step == whole.data.global_batch_size * whole.data.seq_length
+    assert set(plan.recipe.freeze) - set(whole.freeze) <= {"new_token_rows"} and plan.recipe.task == whole.task
 
 
 def test_the_stage_recipe_does_not_fit_one_machine_and_no_layout_saves_it() -> None:
