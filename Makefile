@@ -45,7 +45,7 @@ test: venv ## run the tests (CPU, gloo)
 
 stress: venv ## random faults on small runs and both shapes of SLURM job, by hand (TRIALS=100); docs/reliability.md has results
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.stress.faults --trials $(TRIALS)
-	OMNI_STRESS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm
+	OMNI_STRESS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm tests/unit/test_flipped_bits.py
 
 lint: venv ## ruff
 	$(BIN)/ruff check .

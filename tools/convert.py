@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILURE
     except KeyboardInterrupt:
-        print("interrupted: what was written is removed; a rerun starts clean", file=sys.stderr)
+        print("interrupted: nothing that looks finished is left; a rerun starts clean", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 

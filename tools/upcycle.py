@@ -57,8 +57,6 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages; faults of small ones cost more than copying
 
     from megatron_omni.checkpoint.commit import CheckpointError
-    from megatron_omni.checkpoint.layout import Layout
-    from megatron_omni.checkpoint.upcycle import upcycle
 
     # --speech takes all the words that follow it, settings included.
     settings = [str(word) for word in words.speech if str(word).startswith(("model.", "data.")) and "=" in word.name]
@@ -67,6 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
     paths |= {f"speech{i + 1}": path for i, path in enumerate(speech)}
     paths |= {"base": words.base}
     try:
+        from megatron_omni.checkpoint.layout import Layout
+        from megatron_omni.checkpoint.upcycle import upcycle
+
         directory = upcycle(
             paths,
             words.out,
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
             token_rows=words.token_rows,
         )
     except KeyboardInterrupt:
-        print("interrupted: nothing was left behind; a rerun starts clean", file=sys.stderr)
+        print("interrupted: nothing that looks finished is left; a rerun starts clean", file=sys.stderr)
         return 130
     except (ValueError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -102,6 +102,15 @@ def abandon(root: Path, step: int) -> None:
     shutil.rmtree(temporary_dir(root, step), ignore_errors=True)
 
 
+def withdraw(root: Path, step: int) -> None:
+    """Remove every trace of ``step``, the only checkpoint of ``root``, published or not."""
+    abandon(root, step)
+    if iteration_dir(root, step).exists():
+        _remove(iteration_dir(root, step))
+    for name in (TRACKER, f".{TRACKER}.partial"):
+        (root / name).unlink(missing_ok=True)
+
+
 def retire(root: Path, *, keep: int) -> None:
     """Remove all but the ``keep`` newest checkpoints up to the tracker's, which always stays, and the best. 0 keeps all."""
     latest = tracked_step(root)
@@ -157,18 +166,24 @@ def write_manifest(directory: Path, *, digests: dict[str, str] | None = None) ->
     """Write SHA-256 of every file below ``directory``; ``digests`` are those that are known already."""
     known = digests or {}
     files = {name: known.get(name) or sha256(directory / name) for name in _files(directory)}
-    write_text(directory / MANIFEST, json.dumps({"algorithm": "sha256", "files": files}, indent=1))
+    write_text(directory / MANIFEST, _manifest_text(files))
+
+
+def _manifest_text(files: dict[str, str]) -> str:
+    return json.dumps({"algorithm": "sha256", "files": files}, indent=1)
 
 
 def check(directory: Path) -> None:
     """Raise CheckpointError, naming the file, unless every file of the manifest is there and has its hash."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        recorded = dict(manifest["files"])
+        text = (directory / MANIFEST).read_text(encoding="utf-8")
+        recorded = dict(json.loads(text)["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{directory / MANIFEST}: missing or unreadable ({error}); not a whole checkpoint"
         ) from error
+    if text != _manifest_text(recorded):
+        raise CheckpointError(f"{directory / MANIFEST}: not as it was written; not a whole checkpoint")
     present = set(_files(directory))
     for name, digest in recorded.items():
         if name not in present:

@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from megatron_omni.checkpoint.plan import Job, Plan, make_plan
 from megatron_omni.checkpoint.progress import ByteProgress
 from megatron_omni.checkpoint.sources import Digests, HuggingFaceSource, check_finite
 from megatron_omni.checkpoint.tensor_files import ConversionError, SafetensorsWriter
-from megatron_omni.checkpoint.tokenizer_files import copy_tokenizer
+from megatron_omni.checkpoint.tokenizer_files import copy_tokenizer, read_vocabulary
 from megatron_omni.checkpoint.torch_dist import COMMON_STATE, TorchDistWriter
 from megatron_omni.checkpoint.uni_moe import GENERATORS
 from megatron_omni.config.load import recipe_to_yaml
@@ -64,7 +64,6 @@ def import_checkpoint(
     dtype: str = "auto",
     tokenizer: Path | None = None,
     command: str = "import",
-    notes: dict[str, Any] | None = None,
     finishing: Callable[[Path, dict[str, Any]], None] | None = None,
 ) -> Path:
     """Write ``out/checkpoints/iter_0000000``, which ``init_from=out`` loads at any layout; the directory.
@@ -85,15 +84,19 @@ def import_checkpoint(
     if commit.steps(root) or commit.tracked_step(root) is not None:  # a tracker that said 0 would roll a run back
         raise ConversionError(f"{out}: holds a checkpoint already; choose another --out or remove it")
     recipe.optim.precision = "bf16" if target == torch.bfloat16 else "fp32"
+    appended = read_vocabulary(tokenizer).appended if tokenizer is not None else {}
     size = sum(math.prod(job.entry.shape) * target.itemsize for job in plan.jobs)
     check_space(out, size + sum(part.source.infos()[key].num_bytes for part, key in plan.carried))
     digests = Digests(file for part in parts for file in part.source.files())
+    made = [place for place in (root, out) if not place.exists()]
     directory = commit.begin(root, 0)
     try:
         with disk_errors(out):
-            known, lines = _write_tensors(directory, plan, layout, target, recipe.model, digests, label=command)
-            files, carried = _write_carried(directory, plan)
+            progress = ByteProgress(command, plan.num_bytes())
+            known, lines = _write_tensors(directory, plan, layout, target, recipe.model, digests, progress)
+            files, carried = _write_carried(directory, plan, progress)
             known |= files
+            progress.finish()
             _check_twins(plan)
             _write_documents(directory, parts, recipe, tokenizer)
             sources = [{"file": str(p), "bytes": p.stat().st_size, "sha256": d} for p, d in digests.result().items()]
@@ -106,15 +109,18 @@ def import_checkpoint(
                 "tensors": lines,
                 "carried": carried,
                 "twins": [{"key": key, "equal_to": other} for _, key, other in plan.twins],
-                "ignored": [{"key": key, "source": p.source.label} for p, key in plan.ignored],
+                "appended_tokens": appended,
             }
-            write_ledger(directory, ledger | (notes or {}))
+            write_ledger(directory, ledger)
             if finishing is not None:
                 finishing(directory, ledger)
             return commit.publish(root, 0, keep=0, digests=known)
     except BaseException:
         digests.stop()
-        commit.abandon(root, 0)
+        commit.withdraw(root, 0)
+        for place in made:
+            with suppress(OSError):  # somebody else's file is in it
+                place.rmdir()
         raise
 
 
@@ -125,12 +131,10 @@ def _write_tensors(
     target: torch.dtype,
     model: ModelConfig,
     digests: Digests,
-    *,
-    label: str,
+    progress: ByteProgress,
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Every block of the layout; SHA-256 of the files and the ledger's lines."""
     writer, lines, hasher = TorchDistWriter(directory), [], ThreadPoolExecutor(1)
-    progress = ByteProgress(label, plan.num_bytes())
     try:
         writer.write_object(COMMON_STATE, [{}])
         with made_ahead(lambda job: _made(job, target), plan.jobs) as made:
@@ -153,9 +157,7 @@ def _write_tensors(
                 del tensor, block
                 progress.add(sum(infos[key].num_bytes for key in entry.theirs))
                 digests.follow(progress.done / max(1, progress.total))
-        files = writer.finish()
-        progress.finish()
-        return files, lines
+        return writer.finish(), lines
     except BaseException:
         writer.close()
         raise
@@ -182,7 +184,7 @@ def _said(part: Part) -> dict[str, Any]:
     return {"family": part.family, "source": part.source.label, "is_path": is_path, "options": part.options}
 
 
-def _write_carried(directory: Path, plan: Plan) -> tuple[dict[str, str], list[dict[str, Any]]]:
+def _write_carried(directory: Path, plan: Plan, progress: ByteProgress) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """SHA-256 of the file of carried weights, and the ledger's line of each."""
     lines: list[dict[str, Any]] = []
     if not plan.carried:
@@ -195,6 +197,7 @@ def _write_carried(directory: Path, plan: Plan) -> tuple[dict[str, str], list[di
             writer.write(name, tensor)
             said = {"dtype": dtype_name(info.dtype), "shape": list(info.shape), "sha256": tensor_digest(tensor)}
             lines.append({"key": key, "source": part.source.label, "as": name, **said})
+            progress.add(info.num_bytes)
         return {CARRIED: writer.finish()}, lines
     except BaseException:
         writer.close()

@@ -10,9 +10,9 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ class Opened:
     """A checkpoint of ours to read: its recipe, tensors, and what conversion left beside them."""
 
     directory: Path
+    origin: Path
+    """Where ledger, carried weights and documents lie: ``directory``, or the checkpoint that a trained one descends from."""
     recipe: Recipe
     reader: TorchDistReader
     ledger: dict[str, Any]
@@ -86,6 +88,7 @@ def open_ours(path: Path, *, like: Path | None = None, check: bool = False) -> O
     documents = origin / DOCUMENTS
     return Opened(
         directory=directory,
+        origin=origin,
         recipe=recipe,
         reader=open_reader(directory, recipe.model.lora),
         ledger=read_ledger(origin) or {},
@@ -159,12 +162,13 @@ def export_checkpoint(
             others = sorted(file for file in temporary.iterdir() if file.name not in outputs)
             outputs |= {file.name: digest for file, digest in Digests(others).result().items()}
             _compare_manifest(opened.directory, manifest, digests.result())
+            places = {"source": str(opened.directory.absolute())}
+            if opened.origin != opened.directory:
+                places["like"] = str(opened.origin.absolute())
             ledger = {
                 "command": "export",
-                "parts": [
-                    {"family": family, "options": opened.options(family), "source": str(opened.directory.absolute())}
-                ],
-                "sources": [{"file": name, "sha256": digest} for name, digest in manifest.items()],
+                "parts": [{"family": family, "options": opened.options(family), **places}],
+                "sources": [{"file": name, "sha256": digest} for name, digest in source_digests(opened).items()],
                 "outputs": [{"file": name, "sha256": digest} for name, digest in outputs.items()],
                 "tensors": lines,
             }
@@ -249,6 +253,26 @@ def _carried_write(opened: Opened, key: str, name: str) -> _Write:
     return _Write(key, opened.carried[name].dtype, opened.carried[name].shape, carried=name)
 
 
+def source_digests(opened: Opened) -> dict[str, str]:
+    """SHA-256 of what an export reads, as the manifests say: files of the checkpoint, carried weights of another one."""
+    digests = _manifest(opened.directory)
+    if opened.carried and opened.origin != opened.directory:
+        digests[str(opened.origin.absolute() / CARRIED)] = _manifest(opened.origin)[CARRIED]
+    return digests
+
+
+def made_again(opened: Opened, family: str, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor) of everything that an export of ``opened`` with these ``dtypes`` holds."""
+    plan = [replace(write, dtype=dtypes.get(write.key, write.dtype)) for write in _export_plan(opened, family, "auto")]
+    for group in _groups(plan):
+        yield from zip((write.key for write in group), _made(group, opened))
+
+
+def _groups(writes: Sequence[_Write]) -> list[list[_Write]]:
+    """The parts of an entry are made of one tensor, which is read once."""
+    return [list(group) for _, group in itertools.groupby(writes, key=lambda w: id(w.entry) if w.entry else w.key)]
+
+
 def _shards(writes: Sequence[_Write], limit: int) -> dict[str, list[_Write]]:
     """File name -> tensors, in order; the parts of one entry may lie in two files."""
     groups: list[list[_Write]] = [[]]
@@ -271,10 +295,8 @@ def _write_shards(
     writes = [write for group in files.values() for write in group]
     progress, hasher = ByteProgress("export", sum(write.num_bytes for write in writes)), ThreadPoolExecutor(1)
     outputs, lines = {}, []
-    # The parts of an entry are made of one tensor, which is read once.
-    groups = [list(group) for _, group in itertools.groupby(writes, key=lambda w: id(w.entry) if w.entry else w.key)]
     try:
-        with made_ahead(lambda group: _made(group, opened), groups) as made:
+        with made_ahead(lambda group: _made(group, opened), _groups(writes)) as made:
             tensors = (pair for group, parts in made for pair in zip(group, parts))
             for name, group in files.items():
                 writer = SafetensorsWriter(directory / name, [(w.key, w.dtype, w.shape) for w in group])

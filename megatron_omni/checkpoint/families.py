@@ -45,8 +45,6 @@ class Part:
     rows: Sequence[Row]
     carried: tuple[str, ...] = ()
     """Patterns of keys without a row that are kept for a checkpoint written back."""
-    ignored: tuple[str, ...] = ()
-    """Patterns of keys that are left out on purpose."""
     same: dict[str, str] = field(default_factory=dict)
     """Key -> another key that must be equal to it, bit for bit (tied weights that are stored twice)."""
     options: Options = field(default_factory=dict)

@@ -6,9 +6,10 @@
     sources                    every file read: path, size, SHA-256
     tensors                    every tensor of ours (or expert's share): keys it was made of, their dtypes, transform,
                                dtype, shape, SHA-256 of its bytes
-    carried, twins, ignored    the keys that fill nothing: kept beside (with dtype, shape, SHA-256), equal to another,
-                               left out on purpose
+    carried, twins             the keys that fill nothing: kept beside (with dtype, shape, SHA-256), equal to another
+    appended_tokens            special tokens that the tokenizer lacked: nobody has trained their rows
     outputs                    of an export: every file that it wrote, with SHA-256
+    checksum                   SHA-256 of this file, with zeros in its place
 
 ``verify`` reads every tensor back and compares it with its line; given the sources, it makes every tensor again from
 them. A recorded first-step loss lies beside the checkpoint (``iter_0000000.loss.json``), since it is measured later.
@@ -38,6 +39,7 @@ from megatron_omni.checkpoint.tensor_files import DTYPES, ConversionError, tenso
 
 LEDGER = "conversion.json"
 FORMAT = 1
+NO_CHECKSUM = "0" * 64
 
 TENSOR: dict[str, type] = {"key": str, "dtype": str, "shape": list, "sha256": str}
 LINES: dict[str, dict[str, type]] = {
@@ -88,6 +90,9 @@ def read_ledger(directory: Path) -> dict[str, Any] | None:
     ledger = read_json(path)
     if ledger.get("format") != FORMAT:
         raise ConversionError(f"{path}: expected a ledger of format {FORMAT}, found format {ledger.get('format')!r}")
+    tokens = ledger.get("appended_tokens", {})
+    if not isinstance(tokens, dict) or not all(isinstance(number, int) for number in tokens.values()):
+        raise ConversionError(f"{path}: appended_tokens: damaged: expected a table of names to ids, found {tokens!r}")
     lists = ("parts", "sources", "tensors", "outputs" if ledger.get("command") == "export" else "carried")
     for name in lists:
         check_fields(ledger.get(name), LINES[name], where=f"{path}: {name}")
@@ -113,7 +118,19 @@ def check_fields(lines: Any, fields: Mapping[str, type], *, where: str) -> None:
 
 def write_ledger(directory: Path, ledger: dict[str, Any]) -> None:
     """Write ``conversion.json``."""
-    write_text(directory / LEDGER, json.dumps({"format": FORMAT, **ledger}, indent=1))
+    text = json.dumps({"format": FORMAT, "checksum": NO_CHECKSUM, **ledger}, indent=1)
+    write_text(directory / LEDGER, text.replace(NO_CHECKSUM, hashlib.sha256(text.encode()).hexdigest()))
+
+
+def check_ledger(directory: Path) -> None:
+    """CheckpointError unless the readable ledger in ``directory`` is, to the bit, the one that was written."""
+    text = (directory / LEDGER).read_text(encoding="utf-8")
+    found = str(json.loads(text).get("checksum"))
+    digest = hashlib.sha256(text.replace(found, NO_CHECKSUM).encode()).hexdigest()
+    if digest != found:
+        raise CheckpointError(
+            f"{directory / LEDGER}: contents do not match its checksum: expected {found}, found {digest}"
+        )
 
 
 def check_lines(

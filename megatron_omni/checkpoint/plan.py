@@ -1,6 +1,6 @@
 """What a conversion will do, decided from headers alone: every key of every source and every tensor of ours, once.
 
-A key without a row that is neither carried nor a twin nor left out on purpose, a tensor of ours that nothing fills, one
+A key without a row that is neither carried nor a twin, a tensor of ours that nothing fills, one
 that two rows fill, and a wrong shape are collected, listed, and end the conversion before a byte is written.
 """
 
@@ -33,7 +33,6 @@ class Plan:
     carried: list[tuple[Part, str]]
     twins: list[tuple[Part, str, str]]
     """(part, key, the key that it must equal)."""
-    ignored: list[tuple[Part, str]]
 
     def dtypes(self) -> set[torch.dtype]:
         """Of everything that fills our tensors."""
@@ -49,7 +48,7 @@ def make_plan(parts: Sequence[Part], wanted: Iterable[Row]) -> Plan:
     """The plan that fills every row of ``wanted`` from ``parts``; ConversionError lists everything that does not fit."""
     jobs = [Job(part, entry) for part in parts for entry in expand(part.rows)]
     problems = [*_unfilled(jobs, wanted), *(p for job in jobs for p in _misfits(job))]
-    carried, twins, ignored = [], [], []
+    carried, twins = [], []
     for part in parts:
         used = {key for job in jobs if job.part is part for key in job.entry.theirs}
         for key in part.source.infos():
@@ -59,15 +58,13 @@ def make_plan(parts: Sequence[Part], wanted: Iterable[Row]) -> Plan:
                 twins.append((part, key, part.same[key]))
             elif any(re.fullmatch(pattern, key) for pattern in part.carried):
                 carried.append((part, key))
-            elif any(re.fullmatch(pattern, key) for pattern in part.ignored):
-                ignored.append((part, key))
             else:
                 path = part.source.infos()[key].path
                 problems.append(f"{path}: the key {key!r} has no place in a {part.family} model")
     if problems:
         heading = f"the sources do not fit ({len(problems)} problems):"
         raise ConversionError(problems[0] if len(problems) == 1 else listed(heading, problems))
-    return Plan(jobs, carried, twins, ignored)
+    return Plan(jobs, carried, twins)
 
 
 def listed(heading: str, lines: Sequence[str]) -> str:

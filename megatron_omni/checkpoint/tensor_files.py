@@ -175,9 +175,11 @@ class HashedFile:
         return self._digest.hexdigest()
 
     def close(self) -> None:
-        """Close without flushing to disk (after a failure)."""
+        """Close without flushing to disk (after a failure); a file that is closed already stays so."""
         self._hasher.shutdown()
-        os.close(self._descriptor)
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:  # its number may be another file's by now
+            os.close(descriptor)
 
     def _fill(self, view: memoryview) -> None:
         while view:

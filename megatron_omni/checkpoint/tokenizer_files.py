@@ -124,7 +124,7 @@ def copy_tokenizer(source: Path, target: Path) -> list[Path]:
         model.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in names])
         for name in names:
             assert model.token_to_id(name) == appended[name], name
-    model.save(str(target / "tokenizer.json"))
+    (target / "tokenizer.json").write_text(model.to_str(pretty=True), encoding="utf-8")  # save hides a full disk
     if appended and (target / "tokenizer_config.json").is_file():
         _list_added_tokens(target / "tokenizer_config.json", target / "tokenizer.json")
     return [*written, target / "tokenizer.json"]

@@ -208,6 +208,8 @@ class UpcycledSource:
             number = sum(any(re.fullmatch(p, key) for p in GENERATORS) for key in source.tensors.infos())
             if number:
                 found.append(f"{source.path}: {number} weights of generators; carry them with an import of their own")
+            if number := getattr(source.tensors, "num_left_out", 0):
+                found.append(f"{source.path}: {number} carried weights that the released layout has no place for")
         return found
 
     def report(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -443,10 +445,10 @@ def reopen(report: Mapping[str, Any], model: ModelConfig) -> UpcycledSource:
 def _new_tokens(trunk: DenseSource, rule: str) -> dict[str, int]:
     vocabulary = trunk.vocabulary
     assert vocabulary is not None
-    untrained = isinstance(trunk.tensors, OursSource) and not trunk.tensors.is_trained
-    if rule == "mean" or (rule == "auto" and untrained):
+    if rule == "mean":
         return {name: vocabulary.specials[name] for name in NEW_SPECIALS if name in vocabulary.specials}
-    return dict(vocabulary.appended) if rule == "auto" and not isinstance(trunk.tensors, OursSource) else {}
+    untrained = trunk.tensors.untrained if isinstance(trunk.tensors, OursSource) else vocabulary.appended
+    return dict(untrained) if rule == "auto" else {}
 
 
 def _recipe(model: ModelConfig, overrides: Sequence[str]) -> Recipe:

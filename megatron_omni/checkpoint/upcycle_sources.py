@@ -7,6 +7,7 @@ written, by the same plan that an import makes.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +50,8 @@ class OursSource:
 
     def __init__(self, opened: Opened) -> None:
         self.label = str(opened.directory)
-        self.is_trained = not opened.ledger
-        """Whether a run wrote it; an imported checkpoint has a ledger."""
+        self.untrained: dict[str, int] = opened.ledger.get("appended_tokens", {})
+        """Special tokens whose rows nobody has trained; a run, which has no ledger, trains all of them."""
         self._opened = opened
         self._places: dict[str, tuple[Entry, int]] = {}
         self._infos: dict[str, TensorInfo] = {}
@@ -70,8 +71,15 @@ class OursSource:
             for part, (key, shape) in enumerate(zip(entry.theirs, entry.shapes)):
                 self._places[key] = entry, part
                 self._infos[key] = TensorInfo(opened.directory, key, found.dtype, shape, 0)
+        known = FAMILIES["uni_moe"].carried
         carried = {their_name("uni_moe", {}, name): info for name, info in opened.carried.items()}
-        self._carried = {key: dataclasses.replace(info, key=key) for key, info in carried.items() if key is not None}
+        self._carried = {
+            key: dataclasses.replace(info, key=key)
+            for key, info in carried.items()
+            if key is not None and any(re.fullmatch(pattern, key) for pattern in known)
+        }
+        self.num_left_out = len(opened.carried) - len(self._carried)
+        """Carried weights that the released layout has no place for: SigLIP's last layer and text tower."""
         self._infos |= self._carried
 
     def infos(self) -> Mapping[str, TensorInfo]:

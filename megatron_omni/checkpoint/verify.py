@@ -14,10 +14,17 @@ from typing import Any
 from megatron_omni.checkpoint import commit
 from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.checkpoint.convert import CARRIED, import_checkpoint
-from megatron_omni.checkpoint.export import Opened, export_checkpoint, open_ours
+from megatron_omni.checkpoint.export import Opened, export_checkpoint, made_again, open_ours, source_digests
 from megatron_omni.checkpoint.families import FAMILIES, Part
 from megatron_omni.checkpoint.layout import Layout
-from megatron_omni.checkpoint.ledger import DTYPES_BY_NAME, LEDGER, check_lines, read_ledger, tensor_digest
+from megatron_omni.checkpoint.ledger import (
+    DTYPES_BY_NAME,
+    LEDGER,
+    check_ledger,
+    check_lines,
+    read_ledger,
+    tensor_digest,
+)
 from megatron_omni.checkpoint.names import Row, expand
 from megatron_omni.checkpoint.progress import ByteProgress
 from megatron_omni.checkpoint.sources import Digests, HuggingFaceSource, Source
@@ -34,9 +41,10 @@ def verify(path: Path, *, sources: dict[str, Path] | None = None) -> list[str]:
     ``sources``: where the sources lie now, by family, if not where they were; those that are gone are said to be.
     """
     if (path / LEDGER).is_file() and not (path / commit.MANIFEST).is_file():
-        return _verify_export(path)
+        return _verify_export(path, sources or {})
     opened = open_ours(path, check=True)
     ledger = opened.ledger
+    _check_tracker(path, opened.directory)
     if not ledger or ledger.get("command") == "export":
         raise ConversionError(f"{opened.directory}: has no {LEDGER}; only converted checkpoints can be verified")
     stored, listed = set(opened.reader.tensors), {line["key"] for line in ledger["tensors"]}
@@ -85,9 +93,17 @@ def _verify_made(ledger: dict[str, Any], record: dict[str, Any], opened: Opened)
     return _verify_source(ledger, record, source, {file: digests.get(file) for file in source.files()}, opened.recipe)
 
 
-def _verify_export(path: Path) -> list[str]:
+def _check_tracker(path: Path, directory: Path) -> None:
+    """The file that names the step, which a start from the directory ``path`` asks."""
+    tracker, expected = directory.with_name(commit.TRACKER), f"{directory.name[5:].lstrip('0') or '0'}\n"
+    if path != directory and (not tracker.is_file() or tracker.read_bytes() != expected.encode()):
+        raise CheckpointError(f"{tracker}: expected {expected!r}, found something else; restore it from a copy")
+
+
+def _verify_export(path: Path, places: dict[str, Path]) -> list[str]:
     ledger = read_ledger(path)
     assert ledger is not None
+    check_ledger(path)
     files = {path / output["file"]: output["sha256"] for output in ledger["outputs"]}
     for file in files:
         if not file.is_file():
@@ -103,7 +119,24 @@ def _verify_export(path: Path) -> list[str]:
         )
     for _ in check_lines(ledger["tensors"], lambda key, expert: source.read(key), where=path):
         pass
-    return [f"{path}: every file has its hash, {len(keys)} tensors are those of the ledger"]
+    done = [f"{path}: every file has its hash, {len(keys)} tensors are those of the ledger"]
+    (part,) = ledger["parts"]
+    place, like = places.get(part["family"], Path(part["source"])), Path(part["like"]) if "like" in part else None
+    if gone := [directory for directory in (place, like) if directory is not None and not directory.exists()]:
+        return [*done, f"{part['family']}: {gone[0]} is not here; its tensors were not made again"]
+    return [*done, _verify_exported(ledger, open_ours(place, like=like, check=True))]
+
+
+def _verify_exported(ledger: dict[str, Any], opened: Opened) -> str:
+    """Make every tensor of an export again from the checkpoint that it was made of."""
+    if {said["file"]: said["sha256"] for said in ledger["sources"]} != source_digests(opened):
+        raise CheckpointError(f"{opened.directory}: is not the checkpoint that was exported: its SHA-256s are others")
+    lines = {line["key"]: line for line in ledger["tensors"]}
+    family, dtypes = ledger["parts"][0]["family"], {key: DTYPES_BY_NAME[lines[key]["dtype"]] for key in lines}
+    for key, tensor in made_again(opened, family, dtypes):
+        if tensor_digest(tensor) != lines[key]["sha256"]:
+            raise CheckpointError(f"{opened.directory}: does not make the exported {key!r}")
+    return f"{family}: {len(lines)} tensors made again from {opened.directory}, all equal"
 
 
 def _verify_source(

@@ -10,10 +10,12 @@ from megatron_omni.checkpoint.convert import import_checkpoint
 from megatron_omni.checkpoint.export import export_checkpoint, open_ours
 from megatron_omni.checkpoint.families import open_sources
 from megatron_omni.checkpoint.layout import Layout
+from megatron_omni.checkpoint.upcycle import upcycle
 from megatron_omni.config.run import Recipe
 from tests.distributed.harness import run_ranks
 from tests.parity import foreign
 from tests.parity.foreign import IDS, relative_error
+from tests.unit.dense_checkpoints import write_tokenizer
 
 LAYOUTS = {
     "TP2": ({"tensor_model_parallel_size": 2}, 2),
@@ -23,10 +25,12 @@ LAYOUTS = {
 BOUND = 1e-5
 
 
-def converted(out: Path, layout: Layout | None = None, **sources: Path | int | None) -> str:
+def converted(
+    out: Path, layout: Layout | None = None, *, tokenizer: Path | None = None, **sources: Path | int | None
+) -> str:
     opened = open_sources(**sources)  # type: ignore[arg-type]
     recipe = Recipe(model=opened.model)
-    return str(import_checkpoint(opened.parts, recipe, out, wanted=opened.wanted, layout=layout))
+    return str(import_checkpoint(opened.parts, recipe, out, wanted=opened.wanted, layout=layout, tokenizer=tokenizer))
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -57,12 +61,17 @@ def test_many_groups_and_another_layout_on_disk(tmp_path: Path) -> None:
 
 
 def test_encoders_equal_transformers_on_every_layout(tmp_path: Path) -> None:
-    """SigLIP without its last layer, Whisper's encoder, and its decoder over given query vectors."""
+    """SigLIP without its last layer, Whisper's encoder, and its decoder over given query vectors.
+
+    Expert parallelism is for models with experts, so EP2 runs the same towers in a mixture that was upcycled from them.
+    """
     foreign.qwen2(tmp_path / "text")
     eyes, ears = foreign.siglip(tmp_path / "vision"), foreign.whisper(tmp_path / "audio")
     directory = converted(
-        tmp_path / "ours", language=tmp_path / "text", vision=tmp_path / "vision", audio=tmp_path / "audio", draw_seed=7
-    )
+        tmp_path / "ours", language=tmp_path / "text", vision=tmp_path / "vision", audio=tmp_path / "audio", draw_seed=7,
+        tokenizer=write_tokenizer(tmp_path / "tokenizer"),
+    )  # fmt: skip
+    mixture = upcycle({"vision": tmp_path / "ours", "base": tmp_path / "ours"}, tmp_path / "mixture")
     noise = torch.Generator().manual_seed(5)
     inputs = {
         "pixels": torch.randn(2, 3, 30, 30, generator=noise),
@@ -73,6 +82,8 @@ def test_encoders_equal_transformers_on_every_layout(tmp_path: Path) -> None:
         ranks = [a for a in run_ranks(foreign.computed, world, directory, sizes, inputs) if "vision" in a]
         assert len(ranks) == sizes.get("tensor_model_parallel_size", 1), "encoders are on the first stage"
         answers += ranks
+    answers += run_ranks(foreign.computed, 2, str(mixture), {"expert_model_parallel_size": 2}, inputs)
+    assert len(answers) == 1 + 2 + 1 + 2 + 2
     with torch.no_grad():
         seen = eyes(inputs["pixels"], output_hidden_states=True).hidden_states[-2]
         frames = ears.model.encoder(inputs["sound"]).last_hidden_state

@@ -67,7 +67,7 @@ def test_generators_are_carried_there_and_back(whole: Path, tmp_path: Path, capl
     assert all(before[k].dtype == after[k].dtype and torch.equal(before[k], after[k]) for k in before)
     config = json.loads((back / "config.json").read_text())
     assert config["tune_image_generator"] is True and config["speech_generator_type"] == "ar_ori_v2_new"
-    assert len(verify(back)) == 1 and len(verify(tmp_path / "ours")) == 2
+    assert len(verify(back)) == 2 and len(verify(tmp_path / "ours")) == 2
     change(hf, lambda tensors: tensors.update({"speech_generation.x": torch.ones(1)}))
     with pytest.raises(ConversionError, match=r"'speech_generation\.x' has no place in a uni_moe model"):
         imported(hf, tmp_path / "other")
@@ -113,7 +113,7 @@ def test_a_changed_rotary_base_is_written_wherever_the_configuration_has_one(tmp
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "preprocessor_config.json", "model.safetensors"])
 def test_every_file_of_an_export_is_in_its_ledger(ours: Opened, tmp_path: Path, name: str) -> None:
     out = export_checkpoint(ours, tmp_path / "back")
-    assert len(verify(out)) == 1
+    assert len(verify(out)) == 2
     content = bytearray((out / name).read_bytes())
     content[-2] ^= 1
     (out / name).write_bytes(content)
@@ -144,6 +144,32 @@ def test_a_damaged_ledger_is_one_error(
     damage(ledger)
     (out / "conversion.json").write_text(json.dumps(ledger))
     with pytest.raises(ConversionError, match=r"conversion\.json: .*" + said):
+        verify(out)
+
+
+def test_verify_makes_an_export_again(
+    whole: Path, ours: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the checkpoint, in the types that were asked for; carried weights from the one that it descends from."""
+    trained = tmp_path / "trained"
+    shutil.copytree(tmp_path / "ours" / "checkpoints", trained / "checkpoints")
+    directory = trained / "checkpoints" / "iter_0000000"
+    for name in ("conversion.json", "carried.safetensors"):  # as a run leaves it
+        (directory / name).unlink()
+    shutil.rmtree(directory / "hf")
+    commit.write_manifest(directory)
+    out = export_checkpoint(open_ours(trained, like=tmp_path / "ours"), tmp_path / "back", dtype="bf16")
+    monkeypatch.chdir("/")
+    count = len(tensors_of(whole))
+    assert verify(out)[1] == f"uni_moe: {count} tensors made again from {directory}, all equal"
+    trained.rename(tmp_path / "moved")
+    assert f"{directory} is not here" in verify(out)[1]
+    assert verify(out, sources={"uni_moe": tmp_path / "moved"})[1].endswith("all equal")
+    (tmp_path / "moved").rename(trained)
+    file = directory / "run_config.yaml"
+    file.write_text(file.read_text() + "\n")
+    commit.write_manifest(directory)
+    with pytest.raises(CheckpointError, match=r"iter_0000000: is not the checkpoint that was exported"):
         verify(out)
 
 
