@@ -297,13 +297,15 @@ def compose(
 
 
 def tokenizer_corpus(assets: Assets) -> str:
-    """Words and phrases on lines of their own, so that no learned piece spans two of them."""
+    """Words and phrases on lines of their own, so that no learned piece spans two of them; the chat template's roles,
+    which stand in every sample, are words too.
+    """
     words = [*assets.english, *assets.notes, *ENGLISH_RELATIONS.values(), *media.DIRECTIONS, "said:"]
     chinese = [*assets.chinese, *CHINESE_RELATIONS.values(), "在", "，"]
     prompts = [part for value in PROMPTS.values() for part in ([value] if isinstance(value, str) else value)]
     questions = [text.replace("{}", "").replace("<image>", "").replace("<audio>", "").replace("<video>", "")
                  for text in prompts]  # fmt: skip
-    lines = [f"x {word}" for word in words] + words + chinese
+    lines = [f"x {word}" for word in words] + words + chinese + ["user", "assistant"]
     return "\n".join((lines * 20) + questions * 20) + "\n"
 
 
