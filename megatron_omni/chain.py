@@ -8,8 +8,9 @@
 
 A stage is a training run in ``run_dir/<name>`` or an upcycling of earlier stages; ``init_from`` and the sources of an
 upcycling are names of earlier stages (or paths). Nothing is remembered beside what the stages leave: a run is finished when
-its newest checkpoint is that of its last step, and what it was started from stands in its ``resolved.yaml``. So a chain that
-was stopped anywhere goes on there, and a stage whose predecessor was made anew since is an error, not a guess.
+its newest checkpoint is that of its last step (``train_iters``, or where its data ended), and what it was started from
+stands in its ``resolved.yaml``. So a chain that was stopped anywhere goes on there, and a stage whose predecessor was made
+anew since is an error, not a guess.
 
 Training stages are subprocesses (torchrun, or ``launcher``), so that none leaves memory or process groups behind. Needs
 neither torch nor megatron but for the upcycling itself.
@@ -357,7 +358,7 @@ def _said(inputs: dict[str, Path]) -> str:
 def training_command(chain: Chain, stage: Stage, python: str) -> list[str]:
     """The subprocess of a training stage whose predecessors are finished."""
     launcher = (
-        [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(chain.nproc_per_node)]
+        [python, "-m", "megatron_omni.platform.torchrun", "--standalone", "--nproc-per-node", str(chain.nproc_per_node)]
         if chain.launcher is None
         else chain.launcher.split()
     )

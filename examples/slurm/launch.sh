@@ -12,7 +12,8 @@ RANKS_PER_NODE=$SLURM_NTASKS_PER_NODE
 export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
 export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 export WORLD_SIZE=$((NODES * RANKS_PER_NODE))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE / RANKS_PER_NODE > 0 ? SLURM_CPUS_ON_NODE / RANKS_PER_NODE : 1))}
+CPUS_PER_RANK=$((SLURM_CPUS_ON_NODE / RANKS_PER_NODE > 0 ? SLURM_CPUS_ON_NODE / RANKS_PER_NODE : 1))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS_PER_RANK}
 # A failed collective must end its rank, not leave it waiting.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 
@@ -25,12 +26,13 @@ each_node() { on_nodes "${python[@]}" "$@"; }
 
 launch() {
   if [ "$LAUNCH" = torchrun ]; then
-    # torchrun must be told to pass USR1 on, and to wait long enough for the checkpoint.
-    on_nodes bash -c 'export PET_NODE_RANK=$SLURM_NODEID; exec "$@"' _ "${python[@]}" -m torch.distributed.run \
+    # Our torchrun passes USR1 on and ends without a traceback; it must be told how long the checkpoint may take.
+    on_nodes bash -c 'export PET_NODE_RANK=$SLURM_NODEID; exec "$@"' _ "${python[@]}" -m megatron_omni.platform.torchrun \
       --nnodes "$NODES" --nproc-per-node "$RANKS_PER_NODE" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
-      --max-restarts 0 --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout "$SAVE_SECONDS" "$@"
+      --max-restarts 0 --shutdown-timeout "$SAVE_SECONDS" "$@"
   else
-    srun --ntasks="$WORLD_SIZE" --ntasks-per-node="$RANKS_PER_NODE" --kill-on-bad-exit=1 \
+    # srun gives a task one CPU unless told otherwise, whatever the job has.
+    srun --ntasks="$WORLD_SIZE" --ntasks-per-node="$RANKS_PER_NODE" --cpus-per-task="$CPUS_PER_RANK" --kill-on-bad-exit=1 \
       ${SRUN_OPTIONS[@]+"${SRUN_OPTIONS[@]}"} bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "$@"' _ \
       "${python[@]}" "$@"
   fi
