@@ -90,21 +90,27 @@ def _row(shape: Shape, work: Work, value: float, peak: int, *, dtype: str, threa
     }
 
 
+def statements(report: Report) -> tuple[float, float, float]:
+    """Largest relative deviation from a line; share of the time left at half null; the constant's share at the largest k."""
+    ms = {row["shape"]: row["median_ms"] for row in report.rows}
+    by_k = [one for one in shapes_of(report.shape) if one.null_share == 0 and one.mean_k in MEAN_K]
+    constant, _, worst = line_fit([one.assignments for one in by_k], [ms[str(one)] for one in by_k])
+    base = replace(report.shape, fixed_k=False, null_share=0.0)
+    return worst, ms[str(replace(base, null_share=0.5))] / ms[str(base)], constant / ms[str(by_k[-1])]
+
+
 def table(report: Report) -> str:
     """Times and the three statements."""
-    ms = {row["shape"]: row["median_ms"] for row in report.rows}
     shapes = shapes_of(report.shape)
     lines = [f"{'shape':<44}{'assignments':>12}{'ms':>11}{'GFLOP/s':>10}"]
     for one, row in zip(shapes, report.rows, strict=True):
         lines.append(f"{one!s:<44}{one.assignments:>12}{row['median_ms']:>11.3f}{row['gflops']:>10.1f}")
-    by_k = [one for one in shapes if one.null_share == 0 and one.mean_k in MEAN_K]
-    constant, _, worst = line_fit([one.assignments for one in by_k], [ms[str(one)] for one in by_k])
-    base = replace(report.shape, fixed_k=False, null_share=0.0)
-    half = ms[str(replace(base, null_share=0.5))] / ms[str(base)]
+    worst, half, constant = statements(report)
+    ks = [one.mean_k for one in shapes if one.null_share == 0 and one.mean_k in MEAN_K]
     lines += [
         f"routed layer, forward and backward; {report.clock}",
-        f"linear in assignments within {worst:.1%} over mean k {by_k[0].mean_k:g} to {by_k[-1].mean_k:g}; "
-        f"the constant is {constant / ms[str(by_k[-1])]:.1%} of the time at k = {by_k[-1].mean_k:g}",
-        f"null share 0 to 0.5 at mean k {base.mean_k:g}: {half:.3f} of the time is left",
+        f"linear in assignments within {worst:.1%} over mean k {ks[0]:g} to {ks[-1]:g}; "
+        f"the constant is {constant:.1%} of the time at k = {ks[-1]:g}",
+        f"null share 0 to 0.5 at mean k {report.shape.mean_k:g}: {half:.3f} of the time is left",
     ]
     return "\n".join(lines)

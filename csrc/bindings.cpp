@@ -223,19 +223,23 @@ omni::cpu::Estimator estimator_of(c10::string_view name) {
   return omni::cpu::Estimator::None;
 }
 
+void check_shape(const Tensor& x, int64_t rows, int64_t columns, const char* name) {
+  check_matrix(x, name);
+  TORCH_CHECK_VALUE(x.size(0) == rows && x.size(1) == columns, name, ": has shape ", x.sizes(), ", must be [", rows, ", ",
+                    columns, "]");
+}
+
 void check_like_logits(const std::optional<Tensor>& x, const Tensor& z, int64_t slots, const char* name) {
   if (!x) return;
   TORCH_CHECK_VALUE(x->scalar_type() == z.scalar_type(), name, ": dtype ", x->scalar_type(), " must be that of z, ",
                     z.scalar_type());
-  check_matrix(*x, name);
-  TORCH_CHECK_VALUE(x->size(0) == z.size(0) && x->size(1) == slots, name, ": has shape ", x->sizes(), ", must be [",
-                    z.size(0), ", ", slots, "]");
+  check_shape(*x, z.size(0), slots, name);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topp_route(
     const Tensor& z, int64_t num_routed, int64_t num_null, double top_p, std::optional<int64_t> top_k,
     c10::string_view estimator, const std::optional<Tensor>& gumbel, const std::optional<Tensor>& bernoulli,
-    std::optional<int64_t> max_routed, const std::optional<Tensor>& padding) {
+    std::optional<int64_t> max_routed, const std::optional<Tensor>& padding, const std::optional<Tensor>& keep) {
   TORCH_CHECK_VALUE(z.scalar_type() == at::kFloat || z.scalar_type() == at::kDouble, "z: dtype ", z.scalar_type(),
                     " must be float32 or float64");
   check_matrix(z, "z");
@@ -248,6 +252,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topp_route(
   check_like_logits(gumbel, z, slots, "gumbel");
   check_like_logits(bernoulli, z, slots, "bernoulli");
   if (padding) check_vector(*padding, T, at::kBool, "padding");
+  if (keep) {
+    TORCH_CHECK_VALUE(keep->scalar_type() == at::kBool, "keep: dtype ", keep->scalar_type(), " must be bool");
+    check_shape(*keep, T, slots, "keep");
+  }
   const omni::cpu::ToppRoute r{
       T, slots, shared, num_routed, top_p, top_k.value_or(0), max_routed.value_or(-1), estimator_of(estimator)};
   const auto index = z.options().dtype(at::kLong);
@@ -255,9 +263,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topp_route(
   Tensor shared_weights = at::empty({T, shared}, z.options()), scale = at::empty({T, slots}, z.options());
   Tensor k = at::empty({T}, index), draw_rank = at::empty({T, slots}, index);
   omni::cpu::topp_route(r, dtype_of(z, "z"), z.const_data_ptr(), data_or_null(gumbel), data_or_null(bernoulli),
-                        padding ? padding->const_data_ptr<bool>() : nullptr, mask.mutable_data_ptr<bool>(),
-                        weights.mutable_data_ptr(), shared_weights.mutable_data_ptr(), scale.mutable_data_ptr(),
-                        k.mutable_data_ptr<int64_t>(), draw_rank.mutable_data_ptr<int64_t>(), pool());
+                        padding ? padding->const_data_ptr<bool>() : nullptr, keep ? keep->const_data_ptr<bool>() : nullptr,
+                        mask.mutable_data_ptr<bool>(), weights.mutable_data_ptr(), shared_weights.mutable_data_ptr(),
+                        scale.mutable_data_ptr(), k.mutable_data_ptr<int64_t>(), draw_rank.mutable_data_ptr<int64_t>(),
+                        pool());
   return {weights, shared_weights, mask, scale, k, draw_rank};
 }
 
@@ -372,9 +381,28 @@ DType check_experts(const Tensor& x, const Tensor& w1, const Tensor& w2, const T
   return dtype;
 }
 
+// Both or none: fp32 (fp64 for fp64 rows) of the weights' shapes.
+void check_main_grads(const std::optional<Tensor>& main_grad1, const std::optional<Tensor>& main_grad2, const Tensor& w1,
+                      const Tensor& w2) {
+  TORCH_CHECK_VALUE(main_grad1.has_value() == main_grad2.has_value(), "main_grad", main_grad1 ? 2 : 1,
+                    ": missing; give both buffers or none");
+  if (!main_grad1) return;
+  const auto wide = w1.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto check = [&](const Tensor& buffer, const Tensor& w, const char* name) {
+    TORCH_CHECK_VALUE(buffer.scalar_type() == wide, name, ": dtype ", buffer.scalar_type(), " must be ", wide);
+    TORCH_CHECK_VALUE(buffer.sizes() == w.sizes(), name, ": has shape ", buffer.sizes(), ", must be ", w.sizes());
+    TORCH_CHECK_VALUE(buffer.is_contiguous(), name, ": must be contiguous");
+  };
+  check(*main_grad1, w1, "main_grad1");
+  check(*main_grad2, w2, "main_grad2");
+}
+
+// The buffers are the backward's (bindings_autograd.cpp hands them on): here they are only checked.
 std::tuple<Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& w1, const Tensor& w2, const Tensor& offsets,
-                                      const std::optional<Tensor>& row_weight) {
+                                      const std::optional<Tensor>& row_weight, const std::optional<Tensor>& main_grad1,
+                                      const std::optional<Tensor>& main_grad2) {
   const DType dtype = check_experts(x, w1, w2, offsets, row_weight);
+  check_main_grads(main_grad1, main_grad2, w1, w2);
   const int64_t rows = x.size(0), F = w2.size(1);
   Tensor h = at::empty({rows, 2 * F}, x.options()), a = at::empty({rows, F}, x.options()), y = at::empty_like(x);
   omni::cpu::expert_mlp(x.const_data_ptr(), w1.const_data_ptr(), w2.const_data_ptr(), offsets.const_data_ptr<int64_t>(),
@@ -386,23 +414,29 @@ std::tuple<Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& w1, const T
 std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(const Tensor& dy, const Tensor& x, const Tensor& h,
                                                                const Tensor& w1, const Tensor& w2, const Tensor& offsets,
                                                                const std::optional<Tensor>& row_weight, bool needs_x,
-                                                               bool needs_w1, bool needs_w2, bool needs_row_weight) {
+                                                               bool needs_w1, bool needs_w2, bool needs_row_weight,
+                                                               const std::optional<Tensor>& main_grad1,
+                                                               const std::optional<Tensor>& main_grad2) {
   const DType dtype = check_experts(x, w1, w2, offsets, row_weight);
+  check_main_grads(main_grad1, main_grad2, w1, w2);
   const int64_t rows = x.size(0), H = x.size(1), F = w2.size(1);
   check_result(dy, "dy", x, H);
   check_result(h, "h", x, 2 * F);
   const auto options = x.options();
   Tensor dh = at::empty({rows, 2 * F}, options), a = at::empty({rows, F}, options);
   Tensor dx = at::empty({needs_x ? rows : 0, H}, options);
-  Tensor dw1 = at::empty({needs_w1 ? w1.size(0) : 0, H, 2 * F}, options);
-  Tensor dw2 = at::empty({needs_w2 ? w2.size(0) : 0, F, H}, options);
+  const bool add = main_grad1.has_value();
+  Tensor dw1 = at::empty({needs_w1 && !add ? w1.size(0) : 0, H, 2 * F}, options);
+  Tensor dw2 = at::empty({needs_w2 && !add ? w2.size(0) : 0, F, H}, options);
   Tensor drow_weight =
       at::empty({needs_row_weight ? rows : 0}, options.dtype(dtype == DType::F64 ? at::kDouble : at::kFloat));
   omni::cpu::expert_mlp_backward(
       dy.const_data_ptr(), x.const_data_ptr(), h.const_data_ptr(), w1.const_data_ptr(), w2.const_data_ptr(),
-      offsets.const_data_ptr<int64_t>(), data_or_null(row_weight), rows, w1.size(0), H, F, dtype, a.mutable_data_ptr(),
-      dh.mutable_data_ptr(), needs_x ? dx.mutable_data_ptr() : nullptr, needs_w1 ? dw1.mutable_data_ptr() : nullptr,
-      needs_w2 ? dw2.mutable_data_ptr() : nullptr, needs_row_weight ? drow_weight.mutable_data_ptr() : nullptr, pool());
+      offsets.const_data_ptr<int64_t>(), data_or_null(row_weight), rows, w1.size(0), H, F, dtype,
+      add ? dtype_of(*main_grad1, "main_grad1") : dtype, add, a.mutable_data_ptr(), dh.mutable_data_ptr(),
+      needs_x ? dx.mutable_data_ptr() : nullptr, needs_w1 ? (add ? *main_grad1 : dw1).mutable_data_ptr() : nullptr,
+      needs_w2 ? (add ? *main_grad2 : dw2).mutable_data_ptr() : nullptr,
+      needs_row_weight ? drow_weight.mutable_data_ptr() : nullptr, pool());
   return {dx, dw1, dw2, drow_weight};
 }
 
@@ -434,7 +468,7 @@ TORCH_LIBRARY(megatron_omni, m) {
   m.def("scatter_assignments(Tensor entries, Tensor row_token, Tensor row_expert, SymInt num_tokens, SymInt num_experts)"
         " -> Tensor");
   m.def("topp_route(Tensor z, int num_routed, int num_null, float top_p, int? top_k, str estimator, Tensor? gumbel,"
-        " Tensor? bernoulli, int? max_routed, Tensor? padding)"
+        " Tensor? bernoulli, int? max_routed, Tensor? padding, Tensor? keep=None)"
         " -> (Tensor weights, Tensor shared_weights, Tensor mask, Tensor scale, Tensor k, Tensor draw_rank)");
   m.def("topp_route_backward(Tensor? grad_weights, Tensor? grad_shared, Tensor weights, Tensor shared_weights,"
         " Tensor scale, str estimator) -> Tensor");
@@ -443,10 +477,11 @@ TORCH_LIBRARY(megatron_omni, m) {
   m.def("grouped_gemm_dgrad(Tensor dy, Tensor w, Tensor offsets) -> Tensor");
   m.def("grouped_gemm_wgrad(Tensor x, Tensor dy, Tensor offsets) -> Tensor");
   m.def("grouped_gemm_wgrad_out(Tensor x, Tensor dy, Tensor offsets, Tensor(a!) out, bool accumulate) -> ()");
-  m.def("expert_mlp(Tensor x, Tensor w1, Tensor w2, Tensor offsets, Tensor? row_weight) -> (Tensor y, Tensor h)");
+  m.def("expert_mlp(Tensor x, Tensor w1, Tensor w2, Tensor offsets, Tensor? row_weight, Tensor? main_grad1=None,"
+        " Tensor? main_grad2=None) -> (Tensor y, Tensor h)");
   m.def("expert_mlp_backward(Tensor dy, Tensor x, Tensor h, Tensor w1, Tensor w2, Tensor offsets, Tensor? row_weight,"
-        " bool needs_x, bool needs_w1, bool needs_w2, bool needs_row_weight)"
-        " -> (Tensor dx, Tensor dw1, Tensor dw2, Tensor drow_weight)");
+        " bool needs_x, bool needs_w1, bool needs_w2, bool needs_row_weight, Tensor(a!)? main_grad1=None,"
+        " Tensor(b!)? main_grad2=None) -> (Tensor dx, Tensor dw1, Tensor dw2, Tensor drow_weight)");
 }
 
 TORCH_LIBRARY_IMPL(megatron_omni, CPU, m) {

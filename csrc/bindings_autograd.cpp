@@ -3,6 +3,7 @@
 // In C++ rather than from Python because these ops run a few times in every layer on few rows as well: a Python
 // registration costs 40 to 50 microseconds a call, this one 3. A file of its own because torch's autograd headers take
 // longer to compile than everything else; it changes rarely.
+#include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -107,13 +108,14 @@ struct ToppRoute : torch::autograd::Function<ToppRoute> {
   static variable_list forward(AutogradContext* ctx, const Tensor& z, int64_t num_routed, int64_t num_null, double top_p,
                                optional<int64_t> top_k, const std::string& estimator, const optional<Tensor>& gumbel,
                                const optional<Tensor>& bernoulli, optional<int64_t> max_routed,
-                               const optional<Tensor>& padding) {
+                               const optional<Tensor>& padding, const optional<Tensor>& keep) {
     static const auto op = find<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
         const Tensor&, int64_t, int64_t, double, optional<int64_t>, c10::string_view, const optional<Tensor>&,
-        const optional<Tensor>&, optional<int64_t>, const optional<Tensor>&)>("megatron_omni::topp_route");
+        const optional<Tensor>&, optional<int64_t>, const optional<Tensor>&, const optional<Tensor>&)>(
+        "megatron_omni::topp_route");
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [weights, shared_weights, mask, scale, k, draw_rank] =
-        op.call(z, num_routed, num_null, top_p, top_k, estimator, gumbel, bernoulli, max_routed, padding);
+        op.call(z, num_routed, num_null, top_p, top_k, estimator, gumbel, bernoulli, max_routed, padding, keep);
     ctx->save_for_backward({weights, shared_weights, scale});
     ctx->saved_data["estimator"] = estimator;
     ctx->mark_non_differentiable({mask, scale, k, draw_rank});
@@ -124,7 +126,7 @@ struct ToppRoute : torch::autograd::Function<ToppRoute> {
     static const auto op = find<Tensor(const optional<Tensor>&, const optional<Tensor>&, const Tensor&, const Tensor&,
                                        const Tensor&, c10::string_view)>("megatron_omni::topp_route_backward");
     const auto saved = ctx->get_saved_variables();
-    variable_list result(10);
+    variable_list result(11);
     result[0] = op.call(if_defined_contiguous(grads[0]), if_defined_contiguous(grads[1]), saved[0], saved[1], saved[2],
                         ctx->saved_data["estimator"].toStringRef());
     return result;
@@ -149,13 +151,20 @@ struct GroupedGemm : torch::autograd::Function<GroupedGemm> {
   }
 };
 
+// With main_grad buffers the weights' gradients are added there, and autograd gets uninitialised memory for them: whoever
+// listens for a gradient (overlapped reduction) hears that it is there, and nobody may use it.
 struct ExpertMlp : torch::autograd::Function<ExpertMlp> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& w1, const Tensor& w2,
-                               const Tensor& offsets, const optional<Tensor>& row_weight) {
-    static const auto op = find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                                           const optional<Tensor>&)>("megatron_omni::expert_mlp");
+                               const Tensor& offsets, const optional<Tensor>& row_weight,
+                               const optional<Tensor>& main_grad1, const optional<Tensor>& main_grad2) {
+    static const auto op =
+        find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const optional<Tensor>&,
+                                        const optional<Tensor>&, const optional<Tensor>&)>("megatron_omni::expert_mlp");
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, h] = op.call(x, w1, w2, offsets, row_weight);
+    auto [y, h] = op.call(x, w1, w2, offsets, row_weight, main_grad1, main_grad2);
+    // Not saved as variables: other backward passes add to them in between.
+    ctx->saved_data["main_grad1"] = main_grad1;
+    ctx->saved_data["main_grad2"] = main_grad2;
     ctx->save_for_backward({x, h, w1, w2, offsets, row_weight.value_or(Tensor())});
     ctx->mark_non_differentiable({h});
     ctx->set_materialize_grads(false);
@@ -164,14 +173,19 @@ struct ExpertMlp : torch::autograd::Function<ExpertMlp> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = find<std::tuple<Tensor, Tensor, Tensor, Tensor>(
         const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const optional<Tensor>&,
-        bool, bool, bool, bool)>("megatron_omni::expert_mlp_backward");
-    if (!grads[0].defined()) return variable_list(5);
+        bool, bool, bool, bool, const optional<Tensor>&, const optional<Tensor>&)>("megatron_omni::expert_mlp_backward");
+    if (!grads[0].defined()) return variable_list(7);
     const auto saved = ctx->get_saved_variables();
     const bool x = ctx->needs_input_grad(0), w1 = ctx->needs_input_grad(1), w2 = ctx->needs_input_grad(2);
     const bool row_weight = saved[5].defined() && ctx->needs_input_grad(4);
+    const auto main_grad1 = ctx->saved_data["main_grad1"].toOptional<Tensor>();
+    const auto main_grad2 = ctx->saved_data["main_grad2"].toOptional<Tensor>();
     auto [dx, dw1, dw2, drow_weight] = op.call(grads[0].contiguous(), saved[0], saved[1], saved[2], saved[3], saved[4],
-                                               if_defined(saved[5]), x, w1, w2, row_weight);
-    return {x ? dx : Tensor(), w1 ? dw1 : Tensor(), w2 ? dw2 : Tensor(), Tensor(), row_weight ? drow_weight : Tensor()};
+                                               if_defined(saved[5]), x, w1, w2, row_weight, main_grad1, main_grad2);
+    if (main_grad1 && w1) dw1 = at::empty_like(saved[2]);
+    if (main_grad2 && w2) dw2 = at::empty_like(saved[3]);
+    return {x ? dx : Tensor(), w1 ? dw1 : Tensor(), w2 ? dw2 : Tensor(), Tensor(), row_weight ? drow_weight : Tensor(),
+            Tensor(), Tensor()};
   }
 };
 
@@ -194,17 +208,18 @@ Tensor gather_assignments(const Tensor& values, const Tensor& row_token, const T
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topp_route(
     const Tensor& z, int64_t num_routed, int64_t num_null, double top_p, optional<int64_t> top_k,
     c10::string_view estimator, const optional<Tensor>& gumbel, const optional<Tensor>& bernoulli,
-    optional<int64_t> max_routed, const optional<Tensor>& padding) {
+    optional<int64_t> max_routed, const optional<Tensor>& padding, const optional<Tensor>& keep) {
   auto out = ToppRoute::apply(z, num_routed, num_null, top_p, top_k, std::string(estimator), gumbel, bernoulli, max_routed,
-                              padding);
+                              padding, keep);
   return {out[0], out[1], out[2], out[3], out[4], out[5]};
 }
 
 Tensor grouped_gemm(const Tensor& x, const Tensor& w, const Tensor& offsets) { return GroupedGemm::apply(x, w, offsets); }
 
 std::tuple<Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& w1, const Tensor& w2, const Tensor& offsets,
-                                      const optional<Tensor>& row_weight) {
-  auto out = ExpertMlp::apply(x, w1, w2, offsets, row_weight);
+                                      const optional<Tensor>& row_weight, const optional<Tensor>& main_grad1,
+                                      const optional<Tensor>& main_grad2) {
+  auto out = ExpertMlp::apply(x, w1, w2, offsets, row_weight, main_grad1, main_grad2);
   return {out[0], out[1]};
 }
 

@@ -177,7 +177,7 @@ void check_logits(const Tensor& z, const char* name) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topp_route(
     const Tensor& z, int64_t num_routed, int64_t num_null, double top_p, optional<int64_t> top_k,
     c10::string_view estimator, const optional<Tensor>& gumbel, const optional<Tensor>& bernoulli,
-    optional<int64_t> max_routed, const optional<Tensor>& padding) {
+    optional<int64_t> max_routed, const optional<Tensor>& padding, const optional<Tensor>& keep) {
   check_logits(z, "z");
   TORCH_CHECK_VALUE(num_routed >= 1, "num_routed: ", num_routed, " must be at least 1");
   TORCH_CHECK_VALUE(num_null >= 0, "num_null: ", num_null, " must not be negative");
@@ -190,6 +190,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topp_route(
   check(gumbel, z, z.scalar_type(), {T, slots}, "gumbel");
   check(bernoulli, z, z.scalar_type(), {T, slots}, "bernoulli");
   check(padding, z, at::kBool, {T}, "padding");
+  check(keep, z, at::kBool, {T, slots}, "keep");
   const c10::cuda::CUDAGuard guard(z.device());
   const omni::cuda::ToppRoute r{
       T, slots, shared, num_routed, top_p, top_k.value_or(0), max_routed.value_or(-1), estimator_of(estimator)};
@@ -198,9 +199,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topp_route(
   Tensor shared_weights = at::empty({T, shared}, z.options()), scale = at::empty({T, slots}, z.options());
   Tensor k = at::empty({T}, integers), draw_rank = at::empty({T, slots}, integers);
   omni::cuda::topp_route(r, dtype_of(z, "z"), z.const_data_ptr(), data_or_null(gumbel), data_or_null(bernoulli),
-                         padding ? padding->const_data_ptr<bool>() : nullptr, mask.mutable_data_ptr<bool>(),
-                         weights.mutable_data_ptr(), shared_weights.mutable_data_ptr(), scale.mutable_data_ptr(),
-                         k.mutable_data_ptr<int64_t>(), draw_rank.mutable_data_ptr<int64_t>(), stream());
+                         padding ? padding->const_data_ptr<bool>() : nullptr, keep ? keep->const_data_ptr<bool>() : nullptr,
+                         mask.mutable_data_ptr<bool>(), weights.mutable_data_ptr(), shared_weights.mutable_data_ptr(),
+                         scale.mutable_data_ptr(), k.mutable_data_ptr<int64_t>(), draw_rank.mutable_data_ptr<int64_t>(),
+                         stream());
   return {weights, shared_weights, mask, scale, k, draw_rank};
 }
 
@@ -316,9 +318,20 @@ DType check_experts(const Tensor& x, const Tensor& w1, const Tensor& w2, const T
   return dtype;
 }
 
+void check_main_grads(const optional<Tensor>& main_grad1, const optional<Tensor>& main_grad2, const Tensor& w1,
+                      const Tensor& w2) {
+  TORCH_CHECK_VALUE(main_grad1.has_value() == main_grad2.has_value(), "main_grad", main_grad1 ? 2 : 1,
+                    ": missing; give both buffers or none");
+  const auto wide = accumulator_of(dtype_of(w1, "w1"));
+  check(main_grad1, w1, wide, w1.sizes(), "main_grad1");
+  check(main_grad2, w2, wide, w2.sizes(), "main_grad2");
+}
+
 std::tuple<Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& w1, const Tensor& w2, const Tensor& offsets,
-                                      const optional<Tensor>& row_weight) {
+                                      const optional<Tensor>& row_weight, const optional<Tensor>& main_grad1,
+                                      const optional<Tensor>& main_grad2) {
   const DType dtype = check_experts(x, w1, w2, offsets, row_weight);
+  check_main_grads(main_grad1, main_grad2, w1, w2);
   const c10::cuda::CUDAGuard guard(x.device());
   const int64_t rows = x.size(0), F = w2.size(1);
   Tensor h = at::empty({rows, 2 * F}, x.options()), a = at::empty({rows, F}, x.options()), y = at::empty_like(x);
@@ -332,8 +345,11 @@ std::tuple<Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& w1, const T
 std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(const Tensor& dy, const Tensor& x, const Tensor& h,
                                                                const Tensor& w1, const Tensor& w2, const Tensor& offsets,
                                                                const optional<Tensor>& row_weight, bool needs_x,
-                                                               bool needs_w1, bool needs_w2, bool needs_row_weight) {
+                                                               bool needs_w1, bool needs_w2, bool needs_row_weight,
+                                                               const optional<Tensor>& main_grad1,
+                                                               const optional<Tensor>& main_grad2) {
   const DType dtype = check_experts(x, w1, w2, offsets, row_weight);
+  check_main_grads(main_grad1, main_grad2, w1, w2);
   const int64_t rows = x.size(0), E = w1.size(0), H = x.size(1), F = w2.size(1);
   check(dy, x, x.scalar_type(), {rows, H}, "dy");
   check(h, x, x.scalar_type(), {rows, 2 * F}, "h");
@@ -341,15 +357,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(const Tensor& dy,
   const auto options = x.options();
   Tensor dh = at::empty({rows, 2 * F}, options), a = at::empty({rows, F}, options);
   Tensor dx = at::empty({needs_x ? rows : 0, H}, options);
-  Tensor dw1 = at::empty({needs_w1 ? E : 0, H, 2 * F}, options), dw2 = at::empty({needs_w2 ? E : 0, F, H}, options);
+  const bool add = main_grad1.has_value();
+  Tensor dw1 = at::empty({needs_w1 && !add ? E : 0, H, 2 * F}, options);
+  Tensor dw2 = at::empty({needs_w2 && !add ? E : 0, F, H}, options);
   Tensor drow_weight = at::empty({needs_row_weight ? rows : 0}, options.dtype(accumulator_of(dtype)));
   Tensor workspace = workspace_for(x, E);
   omni::cuda::expert_mlp_backward(
       dy.const_data_ptr(), x.const_data_ptr(), h.const_data_ptr(), w1.const_data_ptr(), w2.const_data_ptr(),
-      index(offsets), data_or_null(row_weight), rows, E, H, F, dtype, dtype, false, a.mutable_data_ptr(),
-      dh.mutable_data_ptr(), needs_x ? dx.mutable_data_ptr() : nullptr, needs_w1 ? dw1.mutable_data_ptr() : nullptr,
-      needs_w2 ? dw2.mutable_data_ptr() : nullptr, needs_row_weight ? drow_weight.mutable_data_ptr() : nullptr,
-      workspace.mutable_data_ptr(), stream());
+      index(offsets), data_or_null(row_weight), rows, E, H, F, dtype, add ? dtype_of(*main_grad1, "main_grad1") : dtype,
+      add, a.mutable_data_ptr(), dh.mutable_data_ptr(), needs_x ? dx.mutable_data_ptr() : nullptr,
+      needs_w1 ? (add ? *main_grad1 : dw1).mutable_data_ptr() : nullptr,
+      needs_w2 ? (add ? *main_grad2 : dw2).mutable_data_ptr() : nullptr,
+      needs_row_weight ? drow_weight.mutable_data_ptr() : nullptr, workspace.mutable_data_ptr(), stream());
   return {dx, dw1, dw2, drow_weight};
 }
 

@@ -81,11 +81,12 @@ void grouped_wgrad(const void* x, const void* dy, const int64_t* offsets, int64_
 void expert_mlp(const void* x, const void* w1, const void* w2, const int64_t* offsets, const void* row_weight, int64_t rows,
                 int64_t E, int64_t H, int64_t F, DType dtype, void* h, void* a, void* y, const Parallel& parallel);
 
-// From dy [rows, H]: dx, dw1, dw2 and drow_weight [rows] (each may be null: not wanted). Scratch: a [rows, F], dh [rows, 2F].
+// From dy [rows, H]: dx, dw1, dw2 (as grouped_wgrad has them) and drow_weight [rows], each null where it is not wanted.
+// Scratch: a [rows, F], dh [rows, 2F].
 void expert_mlp_backward(const void* dy, const void* x, const void* h, const void* w1, const void* w2,
                          const int64_t* offsets, const void* row_weight, int64_t rows, int64_t E, int64_t H, int64_t F,
-                         DType dtype, void* a, void* dh, void* dx, void* dw1, void* dw2, void* drow_weight,
-                         const Parallel& parallel);
+                         DType dtype, DType dtype_dw, bool accumulate, void* a, void* dh, void* dx, void* dw1, void* dw2,
+                         void* drow_weight, const Parallel& parallel);
 
 // ---- topp_route.cpp -------------------------------------------------------------------------------------------------
 enum class Estimator : int32_t { None = 0, Grin = 1, Paper = 2 };
@@ -97,9 +98,10 @@ struct ToppRoute {
   int64_t max_routed;  // < 0: no cap
   Estimator estimator;
 };
-// z[T, num_dynamic + num_shared]; gumbel, bernoulli [T, num_dynamic] and padding [T] may be null. F32 or F64.
+// z[T, num_dynamic + num_shared]; gumbel, bernoulli and keep [T, num_dynamic] and padding [T] may be null. A slot that
+// keep denies is not selected, nor is another in its place. F32 or F64.
 void topp_route(const ToppRoute& r, DType dtype, const void* z, const void* gumbel, const void* bernoulli,
-                const bool* padding, bool* mask, void* weights, void* shared_weights, void* scale, int64_t* k,
+                const bool* padding, const bool* keep, bool* mask, void* weights, void* shared_weights, void* scale, int64_t* k,
                 int64_t* draw_rank, const Parallel& parallel);
 // grad_z[T, num_dynamic + num_shared] from the gradients of weights and shared weights (either may be null: zero).
 void topp_route_backward(const ToppRoute& r, DType dtype, const void* grad_weights, const void* grad_shared,

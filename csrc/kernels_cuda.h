@@ -41,8 +41,8 @@ using cpu::ToppRoute;
 // As cpu::topp_route; at most kMaxSlots dynamic slots.
 inline constexpr int64_t kMaxSlots = 1024;
 void topp_route(const ToppRoute& r, DType dtype, const void* z, const void* gumbel, const void* bernoulli,
-                const bool* padding, bool* mask, void* weights, void* shared_weights, void* scale, int64_t* k,
-                int64_t* draw_rank, void* stream);
+                const bool* padding, const bool* keep, bool* mask, void* weights, void* shared_weights, void* scale,
+                int64_t* k, int64_t* draw_rank, void* stream);
 void topp_route_backward(const ToppRoute& r, DType dtype, const void* grad_weights, const void* grad_shared,
                          const void* weights, const void* shared_weights, const void* scale, void* grad_z, void* stream);
 

@@ -11,7 +11,6 @@ input.
 """
 
 import argparse
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,14 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.moe_shapes import NAMED, Shape  # noqa: E402
+from benchmarks.warm_heap import WARM_HEAP, with_warm_heap  # noqa: E402
 
 OPS = ("permute", "unpermute", "permute+unpermute", "grouped_gemm", "expert_mlp", "topp_route", "layer")
 SIZES = ("hidden", "ffn", "experts", "tokens", "mean_k", "null_share", "skew", "fixed_k")
-WARM_HEAP = {
-    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
-    "THP_MEM_ALLOC_ENABLE": "1",
-}
 EXIT_BAD_INPUT = 2
 
 
@@ -111,13 +106,6 @@ def measure(shape: Shape, options: argparse.Namespace) -> int:
     if options.json is not None:
         bench_moe.write_json(report, options.json)
     return int(any(f" {bench_moe.OURS}:" in what for what in report.wrong))
-
-
-def with_warm_heap() -> None:
-    """Start this program again with the allocator's settings, which glibc reads once, at start."""
-    if any(os.environ.get(name) != value for name, value in WARM_HEAP.items()):
-        environment = {**os.environ, **WARM_HEAP, "KINETO_LOG_LEVEL": "99"}
-        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 
 
 if __name__ == "__main__":

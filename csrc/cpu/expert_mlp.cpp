@@ -73,8 +73,8 @@ void expert_mlp(const void* x, const void* w1, const void* w2, const int64_t* of
 
 void expert_mlp_backward(const void* dy, const void* x, const void* h, const void* w1, const void* w2,
                          const int64_t* offsets, const void* row_weight, int64_t rows, int64_t E, int64_t H, int64_t F,
-                         DType dtype, void* a, void* dh, void* dx, void* dw1, void* dw2, void* drow_weight,
-                         const Parallel& parallel) {
+                         DType dtype, DType dtype_dw, bool accumulate, void* a, void* dh, void* dx, void* dw1, void* dw2,
+                         void* drow_weight, const Parallel& parallel) {
   if (drow_weight) zero_tail(drow_weight, 0, rows, dtype == DType::F64 ? 8 : 4);
   const auto rows_of = [&](int64_t e) { return std::pair<int64_t, int64_t>(offsets[e], offsets[e + 1]); };
   if (H == 0) zero_tail(dh, 0, rows, 2 * F * size_of(dtype)), zero_tail(a, 0, rows, F * size_of(dtype));
@@ -112,9 +112,9 @@ void expert_mlp_backward(const void* dy, const void* x, const void* h, const voi
       }
     });
   }
-  if (dw2) grouped_wgrad(a, dy, offsets, E, F, H, dtype, dtype, false, dw2, parallel);
+  if (dw2) grouped_wgrad(a, dy, offsets, E, F, H, dtype, dtype_dw, accumulate, dw2, parallel);
   if (dx) grouped_gemm(dh, w1, offsets, rows, E, H, 2 * F, true, dtype, dx, parallel);
-  if (dw1) grouped_wgrad(x, dh, offsets, E, H, 2 * F, dtype, dtype, false, dw1, parallel);
+  if (dw1) grouped_wgrad(x, dh, offsets, E, H, 2 * F, dtype, dtype_dw, accumulate, dw1, parallel);
 }
 
 }  // namespace omni::cpu

@@ -24,6 +24,8 @@ constexpr int64_t kMaxRows = 384;     // of C in one task
 constexpr int64_t kMaxCols = 256;     // of C in one task
 constexpr int64_t kFewRows = 24;      // up to here packing fp32 weights costs more than it brings;
 constexpr int64_t kFewRowsOfRun = 64; // if they are one run of memory, to here
+constexpr int64_t kNarrow = 8;        // of fewer columns the sum is one of many short ones: as accurate as the dot
+constexpr int64_t kNarrowUnits = 32;  // products that others compute there
 constexpr int64_t kRunBytes = int64_t{3} << 18;      // of weights fetched as one run: they stay in the second-level cache
 constexpr int64_t kStreamOutput = int64_t{24} << 20;  // bytes of a weight gradient stored past the caches
 
@@ -93,7 +95,7 @@ void multiply(const MatrixA<typename G::Element>& a, const MatrixB<typename G::E
   using Acc = typename G::Acc;
   constexpr int64_t kElement = sizeof(E);
   ThreadScratch& scratch = ThreadScratch::mine();
-  const int64_t all_units = ceil_div(l, G::kPair), blocks = ceil_div(all_units, G::kUnits);
+  const int64_t all_units = ceil_div(l, G::kPair), blocks = ceil_div(all_units, n < kNarrow ? kNarrowUnits : G::kUnits);
   const int64_t max_units = std::min(ceil_div(ceil_div(all_units, blocks), 4) * 4, all_units);
   const int64_t block = max_units * G::kPair;  // elements
   const bool b_in_place =

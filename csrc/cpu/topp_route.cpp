@@ -61,6 +61,7 @@ template <class Real>
 struct Token {
   const Real *z, *gumbel, *bernoulli;
   bool padding;
+  const bool* keep;
   bool* mask;
   Real *weights, *shared, *scale;
   int64_t *k, *draw_rank;
@@ -108,6 +109,7 @@ void route_token(const ToppRoute& r, const Token<Real>& token, Key* order, Real*
       const int64_t e = order[place].index();
       if (e < r.num_routed && r.max_routed >= 0 && real >= r.max_routed) continue;
       real += e < r.num_routed;
+      if (token.keep && !token.keep[e]) continue;
       token.mask[e] = true;
       ++selected;
     }
@@ -134,8 +136,9 @@ void route_token(const ToppRoute& r, const Token<Real>& token, Key* order, Real*
 }
 
 template <class Real, class Key>
-void route(const ToppRoute& r, const Real* z, const Real* gumbel, const Real* bernoulli, const bool* padding, bool* mask,
-           Real* weights, Real* shared, Real* scale, int64_t* k, int64_t* draw_rank, const Parallel& parallel) {
+void route(const ToppRoute& r, const Real* z, const Real* gumbel, const Real* bernoulli, const bool* padding,
+           const bool* keep, bool* mask, Real* weights, Real* shared, Real* scale, int64_t* k, int64_t* draw_rank,
+           const Parallel& parallel) {
   const int64_t E = r.num_dynamic, width = E + r.num_shared;
   const int64_t tasks = std::clamp<int64_t>(r.T * width / kSlotsPerTask, 1, parallel.threads);
   parallel(tasks, [&](int64_t task) {
@@ -144,8 +147,8 @@ void route(const ToppRoute& r, const Real* z, const Real* gumbel, const Real* be
     for (int64_t t = r.T * task / tasks; t < r.T * (task + 1) / tasks; ++t) {
       route_token(r,
                   Token<Real>{z + t * width, gumbel ? gumbel + t * E : nullptr, bernoulli ? bernoulli + t * E : nullptr,
-                              padding != nullptr && padding[t], mask + t * E, weights + t * E,
-                              shared + t * r.num_shared, scale + t * E, k + t, draw_rank + t * E},
+                              padding != nullptr && padding[t], keep ? keep + t * E : nullptr, mask + t * E,
+                              weights + t * E, shared + t * r.num_shared, scale + t * E, k + t, draw_rank + t * E},
                   order.data(), p.data());
     }
   });
@@ -184,15 +187,15 @@ void route_backward(const ToppRoute& r, const Real* grad_weights, const Real* gr
 }  // namespace
 
 void topp_route(const ToppRoute& r, DType dtype, const void* z, const void* gumbel, const void* bernoulli,
-                const bool* padding, bool* mask, void* weights, void* shared_weights, void* scale, int64_t* k,
-                int64_t* draw_rank, const Parallel& parallel) {
+                const bool* padding, const bool* keep, bool* mask, void* weights, void* shared_weights, void* scale,
+                int64_t* k, int64_t* draw_rank, const Parallel& parallel) {
   if (dtype == DType::F32) {
     route<float, Key32>(r, static_cast<const float*>(z), static_cast<const float*>(gumbel),
-                        static_cast<const float*>(bernoulli), padding, mask, static_cast<float*>(weights),
+                        static_cast<const float*>(bernoulli), padding, keep, mask, static_cast<float*>(weights),
                         static_cast<float*>(shared_weights), static_cast<float*>(scale), k, draw_rank, parallel);
   } else {
     route<double, Key64>(r, static_cast<const double*>(z), static_cast<const double*>(gumbel),
-                         static_cast<const double*>(bernoulli), padding, mask, static_cast<double*>(weights),
+                         static_cast<const double*>(bernoulli), padding, keep, mask, static_cast<double*>(weights),
                          static_cast<double*>(shared_weights), static_cast<double*>(scale), k, draw_rank, parallel);
   }
 }

@@ -17,6 +17,7 @@ struct Inputs {
   const T* gumbel;
   const T* bernoulli;
   const bool* padding;
+  const bool* keep;
 };
 
 template <class T>
@@ -104,6 +105,7 @@ __global__ void topp_route_kernel(ToppRoute r, Inputs<T> in, Outputs<T> out) {
         const int e = slots.order[place];
         if (e < r.num_routed && r.max_routed >= 0 && num_real >= r.max_routed) continue;
         num_real += e < r.num_routed;
+        if (in.keep != nullptr && !in.keep[t * n + e]) continue;
         num_selected += 1;
         slots.selected[e] = 1;
       }
@@ -190,8 +192,8 @@ unsigned grid_for(int64_t tokens, int warps) {
 }  // namespace
 
 void topp_route(const ToppRoute& r, DType dtype, const void* z, const void* gumbel, const void* bernoulli,
-                const bool* padding, bool* mask, void* weights, void* shared_weights, void* scale, int64_t* k,
-                int64_t* draw_rank, void* stream) {
+                const bool* padding, const bool* keep, bool* mask, void* weights, void* shared_weights, void* scale,
+                int64_t* k, int64_t* draw_rank, void* stream) {
   if (r.T == 0) return;
   if (r.num_dynamic < 1 || r.num_dynamic > kMaxSlots) {
     throw std::runtime_error("topp_route: 1 to " + std::to_string(kMaxSlots) + " dynamic slots on CUDA");
@@ -201,7 +203,8 @@ void topp_route(const ToppRoute& r, DType dtype, const void* z, const void* gumb
     const size_t token_bytes = Slots<T>::bytes(r.num_dynamic);
     const size_t fitting = kSharedBytes / token_bytes;
     const int warps = fitting < kMaxWarps ? static_cast<int>(fitting) : kMaxWarps;
-    const Inputs<T> in{static_cast<const T*>(z), static_cast<const T*>(gumbel), static_cast<const T*>(bernoulli), padding};
+    const Inputs<T> in{static_cast<const T*>(z), static_cast<const T*>(gumbel), static_cast<const T*>(bernoulli), padding,
+                       keep};
     const Outputs<T> out{mask,      static_cast<T*>(weights), static_cast<T*>(shared_weights), static_cast<T*>(scale), k,
                          draw_rank};
     OMNI_LAUNCH(topp_route_kernel<T>, grid_for(r.T, warps), warps * kWarp, token_bytes * warps, stream, r, in, out);

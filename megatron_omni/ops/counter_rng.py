@@ -10,7 +10,7 @@ is therefore exact everywhere. Values are ``(m + 1/2) * 2^-23`` for a 23-bit int
 float32, never 0 nor 1, so ``log(u)`` and ``log(1 - u)`` are finite.
 
 ``megatron_omni::counter_uniform`` is the same hash in one pass over the result (csrc/cpu/counter_rng.cpp), bit for bit;
-``uniform`` takes it on a CPU where the kernels are built.
+``uniform`` takes it where the kernels of the device are built.
 
 T tokens, n draws per token.
 """
@@ -129,7 +129,8 @@ def uniform(
             f"sample_ids {tuple(sample_ids.shape)} and positions {tuple(positions.shape)} must be [T]; flatten them"
         )
     call = _call_key(seed=seed, step=step, layer=layer, purpose=purpose)
-    if sample_ids.device.type == "cpu" and extension.CPU_ERROR is None:
+    missing = extension.CPU_ERROR if sample_ids.device.type == "cpu" else extension.CUDA_ERROR
+    if missing is None:
         return _counter_uniform(sample_ids.long().contiguous(), positions.long().contiguous(), num_draws, call)
     return _uniform_reference(sample_ids, positions, num_draws, call)
 

@@ -14,13 +14,13 @@ gradients), ``grin`` multiplies the forward value alone.
 
 ``mode="release"`` is what the authors' published code computes instead (spec 1.2); see ``release_select``.
 
-Capacity (``capacity_keep``) may remove assignments between the two; auxiliary loss and statistics want the mask
-before it.
+Capacity (``capacity_keep``) may remove assignments between the two: route once for the mask, which auxiliary loss and
+statistics want, and again with ``keep``.
 
 Gradient of the weights, with w~ the softmax before the scale: ``dz = w~ (dw~ - <w~, dw~>)``, dw~ = s dw (``paper``) or
-dw. ``topp_route`` is one op, ``megatron_omni::topp_route`` (gradient: csrc/bindings_autograd.cpp), for the paper's rule
-without capacity; ``topp_route_reference`` and the functions it is made of are the definition, and what ``release`` and
-capacity run on. T tokens, E columns.
+dw. ``topp_route`` is one op, ``megatron_omni::topp_route`` (gradient: csrc/bindings_autograd.cpp), for the paper's
+rule; ``topp_route_reference`` and the functions it is made of are the definition, and what ``release`` runs on. T
+tokens, E columns.
 """
 
 import math
@@ -246,6 +246,7 @@ def topp_route_reference(
     bernoulli: Tensor | None = None,
     max_routed: int | None = None,
     padding: Tensor | None = None,
+    keep: Tensor | None = None,
     release_eps: float = 0.01,
 ) -> Routing:
     """:func:`topp_route` in plain torch, any device, any floating dtype."""
@@ -262,7 +263,7 @@ def topp_route_reference(
         padding=padding,
         release_eps=release_eps,
     )
-    return route_selected(z, selection, bernoulli=bernoulli, estimator=estimator)
+    return route_selected(z, selection, keep=keep, bernoulli=bernoulli, estimator=estimator)
 
 
 def select(
@@ -342,11 +343,13 @@ def topp_route(
     bernoulli: Tensor | None = None,
     max_routed: int | None = None,
     padding: Tensor | None = None,
+    keep: Tensor | None = None,
     release_eps: float = 0.01,
 ) -> Routing:
-    """Dropless routing of gate logits z [T, E] in one call; noise given = training, noise None = deterministic.
+    """Routing of gate logits z [T, E] in one call; noise given = training, noise None = deterministic.
 
-    Shapes of the noise: ``gumbel`` [T, E_d] (release: [T, E_d, E_d]), ``bernoulli`` [T, E_d] uniform draws, both taken
+    ``keep`` [T, E_d] bool: what capacity leaves; a selected slot that it denies is lost, with its weight. Shapes of the
+    noise: ``gumbel`` [T, E_d] (release: [T, E_d, E_d]), ``bernoulli`` [T, E_d] uniform draws, both taken
     in z's dtype (float32 or float64). Arguments that do not fit raise ValueError with the argument's name.
     """
     if mode == "release":
@@ -362,6 +365,7 @@ def topp_route(
             bernoulli=bernoulli,
             max_routed=max_routed,
             padding=padding,
+            keep=keep,
             release_eps=release_eps,
         )
     if gumbel is not None and gumbel.dtype != z.dtype:
@@ -369,6 +373,6 @@ def topp_route(
     if bernoulli is not None and bernoulli.dtype != z.dtype:
         bernoulli = bernoulli.to(z.dtype)
     weights, shared_weights, mask, scale, k, _ = _topp_route(
-        z, num_routed, num_null, top_p, top_k, estimator, gumbel, bernoulli, max_routed, padding
+        z, num_routed, num_null, top_p, top_k, estimator, gumbel, bernoulli, max_routed, padding, keep
     )
     return Routing(mask=mask, weights=weights, shared_weights=shared_weights, scale=scale, k=k)

@@ -162,10 +162,10 @@ def test_topp_route(cuda, estimator, tokens, routed, null, shared, options, nois
     gumbel = -torch.log(-torch.log(torch.rand(tokens, dynamic, dtype=F64, generator=generator))) if noise else None
     bernoulli = torch.rand(tokens, dynamic, dtype=F64, generator=generator) if noise else None
     padding = torch.rand(tokens, generator=generator) < 0.2
+    keep = torch.rand(tokens, dynamic, generator=generator) < 0.8 if noise else None
     z.requires_grad_()
     arguments = {"num_routed": routed, "num_null": null, "estimator": estimator, "padding": padding, **options}
-    reference = getattr(route, "topp_route_reference", route.topp_route)
-    expected = reference(z, gumbel=gumbel, bernoulli=bernoulli, **arguments)
+    expected = route.topp_route_reference(z, gumbel=gumbel, bernoulli=bernoulli, keep=keep, **arguments)
 
     sizes = [tokens, dynamic, shared, routed, options.get("top_k", 0), options.get("max_routed", -1)]
     sizes = torch.tensor([*sizes, ESTIMATORS.index(estimator)])
@@ -173,7 +173,7 @@ def test_topp_route(cuda, estimator, tokens, routed, null, shared, options, nois
     weights, scale = Result(tokens, dynamic, dtype=F64), Result(tokens, dynamic, dtype=F64)
     shared_weights, rank = Result(tokens, shared, dtype=F64), Result(tokens, dynamic, dtype=torch.int64)
     outputs = (mask, weights, shared_weights, scale, k, rank)
-    inputs = (z.detach(), gumbel, bernoulli, padding)
+    inputs = (z.detach(), gumbel, bernoulli, padding, keep)
     cuda.topp_route(sizes, options["top_p"], F64, *inputs, *(o.out for o in outputs))
     assert torch.equal(mask.check(), expected.mask)
     assert torch.equal(k.check(), expected.k)
@@ -195,7 +195,7 @@ def test_topp_route(cuda, estimator, tokens, routed, null, shared, options, nois
 def test_topp_route_refuses_what_does_not_fit(cuda):
     sizes = torch.tensor([1, 1025, 0, 1025, 0, -1, 0])
     with pytest.raises(RuntimeError, match="1 to 1024 dynamic slots"):
-        cuda.topp_route(sizes, 0.5, F32, *[None] * 10)
+        cuda.topp_route(sizes, 0.5, F32, *[None] * 11)
 
 
 @pytest.mark.parametrize(("tokens", "draws"), [(0, 4), (70, 5), (3, 300), (4, 0)])

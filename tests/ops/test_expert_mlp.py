@@ -127,6 +127,44 @@ def test_extreme_gates(gate, path):
         torch.testing.assert_close(one, truth.float(), rtol=1e-5, atol=1e-30)
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_weight_gradients_added_to_buffers(dtype, path):
+    """Two backward passes into the same buffers; all other gradients have the same bits as without."""
+    rows, offsets = (37, 0, 5), offsets_of((37, 0, 5))
+    wide = torch.promote_types(dtype, torch.float32)
+    inputs, grad = leaves(rows, 67, 50, dtype, spare=2)
+    x, w1, w2, row_weight = inputs
+    before = [torch.randn(w.shape, dtype=wide, generator=torch.Generator().manual_seed(1)) for w in (w1, w2)]
+    buffers = [value.clone() for value in before]
+    with kernels(path):
+        plain = torch.autograd.grad(expert_mlp(x, w1, w2, offsets, row_weight=row_weight), inputs, grad)
+        for _ in range(2):
+            y = expert_mlp(x, w1, w2, offsets, row_weight=row_weight, main_grads=(buffers[0], buffers[1]))
+            into = torch.autograd.grad(y, inputs, grad)
+    exact = definition(*(value[:42] if value.dim() < 3 else value for value in inputs), offsets, grad[:42])
+    assert torch.equal(into[0], plain[0]) and torch.equal(into[3], plain[3])
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5  # h and d h are rounded to the rows' dtype
+    for buffer, start, value in zip(buffers, before, exact[2:4], strict=True):
+        assert torch.equal(buffer[1], start[1])  # no row of expert 1: untouched
+        added = buffer.double() - start.double()
+        assert (added - 2 * value).norm() <= tolerance * value.norm()
+
+
+def test_bad_buffers_are_named():
+    inputs, _ = leaves((2, 3), 4, 3, torch.bfloat16)
+    shapes = [w.shape for w in inputs[1:3]]
+    good = [torch.zeros(shape) for shape in shapes]
+    for message, buffers in {
+        "main_grad2: missing": (good[0], None),
+        "main_grad1: dtype": (good[0].bfloat16(), good[1]),
+        "main_grad1: has shape": (good[1], good[1]),
+        "main_grad2: must be contiguous": (good[0], torch.zeros(2, 4, 3).transpose(1, 2)),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{message}"):
+            expert_mlp(*inputs[:3], offsets_of((2, 3)), main_grads=buffers)
+
+
 def test_saves_only_rows_and_pre_activations():
     rows = (6, 5)
     inputs, _ = leaves(rows, 8, 12, torch.float32)
@@ -166,6 +204,11 @@ def test_opcheck_and_compile(dtype):
     h = ops.expert_mlp(*plain[:3], offsets, plain[3])[1]
     args = (grad, plain[0], h, plain[1], plain[2], offsets, plain[3], True, True, False, True)
     torch.library.opcheck(ops.expert_mlp_backward.default, args)
+    buffers = [torch.zeros(value.shape) for value in (w1, w2)]
+    # not the checks that compare gradients: those of w1 and w2 are uninitialised memory then
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.expert_mlp.default, (x, w1, w2, offsets, None, *buffers), test_utils=utilities)
+    torch.library.opcheck(ops.expert_mlp_backward.default, (*args[:9], True, True, *buffers))
 
     def run(x, w1, w2, row_weight):
         return expert_mlp(x, w1, w2, offsets, row_weight=row_weight)

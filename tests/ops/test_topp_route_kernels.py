@@ -22,7 +22,7 @@ def gumbel_noise(generator, num_tokens, slots, dtype=torch.float64):
     return -torch.log(-torch.log(u)).to(dtype)
 
 
-def route_token(z, *, slots, num_routed, top_p, top_k, gumbel, bernoulli, max_routed, padding, estimator):
+def route_token(z, *, slots, num_routed, top_p, top_k, gumbel, bernoulli, max_routed, padding, keep, estimator):
     """Spec 1.1, 11.1, 11.4, 11.5, 11.10 for the logits of one token (lists): (selected, scale of every slot)."""
     key = z[:slots] if gumbel is None else [a + b for a, b in zip(z, gumbel, strict=False)]
     order = sorted(range(slots), key=lambda e: (-key[e], e))
@@ -39,6 +39,8 @@ def route_token(z, *, slots, num_routed, top_p, top_k, gumbel, bernoulli, max_ro
         for place, e in enumerate(order):
             best = min(order[place:], key=lambda i: (-z[i], i))
             scale[e] = 1.0 if best == e or bernoulli[e] < KEEP[estimator] else 1 / 3
+    if keep is not None:
+        selected = {e for e in selected if keep[e]}
     return set() if padding else selected, scale
 
 
@@ -64,6 +66,7 @@ SETTINGS = {
     ),
     "sampled": st.booleans(),
     "padded": st.booleans(),
+    "capped": st.booleans(),
     "ties": st.booleans(),
     "estimator": st.sampled_from(["none", "grin", "paper"]),
     "seed": st.integers(0, 10**6),
@@ -73,7 +76,7 @@ SETTINGS = {
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(**SETTINGS)
 def test_float64_token_by_token(
-    num_tokens, num_routed, num_null, num_shared, rule, sampled, padded, ties, estimator, seed
+    num_tokens, num_routed, num_null, num_shared, rule, sampled, padded, capped, ties, estimator, seed
 ):
     generator = torch.Generator().manual_seed(seed)
     slots = num_routed + num_null
@@ -82,6 +85,7 @@ def test_float64_token_by_token(
         "gumbel": gumbel_noise(generator, num_tokens, slots) if sampled else None,
         "bernoulli": torch.rand(num_tokens, slots, dtype=torch.float64, generator=generator),
         "padding": torch.rand(num_tokens, generator=generator) < 0.3 if padded else None,
+        "keep": torch.rand(num_tokens, slots, generator=generator) < 0.7 if capped else None,
     }
     routing = topp_route(z, num_routed=num_routed, num_null=num_null, estimator=estimator, **rule, **noise)
     both = torch.cat([routing.weights, routing.shared_weights], 1)
@@ -201,6 +205,8 @@ def test_wrong_arguments_are_named():
         "gumbel: must be contiguous": lambda: topp_route(z, **ok, gumbel=torch.zeros(5, 4).t()),
         "padding: dtype": lambda: topp_route(z, **ok, padding=torch.zeros(4)),
         "padding: has 3": lambda: topp_route(z, **ok, padding=torch.zeros(3, dtype=torch.bool)),
+        "keep: dtype": lambda: topp_route(z, **ok, keep=torch.ones(4, 5)),
+        "keep: has shape": lambda: topp_route(z, **ok, keep=torch.ones(4, 7, dtype=torch.bool)),
         "estimator: typo": lambda: topp_route(z, **ok, estimator="typo"),
     }
     for message, call in calls.items():
@@ -214,8 +220,8 @@ def test_opcheck(num_tokens):
     generator = torch.Generator().manual_seed(0)
     z = logits(generator, num_tokens, 7, False, torch.float32).requires_grad_()
     noise = gumbel_noise(generator, num_tokens, 5, torch.float32), torch.rand(num_tokens, 5, generator=generator)
-    padding = torch.zeros(num_tokens, dtype=torch.bool)
-    torch.library.opcheck(ops.topp_route.default, (z, 4, 1, 0.7, None, "paper", *noise, 2, padding))
+    padding, keep = torch.zeros(num_tokens, dtype=torch.bool), torch.rand(num_tokens, 5, generator=generator) < 0.5
+    torch.library.opcheck(ops.topp_route.default, (z, 4, 1, 0.7, None, "paper", *noise, 2, padding, keep))
     torch.library.opcheck(ops.topp_route.default, (z, 4, 1, 0.7, 2, "none", None, None, None, None))
     w, s = torch.rand(num_tokens, 5), torch.rand(num_tokens, 2)
     torch.library.opcheck(ops.topp_route_backward.default, (w, None, w, s, torch.ones(num_tokens, 5), "grin"))

@@ -41,6 +41,39 @@ def test_single_precision_stays_close_to_float64(choice):
         assert ((found[name].double() - value).norm() / value.norm()).item() < 2e-6, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_are_added_to_main_grad(dtype):
+    """The convention of megatron-core's DDP: two micro-batches into ``main_grad``, and the flag that its hook reads."""
+    layer = build_layer(settings(), weights(), dtype=dtype)
+    experts = {name: p for name, p in layer.named_parameters() if name.startswith("experts.")}
+    expected = {name: torch.zeros_like(p) for name, p in experts.items()}
+
+    def run(index):
+        hidden, gradient, ctx = micro_batch(index)
+        with token_context(ctx):
+            y, _ = layer(hidden.to(dtype))
+        y.backward(gradient.to(dtype))
+
+    for index in range(2):
+        run(index)
+        for name, p in experts.items():
+            expected[name] += p.grad
+            p.grad = None
+    for p in experts.values():
+        p.main_grad, p.grad_added_to_main_grad = torch.zeros_like(p), False
+    with torch.no_grad(), token_context(micro_batch(0)[2]):
+        layer(micro_batch(0)[0].to(dtype))  # as a recomputed or an evaluated layer: no gradient will come
+    assert not any(p.grad_added_to_main_grad for p in experts.values())
+    for index in range(2):
+        run(index)
+        assert all(p.grad_added_to_main_grad and p.grad is not None for p in experts.values())
+        for p in experts.values():
+            p.grad = None  # the hook
+    for name, p in experts.items():
+        torch.testing.assert_close(p.main_grad, expected[name])
+        assert p.main_grad.abs().max() > 0.01
+
+
 @pytest.mark.parametrize("choice", HERE)
 def test_all_tokens_to_null_leave_zero_gradients(choice):
     layer = build_layer(settings(kernels=choice), weights(null_bias=60.0))

@@ -75,11 +75,34 @@ def load_kernels(name: str) -> Kernels:
     return kernels
 
 
+def _main_grads(w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The gradient buffers of two parameters where the experts' gradients can be added to them directly.
+
+    The convention is that of megatron-core's DistributedDataParallel: a parameter's ``main_grad``, and
+    ``grad_added_to_main_grad`` for its hook, which then leaves ``.grad`` alone.
+    """
+    if not (torch.is_grad_enabled() and w1.requires_grad and w2.requires_grad):
+        return None
+    wide = torch.promote_types(w1.dtype, torch.float32)
+    first, second = (getattr(w, "main_grad", None) for w in (w1, w2))
+    if first is None or first.dtype != wide or second is None or second.dtype != wide:
+        return None
+    return first, second
+
+
+def omni_expert_mlp(rows: Tensor, w1: Tensor, w2: Tensor, offsets: Tensor) -> Tensor:
+    """``expert_mlp``; parameters with a ``main_grad`` get their gradients there."""
+    main_grads = _main_grads(w1, w2)
+    if main_grads is not None:
+        w1.grad_added_to_main_grad = w2.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return expert_mlp(rows, w1, w2, offsets, main_grads=main_grads)
+
+
 def _omni() -> Kernels:
     missing = extension.CUDA_ERROR if accelerator_present() else extension.CPU_ERROR
     if missing is not None:
         raise ValueError(f"model.moe.kernels='omni': {missing}; or set model.moe.kernels=torch")
-    return Kernels(topp_route, build_permutation, assignment_values, permute, unpermute, expert_mlp)
+    return Kernels(topp_route, build_permutation, assignment_values, permute, unpermute, omni_expert_mlp)
 
 
 def takes_grouped_mm(x: Tensor, w: Tensor) -> bool:

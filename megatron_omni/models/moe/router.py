@@ -24,7 +24,7 @@ from megatron_omni.models.moe.balance import load_balancing_loss
 from megatron_omni.models.moe.context import TokenContext
 from megatron_omni.ops.counter_rng import Purpose, gumbel, uniform
 from megatron_omni.ops.gradient_estimator import Estimator
-from megatron_omni.ops.topp_route import Routing, capacity_keep, expert_capacity, route_selected, select, topp_route
+from megatron_omni.ops.topp_route import Routing, capacity_keep, expert_capacity, topp_route
 
 
 class RouterOutput(NamedTuple):
@@ -129,6 +129,7 @@ class OmniRouter(torch.nn.Module):
             bernoulli = self._uniform(ctx, Purpose.BERNOULLI, slots)
         settings: dict[str, Any] = {
             "num_routed": moe.num_routed_experts,
+            "num_null": moe.num_null_experts,
             "top_p": moe.top_p,
             "mode": moe.routing_weight_mode,
             "estimator": estimator,
@@ -139,14 +140,13 @@ class OmniRouter(torch.nn.Module):
             "padding": ctx.padding,
             "release_eps": moe.router_jitter_eps,
         }
-        aux_loss = num_before_drop = None
+        aux_loss = num_before_drop = keep = None
         if ctx.stochastic and moe.capacity_factor is not None:
-            selection = select(z[:, :slots], **settings)
-            selected, num_before_drop = selection.mask, selection.mask.sum()
+            selected = self.topp_route(z.detach(), **settings).mask
+            num_before_drop = selected.sum()
             keep = self._capacity_keep(z.detach()[:, :slots], selected)
-            routing = route_selected(z, selection, keep=keep, bernoulli=bernoulli, estimator=estimator)
-        else:
-            routing = self.topp_route(z, num_null=moe.num_null_experts, **settings)
+        routing = self.topp_route(z, keep=keep, **settings)
+        if keep is None:
             selected = routing.mask
         if with_aux_loss:
             aux_loss = load_balancing_loss(z[:, :slots], selected, ctx=ctx, moe=moe, tp_group=self.tp_group)

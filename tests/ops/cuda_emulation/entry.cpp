@@ -49,11 +49,11 @@ const char* unpermute_backward(P grad_y, P rows, P weights, P factor, I row_toke
                              grad_rows, grad_weights, nullptr);
   });
 }
-const char* topp_route(I sizes, double top_p, int64_t dtype, P z, P gumbel, P bernoulli, const bool* padding, bool* mask,
-                       void* weights, void* shared_weights, void* scale, int64_t* k, int64_t* draw_rank) {
+const char* topp_route(I sizes, double top_p, int64_t dtype, P z, P gumbel, P bernoulli, const bool* padding, const bool* keep,
+                       bool* mask, void* weights, void* shared_weights, void* scale, int64_t* k, int64_t* draw_rank) {
   return guarded([=] {
-    cuda::topp_route(route(sizes, top_p), dt(dtype), z, gumbel, bernoulli, padding, mask, weights, shared_weights, scale, k,
-                     draw_rank, nullptr);
+    cuda::topp_route(route(sizes, top_p), dt(dtype), z, gumbel, bernoulli, padding, keep, mask, weights, shared_weights,
+                     scale, k, draw_rank, nullptr);
   });
 }
 const char* topp_route_backward(I sizes, double top_p, int64_t dtype, P grad_weights, P grad_shared, P weights,

@@ -104,7 +104,7 @@ void run(DType dtype, const std::vector<int64_t>& counts, int64_t spare, int64_t
   cpu::expert_mlp(x.data, w1.data, w2.data, offsets.data, weight.data, rows, E, K, F, dtype, h.data, act.data, out.data,
                   parallel);
   cpu::expert_mlp_backward(grad.data, x.data, h.data, w1.data, w2.data, offsets.data, weight.data, rows, E, K, F, dtype,
-                           act.data, dh.data, dx.data, dw1.data, dw2.data, dweight.data, parallel);
+                           dtype, false, act.data, dh.data, dx.data, dw1.data, dw2.data, dweight.data, parallel);
   std::vector<double> out_loop(rows * K), dot(rows);
   for (int64_t e = 0; e < E; ++e)
     for (int64_t a = offsets.data[e]; a < offsets.data[e + 1]; ++a)

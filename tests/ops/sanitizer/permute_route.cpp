@@ -88,12 +88,14 @@ void routing(int64_t T, int64_t routed, int64_t null, int64_t shared, bool wild)
   const int64_t slots = routed + null, bytes = sizeof(Real);
   std::normal_distribution<Real> normal;
   Block z(T * (slots + shared) * bytes), gumbel(T * slots * bytes), bernoulli(T * slots * bytes), padding(T);
+  Block keep(T * slots);
   for (int64_t i = 0; i < T * (slots + shared); ++i) z.as<Real>()[i] = normal(generator);
   for (int64_t i = 0; i < T * slots; ++i) {
     gumbel.as<Real>()[i] = normal(generator);
     bernoulli.as<Real>()[i] = static_cast<Real>(generator() / 4294967296.0);
   }
   for (int64_t t = 0; t < T; ++t) padding.as<bool>()[t] = t % 5 == 4;
+  for (int64_t i = 0; i < T * slots; ++i) keep.as<bool>()[i] = i % 3 != 1;
   if (wild && T * slots > 4) {
     z.as<Real>()[1] = std::numeric_limits<Real>::quiet_NaN();
     z.as<Real>()[3] = std::numeric_limits<Real>::infinity();
@@ -107,7 +109,7 @@ void routing(int64_t T, int64_t routed, int64_t null, int64_t shared, bool wild)
     const DType dtype = bytes == 4 ? DType::F32 : DType::F64;
     omni::cpu::topp_route(r, dtype, z.as<void>(), variant & 1 ? gumbel.as<void>() : nullptr,
                           variant & 2 ? bernoulli.as<void>() : nullptr, variant & 4 ? padding.as<bool>() : nullptr,
-                          mask.as<bool>(), weights.as<void>(), shared_weights.as<void>(), scale.as<void>(),
+                          variant == 5 ? keep.as<bool>() : nullptr, mask.as<bool>(), weights.as<void>(), shared_weights.as<void>(), scale.as<void>(),
                           k.as<int64_t>(), draw_rank.as<int64_t>(), parallel);
     omni::cpu::topp_route_backward(r, dtype, variant & 1 ? gumbel.as<void>() : nullptr, nullptr, weights.as<void>(),
                                    shared_weights.as<void>(), scale.as<void>(), grad_z.as<void>(), parallel);
