@@ -1,6 +1,7 @@
 """Parameter counts and FLOPs against the paper's Table 1 figures as worked out in docs/model.md; what a plan says."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -124,6 +125,13 @@ def test_every_stage_of_the_full_model_has_a_layout_that_fits(stage: str, gpus: 
     assert set(plan.recipe.freeze) - set(whole.freeze) <= {"new_token_rows"} and plan.recipe.task == whole.task
 
 
+def test_every_job_script_asks_for_as_many_gpus_as_its_recipe_needs() -> None:
+    for script in sorted((ROOT / "examples" / "slurm").glob("[0-9]*.sbatch")):
+        text = script.read_text()
+        nodes, ranks = (int(re.search(rf"--{name}=(\d+)", text)[1]) for name in ("nodes", "ntasks-per-node"))  # type: ignore[index]
+        assert full_plan(f"{script.stem}.yaml", nodes * ranks).fits, script.name
+
+
 def test_the_stage_recipe_does_not_fit_one_machine_and_no_layout_saves_it() -> None:
     plan = full_plan("3_sft.yaml", 8)
     assert not plan.fits and alternatives(plan) == []
@@ -141,9 +149,14 @@ def test_alternatives_fit_and_come_fastest_first() -> None:
 
 def test_memory_answers_to_what_should_lower_it() -> None:
     base = full_plan("3_sft.yaml", 64)
-    for override in ("parallel.recompute=moe", "parallel.recompute=none", "data.seq_length=32768"):
+    for override in (
+        "parallel.recompute=moe",
+        "parallel.recompute=none",
+        "parallel.tensor_model_parallel_size=2",
+        "data.seq_length=32768",
+    ):
         assert full_plan("3_sft.yaml", 64, override).peak_bytes > base.peak_bytes, override
-    for override in ("model.vision=null", "parallel.tensor_model_parallel_size=4", "data.seq_length=8192"):
+    for override in ("model.vision=null", "parallel.pipeline_model_parallel_size=2", "data.seq_length=8192"):
         assert full_plan("3_sft.yaml", 64, override).peak_bytes < base.peak_bytes, override
     stages = full_plan("3_sft.yaml", 64, "parallel.pipeline_model_parallel_size=4").stages
     in_flight = [round(stage.language / stages[-1].language) for stage in stages]
@@ -199,7 +212,7 @@ def test_rates_agree_with_those_that_a_run_divides_by() -> None:
     [
         (["recipes/layout/sft_64x80gb.yaml", "--gpus", "64"], 0, "fits"),
         (["recipes/3_sft.yaml", "--gpus", "8"], 1, "DOES NOT FIT"),
-        (["recipes/3_sft.yaml", "--gpus", "6"], 2, "parallel.expert_model_parallel_size=4"),
+        (["recipes/3_sft.yaml", "--gpus", "6"], 2, "parallel.tensor_model_parallel_size=4"),
         (["recipes/3_sft.yaml", "--gpus", "0"], 2, "--gpus 0: must be positive"),
     ],
 )
