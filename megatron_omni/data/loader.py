@@ -158,6 +158,8 @@ class StepLoader:
         self._chunk_bytes = round(400 * audio.num_mel_bins * audio.chunk_seconds) if audio else 0
         self._sizes: Lru[SampleSize | Skip] = Lru(_KNOWN_SIZES)
         self._undecodable: Lru[Skip] = Lru(_KNOWN_SIZES)
+        self._seen: dict[int, Place] = {}
+        """Places that the last plan left waiting: the next one asks for them again."""
         self._samples: Lru[PackedSample] = Lru(int(data.cache_gib * 2**30))
         self._workers = Workers[Cursor, Plan, _Step](
             self.plan,
@@ -194,7 +196,7 @@ class StepLoader:
         skips: list[Skip] = []
         ended: list[DataEnded] = []
         num_rows = data.global_batch_size
-        waiting = [self._place(i, []) for i in cursor.waiting]
+        waiting = [self._seen.get(i) or self._place(i, []) for i in cursor.waiting]
         coming = self._coming(cursor.next_sample, skips, ended)
         if data.packing:
             rows, left_over = fill_rows(waiting, coming, num_rows=num_rows, capacity=data.seq_length)
@@ -203,6 +205,7 @@ class StepLoader:
             left_over = waiting[num_rows:]
         if len(rows) < num_rows:
             raise ended[0]
+        self._seen = {place.sample_id: place for place in left_over}
         seen = [place.sample_id for row in (*rows, left_over) for place in row]
         after = Cursor(max(seen) + 1, tuple(place.sample_id for place in left_over))
         return Plan(self._cut(rows), skips, after.next_sample - cursor.next_sample, after)

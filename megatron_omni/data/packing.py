@@ -63,6 +63,7 @@ def _choose[S: Sized](window: list[S], samples: Iterator[S], *, capacity: int, e
     """Places in ``window`` of the samples of a row, ascending; ``window`` grows by what was drawn. Empty at the end."""
     reached: list[int] = []
     """As bits: the sums of the oldest sample and any of those behind it, up to each."""
+    within = (1 << (capacity + 1)) - 1
     tokens = fitting = 0
     """Of all so far, and how many of the oldest fit together."""
     while not reached or reached[-1].bit_length() <= enough:
@@ -74,7 +75,7 @@ def _choose[S: Sized](window: list[S], samples: Iterator[S], *, capacity: int, e
             window.append(sample)
         length = window[len(reached)].length
         before = reached[-1] if reached else 1
-        sums = before << length & (1 << (capacity + 1)) - 1
+        sums = before << length & within
         reached.append(sums | before if reached else sums)
         tokens += length
         fitting += tokens <= capacity

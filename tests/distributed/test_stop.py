@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_omni.chain import Stage
 from megatron_omni.checkpoint import commit
 from megatron_omni.config.load import recipe_to_yaml
 from megatron_omni.config.run import Recipe
@@ -110,6 +111,7 @@ def test_a_run_ends_where_its_data_ends_with_a_checkpoint_and_says_why(
     assert "data/skipped/image" not in last and last["data/decoder fallbacks"] == 0
     assert [record["step"] for record in found if "eval/loss/held" in record] == [7]
     assert (tmp_path / "data_ended").read_text() == "7\n" and commit.tracked_step(tmp_path / "checkpoints") == 7
+    assert Stage(name="s", run_dir=tmp_path, hand_on="last", sources={}, recipe=recipe).is_done
     said = "".join(capfd.readouterr())
     assert "finished after step 7 of 20: the data ends after 60 samples: every source has used its epochs" in said
     count = round(last["data/skipped records"])

@@ -99,6 +99,13 @@ def test_epochs_follow_the_mixture(seen: Preflight) -> None:
         assert report.epochs == pytest.approx(report.share * seen.total_samples / report.rows, rel=0.02)
 
 
+def test_epochs_that_end_before_the_run_are_a_problem(seen: Preflight) -> None:
+    assert seen.last_sample is None and not any("epochs" in problem for problem in seen.problems)
+    ended = replace(seen, last_sample=round(seen.total_samples / 2))
+    said = f"after {ended.last_sample:,} samples: the run ends there, at about step {seen.recipe.train_iters // 2} of"
+    assert any(said in problem for problem in ended.problems)
+
+
 def test_bad_records_come_with_reasons(seen: Preflight) -> None:
     damaged = seen.sources[3]
     assert (damaged.tried, len(damaged.examples)) == (3, 1)
