@@ -52,3 +52,10 @@ NAMED = {
     "deepseek-fine": Shape(hidden=7168, ffn=2048, experts=256, tokens=4096, mean_k=8, fixed_k=True),
 }
 """Uni-MoE-2.0-Omni's routed experts; Qwen3-30B-A3B's; DeepSeek-V3's."""
+
+GOALS = {
+    "coarse": Shape(hidden=1024, ffn=2816, experts=4, tokens=2048, mean_k=1.5),
+    "fine": replace(NAMED["qwen3-30b"].scaled(4), tokens=2048, mean_k=6, fixed_k=False),
+    "linear": replace(NAMED["uni-moe-2"].scaled(8), tokens=2048),
+}
+"""What the goals of the kernels on a CPU are measured on (bench_kernels.py)."""
