@@ -9,17 +9,20 @@ every timed step and copy the files it reads are dropped from the page cache, an
 their mean rate takes for the bytes that the step writes. Processor seconds tell a busy machine from slow code.
 The four dense models of an upcycling are one on the disk under four names: each is read, compared and hashed for itself,
 three of them from the page cache where it holds them. What fits the disk is computed and said before anything is written.
-DISK/bench_convert is removed afterwards.
+DISK/bench_convert is removed afterwards, by Ctrl-C and SIGTERM too; what a killed run left there, by the next one. Exit
+status 1 if a step needed more than 3 GiB, 2 if nothing fits.
 """
 
 import argparse
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from benchmarks.make_checkpoint import make, shape_of_7b
 from megatron_omni.checkpoint.names import Row, expand, qwen2_rows
@@ -66,17 +69,22 @@ def copy_rate(source: Path, target: Path) -> float:
 
 
 def run(arguments: list[str | Path]) -> tuple[float, float, float]:
-    """(seconds, seconds of processor, peak GiB) of a tool; a failure ends the benchmark."""
+    """(seconds, seconds of processor, peak GiB) of a tool; a failure ends the benchmark, the benchmark's end the tool."""
     start = time.perf_counter()
     process = os.posix_spawn(sys.executable, [sys.executable, *map(str, arguments)], dict(os.environ))
-    _, status, usage = os.wait4(process, 0)
+    try:
+        _, status, usage = os.wait4(process, 0)
+    except BaseException:
+        os.kill(process, signal.SIGTERM)
+        os.waitpid(process, 0)
+        raise
     if status != 0:
         raise SystemExit(f"{' '.join(map(str, arguments))}: status {os.waitstatus_to_exitcode(status)}")
     return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
 
 
-def measure(name: str, source: Path, arguments: list[str | Path], out: Path, spare: Path, *, keep: bool) -> None:
-    """One step and its two copies, as a row of the table; ``keep`` the output, which a later step reads."""
+def measure(name: str, source: Path, arguments: list[str | Path], out: Path, spare: Path, *, keep: bool) -> float:
+    """One step and its two copies, as a row of the table; ``keep`` the output, which a later step reads. Peak GiB."""
     before = copy_rate(source, spare)
     evict(source)
     seconds, busy, peak = run(arguments)
@@ -90,8 +98,7 @@ def measure(name: str, source: Path, arguments: list[str | Path], out: Path, spa
         f"({before / 1e6:.0f}, {after / 1e6:.0f} MB/s) | {seconds / copying:.2f} | {peak:.2f} |",
         flush=True,
     )
-    if peak > LIMIT_GIB:
-        print(f"peak memory above {LIMIT_GIB} GiB", file=sys.stderr)
+    return peak
 
 
 def needed_bytes(layers: int, scale: int, steps: Sequence[str]) -> int:
@@ -130,6 +137,7 @@ def main() -> int:
     parser.add_argument("--ep", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, _interrupt)
     place = options.dir / "bench_convert"
     shutil.rmtree(place, ignore_errors=True)
     options.dir.mkdir(parents=True, exist_ok=True)
@@ -161,16 +169,24 @@ def main() -> int:
             "export-moe": (moe, [convert, "export", "--checkpoint", moe, "--out", back], back),
         }
         needs = {"import": "export", "upcycle": "export-moe"}
+        highest = 0.0
         for _ in range(options.rounds):
             for name in steps:
                 source, command, out = commands[name]
                 shutil.rmtree(out, ignore_errors=True)
                 if name == "upcycle":
                     shutil.rmtree(ours, ignore_errors=True)
-                measure(name, source, command, out, spare, keep=needs.get(name) in steps)
+                peak = measure(name, source, command, out, spare, keep=needs.get(name) in steps)
+                highest = max(highest, peak)
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    return 0
+    if highest > LIMIT_GIB:
+        print(f"peak memory above {LIMIT_GIB} GiB", file=sys.stderr)
+    return int(highest > LIMIT_GIB)
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
