@@ -10,7 +10,8 @@ model scatters the result over the sequence and gathers its gradient, so encoder
 without a reduction of their own; over data parallelism they are summed like any other.
 
 A micro-batch may lack a modality. Its encoder then runs on one empty input whose rows count zero times, if it is being
-trained: every parameter takes part in every backward, which reductions that overlap with it rely on.
+trained: every parameter takes part in every backward, which reductions that overlap with it rely on. Without overlap
+nothing idle runs, but the backward still goes down to the embeddings.
 
 Shapes: B rows, S tokens, H hidden size, N tiles, C chunks.
 """
@@ -110,7 +111,12 @@ class OmniModel(MegatronModule):
         hidden = self.language.embed(batch.input_ids)
         idle = self.run_idle_encoders
         hidden = _place(hidden, batch, self.vision, batch.pixel_values, _PICTURES, config="model.vision", idle=idle)
-        return _place(hidden, batch, self.audio, batch.audio_features, _SOUND, config="model.audio", idle=idle)
+        hidden = _place(hidden, batch, self.audio, batch.audio_features, _SOUND, config="model.audio", idle=idle)
+        if not hidden.requires_grad and any(e is not None and _trains(e) for e in (self.vision, self.audio)):
+            # Expert-parallel ranks meet in the backward of every MoE layer. Below a frozen trunk it would end early for a
+            # micro-batch without media, and leave the ranks whose micro-batch has some waiting.
+            hidden.requires_grad_()
+        return hidden
 
     # -------------------------------------------------------------------------------- what Megatron asks of a model
 

@@ -190,11 +190,14 @@ def test_checkpoint_keys_do_not_depend_on_the_layout(layout: str) -> None:
     assert {key.split(".")[0] for key in keys} == {"language", "vision", "audio"}
 
 
-def test_frozen_encoders_with_trained_projectors_equal_one_rank_under_tensor_parallelism() -> None:
+@pytest.mark.parametrize("layout", ["tp2", "ep2"])
+def test_trained_projectors_below_a_frozen_trunk_equal_one_rank(layout: str) -> None:
+    """Under EP 2 one rank's micro-batch has media where the other's has none: both must walk the same layers back."""
+    world_size, sizes = LAYOUTS[layout]
     freeze = ("vision", "audio", "attention", "experts", "shared_experts", "gate", "embeddings", "output", "norms")
     expected = one_rank(freeze)
     assert expected["grads"] and all("projector" in name or "qformer" in name for name in expected["grads"])
-    for rank in run_ranks(one_step, 2, ParallelConfig(tensor_model_parallel_size=2), list(freeze)):
+    for rank in run_ranks(one_step, world_size, ParallelConfig(**sizes), list(freeze)):
         assert set(rank["grads"]) == set(expected["grads"])
         for name, grad in rank["grads"].items():
             want = torch.from_numpy(expected["grads"][name])
