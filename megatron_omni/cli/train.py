@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_omni.cli.train",
         description="Train a model from a recipe (recipes/*.yaml), alone or under torchrun.",
-        epilog="example: torchrun --nproc-per-node 2 -m megatron_omni.cli.train recipes/tiny/omni.yaml optim.lr=1e-4",
+        epilog="example: torchrun --nproc-per-node 2 -m megatron_omni.cli.train recipes/tiny/quickstart.yaml optim.lr=1e-4",
     )
     parser.add_argument("recipe", help="YAML recipe")
     parser.add_argument(

@@ -3,6 +3,8 @@
 Every violation is one ValueError: field, value, why, fix. All of them are collected, so that one run shows them all.
 """
 
+import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,9 +25,11 @@ LORA_TARGETS = ("attention", "experts")
 
 def validate(recipe: Recipe, *, world_size: int = 1, check_files: bool = True) -> None:
     """Raise one ValueError that lists everything wrong with ``recipe`` on ``world_size`` ranks."""
-    problems = [*_model(recipe.model), *_layout(recipe, world_size), *_run(recipe)]
-    if check_files:
-        problems += _files(recipe)
+    problems = list(_not_finite(dataclasses.asdict(recipe)))
+    if not problems:  # every other check is a comparison, which a NaN passes or fails at random
+        problems = [*_model(recipe.model), *_layout(recipe, world_size), *_run(recipe)]
+        if check_files:
+            problems += _files(recipe)
     if problems:
         raise ValueError("; ".join(problems) if len(problems) == 1 else "\n  - ".join(["", *problems]))
 
@@ -42,10 +46,24 @@ def num_micro_batches(recipe: Recipe, world_size: int) -> int:
     )
 
 
+def _not_finite(value: object, name: str = "") -> Iterator[str]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{name}={value}: must be a finite number"
+    elif isinstance(value, dict | list | tuple):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _not_finite(inner, f"{name}.{key}" if name else str(key))
+
+
 def _positive(values: dict[str, float | int]) -> Iterator[str]:
     for name, value in values.items():
         if value <= 0:
             yield f"{name}={value}: must be positive"
+
+
+def _not_negative(values: dict[str, float | int]) -> Iterator[str]:
+    for name, value in values.items():
+        if value < 0:
+            yield f"{name}={value}: must not be negative"
 
 
 def _divides(name: str, value: int, by_name: str, by: int) -> Iterator[str]:
@@ -214,7 +232,19 @@ def _run(recipe: Recipe) -> Iterator[str]:
     optim, data = recipe.optim, recipe.data
     yield from _positive(
         {"train_iters": recipe.train_iters, "data.seq_length": data.seq_length, "log.interval": recipe.log.interval}
+        | {"log.eval_iters": recipe.log.eval_iters, "data.pad_to_multiple_of": data.pad_to_multiple_of}
+        | {"data.video_fps": data.video_fps, "data.min_frames": data.min_frames, "optim.adam_eps": optim.adam_eps}
+        | {f"optim.lr_scale.{part}": scale for part, scale in optim.lr_scale.items()}
+        | {"parallel.distributed_timeout_seconds": recipe.parallel.distributed_timeout_seconds}
     )
+    yield from _not_negative(
+        {f"optim.{k}": getattr(optim, k) for k in ("min_lr", "lr_warmup_iters", "weight_decay", "clip_grad")}
+        | {"checkpoint.save_interval": recipe.checkpoint.save_interval, "checkpoint.keep": recipe.checkpoint.keep}
+        | {"log.eval_interval": recipe.log.eval_interval, "data.num_workers": data.num_workers}
+    )
+    for name, beta in (("adam_beta1", optim.adam_beta1), ("adam_beta2", optim.adam_beta2)):
+        if not 0.0 <= beta < 1.0:
+            yield f"optim.{name}={beta}: must lie in [0, 1)"
     if data.packing and data.batch_by == "source":
         yield "data.packing=True: packed rows mix sources; set data.batch_by=mixed"
     if optim.lr <= 0:
@@ -231,6 +261,8 @@ def _run(recipe: Recipe) -> Iterator[str]:
         for name in names:
             if name not in PARTS:
                 yield f"{group}: unknown part {name!r}; parts are {', '.join(PARTS)}"
+    if "new_token_rows" in optim.lr_scale:
+        yield "optim.lr_scale.new_token_rows: no effect; scale embeddings and output, which hold these rows"
     yield from _positive({"data.prefetch_gib": data.prefetch_gib, "data.stall_seconds": data.stall_seconds})
     if not 0.0 <= data.max_bad_fraction <= 1.0:
         yield f"data.max_bad_fraction={data.max_bad_fraction}: must lie in [0, 1]"

@@ -78,6 +78,18 @@ def test_missing_file_loop_and_non_mapping(tmp_path: Path) -> None:
         ({"model": {"moe": {"routing_weight_mode": "release"}}}, 1, "gradient_estimator='paper'"),
         ({"freeze": ["audo"]}, 1, "unknown part 'audo'"),
         ({"optim": {"lr_warmup_iters": 5000}}, 1, "lr_warmup_iters"),
+        ({"optim": {"lr_warmup_iters": -1}}, 1, "optim.lr_warmup_iters=-1: must not be negative"),
+        ({"optim": {"clip_grad": -1.0}}, 1, "optim.clip_grad=-1.0: must not be negative"),
+        ({"optim": {"adam_beta2": 1.0}}, 1, r"optim.adam_beta2=1.0: must lie in \[0, 1\)"),
+        ({"optim": {"lr": float("nan")}}, 1, "optim.lr=nan: must be a finite number"),
+        (
+            {"data": {"sources": [{"name": "s", "path": "x", "loss_weight": float("inf")}]}},
+            1,
+            r"data.sources.0.loss_weight=inf: must be a finite number",
+        ),
+        ({"optim": {"lr_scale": {"gate": -1.0}}}, 1, "optim.lr_scale.gate=-1.0: must be positive"),
+        ({"optim": {"lr_scale": {"new_token_rows": 2.0}}}, 1, "lr_scale.new_token_rows: no effect"),
+        ({"log": {"eval_iters": 0}}, 1, "log.eval_iters=0: must be positive"),
         (
             {"optim": {"lr_decay_style": "WSD"}},
             1,
