@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv ext ext-cuda quickstart test stress lint types layers docs checks golden clean
+.PHONY: help venv ext ext-cuda quickstart test stress lint types layers docs checks clean
 
 # The first Python >= 3.12 that really runs (a pyenv shim may exist and refuse).
 PYTHON := $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python python3.13 python3; do \
