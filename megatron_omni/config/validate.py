@@ -5,7 +5,7 @@ Every violation is one ValueError: field, value, why, fix. All of them are colle
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megatron_omni.config.model import ModelConfig
@@ -50,7 +50,8 @@ def _not_finite(value: object, name: str = "") -> Iterator[str]:
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{name}={value}: must be a finite number"
     elif isinstance(value, dict | list | tuple):
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        inside: Iterable[tuple[object, object]] = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in inside:
             yield from _not_finite(inner, f"{name}.{key}" if name else str(key))
 
 
