@@ -18,10 +18,14 @@ from torch import Tensor
 
 
 class GatheredState:
-    """Memory for the gathered state of one optimizer, on this rank: twelve bytes for each of its model's parameters."""
+    """Memory for the gathered state of one optimizer, on this rank: twelve bytes for each of its model's parameters, and
+    as much as is copied into it.
+    """
 
     def __init__(self) -> None:
         self._memory: dict[tuple[Any, ...], Tensor] = {}
+        self.is_known = False
+        """Whether the ranks have compared what each of them saves."""
 
     @contextmanager
     def used_by(self, optimizer: MegatronOptimizer) -> Iterator[None]:
@@ -35,6 +39,15 @@ class GatheredState:
         finally:
             for member in distributed:
                 del member.get_parameter_state_dp_zero
+
+    def copy(self, tensor: Tensor, *, key: tuple[Any, ...]) -> Tensor:
+        """A copy of ``tensor`` on the CPU, in memory that the next copy of the same ``key`` uses again.
+
+        Fresh memory costs more than the copy: the system has to map and clear every page of it.
+        """
+        # Flat in its own storage: Megatron's writer would copy a slice of a larger one again.
+        copied = self._take(("copy", *key, tensor.shape), tensor.numel(), torch.device("cpu"), tensor.dtype)
+        return copied.view(tensor.shape).copy_(tensor)
 
     def storages(self) -> set[int]:
         """Addresses of the memory."""
@@ -88,7 +101,10 @@ class GatheredState:
             dist.all_gather_into_tensor(gathered, own, group=group)
             result.copy_(gathered)
 
-    def _take(self, key: tuple[Any, ...], numel: int, device: torch.device) -> Tensor:
+    def _take(
+        self, key: tuple[Any, ...], numel: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        key = (*key, dtype)
         if key not in self._memory:
-            self._memory[key] = torch.zeros(numel, dtype=torch.float32, device=device)
+            self._memory[key] = torch.zeros(numel, dtype=dtype, device=device)
         return self._memory[key]

@@ -1,7 +1,7 @@
 """Writing a checkpoint: at once, or by a thread beside the training steps that follow.
 
     start     collective: plan, and gather the optimizer's state; for a background save, copy what training will change
-    write     each rank alone: its files, flushed to disk and hashed
+    write     each rank alone: its files, flushed to disk and hashed; the first also recipe and tokenizer
     finish    collective: metadata, manifest, rename (commit.py)
 
 A background save stalls training for *start*, and for a *finish* that has only small files left to write. Until
@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
@@ -57,6 +57,7 @@ class PendingSave:
         self._recipe, self._score, self._request = recipe, score, request
         self._digests: dict[str, str] = {}
         self._errors: list[str] = []
+        self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
 
     @property
@@ -65,15 +66,25 @@ class PendingSave:
         return self._thread is None or not self._thread.is_alive()
 
     def write(self) -> None:
-        """Write, flush and hash this rank's files. Megatron's writer hands its errors over to :meth:`finish`."""
+        """Write, flush and hash this rank's files. Errors are handed over to :meth:`finish`."""
         with _writer_errors() as errors, _no_garbage_collection():
             if self._request.async_fn is not None:
                 self._request.async_fn(*self._request.async_fn_args, **self._request.async_fn_kwargs)
             self._errors = errors
             if errors:
                 gc.freeze()
-            else:
-                self._digests = {name: commit.sha256(Path(path)) for path, name, _ in _buckets(self._request)}
+                return
+        try:
+            if dist.get_rank() == 0:
+                self._describe(commit.temporary_dir(self.root, self.step))
+            self._digests = {name: commit.sha256(Path(path)) for path, name, _ in _buckets(self._request)}
+        except FAILURES as error:
+            self._failure = error
+
+    def _describe(self, directory: Path) -> None:
+        save_config(CheckpointingConfig("torch_dist", 1), str(directory))
+        commit.write_text(directory / RUN_CONFIG, recipe_to_yaml(self._recipe))
+        _copy_tokenizer(Path(self._recipe.data.tokenizer), directory / TOKENIZER)
 
     def write_in_background(self) -> None:
         """The same, in a thread."""
@@ -86,6 +97,7 @@ class PendingSave:
         if self._thread is not None:
             self._thread.join()
         try:
+            _together(self._raise, what="saving")
             _together(self._collect, what="saving", errors=self._errors)
             digests: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(digests, self._digests)
@@ -96,16 +108,16 @@ class PendingSave:
             raise
         return commit.iteration_dir(self.root, self.step)
 
+    def _raise(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
     def _collect(self) -> None:
         """Megatron's part after writing: gather what every rank wrote where, and write ``.metadata``."""
         for finalize in self._request.finalize_fns:
             finalize()
 
     def _publish(self, digests: dict[str, str]) -> None:
-        directory = commit.temporary_dir(self.root, self.step)
-        save_config(CheckpointingConfig("torch_dist", 1), str(directory))
-        commit.write_text(directory / RUN_CONFIG, recipe_to_yaml(self._recipe))
-        _copy_tokenizer(Path(self._recipe.data.tokenizer), directory / TOKENIZER)
         keep = self._recipe.checkpoint.keep
         commit.publish(self.root, self.step, keep=keep, digests=digests, score=self._score)
 
@@ -139,11 +151,10 @@ def start_save(
     def plan() -> None:
         gathered = memory or GatheredState()
         with gathered.used_by(optimizer):
-            sharded = _state(model, optimizer, common, pg)
-        live = _let_go_of(gathered, sharded)
-        request = _plan(sharded, commit.temporary_dir(root, step))
-        if background:
-            request = _with_own_tensors(request, live)
+            sharded = _state(model, optimizer, common, pg, check=not gathered.is_known)
+        gathered.is_known = True
+        later = _let_go_of(gathered, sharded, background=background)
+        request = _plan(sharded, commit.temporary_dir(root, step), later)
         pending.append(PendingSave(root, step, recipe=recipe, score=score, request=request))
 
     try:
@@ -161,9 +172,17 @@ def start_save(
 
 
 def _state(
-    model: MegatronModule, optimizer: MegatronOptimizer, common: dict[str, Any], pg: ProcessGroupCollection
+    model: MegatronModule,
+    optimizer: MegatronOptimizer,
+    common: dict[str, Any],
+    pg: ProcessGroupCollection,
+    *,
+    check: bool,
 ) -> dict[str, Any]:
-    metadata = sharding_metadata(pg)
+    """What is saved, by Megatron's names. ``check``: all ranks compare what each says it has, which stays the same from
+    save to save.
+    """
+    metadata = sharding_metadata(pg) | {"views": True}  # models/moe/experts.py
     weights = model.sharded_state_dict(prefix="", metadata=metadata)
     state: dict[str, Any] = {
         "model": weights,
@@ -172,15 +191,15 @@ def _state(
         "common": common,
         "layout": {"world_size": dist.get_world_size()},
     }
-    sharded, plain = save_preprocess(state)
+    sharded, plain = save_preprocess(state, validate_access_integrity=check)
     sharded["common_state"] = ShardedObject("common_state", plain, (1,), (0,), replica_id=dist.get_rank())
     return dict(sharded)
 
 
-def _plan(sharded: dict[str, Any], directory: Path) -> AsyncRequest:
+def _plan(sharded: dict[str, Any], directory: Path, later: dict[int, torch.Tensor]) -> AsyncRequest:
     """Megatron's ``dist_checkpointing.save`` in its parts, so that no rank waits at a barrier for one that has failed.
 
-    The tensors of the result are on the CPU; some are the model's own.
+    The tensors of the result are on the CPU; what is in ``later`` stands in the place of its stand-in.
     """
     # The writer hands its results over through a queue that Megatron starts a helper process for. Here both ends are
     # this process; a plain queue saves seconds and an orphan when a run is killed.
@@ -190,7 +209,25 @@ def _plan(sharded: dict[str, Any], directory: Path) -> AsyncRequest:
     if request.preload_fn is None:  # nothing to write on this rank
         return request
     rank, _, results = request.async_fn_args
-    return request._replace(async_fn_args=(rank, request.preload_fn(), results), preload_fn=None)
+    buckets = request.preload_fn()
+    planned = {tensor.data_ptr() for _, _, (_, items) in buckets for _, tensor in items}
+    assert planned >= set(later), "Megatron has copied a stand-in"
+    buckets = [(path, name, (data, _WhenWritten(items, later))) for path, name, (data, items) in buckets]
+    return request._replace(async_fn_args=(rank, buckets, results), preload_fn=None)
+
+
+class _WhenWritten:
+    """The (item, tensor) pairs of a file. What has to be made contiguous is when its turn comes: beside training, and
+    never two at a time in one file.
+    """
+
+    def __init__(self, items: list[tuple[Any, torch.Tensor]], later: dict[int, torch.Tensor]) -> None:
+        self._items, self._later = items, later
+
+    def __iter__(self) -> Iterator[tuple[Any, torch.Tensor]]:
+        for item, tensor in self._items:
+            made = self._later.get(tensor.data_ptr())
+            yield item, tensor if made is None else made.contiguous().view(tensor.shape)
 
 
 def _buckets(request: AsyncRequest) -> list[Any]:
@@ -198,36 +235,29 @@ def _buckets(request: AsyncRequest) -> list[Any]:
     return request.async_fn_args[1] if request.async_fn_args else []
 
 
-def _let_go_of(gathered: GatheredState, sharded: dict[str, Any]) -> set[int]:
-    """Give every slice of the gathered state a storage of its own size over the same memory (Megatron would copy a slice
-    of a larger storage); addresses of the storages of all other tensors, which training goes on to change.
+def _let_go_of(gathered: GatheredState, sharded: dict[str, Any], *, background: bool) -> dict[int, torch.Tensor]:
+    """Make the tensors that this rank writes the checkpoint's own; address of a stand-in -> what is written in its place.
+
+    Slices of the gathered state get a storage of their own size over the same memory: Megatron would copy a slice of a
+    larger storage, and training would wait for it. One that is not contiguous has to be copied, but later: it is planned
+    with a stand-in, memory that nobody touches and that therefore costs nothing. For a background save all other
+    tensors, which training goes on to change, are copied to the CPU.
     """
-    ours, live = gathered.storages(), set()
+    ours, later = gathered.storages(), {}
     for value in nested_values(sharded):
-        if not isinstance(value, ShardedTensor) or value.data is None or not value.data.is_cpu:
+        if not isinstance(value, ShardedTensor) or value.data is None or not is_main_replica(value.replica_id):
             continue
-        address = value.data.untyped_storage().data_ptr()
-        if address in ours:
-            value.data = torch.from_numpy(value.data.contiguous().numpy())
+        if value.data.untyped_storage().data_ptr() in ours:
+            if value.data.is_contiguous():
+                value.data = torch.from_numpy(value.data.numpy())
+            else:
+                stand_in = torch.empty(value.data.shape, dtype=value.data.dtype)
+                later[stand_in.data_ptr()], value.data = value.data, stand_in
+        elif background:
+            value.data = gathered.copy(value.data.detach(), key=(value.key, value.global_offset))
         else:
-            live.add(address)
-    return live
-
-
-def _with_own_tensors(request: AsyncRequest, live: set[int]) -> AsyncRequest:
-    """``request`` with a copy of every tensor that shares memory with the model or the optimizer."""
-    if request.async_fn is None:
-        return request
-    copied = [
-        (path, name, (data, [(item, _own(tensor, live)) for item, tensor in items]))
-        for path, name, (data, items) in _buckets(request)
-    ]
-    rank, _, results = request.async_fn_args
-    return request._replace(async_fn_args=(rank, copied, results))
-
-
-def _own(tensor: torch.Tensor, live: set[int]) -> torch.Tensor:
-    return tensor.clone() if tensor.untyped_storage().data_ptr() in live else tensor
+            value.data = value.data.detach().contiguous()
+    return later
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
