@@ -427,7 +427,10 @@ def _warn_of_other_arithmetic(model: ModelConfig) -> None:
 
 
 def _manifest(directory: Path) -> dict[str, str]:
-    return dict(read_json(directory / commit.MANIFEST)["files"])
+    files = read_json(directory / commit.MANIFEST).get("files")
+    if not isinstance(files, dict) or not files:
+        raise CheckpointError(f"{directory / commit.MANIFEST}: damaged: expected a table 'files', found {files!r}")
+    return files
 
 
 def _compare_manifest(directory: Path, manifest: dict[str, str], found: dict[Path, str]) -> None:

@@ -256,6 +256,9 @@ def test_export_of_a_damaged_checkpoint_leaves_nothing(tmp_path: Path, directori
     shard.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp: '.*': the block at byte \d+ is damaged"):
         export_checkpoint(open_ours(tmp_path / "ours"), tmp_path / "back")
+    (directory / commit.MANIFEST).write_text('{"algorithm": "sha256", "filer": {}}')
+    with pytest.raises(CheckpointError, match=r"integrity\.json: damaged: expected a table 'files', found None"):
+        export_checkpoint(open_ours(tmp_path / "ours"), tmp_path / "back")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours"]
 
 

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,14 +19,19 @@ from torch import Tensor
 
 from megatron_omni.checkpoint import commit
 from megatron_omni.checkpoint.commit import CheckpointError
+from megatron_omni.checkpoint.convert import import_checkpoint
 from megatron_omni.checkpoint.export import open_ours
+from megatron_omni.checkpoint.families import open_language, open_sources
+from megatron_omni.checkpoint.layout import Layout
 from megatron_omni.checkpoint.ledger import tensor_digest
 from megatron_omni.checkpoint.torch_dist import TorchDistReader
 from megatron_omni.checkpoint.upcycle import UpcycledSource, upcycle
 from megatron_omni.checkpoint.upcycle_sources import OursSource
 from megatron_omni.checkpoint.verify import verify
+from megatron_omni.config.run import Recipe
 from megatron_omni.data.tokenizer import ALL_SPECIALS, load_tokenizer
 from tests.distributed.test_omni_layouts import MODEL as TINY_OMNI
+from tests.parity import foreign
 from tests.unit.dense_checkpoints import (
     FIRST_NEW,
     MODEL,
@@ -166,11 +172,6 @@ def test_token_rows_are_kept_where_asked_for(dense: dict[str, Path], tmp_path: P
 
 def test_a_run_of_ours_is_a_source(dense: dict[str, Path], mixture: Path, tmp_path: Path) -> None:
     """The same result from distributed checkpoints as from the directories that they were imported from."""
-    from megatron_omni.checkpoint.convert import import_checkpoint
-    from megatron_omni.checkpoint.families import open_language
-    from megatron_omni.checkpoint.layout import Layout
-    from megatron_omni.config.run import Recipe
-
     runs = {}
     for name, path in dense.items():
         model, part = open_language(path)
@@ -186,6 +187,35 @@ def test_a_run_of_ours_is_a_source(dense: dict[str, Path], mixture: Path, tmp_pa
     commit.write_manifest(ledger)
     kept = released(upcycle(runs, tmp_path / "kept"))["lm_head.weight"]
     assert torch.equal(kept, tensors_of(dense["base"])["lm_head.weight"])
+
+
+def test_trained_rows_of_special_tokens_survive_an_import(
+    dense: dict[str, Path], mixture: Path, tmp_path: Path
+) -> None:
+    """A directory whose tokenizer has the tokens brings rows for them, whether it is imported first or not."""
+    hf = copied(dense, tmp_path)["base"]
+    shutil.copyfile(mixture / "tokenizer" / "tokenizer.json", hf / "tokenizer.json")
+    model, part = open_language(hf)
+    import_checkpoint([part], Recipe(model=model), tmp_path / "ours", wanted=part.rows, tokenizer=hf)
+    for number, source in enumerate((hf, tmp_path / "ours")):
+        made = released(upcycle({"base": source}, tmp_path / f"kept{number}"))
+        assert torch.equal(made["lm_head.weight"], tensors_of(hf)["lm_head.weight"])
+        made = released(upcycle({"base": source}, tmp_path / f"mean{number}", token_rows="mean"))
+        assert torch.equal(made["lm_head.weight"][NEW_ROWS], released(mixture)["lm_head.weight"][NEW_ROWS])
+
+
+def test_a_joined_model_is_a_source_although_its_carried_layers_have_no_place(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Qwen2.5, SigLIP and Whisper imported into one: SigLIP's last layer and the rest of its head stay behind."""
+    foreign.siglip(tmp_path / "eyes")
+    opened = open_sources(language=write_dense(tmp_path / "hf"), vision=tmp_path / "eyes", draw_seed=1)
+    recipe = Recipe(model=opened.model)
+    import_checkpoint(opened.parts, recipe, tmp_path / "ours", wanted=opened.wanted, tokenizer=tmp_path / "hf")
+    made = upcycle({"base": tmp_path / "ours"}, tmp_path / "mixture")
+    assert "carried weights that the released layout has no place for" in caplog.text
+    theirs = next(v for k, v in tensors_of(tmp_path / "eyes").items() if k.endswith("post_layernorm.weight"))
+    assert torch.equal(released(made)["vision_tower.vision_tower.vision_model.post_layernorm.weight"], theirs)
 
 
 def test_trunk_is_the_named_source_and_differences_are_measured(
@@ -209,7 +239,7 @@ def test_a_trunk_that_is_not_used_may_not_be_damaged(dense: dict[str, Path], tmp
     change(sources["vision"], lambda tensors: tensors["model.norm.weight"][2:3].fill_(math.nan))
     with pytest.raises(ValueError, match=r"vision/model\.safetensors: 'model\.norm\.weight': expected finite.*found 1"):
         upcycle(sources, tmp_path / "out")
-    assert nothing_is_left(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_verify_makes_every_tensor_again(
@@ -260,10 +290,6 @@ def test_encoders_that_are_left_out_are_compared_and_equal_trunks_are_not_mentio
 
 
 # ------------------------------------------------------------------------------------------------ bad input
-
-
-def nothing_is_left(out: Path) -> bool:
-    return not out.exists() or not [path for path in out.rglob("*") if path.is_file()]
 
 
 def spoil(sources: dict[str, Path], what: str) -> None:
@@ -350,7 +376,7 @@ def test_bad_sources_are_one_error_and_leave_nothing(
     spoil(sources, what)
     with pytest.raises(ValueError, match=message):
         upcycle(sources, tmp_path / "out")
-    assert nothing_is_left(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -369,7 +395,7 @@ def test_settings_that_cannot_be_had_by_copying(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         upcycle({"base": dense["base"]}, tmp_path / "out", overrides=[override])
-    assert nothing_is_left(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device")])
@@ -388,7 +414,7 @@ def test_an_interrupted_or_full_disk_leaves_nothing_and_a_rerun_works(
     monkeypatch.setattr(UpcycledSource, "read", failing)
     with pytest.raises((KeyboardInterrupt, CheckpointError)):
         upcycle(dense, tmp_path / "out")
-    assert nothing_is_left(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     assert upcycle(dense, tmp_path / "out").is_dir()
 
@@ -416,7 +442,7 @@ def test_a_signal_leaves_nothing_and_is_status_130(dense: dict[str, Path], tmp_p
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
     process.join(timeout=120)
-    assert process.exitcode == 130 and nothing_is_left(tmp_path / "out")
+    assert process.exitcode == 130 and not (tmp_path / "out").exists()
     assert upcycle({"base": dense["base"]}, tmp_path / "out").is_dir()
 
 
@@ -446,7 +472,7 @@ def test_the_tool_answers_with_an_exit_status(dense: dict[str, Path], mixture: P
 def test_a_disk_that_fills_up_is_one_error(dense: dict[str, Path], tmp_path: Path) -> None:
     done = run_tool("--base", dense["base"], "--out", tmp_path / "out", limit=40)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert str(tmp_path / "out") in done.stderr and nothing_is_left(tmp_path / "out")
+    assert str(tmp_path / "out") in done.stderr and not (tmp_path / "out").exists()
 
 
 def test_help_answers_without_torch() -> None:
