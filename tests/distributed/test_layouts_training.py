@@ -86,6 +86,9 @@ def test_micro_batches_without_a_modality_occur(corpus: Path, tmp_path: Path) ->
         pytest.param(
             2, {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}, id="dp2-overlap"
         ),
+        pytest.param(2, TP | EP, id="tp2-ep2"),
+        pytest.param(4, TP | PP, id="tp2-pp2"),
+        pytest.param(4, PP | EP, id="pp2-ep2"),
         pytest.param(4, TP | PP | EP, id="tp2-pp2-ep2"),
     ],
 )
