@@ -61,8 +61,8 @@ def ordered_pair(row):
 
 
 def test_the_mix_fills_rows_to_97_percent_and_more(corpus, tmp_path):
-    """At every stage of the curriculum, in rows of 288 tokens. The recipe's own rows of 144 hold four samples, and four
-    pictures of 32 tokens leave 16 free: 95.5 % over its run (docs/data.md)."""
+    """At every stage of the curriculum, in rows of 288 tokens. The recipe's own rows of 216 hold six samples, and six
+    pictures of 32 tokens leave 24 free: 96.6 % over its run (docs/data.md)."""
     train_sentencepiece(
         [(corpus / "tokenizer_corpus.txt").read_text()], tmp_path / "t.model", vocab_size=VOCAB_SIZE, model_type="bpe"
     )
