@@ -108,7 +108,7 @@ def per_token(found: dict[tuple[str, ...], float]) -> Any:
         layers, [sum(k * shares.get((layer, k), 0.0) for k in counts) for layer in layers], "o-", color="#d62728"
     )
     means.set_ylabel("mean k (dots)", color="#d62728")
-    means.set_ylim(bottom=0.0)
+    means.set_ylim(0.0, max(*counts, 1))
     figure.legend(*axis.get_legend_handles_labels(), title="experts", loc="outside right center")
     figure.suptitle("Real experts per token")
     return figure
