@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,7 +31,10 @@ def report_failure(error: BaseException) -> int:
     """Print ``error`` as this rank's role asks for; the exit status: 2 for bad input, else 1."""
     explained = is_for_users(error)
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
-    if _is_first(rank):
+    if isinstance(error, ReaderFailed):  # never the cause, however early it comes
+        _wait_for_the_cause()
+        print(f"[rank {rank}] ends: {error}", file=sys.stderr, flush=True)
+    elif _is_first(rank):
         if explained:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
@@ -79,6 +83,14 @@ def _tell_the_others() -> None:
     try:
         watch.mark_failed(dist.distributed_c10d._get_default_store())
     except Exception:  # then every rank notices that the store is gone
+        return
+
+
+def _wait_for_the_cause() -> None:
+    """Until the rank that has it reports: a launcher ends that one, too, as soon as this one has ended."""
+    try:
+        dist.distributed_c10d._get_default_store().wait([_CLAIM], timedelta(seconds=5))
+    except Exception:  # no groups, or the store went down with the rank that kept it
         return
 
 

@@ -140,8 +140,8 @@ def _end_with_the_data(
     run: Run, logger: RunLogger, saver: "_Saver", end: DataEnded, evaluated: dict[str, float]
 ) -> None:
     """What the last step of a run does, where the data says which one that is; ``evaluated`` after that step."""
-    if not run.state.step:
-        raise end
+    if not run.state.step:  # nothing was trained; a rank that reads no data leaves it to the others to say why
+        raise end if run.loader is not None else ReaderFailed("another rank found no data for a step")
     logger.flush()
     if saver.step == run.state.step:
         saver.finish()

@@ -30,7 +30,6 @@ def fail(error: BaseException) -> BaseException:
         (fail(CheckpointError("disk full")), 1, 1),
         (caught(lambda: int("a library's ValueError")), 1, None),
         (fail(ZeroDivisionError("a bug")), 1, None),
-        (fail(ReaderFailed("another rank could not load its data")), 2, None),
     ],
 )
 def test_status_and_text(
@@ -43,3 +42,8 @@ def test_status_and_text(
         assert "Traceback" in text
     else:
         assert text.startswith("error: ") and text.count("\n") == lines
+
+
+def test_a_rank_that_only_knows_that_another_failed_does_not_report_a_cause(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report_failure(fail(ReaderFailed("another rank could not load its data"))) == 2
+    assert capsys.readouterr().err == "[rank 0] ends: another rank could not load its data\n"
