@@ -1,8 +1,8 @@
-// The one file of the CPU side that sees torch: schemas of megatron_omni, argument checks, allocation, calls to kernels.h.
+// The CPU side of the ops: schemas of megatron_omni, argument checks, allocation, calls to kernels.h.
 //
 // Wrong arguments raise ValueError with the argument's name. Index arguments are checked against what they index (a
-// pass over int64 metadata, small beside the rows it moves), so that no call reads or writes out of bounds. Gradients and
-// fake kernels are registered from Python, in megatron_omni/ops/<op>.py.
+// pass over int64 metadata, small beside the rows it moves), so that no call reads or writes out of bounds. Gradients are
+// in bindings_autograd.cpp, fake kernels in megatron_omni/ops/<op>.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -14,12 +14,17 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "kernels.h"
 
 namespace {
 
 using at::Tensor;
+using omni::accumulator_of;
+using omni::check_main_grads;
+using omni::data_or_null;
 using omni::DType;
+using omni::dtype_of;
 
 const omni::Parallel pool() {
   return {at::get_num_threads(), [](int64_t num_tasks, void (*task)(void*, int64_t), void* context) {
@@ -27,16 +32,6 @@ const omni::Parallel pool() {
               for (int64_t i = begin; i < end; ++i) task(context, i);
             });
           }};
-}
-
-DType dtype_of(const Tensor& x, const char* name) {
-  switch (x.scalar_type()) {
-    case at::kFloat: return DType::F32;
-    case at::kBFloat16: return DType::BF16;
-    case at::kHalf: return DType::F16;
-    case at::kDouble: return DType::F64;
-    default: TORCH_CHECK_VALUE(false, name, ": dtype ", x.scalar_type(), " is not float32, bfloat16, float16 or float64");
-  }
 }
 
 void check_matrix(const Tensor& x, const char* name) {
@@ -67,8 +62,6 @@ void check_offsets(const Tensor& x, int64_t last, bool all, const char* name) {
   TORCH_CHECK_VALUE(good, name, ": must ascend from 0");
   TORCH_CHECK_VALUE(all ? end == last : end <= last, name, ": ends at ", end, all ? ", must end at " : ", past ", last);
 }
-
-const void* data_or_null(const std::optional<Tensor>& x) { return x ? x->const_data_ptr() : nullptr; }
 
 // ---- permute ---------------------------------------------------------------------------------------------------------
 
@@ -137,7 +130,7 @@ DType check_unpermute(const Tensor& rows, const std::optional<Tensor>& weights, 
   TORCH_CHECK_VALUE(rows.size(0) >= A, "rows: has ", rows.size(0), " rows for ", A, " assignments");
   TORCH_CHECK_VALUE(T >= 0, "num_tokens: ", T, " must not be negative");
   check_permutation(row_token, token_offsets, token_rows, T);
-  const auto accumulator = dtype == DType::F64 ? at::kDouble : at::kFloat;
+  const auto accumulator = accumulator_of(dtype);
   if (weights) check_vector(*weights, A, accumulator, "weights");
   if (factor) check_vector(*factor, A, accumulator, "gradient_factor");
   TORCH_CHECK_VALUE(
@@ -170,7 +163,7 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad, const Tensor& 
                                       grad.scalar_type(), "grad");
   const int64_t H = rows.size(1);
   TORCH_CHECK_VALUE(grad.size(1) == H, "grad: is ", grad.size(1), " wide, rows are ", H);
-  const auto accumulator = dtype == DType::F64 ? at::kDouble : at::kFloat;
+  const auto accumulator = accumulator_of(dtype);
   Tensor grad_rows = at::empty({needs_rows ? rows.size(0) : 0, H}, rows.options());
   Tensor grad_weights = at::empty({needs_weights ? A : 0}, rows.options().dtype(accumulator));
   omni::cpu::unpermute_backward(
@@ -377,24 +370,8 @@ DType check_experts(const Tensor& x, const Tensor& w1, const Tensor& w2, const T
                     x.scalar_type());
   TORCH_CHECK_VALUE(w2.is_contiguous(), "w2: must be contiguous; call .contiguous()");
   if (row_weight)
-    check_vector(*row_weight, x.size(0), dtype == DType::F64 ? at::kDouble : at::kFloat, "row_weight");
+    check_vector(*row_weight, x.size(0), accumulator_of(dtype), "row_weight");
   return dtype;
-}
-
-// Both or none: fp32 (fp64 for fp64 rows) of the weights' shapes.
-void check_main_grads(const std::optional<Tensor>& main_grad1, const std::optional<Tensor>& main_grad2, const Tensor& w1,
-                      const Tensor& w2) {
-  TORCH_CHECK_VALUE(main_grad1.has_value() == main_grad2.has_value(), "main_grad", main_grad1 ? 2 : 1,
-                    ": missing; give both buffers or none");
-  if (!main_grad1) return;
-  const auto wide = w1.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const auto check = [&](const Tensor& buffer, const Tensor& w, const char* name) {
-    TORCH_CHECK_VALUE(buffer.scalar_type() == wide, name, ": dtype ", buffer.scalar_type(), " must be ", wide);
-    TORCH_CHECK_VALUE(buffer.sizes() == w.sizes(), name, ": has shape ", buffer.sizes(), ", must be ", w.sizes());
-    TORCH_CHECK_VALUE(buffer.is_contiguous(), name, ": must be contiguous");
-  };
-  check(*main_grad1, w1, "main_grad1");
-  check(*main_grad2, w2, "main_grad2");
 }
 
 // The buffers are the backward's (bindings_autograd.cpp hands them on): here they are only checked.
@@ -429,7 +406,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(const Tensor& dy,
   Tensor dw1 = at::empty({needs_w1 && !add ? w1.size(0) : 0, H, 2 * F}, options);
   Tensor dw2 = at::empty({needs_w2 && !add ? w2.size(0) : 0, F, H}, options);
   Tensor drow_weight =
-      at::empty({needs_row_weight ? rows : 0}, options.dtype(dtype == DType::F64 ? at::kDouble : at::kFloat));
+      at::empty({needs_row_weight ? rows : 0}, options.dtype(accumulator_of(dtype)));
   omni::cpu::expert_mlp_backward(
       dy.const_data_ptr(), x.const_data_ptr(), h.const_data_ptr(), w1.const_data_ptr(), w2.const_data_ptr(),
       offsets.const_data_ptr<int64_t>(), data_or_null(row_weight), rows, w1.size(0), H, F, dtype,

@@ -20,44 +20,27 @@
 #include <string>
 #include <tuple>
 
+#include "arguments.h"
 #include "kernels_cuda.h"
 
 namespace {
 
 using at::Tensor;
+using omni::accumulator_of;
+using omni::check;
+using omni::check_main_grads;
+using omni::data_or_null;
 using omni::DType;
+using omni::dtype_of;
 using std::optional;
 
 void* stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
-DType dtype_of(const Tensor& x, const char* name) {
-  switch (x.scalar_type()) {
-    case at::kFloat: return DType::F32;
-    case at::kBFloat16: return DType::BF16;
-    case at::kHalf: return DType::F16;
-    case at::kDouble: return DType::F64;
-    default: TORCH_CHECK_VALUE(false, name, ": dtype ", x.scalar_type(), " is not float32, bfloat16, float16 or float64");
-  }
-}
-
-at::ScalarType accumulator_of(DType dtype) { return dtype == DType::F64 ? at::kDouble : at::kFloat; }
-
-// Contiguous, on the device of `like`, of the given sizes (-1: any).
-void check(const Tensor& x, const Tensor& like, at::ScalarType dtype, at::IntArrayRef sizes, const char* name) {
-  TORCH_CHECK_VALUE(x.scalar_type() == dtype, name, ": dtype ", x.scalar_type(), " must be ", dtype);
-  TORCH_CHECK_VALUE(x.device() == like.device(), name, ": is on ", x.device(), ", must be on ", like.device());
-  bool fits = x.dim() == static_cast<int64_t>(sizes.size());
-  for (size_t i = 0; fits && i < sizes.size(); ++i) fits = sizes[i] < 0 || x.size(static_cast<int64_t>(i)) == sizes[i];
-  TORCH_CHECK_VALUE(fits, name, ": has shape ", x.sizes(), ", must be ", sizes, " (-1: any)");
-  TORCH_CHECK_VALUE(x.is_contiguous(), name, ": must be contiguous; call .contiguous()");
-}
+const int64_t* index(const Tensor& x) { return x.const_data_ptr<int64_t>(); }
 
 void check(const optional<Tensor>& x, const Tensor& like, at::ScalarType dtype, at::IntArrayRef sizes, const char* name) {
   if (x) check(*x, like, dtype, sizes, name);
 }
-
-const int64_t* index(const Tensor& x) { return x.const_data_ptr<int64_t>(); }
-const void* data_or_null(const optional<Tensor>& x) { return x ? x->const_data_ptr() : nullptr; }
 
 // ---- permute ---------------------------------------------------------------------------------------------------------
 
@@ -316,15 +299,6 @@ DType check_experts(const Tensor& x, const Tensor& w1, const Tensor& w2, const T
   check(w2, x, x.scalar_type(), {w1.size(0), w1.size(2) / 2, w1.size(1)}, "w2");
   check(row_weight, x, accumulator_of(dtype), {x.size(0)}, "row_weight");
   return dtype;
-}
-
-void check_main_grads(const optional<Tensor>& main_grad1, const optional<Tensor>& main_grad2, const Tensor& w1,
-                      const Tensor& w2) {
-  TORCH_CHECK_VALUE(main_grad1.has_value() == main_grad2.has_value(), "main_grad", main_grad1 ? 2 : 1,
-                    ": missing; give both buffers or none");
-  const auto wide = accumulator_of(dtype_of(w1, "w1"));
-  check(main_grad1, w1, wide, w1.sizes(), "main_grad1");
-  check(main_grad2, w2, wide, w2.sizes(), "main_grad2");
 }
 
 std::tuple<Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& w1, const Tensor& w2, const Tensor& offsets,
