@@ -3,9 +3,9 @@
     python -m benchmarks.bench_save RECIPE [key=value ...] [--saves N]
 
 A synchronous save stops training for all of it. A background save stops it for its start (gathering, copying) and, some
-steps later, for its end (metadata, manifest, rename); both are measured, the time in between is not. One save of each
-kind comes first and is not counted: memory is taken from the system then. Medians of wall times, and of the processor
-time of the training thread, which neighbours on the machine disturb less; the files are flushed to the disk of
+steps later, for its end (metadata, manifest, rename); both are measured, what a thread does beside training is not. One
+save of each kind comes first and is not counted: memory is taken from the system then. Medians of wall times, and of the
+processor time of the training thread, which neighbours on the machine disturb less; the files are flushed to the disk of
 ``run_dir`` in either case.
 """
 
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
                 if background:
                     parts.append((started - start, ended - resumed, resumed - started))
     size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-    shutil.rmtree(run.checkpoints)
+    shutil.rmtree(run.checkpoints, ignore_errors=True)  # a thread may still be deleting what the last save retired
     destroy()
     at_once, background_stall = (statistics.median(times) for times in stalls.values())
     start_s, finish_s, between_s = (statistics.median(column) for column in zip(*parts))

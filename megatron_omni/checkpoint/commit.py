@@ -4,6 +4,7 @@
     checkpoints/iter_0000100/          whole: hashed, flushed to disk, then renamed
     checkpoints/latest_checkpointed_iteration.txt      "100", replaced after the rename
     checkpoints/best.json              step, metric and value of the best checkpoint, where one is kept
+    checkpoints/.old_iter_0000050/     retired or replaced, being deleted
 
 A reader sees either no directory of a step or a whole one. ``integrity.json`` (Megatron's format: SHA-256 of every
 file) is checked before anything is read; a directory that fails the check is passed over, with a warning that names
@@ -44,7 +45,8 @@ def temporary_dir(root: Path, step: int) -> Path:
 def begin(root: Path, step: int) -> Path:
     """An empty temporary directory for ``step``; what dead runs left behind is removed."""
     root.mkdir(parents=True, exist_ok=True)
-    for stale in [*root.glob(".tmp_iter_*"), *root.glob(".old_iter_*")]:
+    sweep(root)
+    for stale in root.glob(".tmp_iter_*"):
         shutil.rmtree(stale, ignore_errors=True)
     directory = temporary_dir(root, step)
     directory.mkdir()
@@ -61,6 +63,7 @@ def publish(
 ) -> Path:
     """Make the temporary directory of ``step`` the newest checkpoint: manifest, flush, rename, tracker, retention.
 
+    What it replaces and retires is hidden; :func:`sweep` deletes it, which takes its time with large files.
     ``digests``: SHA-256 of files that were hashed while they were written. ``score``: the metric that chooses the best
     checkpoint and its value here, lower is better.
     """
@@ -68,7 +71,7 @@ def publish(
     write_manifest(temporary, digests=digests)
     flush_tree(temporary)
     if final.exists():  # an older generation of the same step: a run that was rolled back and came here again
-        _remove(final)
+        _hide(final)
     os.rename(temporary, final)
     _flush_directory(root)
     write_text(root / TRACKER, f"{step}\n")
@@ -106,20 +109,27 @@ def withdraw(root: Path, step: int) -> None:
     """Remove every trace of ``step``, the only checkpoint of ``root``, published or not."""
     abandon(root, step)
     if iteration_dir(root, step).exists():
-        _remove(iteration_dir(root, step))
+        _hide(iteration_dir(root, step))
+        sweep(root)
     for name in (TRACKER, f".{TRACKER}.partial"):
         (root / name).unlink(missing_ok=True)
 
 
 def retire(root: Path, *, keep: int) -> None:
-    """Remove all but the ``keep`` newest checkpoints up to the tracker's, which always stays, and the best. 0 keeps all."""
+    """Hide all but the ``keep`` newest checkpoints up to the tracker's, which always stays, and the best. 0 keeps all."""
     latest = tracked_step(root)
     if keep <= 0 or latest is None:
         return
     best = best_checkpoint(root)
     for step in [step for step in sorted(steps(root), reverse=True) if step <= latest][max(keep, 1) :]:
         if best is None or step != best["step"]:
-            _remove(iteration_dir(root, step))
+            _hide(iteration_dir(root, step))
+
+
+def sweep(root: Path) -> None:
+    """Delete what is hidden, from this run or a dead one."""
+    for hidden in root.glob(".old_iter_*"):
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def steps(root: Path) -> list[int]:
@@ -236,9 +246,8 @@ def _flush_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(directory: Path) -> None:
-    """Hide a checkpoint in one step, then delete it: half a checkpoint is never visible."""
+def _hide(directory: Path) -> None:
+    """Take a checkpoint away in one step, for :func:`sweep` to delete: half a checkpoint is never visible."""
     hidden = directory.with_name(f".old_{directory.name}")
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(directory, hidden)
-    shutil.rmtree(hidden, ignore_errors=True)

@@ -4,9 +4,9 @@
     write     each rank alone: its files, flushed to disk and hashed; the first also recipe and tokenizer
     finish    collective: metadata, manifest, rename (commit.py)
 
-A background save stalls training for *start*, and for a *finish* that has only small files left to write. Until
-*finish* the previous checkpoint is in charge: a run that dies in between leaves a temporary directory, which the next
-save removes.
+A background save stalls training for *start*, and for a *finish* that has only small files left to write; what it
+retires is deleted by a thread, too. Until *finish* the previous checkpoint is in charge: a run that dies in between
+leaves a temporary directory, which the next save removes.
 
 Every rank sees the same outcome: after each phase the ranks exchange their errors, and one failure anywhere becomes one
 :class:`CheckpointError` everywhere, with the temporary directory removed. torch's ``CheckpointException`` derives from
@@ -106,6 +106,7 @@ class PendingSave:
         except CheckpointError:
             self._abandon()
             raise
+        self._sweep()
         return commit.iteration_dir(self.root, self.step)
 
     def _raise(self) -> None:
@@ -120,6 +121,15 @@ class PendingSave:
     def _publish(self, digests: dict[str, str]) -> None:
         keep = self._recipe.checkpoint.keep
         commit.publish(self.root, self.step, keep=keep, digests=digests, score=self._score)
+
+    def _sweep(self) -> None:
+        """Delete what was retired: at once, or beside training as the files were written."""
+        if dist.get_rank() != 0:
+            return
+        if self._thread is None:
+            commit.sweep(self.root)
+        else:
+            threading.Thread(target=commit.sweep, args=(self.root,), name="checkpoint-sweep").start()
 
     def _abandon(self) -> None:
         if dist.get_rank() == 0:

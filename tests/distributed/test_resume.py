@@ -139,12 +139,20 @@ def test_equal_to_rounding_on_another_layout(
         assert mine["consumed samples"] == theirs["consumed samples"]
 
 
-def test_a_checkpoint_is_complete_and_describes_itself(corpus: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(corpus, tmp_path, train_iters=4, checkpoint__save_interval=1, checkpoint__keep=2)
+@pytest.mark.parametrize("background", [False, True])
+def test_a_checkpoint_is_complete_and_describes_itself(corpus: Path, tmp_path: Path, background: bool) -> None:
+    recipe = tiny_recipe(
+        corpus,
+        tmp_path,
+        train_iters=4,
+        checkpoint__save_interval=1,
+        checkpoint__keep=2,
+        checkpoint__async_save=background,
+    )
     recipe.parallel.distributed_timeout_seconds = COLLECTIVE_TIMEOUT_SECONDS  # as the harness sets it
     run_tiny(recipe, 1)
     root = tmp_path / "checkpoints"
-    assert sorted(commit.steps(root)) == [3, 4]
+    assert sorted(commit.steps(root)) == [3, 4] and not list(root.glob(".*"))  # nothing half, nothing to be deleted
     newest = commit.find(tmp_path)
     assert newest == root / "iter_0000004"
     assert load_recipe(newest / "run_config.yaml") == recipe

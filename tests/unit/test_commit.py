@@ -94,6 +94,9 @@ def test_retention_keeps_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         write(tmp_path, step, keep=2)
     assert sorted(commit.steps(tmp_path)) == [3, 4]
+    assert [path.name for path in tmp_path.glob(".old_*")] == [".old_iter_0000002"]  # the last retired, until the sweep
+    commit.sweep(tmp_path)
+    assert not list(tmp_path.glob(".old_*")) and sorted(commit.steps(tmp_path)) == [3, 4]
     (tmp_path / commit.TRACKER).write_text("3\n")
     commit.retire(tmp_path, keep=1)  # never the published one, and nothing newer than it
     assert sorted(commit.steps(tmp_path)) == [3, 4]
