@@ -70,6 +70,12 @@ def multiplier_peaks(threads: int) -> dict[str, float]:
     return dict(zip(("fp32", "bf16"), map(float, out.split()), strict=True))
 
 
+def measure_peaks(found: Found, threads: int) -> None:
+    """Measure the peaks and keep the highest so far: a neighbour of the machine can only lower one."""
+    for dtype, rate in multiplier_peaks(threads).items():
+        found.peaks[dtype, threads] = max(rate, found.peaks.get((dtype, threads), 0.0))
+
+
 def pieces(found: Found, *, repeats: int) -> list[tuple[str, Callable[[int], None]]]:
     """(name, measurement on so many threads), the ones that matter most first."""
     import torch
@@ -264,13 +270,14 @@ def main() -> int:
     longest: dict[str, float] = {}
     for threads in options.threads:
         torch.set_num_threads(threads)
-        found.peaks |= {(dtype, threads): rate for dtype, rate in multiplier_peaks(threads).items()}
+        measure_peaks(found, threads)
         for name, measure in work:
             begin = time.monotonic()
             if begin - start + longest.get(name, 0.0) > 60 * options.minutes:
                 found.skipped.append(f"{name} on {threads} thread(s)")
                 continue
             measure(threads)
+            measure_peaks(found, threads)
             longest[name] = time.monotonic() - begin
             print(f"{name}, {threads} thread(s): {longest[name]:.0f} s", file=sys.stderr, flush=True)
             minutes, now = (time.monotonic() - start) / 60, [*loads, f"{os.getloadavg()[0]:.1f}"]

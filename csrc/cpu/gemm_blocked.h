@@ -26,8 +26,8 @@ constexpr int64_t kFewRows = 24;      // up to here packing fp32 weights costs m
 constexpr int64_t kFewRowsOfRun = 64; // if they are one run of memory, to here
 constexpr int64_t kNarrow = 8;        // of fewer columns the sum is one of many short ones: as accurate as the dot
 constexpr int64_t kNarrowUnits = 32;  // products that others compute there
-constexpr int64_t kRunBytes = int64_t{3} << 18;      // of weights fetched as one run: they stay in the second-level cache
-constexpr int64_t kStreamOutput = int64_t{24} << 20;  // bytes of a weight gradient stored past the caches
+constexpr int64_t kRunBytes = int64_t{1} << 18;      // of weights fetched as one run: two fill half a second-level cache
+constexpr int64_t kStreamOutput = int64_t{8} << 20;  // bytes of a result that is stored past the caches
 
 // Memory of a thread that grows and stays: no allocation in the steady state.
 class Scratch {
@@ -81,6 +81,12 @@ struct MatrixC {
   bool accumulate;  // onto data (not with narrow)
   bool stream;
 };
+
+// Whether a contiguous result [rows, columns] is stored past the caches: if it is large, and of whole aligned tiles.
+inline bool streams(const void* data, int64_t rows, int64_t columns, int64_t element_bytes) {
+  return rows * columns * element_bytes >= kStreamOutput && columns % 64 == 0 &&
+         reinterpret_cast<uintptr_t>(data) % 64 == 0;
+}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -24,12 +24,14 @@ void grouped_gemm(const void* x, const void* w, const int64_t* offsets, int64_t 
     });
     const E_* weights = static_cast<const E_*>(w);
     const auto at = [&](const Task& t) { return weights + t.expert * K * N + (transpose_w ? t.col * N : t.col); };
+    const bool stream = streams(y, filled, width, bytes);
     run_tasks(parallel, tasks, 2 * offsets[E] * K * N, [&](const Task& t, const Task* next) {
       const MatrixA<E_> a{static_cast<const E_*>(x) + t.row * length, length, false};
       const MatrixB<E_> b{at(t), N, transpose_w, next ? at(*next) : nullptr};
       const bool narrow = !std::is_same_v<E_, typename G::Acc>;
-      const MatrixC<typename G::Acc> c{static_cast<E_*>(y) + t.row * width + t.col, width, narrow, false, false};
+      const MatrixC<typename G::Acc> c{static_cast<E_*>(y) + t.row * width + t.col, width, narrow, false, stream};
       multiply<G>(a, b, c, t.rows, t.cols, length);
+      if (stream) store_fence();
     });
   });
 }
@@ -50,8 +52,7 @@ void grouped_wgrad(const void* x, const void* dy, const int64_t* offsets, int64_
     });
     const bool narrow = dtype_out == dtype && !std::is_same_v<E_, Acc>;
     const int64_t row_bytes = N * size_of(dtype_out);
-    const bool stream = !accumulate && N % 64 == 0 && E * matrix_bytes >= kStreamOutput &&
-                        reinterpret_cast<uintptr_t>(dw) % 64 == 0 && row_bytes % 64 == 0;
+    const bool stream = !accumulate && streams(dw, E * K, N, size_of(dtype_out));
     run_tasks(parallel, tasks, 2 * offsets[E] * K * N, [&](const Task& t, const Task*) {
       const int64_t begin = offsets[t.expert], length = offsets[t.expert + 1] - begin;
       const MatrixA<E_> a{static_cast<const E_*>(x) + begin * K + t.row, K, true};

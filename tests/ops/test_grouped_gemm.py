@@ -130,6 +130,13 @@ def test_weight_gradient_into_a_buffer(dtype, path):
     assert not out[1].any()
 
 
+@pytest.mark.parametrize("dtype, rows", [(torch.float32, (700, 0, 420, 3)), (torch.bfloat16, (1400, 0, 703))])
+@pytest.mark.parametrize("k, n", [(576, 2048), (2048, 576)])
+def test_large_rows(dtype, rows, k, n):
+    """Results and gradients to rows beyond the size from which they are stored past the caches."""
+    check_against_float64(rows, k, n, 1, dtype, "native", 0)
+
+
 def test_large_weight_gradient():
     """Beyond the size from which gradients are stored past the caches."""
     rows, offsets = (9, 0, 4, 16), offsets_of((9, 0, 4, 16))
