@@ -39,24 +39,31 @@ launch() {
 }
 
 train() {
-  local run_dir status
+  local run_dir status stopped
   run_dir=$(srun --nodes=1 --ntasks=1 ${SRUN_OPTIONS[@]+"${SRUN_OPTIONS[@]}"} "${python[@]}" -c \
     'import sys; from megatron_omni.config.load import load_recipe; print(load_recipe(sys.argv[1], sys.argv[2:]).run_dir)' \
-    "$@") || return 2
-  echo "== job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $1 in $run_dir, $NODES x $RANKS_PER_NODE ranks by $LAUNCH"
-  rm -f "$run_dir/requeue"
-  launch -m megatron_omni.cli.train "$@" load=auto
+    "$@")
   status=$?
-  # torchrun's status says nothing about its workers'. The run leaves this file when it stopped with a whole checkpoint.
-  if [ -e "$run_dir/requeue" ]; then
-    if scontrol show job "$SLURM_JOB_ID" | grep -q JobState=CANCELLED; then
-      echo "== cancelled after step $(cat "$run_dir/requeue"); submit it again to continue"
-    else
-      echo "== stopped after step $(cat "$run_dir/requeue"); requeued"
-      scontrol requeue "$SLURM_JOB_ID" || true # preempted jobs are in the queue already
-    fi
-    return 0
+  if [ "$status" = 0 ]; then
+    echo "== job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $1 in $run_dir, $NODES x $RANKS_PER_NODE ranks by $LAUNCH"
+    rm -f "$run_dir/requeue"
+    launch -m megatron_omni.cli.train "$@" load=auto
+    status=$?
   fi
-  echo "== ended with status $status"
-  return "$status"
+  # torchrun's status says nothing about its workers'. The run leaves this file when it stopped with a whole checkpoint;
+  # ranks that were still starting up die of the signal (128 + USR1 or TERM), and there is nothing new to save.
+  if [ -n "$run_dir" ] && [ -e "$run_dir/requeue" ]; then
+    stopped="after step $(cat "$run_dir/requeue")"
+  elif [ "$status" = 138 ] || [ "$status" = 143 ]; then
+    stopped="by a signal, nothing saved since the last checkpoint"
+  else
+    echo "== ended with status $status"
+    return "$status"
+  fi
+  if scontrol show job "$SLURM_JOB_ID" | grep -q JobState=CANCELLED; then
+    echo "== cancelled; stopped $stopped; submit it again to continue"
+  else
+    echo "== stopped $stopped; requeued"
+    scontrol requeue "$SLURM_JOB_ID" || true # preempted jobs are in the queue already
+  fi
 }

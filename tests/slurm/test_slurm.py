@@ -82,21 +82,22 @@ SHAPES = [("torchrun", "srun")] if not os.environ.get("OMNI_STRESS") else [("tor
 def test_preempted_and_requeued_equals_undisturbed(cluster: Cluster, tmp_path: Path, shapes: tuple[str, ...]) -> None:
     corpus = make_corpus(tmp_path / "corpus")
     undisturbed = exact(run_tiny(tiny(corpus, tmp_path / "straight"), 4))
-    place = site(tmp_path / "site", shapes)
+    place = site(tmp_path / "site", (shapes[0], *shapes))
     recipe = tiny(corpus, tmp_path / "run")
     (place / "recipes" / "3_sft.yaml").write_text(recipe_to_yaml(recipe))
     job = cluster.submit(*RANKS, "--output=log.txt", "examples/slurm/3_sft.sbatch", "log.interval=1", cwd=place)
-    log = place / "log.txt"
-    seen = 0
-    for restarts in range(len(shapes) - 1):
-        seen = _wait_for_step(tmp_path / "run" / "metrics.jsonl", seen + 2, log)
+    log, metrics = place / "log.txt", tmp_path / "run" / "metrics.jsonl"
+    _stop_while_it_starts(cluster, job)
+    for restarts in range(1, len(shapes)):
+        _wait_for_step(metrics, len(_lines(metrics)) + 2, log)
         cluster.call("scancel", "--signal=USR1", job)
         cluster.wait_for(job, {"RUNNING", "COMPLETED"}, restarts=restarts + 1)
-    state = cluster.wait_for(job, {"COMPLETED", "FAILED", "CANCELLED"}, restarts=len(shapes) - 1)
+    state = cluster.wait_for(job, {"COMPLETED", "FAILED", "CANCELLED"}, restarts=len(shapes))
     text = log.read_text()
     assert state["JobState"] == "COMPLETED", text
-    for number, shape in enumerate(shapes):
-        assert f"start {number + 1}: recipes/3_sft.yaml" in text and f"by {shape}" in text
+    assert "== stopped by a signal, nothing saved since the last checkpoint; requeued" in text
+    for number, shape in enumerate(shapes, start=2):
+        assert f"start {number}: recipes/3_sft.yaml" in text and f"by {shape}" in text
     stopped = [int(step) for step in re.findall(r"== stopped after step (\d+); requeued", text)]
     assert len(stopped) == len(shapes) - 1 and all(2 <= step < STEPS for step in stopped), text
     assert [int(step) for step in re.findall(r"resumed after step (\d+)", text)] == stopped
@@ -115,15 +116,30 @@ def test_preflight_looks_at_every_node_and_all_ranks(cluster: Cluster, tmp_path:
     assert "ok   4 ranks on 1 machines sum up" in text and "FAIL" not in text
 
 
-def _wait_for_step(metrics: Path, step: int, log: Path) -> int:
-    """Until the run has recorded ``step``; the last step recorded."""
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        if len(lines) >= step:
-            return len(lines)
+def _stop_while_it_starts(cluster: Cluster, job: str) -> None:
+    """Signal a job that has just begun, when no rank is there yet to take the signal; until it is requeued."""
+    deadline = time.monotonic() + 120
+    cluster.wait_for(job, {"RUNNING"})
+    while int(cluster.job(job)["Restarts"]) == 0:
+        assert time.monotonic() < deadline, f"not requeued\n{cluster.logs()}"
+        if cluster.call("squeue", "--steps", f"--jobs={job}", "--noheader").strip():
+            cluster.call("scancel", "--signal=USR1", job, check=False)
+            time.sleep(2)  # a signal between two steps is lost
         time.sleep(0.05)
-    raise AssertionError(f"step {step} was not reached:\n{log.read_text() if log.exists() else 'no output'}")
+
+
+def _lines(metrics: Path) -> list[str]:
+    return metrics.read_text().splitlines() if metrics.exists() else []
+
+
+def _wait_for_step(metrics: Path, step: int, log: Path) -> None:
+    """Until the run has recorded ``step``."""
+    deadline = time.monotonic() + 300
+    while len(_lines(metrics)) < step:
+        assert time.monotonic() < deadline, (
+            f"step {step} was not reached:\n{log.read_text() if log.exists() else 'no output'}"
+        )
+        time.sleep(0.05)
 
 
 # ---------------------------------------------------------------------------------------------------- the files
