@@ -52,6 +52,7 @@ class Watch:
             # A connection of its own: the loop may sit in a call that holds the other one.
             store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
             args = (store, dist.get_rank())
+            self._say(*args)  # here, not in the thread: a rank that hangs at once has been heard of
             self._thread = threading.Thread(target=self._run, args=args, name="watch", daemon=True)
             self._thread.start()
 
@@ -61,15 +62,15 @@ class Watch:
         if self._thread is not None:
             self._thread.join()
 
+    def _say(self, store: dist.Store, rank: int) -> None:
+        part, seconds = self._timer.current()
+        store.set(_BEAT.format(rank=rank), json.dumps(Place(self._step(), part, seconds, time.time())))
+
     def _run(self, store: dist.Store, rank: int) -> None:
         seen: float | None = None
-        wait = 0.0
-        while not self._ended.wait(wait):
-            wait = BEAT_SECONDS
-            part, seconds = self._timer.current()
+        while not self._ended.wait(BEAT_SECONDS):
             try:
-                beat = Place(self._step(), part, seconds, time.time())
-                store.set(_BEAT.format(rank=rank), json.dumps(beat))
+                self._say(store, rank)
                 failed = store.check([_FAILED])
             except Exception:  # the store is gone, and with it the rank or launcher that kept it
                 failed = True
@@ -78,7 +79,8 @@ class Watch:
             if seen is not None and time.monotonic() - seen > GRACE_SECONDS:
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
                 print(
-                    f"[rank {rank}] ends: another rank failed first; this one was in {part!r} of step {self._step()}",
+                    f"[rank {rank}] ends: another rank failed first; this one was in {self._timer.current()[0]!r} of "
+                    f"step {self._step()}",
                     file=sys.stderr,
                     flush=True,
                 )

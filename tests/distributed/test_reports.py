@@ -9,9 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_omni.config.parallel import ParallelConfig
+from megatron_omni.training.hooks import PartTimer
 from megatron_omni.training.incidents import FEWEST
 from megatron_omni.training.logger import PARTS, SLOW_RECORDS, _Stragglers
 from megatron_omni.training.loop import train
+from megatron_omni.training.watch import Watch, places
 from tests.distributed.harness import Rank
 from tests.distributed.tiny_run import make_corpus, prepare, records, run_ranks, tiny_recipe
 
@@ -86,3 +89,18 @@ def test_a_rank_that_is_slow_again_and_again_is_named_once() -> None:
         seconds = [1.0, 1.0, 1.0]
         seconds[slow] = 1.5
         assert stragglers.add(seconds) == (slow, 1.5, None)
+
+
+def heard_of(rank: Rank) -> list[int]:
+    rank.initialize(ParallelConfig())
+    watch = Watch(lambda: 7, PartTimer())
+    watch._run = lambda *args: None  # type: ignore[method-assign]  # a rank that hangs before its thread has run
+    watch.start()
+    dist.barrier()
+    told = places(dist.distributed_c10d._get_default_store(), 2)
+    watch.stop()
+    return [place.step for place in told if place is not None]
+
+
+def test_a_rank_that_hangs_at_once_has_been_heard_of() -> None:
+    assert run_ranks(heard_of, 2) == [[7, 7], [7, 7]]
