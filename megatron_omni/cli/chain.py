@@ -5,7 +5,7 @@ The plan is printed first. Finished stages are passed over, one that was stopped
 under torchrun itself, rank 0 runs the chain with that torchrun's number of processes and the others leave.
 
 SIGTERM, SIGINT and SIGUSR1 stop the running stage after its current step, with a checkpoint. Exit status: 0 all stages are
-finished, 2 bad input, 75 stopped with a whole checkpoint ("requeue me"), 1 anything else.
+finished, 2 bad input, 75 stopped on a signal ("requeue me"), 1 anything else.
 """
 
 import argparse
@@ -201,6 +201,12 @@ def _train(chain: "Chain", stage: "Stage", signals: Signals, lock: TextIO) -> in
         return 0
     if (stage.run_dir / STOP_MARKER).exists():
         print(f"{stage.name}: stopped with a whole checkpoint; start the chain again to go on", flush=True)
+        return EXIT_REQUEUE
+    if signals.received and status in (-signal.SIGTERM, 128 + signal.SIGTERM):
+        print(
+            f"{stage.name}: stopped, nothing saved since the last checkpoint; start the chain again to go on",
+            flush=True,
+        )
         return EXIT_REQUEUE
     print(f"error: {stage.name} ended with status {status}; its message is above", file=sys.stderr)
     return EXIT_FAILURE

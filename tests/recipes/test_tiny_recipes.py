@@ -110,9 +110,15 @@ def test_the_command_stops_on_a_signal_and_goes_on(corpus: Path, tmp_path: Path)
     file = two_stages(corpus, tmp_path)
     command = [sys.executable, "-m", "megatron_omni.cli.chain", str(file), "optim.lr_warmup_iters=0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = tmp_path / "run" / "first"
+    with (tmp_path / "early").open("w") as log:  # while the first stage starts up: nothing to save
+        started = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        wait_for(lambda: "\n$ " in (tmp_path / "early").read_text() or started.poll() is not None, 300)
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(300) == 75, (tmp_path / "early").read_text()
+    assert "start the chain again" in (tmp_path / "early").read_text() and not (first / "checkpoints").exists()
     with (tmp_path / "log").open("w") as log:
         started = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-        first = tmp_path / "run" / "first"
         wait_for(lambda: len(read_records(first)) > 2 or started.poll() is not None, 600)
         started.send_signal(signal.SIGUSR1)
         assert started.wait(300) == 75, (tmp_path / "log").read_text()
