@@ -51,10 +51,17 @@ class PendingSave:
     """A checkpoint between *start* and *finish*; made by :func:`start_save`."""
 
     def __init__(
-        self, root: Path, step: int, *, recipe: Recipe, score: tuple[str, float] | None, request: AsyncRequest
+        self,
+        root: Path,
+        step: int,
+        *,
+        recipe: Recipe,
+        score: tuple[str, float] | None,
+        strategy: "_Strategy",
+        request: AsyncRequest,
     ) -> None:
         self.root, self.step = root, step
-        self._recipe, self._score, self._request = recipe, score, request
+        self._recipe, self._score, self._strategy, self._request = recipe, score, strategy, request
         self._digests: dict[str, str] = {}
         self._errors: list[str] = []
         self._failure: BaseException | None = None
@@ -117,6 +124,8 @@ class PendingSave:
         """Megatron's part after writing: gather what every rank wrote where, and write ``.metadata``."""
         for finalize in self._request.finalize_fns:
             finalize()
+        if self._strategy.failure is not None:
+            raise self._strategy.failure
 
     def _publish(self, digests: dict[str, str]) -> None:
         keep = self._recipe.checkpoint.keep
@@ -164,8 +173,9 @@ def start_save(
             sharded = _state(model, optimizer, common, pg, check=not gathered.is_known)
         gathered.is_known = True
         later = _let_go_of(gathered, sharded, background=background)
-        request = _plan(sharded, commit.temporary_dir(root, step), later)
-        pending.append(PendingSave(root, step, recipe=recipe, score=score, request=request))
+        strategy = _Strategy()
+        request = _plan(strategy, sharded, commit.temporary_dir(root, step), later)
+        pending.append(PendingSave(root, step, recipe=recipe, score=score, strategy=strategy, request=request))
 
     try:
         _on_first_rank(lambda: commit.begin(root, step), what=f"{root}: cannot start a checkpoint")
@@ -206,7 +216,29 @@ def _state(
     return dict(sharded)
 
 
-def _plan(sharded: dict[str, Any], directory: Path, later: dict[int, torch.Tensor]) -> AsyncRequest:
+class _Strategy(torch_strategy.TorchDistSaveShardedStrategy):
+    """Megatron's way of saving, but an error of rank 0 while it writes ``.metadata`` is kept until the ranks have heard
+    of each other: raised where it happens, it would leave the others waiting in Megatron's broadcast.
+    """
+
+    failure: BaseException | None = None
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, *arguments: Any) -> AsyncRequest:
+        finish = writer.finish
+
+        def finish_and_tell(*results: Any) -> None:
+            try:
+                finish(*results)
+            except FAILURES as error:
+                self.failure = error
+
+        writer.finish = finish_and_tell
+        return super()._get_save_and_finalize_callbacks(writer, *arguments)
+
+
+def _plan(
+    strategy: _Strategy, sharded: dict[str, Any], directory: Path, later: dict[int, torch.Tensor]
+) -> AsyncRequest:
     """Megatron's ``dist_checkpointing.save`` in its parts, so that no rank waits at a barrier for one that has failed.
 
     The tensors of the result are on the CPU; what is in ``later`` stands in the place of its stand-in.
@@ -215,7 +247,7 @@ def _plan(sharded: dict[str, Any], directory: Path, later: dict[int, torch.Tenso
     # this process; a plain queue saves seconds and an orphan when a run is killed.
     filesystem_async._results_queue = queue.Queue()
     torch_strategy._logged_mcore_async_deprecation = True  # a thread of ours, not Megatron's process, writes
-    request = torch_strategy.TorchDistSaveShardedStrategy().async_save(sharded, directory, async_strategy="mcore")
+    request = strategy.async_save(sharded, directory, async_strategy="mcore")
     if request.preload_fn is None:  # nothing to write on this rank
         return request
     rank, _, results = request.async_fn_args
