@@ -21,7 +21,7 @@ from megatron_omni.config.run import Recipe
 from megatron_omni.data.tokenizer import load_tokenizer
 from megatron_omni.parallel.wrap import unwrap_model
 from megatron_omni.training.loop import train
-from megatron_omni.training.setup import Run, save
+from megatron_omni.training.setup import Run, begin_save, save
 from tests.distributed import tiny_run
 from tests.distributed.harness import COLLECTIVE_TIMEOUT_SECONDS, Rank
 from tests.distributed.tiny_run import make_corpus, prepare, records, run_ranks, run_tiny, train_rank
@@ -258,3 +258,24 @@ def test_disk_full_is_one_error_on_every_rank_and_costs_nothing(corpus: Path, tm
     assert f"[rank {world_size - 1}] saving: [Errno 27] File too large" in errors[0]
     assert found[0] == [1] and set(statuses) == {0}
     assert commit.find(tmp_path) == tmp_path / "checkpoints" / "iter_0000003"
+
+
+def fill_the_disk_before_metadata(rank: Rank, recipe: Recipe) -> tuple[str, list[int]]:
+    """The same, full on the first rank once all files but ``.metadata`` are written."""
+    run = prepare(rank, recipe)
+    pending = begin_save(run)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank.index == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (512, limits[1]))
+    with pytest.raises(CheckpointError) as caught:
+        pending.finish()
+    dist.barrier()
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return str(caught.value), commit.steps(run.checkpoints)
+
+
+def test_disk_full_for_the_metadata_is_heard_by_every_rank(corpus: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(corpus, tmp_path, train_iters=3)
+    for error, found in run_ranks(fill_the_disk_before_metadata, 2, recipe):
+        assert error == "[rank 0] saving: OSError: [Errno 27] File too large" and found == []
+    assert not list((tmp_path / "checkpoints").glob(".*"))
