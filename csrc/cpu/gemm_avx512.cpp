@@ -10,8 +10,9 @@ namespace omni::cpu {
 namespace {
 
 // A (first unit of the tile's first row; `row` bytes to the next row, `step` bytes to the next unit) times B
-// (`b_step` units to the next row of 16 NV units), over `units`.
-template <class E, bool Pairs, bool PackedA, int Rows, int Vectors>
+// (`b_step` units to the next row of 16 NV units), over `units`. If it packs, B is elements as they lie in memory,
+// `b_step` of them to the next row, and goes to t.pack on the way.
+template <class E, bool Pairs, bool PackedA, int Rows, int Vectors, bool Packs>
 OMNI_ENGINE void micro_avx512(int64_t units, const char* a, int64_t row, int64_t step, const float* b, int64_t b_step,
                               const Tile<float>& t) {
   __m512 acc[Rows][Vectors];
@@ -21,14 +22,25 @@ OMNI_ENGINE void micro_avx512(int64_t units, const char* a, int64_t row, int64_t
     for (int j = 0; j < Vectors; ++j) acc[i][j] = _mm512_setzero_ps();
   if (PackedA) row = 4; else step = 4;
   const char* ahead = t.fetch.at;
+  [[maybe_unused]] const E* elements = reinterpret_cast<const E*>(b);
+  [[maybe_unused]] float* pack = t.pack;
 #pragma GCC unroll 2
   for (int64_t u = 0; u < units; ++u) {
     __builtin_prefetch(ahead, 0, 2);
     __builtin_prefetch(ahead + t.fetch.gap, 0, 2);
     ahead += t.fetch.step;
     __m512 bv[Vectors];
+    if constexpr (Packs) {
+      Avx512<E, Pairs>::load_tile(elements, b_step, bv);
+      elements += Avx512<E, Pairs>::kPair * b_step;
 #pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) bv[j] = _mm512_loadu_ps(b + 16 * j);
+      for (int j = 0; j < Vectors; ++j) _mm512_storeu_ps(pack + 16 * j, bv[j]);
+      pack += 16 * Vectors;
+    } else {
+#pragma GCC unroll 4
+      for (int j = 0; j < Vectors; ++j) bv[j] = _mm512_loadu_ps(b + 16 * j);
+      b += b_step;
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
       float unit;
@@ -43,7 +55,6 @@ OMNI_ENGINE void micro_avx512(int64_t units, const char* a, int64_t row, int64_t
       }
     }
     a += step;
-    b += b_step;
   }
   const __mmask16 last = first_lanes(t.cols - 16 * (Vectors - 1));
 #pragma GCC unroll 8
@@ -80,20 +91,24 @@ OMNI_ENGINE void micro_avx512(int64_t units, const char* a, int64_t row, int64_t
 }  // namespace
 
 template <class E, bool Pairs>
-typename Avx512<E, Pairs>::Micro Avx512<E, Pairs>::micro(bool packed, int64_t rows, int64_t cols) {
-#define OMNI_ROW(P, R) \
-  {micro_avx512<E, Pairs, P, R, 1>, micro_avx512<E, Pairs, P, R, 2>, micro_avx512<E, Pairs, P, R, 3>, micro_avx512<E, Pairs, P, R, 4>}
-#define OMNI_ROWS(P) {OMNI_ROW(P, 1), OMNI_ROW(P, 2), OMNI_ROW(P, 3), OMNI_ROW(P, 4), OMNI_ROW(P, 5), OMNI_ROW(P, 6)}
-  static constexpr Micro table[2][6][4] = {OMNI_ROWS(false), OMNI_ROWS(true)};
-#undef OMNI_ROWS
-#undef OMNI_ROW
-  return table[packed][rows - 1][(cols + 15) / 16 - 1];
+typename Avx512<E, Pairs>::Micro Avx512<E, Pairs>::micro(bool packed_a, bool packs, int64_t rows, int64_t cols) {
+#define OMNI_MICRO(A, R, V, B) micro_avx512<E, Pairs, A, R, V, B>
+#define OMNI_WIDTHS(A, R) \
+  {OMNI_MICRO(A, R, 1, false), OMNI_MICRO(A, R, 2, false), OMNI_MICRO(A, R, 3, false), OMNI_MICRO(A, R, 4, false), \
+   OMNI_MICRO(A, R, 4, true)}
+#define OMNI_HEIGHTS(A) \
+  {OMNI_WIDTHS(A, 1), OMNI_WIDTHS(A, 2), OMNI_WIDTHS(A, 3), OMNI_WIDTHS(A, 4), OMNI_WIDTHS(A, 5), OMNI_WIDTHS(A, 6)}
+  static constexpr Micro table[2][6][5] = {OMNI_HEIGHTS(false), OMNI_HEIGHTS(true)};
+#undef OMNI_HEIGHTS
+#undef OMNI_WIDTHS
+#undef OMNI_MICRO
+  return table[packed_a][rows - 1][packs ? 4 : (cols + 15) / 16 - 1];
 }
 
-template Avx512<float, false>::Micro Avx512<float, false>::micro(bool, int64_t, int64_t);
-template Avx512<Half, false>::Micro Avx512<Half, false>::micro(bool, int64_t, int64_t);
-template Avx512<Bf16, false>::Micro Avx512<Bf16, false>::micro(bool, int64_t, int64_t);
-template Avx512<Bf16, true>::Micro Avx512<Bf16, true>::micro(bool, int64_t, int64_t);
+template struct Avx512<float, false>;
+template struct Avx512<Half, false>;
+template struct Avx512<Bf16, false>;
+template struct Avx512<Bf16, true>;
 
 }  // namespace omni::cpu
 

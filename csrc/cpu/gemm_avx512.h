@@ -3,7 +3,7 @@
 // Both work on 32-bit units along the contraction: one fp32 value, or a pair of neighbouring bf16 values. A microkernel
 // holds 6 x 64 accumulators (24 of 32 registers); a step loads four vectors of B and broadcasts six units of A: 10 loads
 // for 24 products, so the products are the bound. Its B lies packed as [unit][64], or in place for fp32 weights that few
-// rows use. Element types without products of their own (fp16; bf16 on older processors) are widened while packed.
+// rows use; the first rows' microkernel packs B on its way, which hides most of what packing costs. Element types without products of their own (fp16; bf16 on older processors) are widened while packed.
 #pragma once
 
 #include "cpu/vector.h"
@@ -72,6 +72,7 @@ struct Avx512 {
   static constexpr int64_t kUnits = 512;               // of the contraction in one block
   static constexpr bool kAInPlace = Pairs || std::is_same_v<E, float>;
   static constexpr bool kBInPlace = std::is_same_v<E, float>;
+  static constexpr bool kPacks = true;  // B in a microkernel
 
   // 16 columns of units from contraction row p (and, for pairs, the one ld further unless `single`).
   OMNI_ENGINE static inline __m512 load_units(const E* p, int64_t ld, bool single, __mmask16 mask) {
@@ -85,6 +86,17 @@ struct Avx512 {
     }
   }
 
+  // one unit of kTile columns from p
+  OMNI_ENGINE static inline void load_tile(const E* p, int64_t ld, __m512 (&to)[4]) {
+    if constexpr (Pairs) {
+      interleave(p, p + ld, to[0], to[1]);
+      interleave(p + 32, p + 32 + ld, to[2], to[3]);
+    } else {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) to[j] = load_units(p + 16 * j, ld, false, 0xFFFF);
+    }
+  }
+
   // columns n of src[l][ld] -> out[group of W columns][unit][W], zero-filled to whole groups and units
   template <int64_t W>
   OMNI_ENGINE static void pack_columns(const E* src, int64_t ld, int64_t l, int64_t n, Acc* out) {
@@ -95,7 +107,13 @@ struct Avx512 {
       float* to = out + u * W;
       for (int64_t c = 0; c < n; c += W, to += units * W) {
         if (Pairs && W % 32 == 0 && !single && n - c >= W) {
-          interleave<W>(p + c, p + c + ld, to);
+#pragma GCC unroll 2
+          for (int64_t v = 0; v < W; v += 32) {
+            __m512 first, second;
+            interleave(p + c + v, p + c + v + ld, first, second);
+            _mm512_storeu_ps(to + v, first);
+            _mm512_storeu_ps(to + v + 16, second);
+          }
           continue;
         }
 #pragma GCC unroll 4
@@ -105,17 +123,12 @@ struct Avx512 {
     }
   }
 
-  // W whole columns of two rows: (low[0], high[0], low[1], high[1], ...)
-  template <int64_t W>
-  OMNI_ENGINE static inline void interleave(const E* low, const E* high, float* to) {
+  // 32 columns of two rows: (low[0], high[0], low[1], high[1], ...)
+  OMNI_ENGINE static inline void interleave(const E* low, const E* high, __m512& first, __m512& second) {
     alignas(64) static constexpr auto index = interleave_index();
-    const __m512i first = _mm512_load_si512(index.lane), second = _mm512_load_si512(index.lane + 32);
-#pragma GCC unroll 2
-    for (int64_t v = 0; v < W; v += 32) {
-      const __m512i a = _mm512_loadu_si512(low + v), b = _mm512_loadu_si512(high + v);
-      _mm512_storeu_si512(to + v, _mm512_permutex2var_epi16(a, first, b));
-      _mm512_storeu_si512(to + v + 16, _mm512_permutex2var_epi16(a, second, b));
-    }
+    const __m512i a = _mm512_loadu_si512(low), b = _mm512_loadu_si512(high);
+    first = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, _mm512_load_si512(index.lane), b));
+    second = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, _mm512_load_si512(index.lane + 32), b));
   }
 
   struct InterleaveIndex { alignas(64) uint16_t lane[64]; };
@@ -177,8 +190,9 @@ struct Avx512 {
 
   using Micro = void (*)(int64_t, const char*, int64_t, int64_t, const float*, int64_t, const Tile<float>&);
 
-  // For a tile of so many rows and columns; `packed`: A lies packed by columns. In gemm_avx512.cpp.
-  static Micro micro(bool packed, int64_t rows, int64_t cols);
+  // For a tile of so many rows and columns; `packed_a`: A lies packed by columns; `packs`: B does not lie packed yet, and
+  // is left so (kTile columns and whole units of it). In gemm_avx512.cpp.
+  static Micro micro(bool packed_a, bool packs, int64_t rows, int64_t cols);
 };
 
 }  // namespace omni::cpu

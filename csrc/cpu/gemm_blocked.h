@@ -1,10 +1,11 @@
 // The blocked matrix product under grouped_gemm.cpp and expert_mlp.cpp: C[m, n] (+)= A[m, l] B[l, n] on one thread.
 //
 // The contraction is cut into blocks of at most kUnits units. Of each block, B is packed into tiles of kTile columns
-// that stay in the second-level cache while all rows pass; A is read in place where its layout allows. Sums are
-// accumulated in Acc (fp32; fp64 for fp64) over all blocks and rounded once. Engines (gemm_avx512.h, gemm_portable.h)
-// bring the packing and the microkernel. One task is one expert's chunk of rows times a block of columns, so that
-// threads share nothing; they draw tasks from one counter, which balances skewed experts and leaves results unchanged.
+// that stay in the second-level cache while all rows pass (where it can, by the first rows' microkernel on its way); A is
+// read in place where its layout allows. Sums are accumulated in Acc (fp32; fp64 for fp64) over all blocks and rounded
+// once. Engines (gemm_avx512.h, gemm_portable.h) bring the packing and the microkernel. One task is one expert's chunk of
+// rows times a block of columns, so that threads share nothing; they draw tasks from one counter, which balances skewed
+// experts and leaves results unchanged.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +23,7 @@ namespace omni::cpu {
 
 constexpr int64_t kMaxRows = 384;     // of C in one task
 constexpr int64_t kMaxCols = 256;     // of C in one task
-constexpr int64_t kFewRows = 24;      // up to here packing fp32 weights costs more than it brings;
+constexpr int64_t kFewRows = 12;      // up to here packing fp32 weights costs more than it brings;
 constexpr int64_t kFewRowsOfRun = 64; // if they are one run of memory, to here
 constexpr int64_t kNarrow = 8;        // of fewer columns the sum is one of many short ones: as accurate as the dot
 constexpr int64_t kNarrowUnits = 32;  // products that others compute there
@@ -145,14 +146,13 @@ void multiply(const MatrixA<typename G::Element>& a, const MatrixB<typename G::E
       tile.stream = c.stream && last;
       for (int64_t j = s; j < std::min(n, s + stripe); j += G::kTile) {
         tile.cols = std::min(G::kTile, n - j);
-        const Acc* bj = packed_b;
-        if (b_in_place)
-          bj = reinterpret_cast<const Acc*>(b.data + l0 * b.ld + j);
-        else if (b.transposed)
+        const Acc* in_place = reinterpret_cast<const Acc*>(b.data + l0 * b.ld + j);
+        const bool packs = G::kPacks && !b_in_place && !b.transposed && tile.cols == G::kTile && length % G::kPair == 0;
+        tile.pack = packed_b;
+        if (b.transposed)
           G::pack_transposed(b.data + j * b.ld + l0, b.ld, length, tile.cols, packed_b);
-        else
+        else if (!b_in_place && !packs)
           G::template pack_columns<G::kTile>(b.data + l0 * b.ld + j, b.ld, length, tile.cols, packed_b);
-        const int64_t b_step = b_in_place ? b.ld : G::kTile;
         const E* next = last ? (j + G::kTile < n ? b.data + j + G::kTile : b.next) : b.data + (l0 + block) * b.ld + j;
         if (run.step || b.transposed || a.columns) next = nullptr;
         // The rows in groups (one if A is not packed by columns), each cut into tiles of nearly equal height.
@@ -189,7 +189,9 @@ void multiply(const MatrixA<typename G::Element>& a, const MatrixB<typename G::E
             tile.init = (!first || c.accumulate) ? partial + i * ld_partial + j : nullptr;
             tile.out = tile.narrow ? static_cast<void*>(static_cast<E*>(c.data) + i * c.ld + j)
                                    : static_cast<void*>(partial + i * ld_partial + j);
-            G::micro(a.columns, height, tile.cols)(units, ai, row, step, bj, b_step, tile);
+            const bool is_first = packs && i == 0, from_memory = b_in_place || is_first;
+            G::micro(a.columns, is_first, height, tile.cols)(units, ai, row, step, from_memory ? in_place : packed_b,
+                                                             from_memory ? b.ld : G::kTile, tile);
             i += height;
           }
         }

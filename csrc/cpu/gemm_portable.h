@@ -21,6 +21,7 @@ struct Portable {
   static constexpr int64_t kUnits = 256;
   static constexpr bool kAInPlace = std::is_same_v<E, Acc>;
   static constexpr bool kBInPlace = false;
+  static constexpr bool kPacks = false;
 
   template <int64_t W>
   static void pack_columns(const E* src, int64_t ld, int64_t l, int64_t n, Acc* out) {
@@ -63,7 +64,7 @@ struct Portable {
 
   using Micro = void (*)(int64_t, const char*, int64_t, int64_t, const Acc*, int64_t, const Tile<Acc>&);
 
-  static Micro micro(bool, int64_t rows, int64_t) {
+  static Micro micro(bool, bool, int64_t rows, int64_t) {
     static constexpr Micro table[kRows] = {micro_rows<1>, micro_rows<2>, micro_rows<3>, micro_rows<4>};
     return table[rows - 1];
   }

@@ -21,6 +21,7 @@ struct Tile {
   int64_t cols;
   bool narrow;
   bool stream;            // store past the caches: whole aligned vectors only
+  Acc* pack;              // where a microkernel that packs leaves B, [unit][kTile]
   Fetch fetch;
 };
 
