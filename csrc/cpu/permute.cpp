@@ -113,11 +113,11 @@ void unpermute_backward_portable(const Grad* grad_y, const In* rows, const Acc* 
 #if OMNI_X86
 
 // Asks for the U vectors that a later loop reads at p: a row begins on a page of its own, which the processor does not
-// foresee by itself.
+// foresee by itself. Into the second-level cache, which waits for more lines at once than the first.
 template <int U, class Acc, class In>
 OMNI_AVX512 inline void prefetch(const In* p) {
   for (size_t byte = 0; byte < U * Vector<Acc>::width * sizeof(In); byte += 64)
-    _mm_prefetch(reinterpret_cast<const char*>(p) + byte, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(p) + byte, _MM_HINT_T1);
 }
 
 // y = (First ? 0 : sum) + the weighted sum of R rows, read side by side from end to end. `next` are the rows after these.
