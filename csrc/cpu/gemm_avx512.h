@@ -69,7 +69,7 @@ struct Avx512 {
   static constexpr int64_t kPair = Pairs ? 2 : 1;      // elements in a unit
   static constexpr int64_t kRows = 6, kTile = 64;      // of a microkernel
   static constexpr int64_t kGroup = 8 * kRows;         // rows of A packed side by side
-  static constexpr int64_t kUnits = 512;               // of the contraction in one block
+  static constexpr int64_t kUnits = 768;               // of the contraction in one block
   static constexpr bool kAInPlace = Pairs || std::is_same_v<E, float>;
   static constexpr bool kBInPlace = std::is_same_v<E, float>;
   static constexpr bool kPacks = true;  // B in a microkernel

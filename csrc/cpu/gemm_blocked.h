@@ -64,6 +64,7 @@ struct MatrixA {
   const E* data;
   int64_t ld;
   bool columns;  // A[i][l] at data[l * ld + i], else data[i * ld + l]
+  const E* next = nullptr;  // of columns: what the next task will read, fetched meanwhile
 };
 
 template <class E>
@@ -90,6 +91,16 @@ inline bool streams(const void* data, int64_t rows, int64_t columns, int64_t ele
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Of a block of up to 256 bytes' columns (128 of pairs) and all units, from p: the lines that the call-th of two
+// microkernels fetches.
+template <class G>
+Fetch lines(const typename G::Element* p, int64_t ld, int64_t call) {
+  const char* at = reinterpret_cast<const char*>(p);
+  const int64_t row = ld * static_cast<int64_t>(sizeof(*p));
+  if (G::kPair == 2) return {at + call * 64, 2 * row, row};
+  return {at + call * 128, row, 64};
+}
 
 // C (+)= A B as above, for a task's m rows and n columns.
 //
@@ -154,7 +165,9 @@ void multiply(const MatrixA<typename G::Element>& a, const MatrixB<typename G::E
         else if (!b_in_place && !packs)
           G::template pack_columns<G::kTile>(b.data + l0 * b.ld + j, b.ld, length, tile.cols, packed_b);
         const E* next = last ? (j + G::kTile < n ? b.data + j + G::kTile : b.next) : b.data + (l0 + block) * b.ld + j;
-        if (run.step || b.transposed || a.columns) next = nullptr;
+        if (run.step || b.transposed) next = nullptr;
+        const E* next_a = last ? a.next : a.data + (l0 + block) * a.ld;
+        if (!a.columns || j > 0) next_a = nullptr;
         // The rows in groups (one if A is not packed by columns), each cut into tiles of nearly equal height.
         const int64_t group = a.columns ? G::kGroup : m;
         for (int64_t g = 0; g < m; g += group) {
@@ -178,13 +191,10 @@ void multiply(const MatrixA<typename G::Element>& a, const MatrixB<typename G::E
             if (run.step) {
               tile.fetch = run;
               run.at += run.step * units;
-            } else if (next && cut < 4) {
-              // A unit of the next tile is 4 lines of 64 bytes, in kPair rows: one or two of them in each call.
-              constexpr int64_t kRowLines = kElement;
-              const int64_t lines = cuts < 4 ? 2 : 1, line = cut * lines;
-              if (line < 4)
-                tile.fetch = {reinterpret_cast<const char*>(next + line / kRowLines % G::kPair * b.ld) + line % kRowLines * 64,
-                              G::kPair * b.ld * kElement, (lines - 1) * 64};
+            } else if (next_a && cut < 2) {
+              tile.fetch = lines<G>(next_a + g, a.ld, cut);
+            } else if (const int64_t call = a.columns ? cut - 2 : cut; next && g == 0 && call >= 0 && call < 2) {
+              tile.fetch = lines<G>(next, b.ld, call);
             }
             tile.init = (!first || c.accumulate) ? partial + i * ld_partial + j : nullptr;
             tile.out = tile.narrow ? static_cast<void*>(static_cast<E*>(c.data) + i * c.ld + j)

@@ -53,10 +53,12 @@ void grouped_wgrad(const void* x, const void* dy, const int64_t* offsets, int64_
     const bool narrow = dtype_out == dtype && !std::is_same_v<E_, Acc>;
     const int64_t row_bytes = N * size_of(dtype_out);
     const bool stream = !accumulate && streams(dw, E * K, N, size_of(dtype_out));
-    run_tasks(parallel, tasks, 2 * offsets[E] * K * N, [&](const Task& t, const Task*) {
-      const int64_t begin = offsets[t.expert], length = offsets[t.expert + 1] - begin;
-      const MatrixA<E_> a{static_cast<const E_*>(x) + begin * K + t.row, K, true};
-      const MatrixB<E_> b{static_cast<const E_*>(dy) + begin * N + t.col, N, false, nullptr};
+    const auto rows_at = [&](const Task& t) { return static_cast<const E_*>(x) + offsets[t.expert] * K + t.row; };
+    const auto columns_at = [&](const Task& t) { return static_cast<const E_*>(dy) + offsets[t.expert] * N + t.col; };
+    run_tasks(parallel, tasks, 2 * offsets[E] * K * N, [&](const Task& t, const Task* next) {
+      const int64_t length = offsets[t.expert + 1] - offsets[t.expert];
+      const MatrixA<E_> a{rows_at(t), K, true, next ? rows_at(*next) : nullptr};
+      const MatrixB<E_> b{columns_at(t), N, false, next ? columns_at(*next) : nullptr};
       char* out = static_cast<char*>(dw) + t.expert * matrix_bytes + t.row * row_bytes + t.col * size_of(dtype_out);
       multiply<G>(a, b, MatrixC<Acc>{out, N, narrow, accumulate, stream}, t.rows, t.cols, length);
       if (stream) store_fence();
