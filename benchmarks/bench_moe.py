@@ -13,6 +13,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import moe_contenders, moe_layers, moe_problem
-from benchmarks.measure import clock_name, copy_ceiling, gemm_ceiling, peak_bytes, seconds
+from benchmarks.measure import clock_name, copy_ceiling, gemm_ceiling, on_warm_heap, peak_bytes, seconds
 from benchmarks.moe_contenders import Contender, Prepared, Unavailable
 from benchmarks.moe_problem import DTYPES, Problem, Results, make_problem
 from benchmarks.moe_shapes import Shape
@@ -215,6 +216,14 @@ def _prepare_all(name: str, op: Op, problem: Problem, report: Report) -> dict[st
     return able
 
 
+def _spent(prepared: Prepared, inputs: list[Tensor], grad: Tensor, threads: int) -> tuple[float, float]:
+    """Seconds of one forward and one backward."""
+    with prepared.scope():
+        ahead, y = seconds(prepared.run, device=grad.device, threads=threads)
+        back, _ = seconds(lambda: torch.autograd.grad(y, inputs, grad), device=grad.device, threads=threads)
+    return ahead, back
+
+
 def measure(name: str, op: Op, problem: Problem, report: Report, *, dtype: str, threads: int, repeats: int) -> None:
     """Check, time and append the rows of one op."""
     device, grad, work = problem.x.device, op.grad(problem), op.work(problem)
@@ -226,19 +235,12 @@ def measure(name: str, op: Op, problem: Problem, report: Report, *, dtype: str, 
             inputs = _require(prepared, one.leaves)
             with prepared.scope():
                 peaks[who, one.forward or ""] = peak_bytes(prepared.run, device=device)
-            peaks[who, one.backward] = peak_bytes(lambda p=prepared, i=inputs: _both_ways(p, i, grad), device=device)  # type: ignore[misc]
+            peaks[who, one.backward] = peak_bytes(partial(_both_ways, prepared, inputs, grad), device=device)
             peaks[who, "forward+backward"] = peaks[who, one.backward]
         for _ in range(repeats):
             for who, prepared in able.items():
                 inputs = _require(prepared, one.leaves)
-                with prepared.scope():
-                    ahead, y = seconds(prepared.run, device=device, threads=threads)
-                    back, _ = seconds(
-                        lambda y=y, i=inputs: torch.autograd.grad(y, i, grad),  # type: ignore[misc]
-                        device=device,
-                        threads=threads,
-                    )
-                del y
+                ahead, back = on_warm_heap(partial(_spent, prepared, inputs, grad, threads))
                 if one.forward:
                     times.setdefault((who, one.forward), []).append(ahead)
                 times.setdefault((who, one.backward), []).append(back)

@@ -9,11 +9,12 @@ of the time at the shape's own mean k.
 import statistics
 import sys
 from dataclasses import replace
+from functools import partial
 
 import torch
 
-from benchmarks.bench_moe import OPS, OURS, Report, Work, _require
-from benchmarks.measure import clock_name, peak_bytes, seconds
+from benchmarks.bench_moe import OPS, OURS, Report, Work, _both_ways, _require, _spent
+from benchmarks.measure import clock_name, on_warm_heap, peak_bytes
 from benchmarks.moe_problem import DTYPES, make_problem
 from benchmarks.moe_shapes import Shape
 
@@ -56,20 +57,13 @@ def run(shape: Shape, *, dtype: str, device: str, threads: int, repeats: int) ->
     for repeat in range(repeats + 1):
         for (problem, prepared), found in zip(cases, times, strict=True):
             inputs = _require(prepared, op.passes[0].leaves)
-            spent, _ = seconds(
-                lambda p=prepared, i=inputs, g=problem.grad_y: torch.autograd.grad(p.run(), i, g),  # type: ignore[misc]
-                device=place,
-                threads=threads,
-            )
+            ahead, back = on_warm_heap(partial(_spent, prepared, inputs, problem.grad_y, threads))
             if repeat:  # the first round warms up
-                found.append(spent)
+                found.append(ahead + back)
     for (problem, prepared), found in zip(cases, times, strict=True):
         value, work = statistics.median(found), op.work(problem)["forward+backward"]
         inputs = _require(prepared, op.passes[0].leaves)
-        peak = peak_bytes(
-            lambda p=prepared, i=inputs, g=problem.grad_y: torch.autograd.grad(p.run(), i, g),  # type: ignore[misc]
-            device=place,
-        )
+        peak = peak_bytes(partial(_both_ways, prepared, inputs, problem.grad_y), device=place)
         report.rows.append(_row(problem.shape, work, value, peak, dtype=dtype, threads=threads))
     return report
 

@@ -6,6 +6,7 @@ synchronisation on an accelerator. Ceilings are taken in the same run as the mea
 buffers far beyond the caches, and the best rate of any matrix product at hand.
 """
 
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+FRESH_PAGES, ATTEMPTS = 16, 8
 COPY_BYTES = 256 << 20
 GEMM_SIZE = {"cpu": 1536, "cuda": 8192}
 
@@ -38,6 +40,20 @@ def seconds(run: Callable[[], Any], *, device: torch.device, threads: int) -> tu
     result = run()
     synchronize(device)
     return clock() - start, result
+
+
+def on_warm_heap[T](sample: Callable[[], T]) -> T:
+    """The first of its repetitions that took hardly any fresh pages from the system, or the last.
+
+    Freed memory stays with the process (warm_heap.py), but now and then an allocation still finds no room in it, and its
+    first touches cost more than many an op. The sample must not return tensors: they would take the room of the next.
+    """
+    for _ in range(ATTEMPTS):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        result = sample()
+        if resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before <= FRESH_PAGES:
+            break
+    return result
 
 
 def peak_bytes(run: Callable[[], Any], *, device: torch.device) -> int:
