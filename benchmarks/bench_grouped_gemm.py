@@ -130,7 +130,7 @@ def measure(
         times: dict[str, list[float]] = {label: [] for label in contenders}
         for label, run in list(contenders.items()) * (rounds + 1):
             loop = functools.partial(run_repeatedly, run, repeat)
-            spent, _ = on_warm_heap(functools.partial(seconds, loop, device=CPU, threads=threads))
+            spent, _ = on_warm_heap(functools.partial(seconds, loop, device=CPU, threads=threads), device=CPU)
             times[label].append(spent / repeat)
         for label, all_samples in times.items():
             samples, mine = all_samples[1:], times["omni"][1:]

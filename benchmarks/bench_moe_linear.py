@@ -57,7 +57,7 @@ def run(shape: Shape, *, dtype: str, device: str, threads: int, repeats: int) ->
     for repeat in range(repeats + 1):
         for (problem, prepared), found in zip(cases, times, strict=True):
             inputs = _require(prepared, op.passes[0].leaves)
-            ahead, back = on_warm_heap(partial(_spent, prepared, inputs, problem.grad_y, threads))
+            ahead, back = on_warm_heap(partial(_spent, prepared, inputs, problem.grad_y, threads), device=place)
             if repeat:  # the first round warms up
                 found.append(ahead + back)
     for (problem, prepared), found in zip(cases, times, strict=True):

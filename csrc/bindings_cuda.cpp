@@ -57,9 +57,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> build_permutation(const Tenso
   const Tensor offsets = at::cat({zero, at::cumsum(at::sum(map, 0, false, at::kLong), 0)});
   const Tensor token_offsets = at::cat({zero, at::cumsum(at::sum(map, 1, false, at::kLong), 0)});
   const int64_t A = num_assignments ? *num_assignments : offsets[E].item<int64_t>();
+  TORCH_CHECK_VALUE(A >= 0 && A <= T * E, "num_assignments: ", A, " is not in 0..", T * E, ", the entries of routing_map");
   Tensor row_token = at::empty({A}, options), row_expert = at::empty({A}, options), token_rows = at::empty({A}, options);
   const Tensor rank = at::cumsum(map, 0, at::kLong);
-  omni::cuda::fill_permutation(map.const_data_ptr<bool>(), index(rank), index(offsets), index(token_offsets), T, E,
+  omni::cuda::fill_permutation(map.const_data_ptr<bool>(), index(rank), index(offsets), index(token_offsets), T, E, A,
                                row_token.mutable_data_ptr<int64_t>(), row_expert.mutable_data_ptr<int64_t>(),
                                token_rows.mutable_data_ptr<int64_t>(), stream());
   return {offsets, row_token, row_expert, token_offsets, token_rows};

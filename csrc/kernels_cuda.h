@@ -1,8 +1,9 @@
 // The CUDA kernels behind the ops, as plain C++17 without torch: csrc/bindings_cuda.cpp allocates and calls these.
 //
 // The counterparts of kernels.h, with the same meaning. Every pointer is device memory, `stream` is a cudaStream_t; calls
-// only enqueue: none waits for the device, none allocates, none uses atomics, so results repeat bit by bit. Index arrays
-// and offsets are trusted here (reading them on the host would wait): the ops' reference checks them on the CPU.
+// only enqueue: none waits for the device, none allocates, none uses atomics, so results repeat bit by bit. Numbers
+// of rows on the device (offsets, the entries of a map) are checked there, since reading them on the host would wait: where
+// they are wrong the device stops before anything uses them. Index arrays are trusted.
 // A call that CUDA or CUTLASS refuses throws std::runtime_error.
 #pragma once
 
@@ -17,7 +18,8 @@ namespace omni::cuda {
 // row_token[A], row_expert[A] and token_rows[A] of map [T, E] from rank_in_expert [T, E] (its running count down each
 // column, this token included), offsets[E + 1] and token_offsets[T + 1].
 void fill_permutation(const bool* map, const int64_t* rank_in_expert, const int64_t* offsets, const int64_t* token_offsets,
-                      int64_t T, int64_t E, int64_t* row_token, int64_t* row_expert, int64_t* token_rows, void* stream);
+                      int64_t T, int64_t E, int64_t A, int64_t* row_token, int64_t* row_expert, int64_t* token_rows,
+                      void* stream);
 
 // out[a] = x[row_token[a]]; rows A..num_rows are zero.
 void permute(const void* x, const int64_t* row_token, int64_t A, int64_t num_rows, int64_t H, DType dtype, void* out,

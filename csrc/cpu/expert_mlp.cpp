@@ -54,10 +54,10 @@ void expert_mlp(const void* x, const void* w1, const void* w2, const int64_t* of
         const MatrixC<Acc> out{tile, 2 * t.cols, false, false, false};
         const MatrixC<Acc> up_out{tile + t.cols, 2 * t.cols, false, false, false};
         if (t.cols == F) {  // (gate | up) are whole rows of w1: one product
-          multiply<G>(a_matrix, {gate, 2 * F, false, after}, out, t.rows, 2 * F, H);
+          multiply<G>(a_matrix, {gate, 2 * F, false, after}, out, t.rows, 2 * F, H, 2 * F);
         } else {
-          multiply<G>(a_matrix, {gate, 2 * F, false, gate + F}, out, t.rows, t.cols, H);
-          multiply<G>(a_matrix, {gate + F, 2 * F, false, after}, up_out, t.rows, t.cols, H);
+          multiply<G>(a_matrix, {gate, 2 * F, false, gate + F}, out, t.rows, t.cols, H, 2 * F);
+          multiply<G>(a_matrix, {gate + F, 2 * F, false, after}, up_out, t.rows, t.cols, H, 2 * F);
         }
         for (int64_t i = 0; i < t.rows; ++i) {
           const int64_t row = t.row + i;
@@ -94,7 +94,7 @@ void expert_mlp_backward(const void* dy, const void* x, const void* h, const voi
         multiply<G>({static_cast<const E_*>(dy) + t.row * H, H, false},
                     {weights + (t.expert * F + t.col) * H, H, true,
                      next ? weights + (next->expert * F + next->col) * H : nullptr},
-                    MatrixC<Acc>{tile, t.cols, false, false, false}, t.rows, t.cols, H);
+                    MatrixC<Acc>{tile, t.cols, false, false, false}, t.rows, t.cols, H, F);
         for (int64_t i = 0; i < t.rows; ++i) {
           const int64_t row = t.row + i, at = row * 2 * F + t.col;
           const E_* from = static_cast<const E_*>(h) + at;

@@ -10,7 +10,7 @@ namespace omni::cpu {
 namespace {
 
 // A (first unit of the tile's first row; `row` bytes to the next row, `step` bytes to the next unit) times B
-// (`b_step` units to the next row of 16 NV units), over `units`. If it packs, B is elements as they lie in memory,
+// (`b_step` units to the next row of 16 Vectors units), over `units`. If it packs, B is elements as they lie in memory,
 // `b_step` of them to the next row, and goes to t.pack on the way.
 template <class E, bool Pairs, bool PackedA, int Rows, int Vectors, bool Packs>
 OMNI_ENGINE void micro_avx512(int64_t units, const char* a, int64_t row, int64_t step, const float* b, int64_t b_step,

@@ -3,7 +3,8 @@
 // Both work on 32-bit units along the contraction: one fp32 value, or a pair of neighbouring bf16 values. A microkernel
 // holds 6 x 64 accumulators (24 of 32 registers); a step loads four vectors of B and broadcasts six units of A: 10 loads
 // for 24 products, so the products are the bound. Its B lies packed as [unit][64], or in place for fp32 weights that few
-// rows use; the first rows' microkernel packs B on its way, which hides most of what packing costs. Element types without products of their own (fp16; bf16 on older processors) are widened while packed.
+// rows use; the first rows' microkernel packs B on its way, which hides most of what packing costs. Element types without
+// products of their own (fp16; bf16 on older processors) are widened while packed.
 #pragma once
 
 #include "cpu/vector.h"

@@ -25,8 +25,8 @@ constexpr int64_t kMaxRows = 384;     // of C in one task
 constexpr int64_t kMaxCols = 256;     // of C in one task
 constexpr int64_t kFewRows = 12;      // up to here packing fp32 weights costs more than it brings;
 constexpr int64_t kFewRowsOfRun = 64; // if they are one run of memory, to here
-constexpr int64_t kNarrow = 8;        // of fewer columns the sum is one of many short ones: as accurate as the dot
-constexpr int64_t kNarrowUnits = 32;  // products that others compute there
+constexpr int64_t kNarrow = 8;        // a result of fewer columns is summed up from many short sums: as accurate as the
+constexpr int64_t kNarrowUnits = 32;  // dot products that others compute there
 constexpr int64_t kRunBytes = int64_t{1} << 18;      // of weights fetched as one run: two fill half a second-level cache
 constexpr int64_t kStreamOutput = int64_t{8} << 20;  // bytes of a result that is stored past the caches
 
@@ -102,18 +102,20 @@ Fetch lines(const typename G::Element* p, int64_t ld, int64_t call) {
   return {at + call * 128, row, 64};
 }
 
-// C (+)= A B as above, for a task's m rows and n columns.
+// C (+)= A B as above, for a task's m rows and n of the result's `width` columns. The width decides how sums are cut: a
+// task's own columns depend on the number of threads.
 //
 // Weights that few rows use come from memory as fast as they are multiplied, so the next ones are fetched meanwhile: as
 // one run of memory where they are that (the processor's own prefetcher then runs ahead of ours), else tile by tile.
 template <class G>
 void multiply(const MatrixA<typename G::Element>& a, const MatrixB<typename G::Element>& b,
-              const MatrixC<typename G::Acc>& c, int64_t m, int64_t n, int64_t l) {
+              const MatrixC<typename G::Acc>& c, int64_t m, int64_t n, int64_t l, int64_t width) {
   using E = typename G::Element;
   using Acc = typename G::Acc;
   constexpr int64_t kElement = sizeof(E);
   ThreadScratch& scratch = ThreadScratch::mine();
-  const int64_t all_units = ceil_div(l, G::kPair), blocks = ceil_div(all_units, n < kNarrow ? kNarrowUnits : G::kUnits);
+  const int64_t all_units = ceil_div(l, G::kPair);
+  const int64_t blocks = ceil_div(all_units, width < kNarrow ? kNarrowUnits : G::kUnits);
   const int64_t max_units = std::min(ceil_div(ceil_div(all_units, blocks), 4) * 4, all_units);
   const int64_t block = max_units * G::kPair;  // elements
   const bool b_in_place =

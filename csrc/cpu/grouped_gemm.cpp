@@ -1,7 +1,7 @@
 // Grouped matrix product over ragged groups of rows: forward, gradient to the rows, gradient to the weights.
 //
 // Rows offsets[e]..offsets[e + 1] belong to expert e. Rows past offsets[E] are never read; results there are zero. The
-// contraction of the weight gradient runs over an expert's rows; both its operands are packed by pairs of rows.
+// contraction of the weight gradient runs over an expert's rows.
 #include <cstring>
 
 #include "cpu/gemm_blocked.h"
@@ -30,7 +30,7 @@ void grouped_gemm(const void* x, const void* w, const int64_t* offsets, int64_t 
       const MatrixB<E_> b{at(t), N, transpose_w, next ? at(*next) : nullptr};
       const bool narrow = !std::is_same_v<E_, typename G::Acc>;
       const MatrixC<typename G::Acc> c{static_cast<E_*>(y) + t.row * width + t.col, width, narrow, false, stream};
-      multiply<G>(a, b, c, t.rows, t.cols, length);
+      multiply<G>(a, b, c, t.rows, t.cols, length, width);
       if (stream) store_fence();
     });
   });
@@ -60,7 +60,7 @@ void grouped_wgrad(const void* x, const void* dy, const int64_t* offsets, int64_
       const MatrixA<E_> a{rows_at(t), K, true, next ? rows_at(*next) : nullptr};
       const MatrixB<E_> b{columns_at(t), N, false, next ? columns_at(*next) : nullptr};
       char* out = static_cast<char*>(dw) + t.expert * matrix_bytes + t.row * row_bytes + t.col * size_of(dtype_out);
-      multiply<G>(a, b, MatrixC<Acc>{out, N, narrow, accumulate, stream}, t.rows, t.cols, length);
+      multiply<G>(a, b, MatrixC<Acc>{out, N, narrow, accumulate, stream}, t.rows, t.cols, length, N);
       if (stream) store_fence();
     });
   });

@@ -12,6 +12,15 @@ namespace {
 
 constexpr int64_t kLargeGroup = 512;  // average rows an expert from which 128-row tiles (pairs: 256) waste under 1/4
 
+// Stops the device where offsets are not 0 = offsets[0] <= ... <= offsets[E] <= rows. The product's kernels, next on the
+// stream, do not run then.
+__global__ void check_offsets(const int64_t* offsets, int64_t E, int64_t rows) {
+  if (threadIdx.x == 0 && (offsets[0] != 0 || offsets[E] > rows)) __trap();
+  for (int64_t e = threadIdx.x; e < E; e += blockDim.x) {
+    if (offsets[e + 1] < offsets[e]) __trap();
+  }
+}
+
 template <class V>
 __global__ void zero_tail(V* y, const int64_t* offsets, int64_t E, int64_t rows, int64_t width) {
   const int64_t begin = offsets[E] * width, end = rows * width;
@@ -83,6 +92,7 @@ void grouped_gemm(const void* x, const void* w, const int64_t* offsets, int64_t 
                   DType dtype, bool transpose_w, void* y, void* workspace, void* stream) {
   const int64_t width = transpose_w ? K : N;
   if (rows == 0 || width == 0) return;
+  OMNI_LAUNCH(check_offsets, 1, 256, 0, stream, offsets, E, rows);
   launch_zero_tail(y, offsets, E, rows, width * size_of(dtype), stream);
   check_launch("grouped_gemm");
   if (E == 0) return;
@@ -106,6 +116,7 @@ void grouped_wgrad(const void* x, const void* dy, const int64_t* offsets, int64_
   if (dtype_dw != dtype && (dtype_dw != DType::F32 || dtype == DType::F64)) {
     throw std::runtime_error("grouped_wgrad: dw is of the rows' dtype, or float32 for 16-bit rows");
   }
+  OMNI_LAUNCH(check_offsets, 1, 256, 0, stream, offsets, E, rows);
   const Path path = path_for(dtype, K, N, x, dy, dw);
 #if defined(OMNI_WITH_CUTLASS)
   if (path == Path::Cutlass) {

@@ -25,10 +25,12 @@ __device__ inline int64_t row_stride() { return static_cast<int64_t>(gridDim.x) 
 __device__ inline int lane() { return threadIdx.x % kWarp; }
 
 // The rows of a token: one of each expert that the map names, in the order of the experts. rank_in_expert counts the
-// tokens up to and including t that the map gives to e.
+// tokens up to and including t that the map gives to e. Where the map does not hold A entries the device stops, before
+// anything is written past the results.
 __global__ void fill_permutation_kernel(const bool* map, const int64_t* rank_in_expert, const int64_t* offsets,
-                                        const int64_t* token_offsets, int64_t T, int64_t E, int64_t* row_token,
-                                        int64_t* row_expert, int64_t* token_rows) {
+                                        const int64_t* token_offsets, int64_t T, int64_t E, int64_t A,
+                                        int64_t* row_token, int64_t* row_expert, int64_t* token_rows) {
+  if (token_offsets[T] != A) __trap();
   for (int64_t t = first_row(); t < T; t += row_stride()) {
     int64_t position = token_offsets[t];
     for (int64_t e0 = 0; e0 < E; e0 += kWarp) {
@@ -146,10 +148,11 @@ void with_two_dtypes(const char* op, DType first, DType second, const F& f) {
 }  // namespace
 
 void fill_permutation(const bool* map, const int64_t* rank_in_expert, const int64_t* offsets, const int64_t* token_offsets,
-                      int64_t T, int64_t E, int64_t* row_token, int64_t* row_expert, int64_t* token_rows, void* stream) {
+                      int64_t T, int64_t E, int64_t A, int64_t* row_token, int64_t* row_expert, int64_t* token_rows,
+                      void* stream) {
   if (T == 0) return;
   OMNI_LAUNCH(fill_permutation_kernel, blocks_for(T), kThreads, 0, stream, map, rank_in_expert, offsets, token_offsets, T,
-              E, row_token, row_expert, token_rows);
+              E, A, row_token, row_expert, token_rows);
   check_launch("build_permutation");
 }
 

@@ -147,6 +147,11 @@ def _lora(model: ModelConfig) -> Iterator[str]:
         yield f"model.lora.targets={list(lora.targets)}: name one or both of {', '.join(LORA_TARGETS)}"
     if "experts" in lora.targets and model.moe is None:
         yield "model.lora.targets names experts, which a dense model (model.moe null) has not; set it to [attention]"
+    if "experts" in lora.targets and model.moe is not None and model.moe.kernels not in ("omni", "torch"):
+        yield (
+            f"model.moe.kernels={model.moe.kernels!r}: experts with adapters (model.lora.targets) run on omni or torch; "
+            "set one of them, or leave experts out of the targets"
+        )
 
 
 def _audio(model: ModelConfig) -> Iterator[str]:

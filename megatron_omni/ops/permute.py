@@ -205,10 +205,8 @@ def _(entries: Tensor, row_token: Tensor, row_expert: Tensor, num_tokens: int, n
 def build_permutation(routing_map: Tensor, *, num_assignments: int | None = None) -> Permutation:
     """Metadata of a routing map [T, E] bool; ``num_assignments``: its number of true entries, where it is known.
 
-    On a GPU a known number spares the wait for the device that counting them costs.
+    On a GPU a known number spares the wait for the device that counting them costs; a wrong one stops the device.
     """
-    if routing_map.device.type != "cpu" and num_assignments is None:
-        return build_permutation_reference(routing_map)
     return Permutation(*_build_permutation(routing_map, num_assignments))
 
 

@@ -65,11 +65,23 @@ def test_fill_permutation(cuda, tokens, experts, share):
     rows_of = [[row for row, (_, token) in enumerate(pairs) if token == t] for t in range(tokens)]
     outs = [Result(len(pairs), dtype=torch.int64) for _ in range(3)]
     offsets, token_offsets = (offsets_of(routing_map.sum(dim).tolist()) for dim in (0, 1))
-    sizes = (tokens, experts)
+    sizes = (tokens, experts, len(pairs))
     cuda.fill_permutation(routing_map, routing_map.cumsum(0), offsets, token_offsets, *sizes, *(o.out for o in outs))
     row_token, row_expert, token_rows = (o.check().tolist() for o in outs)
     assert list(zip(row_expert, row_token)) == pairs
     assert token_rows == [row for rows in rows_of for row in rows]
+
+
+@pytest.mark.parametrize("claimed", [2, 4])
+def test_fill_permutation_stops_at_a_wrong_number_of_assignments(cuda, claimed):
+    routing_map = torch.tensor([[True, False], [True, True]])
+    outs = [Result(claimed, dtype=torch.int64) for _ in range(3)]
+    offsets, token_offsets = (offsets_of(routing_map.sum(dim).tolist()) for dim in (0, 1))
+    with pytest.raises(RuntimeError, match="the device stopped"):
+        cuda.fill_permutation(
+            routing_map, routing_map.cumsum(0), offsets, token_offsets, 2, 2, claimed, *(o.out for o in outs)
+        )
+    assert all((out.check() == 1 << 40).all() for out in outs)  # nothing was written
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
@@ -247,6 +259,16 @@ def test_grouped_gemm(cuda, dtype, K, N, counts):
 
         assert_as_exact_as(out.check(), definition(F64), definition(dtype), floor=1e-5 if dtype == F32 else 1e-12)
         assert not out.out[used:].any()
+
+
+@pytest.mark.parametrize("offsets", [(1, 2, 3), (0, 3, 2), (0, -1, 2), (0, 2, 5)])
+def test_wrong_offsets_stop_the_device(cuda, offsets):
+    x, w, out = torch.zeros(4, 8), torch.zeros(2, 8, 8), Result(4, 8, dtype=F32)
+    workspace, wrong = cuda.workspace(4, 2), torch.tensor(offsets)
+    with pytest.raises(RuntimeError, match="the device stopped"):
+        cuda.grouped_gemm(x, w, wrong, 4, 2, 8, 8, F32, 0, out.out, workspace)
+    with pytest.raises(RuntimeError, match="the device stopped"):
+        cuda.grouped_wgrad(x, x, wrong, 4, 2, 8, 8, F32, F32, 0, w, workspace)
 
 
 @pytest.mark.parametrize(("dtype", "dw_dtype"), [(BF16, BF16), (BF16, F32), (F16, F32), (F32, F32), (F64, F64)])

@@ -120,6 +120,11 @@ def test_missing_file_loop_and_non_mapping(tmp_path: Path) -> None:
         ({"model": {"moe": None, "lora": {}}}, 1, r"set it to \[attention\]"),
         ({"model": {"lora": {"targets": ["gate"]}}}, 1, "name one or both of attention, experts"),
         ({"model": {"lora": {"dropout": 1.0}}}, 1, "model.lora.dropout=1.0"),
+        (
+            {"model": {"lora": {}, "moe": {"kernels": "megatron"}}},
+            1,
+            "model.moe.kernels='megatron': experts with adapters",
+        ),
         ({"model": {"lora": {}}, "parallel": {"expert_tensor_parallel_size": 2}}, 2, "adapters of experts are whole"),
     ],
 )

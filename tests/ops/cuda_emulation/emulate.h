@@ -108,7 +108,7 @@ inline std::vector<Warp> warps;
 inline Barrier block_barrier;
 inline ucontext_t scheduler;
 inline int current;
-inline bool progress;
+inline bool progress, trapped;
 inline std::function<void()> body;
 inline unsigned char* shared;
 inline std::mt19937 order_of_threads(1);
@@ -182,7 +182,9 @@ void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, const Arg
       for (unsigned x = 0; x < grid.x; ++x) {
         std::memset(memory, kFill, padded + 2 * kGuard);
         blockIdx = dim3(x, y, z);
+        trapped = false;
         run_block(static_cast<int>(block.x));
+        if (trapped) throw std::runtime_error("the device stopped");
         for (size_t i = 0; i < padded + 2 * kGuard; ++i) {
           const bool is_guard = i < kGuard || i >= kGuard + shared_bytes;
           if (is_guard && memory[i] != kFill) throw std::runtime_error("write outside of shared memory");
@@ -193,6 +195,13 @@ void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, const Arg
 }
 
 }  // namespace emulate
+
+// The thread goes no further; its block ends, unless others wait for it at a barrier.
+inline void __trap() {
+  emulate::trapped = emulate::progress = true;
+  emulate::threads[emulate::current].done = true;
+  swapcontext(&emulate::threads[emulate::current].context, &emulate::scheduler);
+}
 
 #define OMNI_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   ((void)(stream), emulate::launch(kernel, grid, block, shared_bytes, __VA_ARGS__))

@@ -29,10 +29,10 @@ extern "C" {
 using P = const void*;
 using I = const int64_t*;
 
-const char* fill_permutation(const bool* map, I rank_in_expert, I offsets, I token_offsets, int64_t T, int64_t E,
+const char* fill_permutation(const bool* map, I rank_in_expert, I offsets, I token_offsets, int64_t T, int64_t E, int64_t A,
                              int64_t* row_token, int64_t* row_expert, int64_t* token_rows) {
   return guarded([=] {
-    cuda::fill_permutation(map, rank_in_expert, offsets, token_offsets, T, E, row_token, row_expert, token_rows, nullptr);
+    cuda::fill_permutation(map, rank_in_expert, offsets, token_offsets, T, E, A, row_token, row_expert, token_rows, nullptr);
   });
 }
 const char* permute(P x, I row_token, int64_t A, int64_t num_rows, int64_t H, int64_t dtype, void* out) {

@@ -145,7 +145,8 @@ int main(int argc, char** argv) {
         ++cases;
       }
   run<float, float>(DType::F32, {9, 3}, 1, 1201, 67, 1e-3, one);  // more contraction than a block
-  run<Bf16, float>(DType::BF16, {9, 3}, 1, 1203, 67, 0.5, one);
+  run<Bf16, float>(DType::BF16, {9, 3}, 1, 1603, 67, 0.5, one);
+  run<Bf16, float>(DType::BF16, {1601}, 1, 67, 17, 0.5, one);
   std::printf("%d cases, %d wrong\n", cases, failures);
   return failures != 0;
 }
