@@ -38,15 +38,21 @@ FEW = 256
 
 
 def assert_twice_eager(
-    got: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor, what: str
+    got: torch.Tensor,
+    eager: torch.Tensor,
+    exact: torch.Tensor,
+    magnitude: torch.Tensor,
+    what: str,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Error in the norm at most twice that of same-dtype eager; ``magnitude`` is the result without any cancellation.
 
     Eager may hit a few numbers exactly by luck: of up to ``FEW``, one rounding of the largest magnitude is allowed as
-    well. In float64 eager is the definition: there, a few roundings.
+    well, in ``dtype``, what the result was computed from (default: its own). In float64 eager is the definition: there,
+    a few roundings.
     """
     assert got.dtype == eager.dtype and got.shape == exact.shape, what
-    eps = torch.finfo(got.dtype).eps
+    eps = torch.finfo(dtype or got.dtype).eps
     error, other = (got.double() - exact).norm(), (eager.double() - exact).norm()
     if got.dtype == torch.float64:
         allowed = 32 * eps * magnitude.norm()
