@@ -16,7 +16,6 @@ Training stages are subprocesses (torchrun, or ``launcher``), so that none leave
 neither torch nor megatron but for the upcycling itself.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +31,7 @@ from megatron_omni.config.model import UPCYCLED_SHAPE, ModelConfig, MoEConfig
 from megatron_omni.config.run import Recipe
 from megatron_omni.config.validate import validate
 from megatron_omni.evaluation import stages as reading
+from megatron_omni.foreign import read_json
 
 UPCYCLE_REPORT = "upcycle.json"
 RESOLVED = "resolved.yaml"
@@ -332,7 +332,7 @@ def check_inputs(chain: Chain, stage: Stage) -> None:
     expected = {role: _checkpoint(path) for role, path in chain.inputs(stage).items()}
     if stage.upcycle is not None:
         report = commit.iteration_dir(stage.checkpoints, 0) / UPCYCLE_REPORT
-        found = json.loads(report.read_text(encoding="utf-8"))["sources"]
+        found = read_json(report)["sources"]
     else:
         resolved = stage.run_dir / RESOLVED
         origin = load_recipe(resolved).init_from if resolved.is_file() else None

@@ -9,10 +9,13 @@ from the control. --plot draws the curves and, below, the differences. Exit stat
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_omni.foreign import parse_json, read_text
 
 EXIT_DIFFERS, EXIT_BAD_INPUT = 1, 2
 
@@ -35,7 +38,7 @@ def read_curve(run: Path, metric: str) -> Curve:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{run}: no metrics.jsonl there; give a run directory")
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = [parse_json(line, str(path)) for line in read_text(path).splitlines()]
     curve = {int(record["step"]): float(record[metric]) for record in records if metric in record}
     if not curve:
         names = sorted({name for record in records for name in record})

@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_omni.foreign import parse_json, read_json
+
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "integrity.json"
 CHECKPOINTS = "checkpoints"
@@ -93,7 +95,7 @@ def _note_score(root: Path, step: int, metric: str, value: float) -> None:
 def best_checkpoint(root: Path) -> dict[str, Any] | None:
     """``step``, ``metric`` and ``value`` of the best checkpoint; None where none is kept or its directory is gone."""
     try:
-        best = json.loads((root / BEST).read_text(encoding="utf-8"))
+        best = read_json(root / BEST)
         found = {"step": int(best["step"]), "metric": str(best["metric"]), "value": float(best["value"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -187,7 +189,7 @@ def check(directory: Path) -> None:
     """Raise CheckpointError, naming the file, unless every file of the manifest is there and has its hash."""
     try:
         text = (directory / MANIFEST).read_text(encoding="utf-8")
-        recorded = dict(json.loads(text)["files"])
+        recorded = dict(parse_json(text, MANIFEST)["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{directory / MANIFEST}: missing or unreadable ({error}); not a whole checkpoint"

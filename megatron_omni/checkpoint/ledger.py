@@ -36,6 +36,7 @@ from megatron_omni.checkpoint.commit import (
 from megatron_omni.checkpoint.names import Entry
 from megatron_omni.checkpoint.sources import read_json
 from megatron_omni.checkpoint.tensor_files import DTYPES, ConversionError, tensor_bytes
+from megatron_omni.foreign import parse_json
 
 LEDGER = "conversion.json"
 FORMAT = 1
@@ -125,7 +126,7 @@ def write_ledger(directory: Path, ledger: dict[str, Any]) -> None:
 def check_ledger(directory: Path) -> None:
     """CheckpointError unless the readable ledger in ``directory`` is, to the bit, the one that was written."""
     text = (directory / LEDGER).read_text(encoding="utf-8")
-    found = str(json.loads(text).get("checksum"))
+    found = str(parse_json(text, str(directory / LEDGER)).get("checksum"))
     digest = hashlib.sha256(text.replace(found, NO_CHECKSUM).encode()).hexdigest()
     if digest != found:
         raise CheckpointError(

@@ -6,7 +6,6 @@ through the restricted reader of ``untrusted.py``.
 """
 
 import hashlib
-import json
 import os
 import threading
 import zipfile
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megatron_omni import foreign
 from megatron_omni.checkpoint.tensor_files import ConversionError, TensorInfo, read_header, read_tensor
 from megatron_omni.checkpoint.untrusted import PICKLE_SUFFIXES, read_torch_file
 
@@ -223,11 +223,9 @@ def _drop_cached(path: Path, start: int, count: int) -> int:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON table; ConversionError names the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConversionError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConversionError(f"{path}: not valid JSON: {error}") from error
+        value = foreign.read_json(path)
+    except foreign.ForeignError as error:
+        raise ConversionError(str(error)) from error
     if not isinstance(value, dict):
         raise ConversionError(f"{path}: expected a JSON table, found a {type(value).__name__}")
     return value

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_omni.foreign import parse_json
+
 MAX_HEADER_BYTES = 100_000_000
 PARALLEL_BYTES = 1 << 20
 BUFFER_BYTES = 4 << 20
@@ -65,7 +67,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                     f"{path}: not a whole safetensors file: its first 8 bytes announce a header of {length} bytes, the "
                     f"file has {size}; download or copy it again"
                 )
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length), "header")
     except OSError as error:
         raise ConversionError(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:

@@ -23,6 +23,7 @@ from megatron_omni.data.tokenizer import (
     Tokenizer,
     load_tokenizer,
 )
+from megatron_omni.foreign import read_json
 
 NEW_SPECIALS = (AUDIO_START, AUDIO_END, AUDIO_PAD, *SPEECH_SPECIALS, *IMAGE_GENERATION_SPECIALS)
 """What Uni-MoE-2.0 adds to Qwen2.5's special tokens."""
@@ -74,7 +75,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         return Vocabulary(path, digest, dict(tokenizer.specials), tokenizer.vocab_size, {})
     file = path / "tokenizer.json" if path.is_dir() else path
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    content: dict[str, Any] = read_json(file)
     added = content.get("added_tokens") or []
     plain = {token["content"]: token["id"] for token in added if token["content"] not in tokenizer.specials}
     parts = [content.get(part) for part in ("model", "normalizer", "pre_tokenizer")]
@@ -141,8 +142,8 @@ def _pieces(content: dict[str, Any]) -> set[str]:
 
 def _list_added_tokens(path: Path, model: Path) -> None:
     """``tokenizer_config.json`` repeats the added tokens; readers that start from there number an incomplete list anew."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    added = json.loads(model.read_text(encoding="utf-8"))["added_tokens"]
+    config = read_json(path)
+    added = read_json(model)["added_tokens"]
     config["added_tokens_decoder"] = {
         str(token["id"]): {name: value for name, value in token.items() if name != "id"} for token in added
     }

@@ -6,6 +6,7 @@ from ``NAME.txt``. assemble.py says what becomes of them.
 """
 
 import csv
+import io
 import json
 import os
 from collections import Counter
@@ -16,8 +17,11 @@ from pathlib import Path
 from megatron_omni.data.assemble import assemble, media_kind
 from megatron_omni.data.record import RecordError, parse_record
 from megatron_omni.data.tar import split_name
+from megatron_omni.foreign import ForeignError, parse_json, read_json, read_text
 
 RECORDS = "records.jsonl"
+_METADATA_BYTES = 1 << 30
+"""Largest table of captions."""
 
 
 @dataclass
@@ -92,11 +96,11 @@ def _caption(
             return None, listed[name]
     try:
         if "json" in captions:
-            return None, json.loads(captions["json"].read_text(encoding="utf-8"))
-        return (captions["txt"].read_text(encoding="utf-8") if "txt" in captions else None), None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            return None, read_json(captions["json"])
+        return (read_text(captions["txt"]) if "txt" in captions else None), None
+    except ForeignError as error:
         raise RecordError(
-            where, field="caption", value=[path.name for path in captions.values()], problem=f"cannot be read ({error})",
+            where, field="caption", value=[path.name for path in captions.values()], problem=error.problem,
             fix="repair it or take it out", reason="not_json",
         ) from error  # fmt: skip
 
@@ -109,13 +113,12 @@ def _metadata(folder: Path) -> dict[str, dict[str, object]]:
         if not file.is_file():
             continue
         try:
-            with file.open(encoding="utf-8", newline="") as lines:
-                rows = (
-                    [json.loads(line) for line in lines if line.strip()]
-                    if name[-1] == "l"
-                    else [*csv.DictReader(lines)]
-                )
+            text = read_text(file, most_bytes=_METADATA_BYTES)
+            if name[-1] == "l":
+                rows = [parse_json(line, "a row") for line in text.split("\n") if line.strip()]
+            else:
+                rows = [*csv.DictReader(io.StringIO(text, newline=""))]
             return {str(Path(str(row["file_name"]))): row for row in rows}
-        except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, KeyError, TypeError) as error:
+        except (ForeignError, csv.Error, KeyError, TypeError) as error:
             raise ValueError(f"{str(file)!r} cannot be read ({error!r}); give every row a file_name") from error
     return {}

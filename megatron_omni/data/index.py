@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from megatron_omni.data.record import KINDS, RecordError
 from megatron_omni.data.sizes import MediaFacts, RecordFacts
+from megatron_omni.foreign import parse_json
 
 VERSION = 1
 _MAGIC = b"megatron_omni data index\n"
@@ -135,7 +136,7 @@ class Index:
     def stored_row(self, row: int) -> dict[str, Any]:
         """The record of a tar's sample, before parsing."""
         start, num_bytes, _ = self.byte_range(row)
-        return json.loads(self.arrays.rows[start : start + num_bytes].tobytes())
+        return parse_json(self.arrays.rows[start : start + num_bytes].tobytes(), f"{self.path}: row {row}")
 
     def media_ranges(self, row: int) -> list[tuple[int, int]]:
         """Start and length of each media file of a tar's sample, kind by kind."""
@@ -151,7 +152,7 @@ class Index:
 
     def _rejection(self, start: int) -> dict[str, str]:
         line = self.arrays.rejections[start : start + (1 << 16)].tobytes().split(b"\n", 1)[0]
-        return json.loads(line)
+        return parse_json(line, f"{self.path}: a rejection")
 
 
 def index_path(data: Path) -> Path:
@@ -187,7 +188,7 @@ def read_index(path: Path) -> Index:
         with path.open("rb") as file:
             if file.readline(len(_MAGIC)) != _MAGIC:
                 raise ValueError("it does not start like an index")
-            header = json.loads(file.readline(1 << 16))
+            header = parse_json(file.readline(1 << 16), "its header")
             offset = file.tell()
         if header["version"] != VERSION:
             raise ValueError(f"it has version {header['version']}, not {VERSION}")
@@ -200,7 +201,7 @@ def read_index(path: Path) -> Index:
             shape = (count,)
             arrays[name] = np.memmap(path, dtype, "r", offset, shape) if count else np.zeros(shape, dtype)
             offset = end
-    except (ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no usable index ({error}); {again}") from error
     return Index(path, IndexArrays(**arrays), header)
 

@@ -44,6 +44,7 @@ from megatron_omni.data.sizes import RecordFacts, measure
 from megatron_omni.data.sources import SHORTEST_ROW, parse_line
 from megatron_omni.data.tar import TarMember, TarSample, tar_samples
 from megatron_omni.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_omni.foreign import ForeignError, decode_text, parse_json
 
 _UNIT_BYTES, _MOST_UNITS = 1 << 18, 4096
 """A unit of a JSONL file, and how many of them at most."""
@@ -288,10 +289,10 @@ def _text(member: TarMember, suffix: str, where: str) -> object:
     if member.num_bytes > _TEXT_BYTES:
         raise refuse(f"holds {member.num_bytes} bytes of text, more than {_TEXT_BYTES}", "too_long")
     try:
-        text = member.load().data.decode("utf-8")
-        return text if suffix.endswith("txt") else json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise refuse(f"cannot be read ({error})", "not_json" if suffix.endswith("json") else "bad_text") from error
+        data = member.load().data
+        return decode_text(data, where) if suffix.endswith("txt") else parse_json(data, where)
+    except ForeignError as error:
+        raise refuse(error.problem, "not_json" if suffix.endswith("json") else "bad_text") from error
 
 
 # ------------------------------------------------------------------------------------------------ parts to an index

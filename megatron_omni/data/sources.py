@@ -6,7 +6,6 @@ sequential pass; without an index (index.py) it scans the file once for line ran
 """
 
 import functools
-import json
 import os
 import zlib
 from bisect import bisect_right
@@ -26,6 +25,7 @@ from megatron_omni.data.record import KINDS, LIST_FIELD, MediaFile, Record, Reco
 from megatron_omni.data.sizes import RecordFacts
 from megatron_omni.data.tar import TarMember
 from megatron_omni.data.tokenizer import Tokenizer
+from megatron_omni.foreign import ForeignError, parse_json
 
 _SCAN_BYTES = 1 << 24
 SHORTEST_ROW = 40
@@ -195,10 +195,10 @@ class ShardedSource:
 def parse_line(line: bytes, *, where: str, source: str, root: Path) -> Record:
     """The record of a line of a JSONL file whose media lie under ``root``; RecordError for one that cannot be used."""
     try:
-        row = json.loads(line.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        row = parse_json(line, where)
+    except ForeignError as error:
         raise RecordError(
-            where, field="row", value=line[:60], problem=f"is no JSON ({error})",
+            where, field="row", value=line[:60], problem=error.problem,
             fix="write one JSON object per line", reason="not_json",
         ) from error  # fmt: skip
     return confine(parse_record(row, where=where, source=source), root)

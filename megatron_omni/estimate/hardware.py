@@ -7,12 +7,13 @@ same kind of kernel reach on Hopper: cuBLAS 0.6 to 0.8 of the sheet, grouped pro
 --measured`` the JSON of ``tools/bench_moe.py`` to replace the share of the experts by your own.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from megatron_omni.foreign import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ def with_measured_experts(efficiency: Efficiency, path: Path, gpu: Gpu) -> Effic
     The bf16 rows of ``expert_mlp`` by ``omni`` count: mean of forward and backward rates. ValueError names what is missing.
     """
     try:
-        rows: Iterable[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        rows: Iterable[dict[str, Any]] = read_json(path)
         rates = [
             float(row["gflops"])
             for row in rows

@@ -11,10 +11,11 @@ token) of the last evaluation, over several seeds mean +- half the range. Read o
 Nothing is gated: what does not come out so is printed as it is.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from megatron_omni.foreign import parse_json, read_text
 
 Losses = dict[str, float]
 """Held-out set -> loss."""
@@ -27,7 +28,7 @@ _MEAN_K = re.compile(r"moe/mean_k/layer_(\d+)$")
 def read_records(run_dir: Path) -> list[dict[str, float]]:
     """Records of a run's ``metrics.jsonl``; none where there is no such file."""
     file = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    return [parse_json(line, str(file)) for line in read_text(file).splitlines()] if file.is_file() else []
 
 
 def held_out_losses(run_dir: Path) -> Losses:

@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from megatron_omni.foreign import ForeignError, parse_json, read_text
+
 FILE = "goodput.jsonl"
 STEP_PARTS = ("forward", "backward", "communication", "optimizer")
 """Parts that are training; waiting for data, evaluation and checkpoints are not."""
@@ -46,10 +48,10 @@ class Goodput:
     def lines(self) -> list[dict[str, Any]]:
         """Every line of the run so far; a torn one, of a start that was killed while writing, is left out."""
         lines = []
-        for text in self._path.read_text(encoding="utf-8").splitlines():
+        for text in read_text(self._path).splitlines():
             try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
+                lines.append(parse_json(text, str(self._path)))
+            except ForeignError:
                 continue
         return lines
 

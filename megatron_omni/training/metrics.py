@@ -22,6 +22,7 @@ from typing import Any, TextIO
 
 from megatron_omni.config.run import Recipe
 from megatron_omni.estimate import flops_per_token
+from megatron_omni.foreign import ForeignError, parse_json, read_text
 
 
 class MetricsWriter:
@@ -58,10 +59,10 @@ class MetricsWriter:
 def drop_lines_after(path: Path, step: int) -> None:
     """Remove the records of later steps and a torn last line; the file is replaced whole."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path).splitlines():
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+            record = parse_json(line, str(path))
+        except ForeignError:
             continue
         if isinstance(record, dict) and record.get("step", 0) <= step:
             kept.append(line)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from megatron_omni.foreign import parse_json
 from megatron_omni.training.hooks import PartTimer
 
 BEAT_SECONDS = 2.0
@@ -95,7 +96,7 @@ def mark_failed(store: dist.Store) -> None:
 def places(store: dist.Store, world_size: int) -> list[Place | None]:
     """What every rank last said, None for one that said nothing."""
     keys = [_BEAT.format(rank=rank) for rank in range(world_size)]
-    return [Place(*json.loads(store.get(key))) if store.check([key]) else None for key in keys]
+    return [Place(*parse_json(store.get(key), key)) if store.check([key]) else None for key in keys]
 
 
 def describe_places(told: Sequence[Place | None], *, now: float) -> list[str]:

@@ -119,7 +119,7 @@ def test_hostile_and_damaged_members_cost_their_sample(tmp_path, media):
         "sym": ("unsafe_member", "is a symbolic link"), "hard": ("unsafe_member", "is a hard link"),
         "dev": ("unsafe_member", "is no ordinary file"), "twice": ("unsafe_member", "is there twice"),
         "no_text": ("no_text", "no answer in words"), "bad": ("unreadable_media", "s.tar:bad.png"),
-        "json": ("not_json", "cannot be read"), "utf": ("bad_text", "cannot be read"),
+        "json": ("not_json", "not valid JSON"), "utf": ("bad_text", "not UTF-8 text"),
     }  # fmt: skip
     assert found.keys() == expected.keys()
     for key, (reason, text) in expected.items():
