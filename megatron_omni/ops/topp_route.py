@@ -5,7 +5,8 @@ token takes as many as it needs; the shared ones are always on. All in one pass 
 
 Selection (``select_slots``), with p = softmax(z[:, :E_d]) and without gradient:
     order   dynamic slots by z (deterministic), or by z + Gumbel noise (training: a draw without replacement from p)
-    k       shortest prefix of that order whose summed p reaches ``top_p``, in 1..E_d; or a fixed ``top_k``
+    k       shortest prefix of that order whose summed p reaches ``top_p``, in 1..E_d; or a fixed ``top_k``.
+            ``top_p`` = 1 takes every slot: no sum is asked, which in finite precision may reach 1 before the last slot
     cap     with ``max_routed``, real experts beyond that many leave the prefix, last drawn first
     padding selects nothing
 Weights (``slot_weights``): softmax of z over the selected dynamic and all shared slots. The null slot's share is lost.
@@ -78,11 +79,21 @@ def _inverse_permutation(order: Tensor) -> Tensor:
 
 
 def top_p_count(p_in_order: Tensor, top_p: float) -> Tensor:
-    """[T] int64: length of the shortest prefix of each row that sums to at least ``top_p``, in 1..E_d.
+    """[T] int64: length of the shortest prefix of each row that sums to at least ``top_p`` (< 1), in 1..E_d.
 
     The last entry is never asked: sums in finite precision may stay just below 1.
     """
     return 1 + (p_in_order.cumsum(1)[:, :-1] < top_p).sum(1)
+
+
+def fixed_count(num_slots: int, *, top_p: float, top_k: int | None) -> int | None:
+    """Slots that every token takes: ``top_k``, or all of them where ``top_p`` is 1; None where the logits decide.
+
+    ValueError for a ``top_k`` outside 1..``num_slots``.
+    """
+    if top_k is not None and not 1 <= top_k <= num_slots:
+        raise ValueError(f"top_k: {top_k} is not in 1..{num_slots}")
+    return num_slots if top_k is None and top_p >= 1 else top_k
 
 
 def _cap_real(mask: Tensor, draw_rank: Tensor, *, num_routed: int, max_routed: int) -> Tensor:
@@ -106,6 +117,7 @@ def select_slots(
     """Selected dynamic slots for dynamic logits z [T, E_d]; ``gumbel`` [T, E_d] noise makes it a draw."""
     order = torch.sort(z if gumbel is None else z + gumbel, dim=1, descending=True, stable=True).indices
     draw_rank = _inverse_permutation(order)
+    top_k = fixed_count(z.shape[1], top_p=top_p, top_k=top_k)
     if top_k is None:
         mask = draw_rank < top_p_count(torch.softmax(z, dim=1).gather(1, order), top_p).unsqueeze(1)
     else:
@@ -136,6 +148,7 @@ def release_select(
     """
     num_tokens, num_slots = z.shape
     detached = z.detach()
+    top_k = fixed_count(num_slots, top_p=top_p, top_k=top_k)
     if top_k is None:
         count = top_p_count(torch.softmax(detached, dim=1).sort(dim=1, descending=True).values, top_p)
     else:
@@ -175,18 +188,18 @@ def release_select(
 
 
 @torch.no_grad()
-def capacity_keep(z: Tensor, mask: Tensor, *, num_routed: int, capacity: int) -> Tensor:
-    """[T, E_d] bool: assignments that survive a cap per real expert, the largest dynamic logits first (ties: first
-    token).
+def capacity_keep(z: Tensor, mask: Tensor, *, num_capped: int, capacity: int) -> Tensor:
+    """[T, E_d] bool: assignments that survive a cap on each of the first ``num_capped`` slots, the largest dynamic
+    logits first (ties: first token).
 
-    z and mask are those of the whole micro-batch. Null columns are never capped.
+    z and mask are those of the whole micro-batch. The paper's rule caps the real experts, ``release`` every dynamic slot.
     """
     if z.shape[0] <= capacity:
         return mask
-    real = z[:, :num_routed].masked_fill(~mask[:, :num_routed], -math.inf)
-    order = torch.sort(real, dim=0, descending=True, stable=True).indices
-    keep = torch.zeros_like(mask[:, :num_routed]).scatter_(0, order[:capacity], True)
-    return torch.cat([mask[:, :num_routed] & keep, mask[:, num_routed:]], dim=1)
+    capped = z[:, :num_capped].masked_fill(~mask[:, :num_capped], -math.inf)
+    order = torch.sort(capped, dim=0, descending=True, stable=True).indices
+    keep = torch.zeros_like(mask[:, :num_capped]).scatter_(0, order[:capacity], True)
+    return torch.cat([mask[:, :num_capped] & keep, mask[:, num_capped:]], dim=1)
 
 
 def expert_capacity(num_tokens: int, num_slots: int, *, capacity_factor: float, min_capacity: int) -> int:
@@ -368,6 +381,7 @@ def topp_route(
             keep=keep,
             release_eps=release_eps,
         )
+    top_k = fixed_count(num_routed + num_null, top_p=top_p, top_k=top_k)
     if gumbel is not None and gumbel.dtype != z.dtype:
         gumbel = gumbel.to(z.dtype)
     if bernoulli is not None and bernoulli.dtype != z.dtype:

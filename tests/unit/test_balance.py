@@ -69,6 +69,18 @@ def test_loss_token_by_token_with_gradient(probs, counts_null):
     assert bool((pull | mask[~ctx.padding]).all()) == (probs == "full"), "an unselected slot is pulled in `full` alone"
 
 
+@pytest.mark.parametrize("probs", ["selected", "full"])
+@pytest.mark.parametrize("poison", [math.inf, math.nan])
+def test_logits_of_padding_reach_neither_loss_nor_gradient(probs, poison):
+    z, mask, ctx = problem()
+    moe, results = MoEConfig(aux_loss_probs=probs), []
+    for value in (0.0, poison):
+        given = z.masked_fill(ctx.padding[:, None], value).requires_grad_()
+        loss = load_balancing_loss(given, mask, ctx=ctx, moe=moe, tp_group=None)
+        results.append((loss, *torch.autograd.grad(loss, given)))
+    assert torch.isfinite(results[0][0]) and all(map(torch.equal, *results))
+
+
 def test_balanced_loss_is_the_mean_count():
     """Every slot chosen equally often with equal probability: L = mean k (2 of 5 here), spec 1.5."""
     z = torch.zeros(T, SLOTS, dtype=torch.float64)

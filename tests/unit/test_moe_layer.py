@@ -86,7 +86,7 @@ def test_forward_and_gradients_token_by_token(dispatcher, estimator, stochastic)
     y.backward(gradient)
 
     reference = {name: value.clone().requires_grad_() for name, value in full.items()}
-    x = hidden.detach().flatten(0, 1).requires_grad_()
+    x = hidden.detach().flatten(0, 1).masked_fill(ctx.padding[:, None], 0).requires_grad_()
     output = layer.router(hidden.detach().flatten(0, 1), ctx=ctx)
     jitter = gate_jitter(layer, x, ctx)  # the gate's input is jittered, the experts' is not
     assert (0 < (jitter - 1).abs().max() <= 0.01) == stochastic
@@ -100,7 +100,8 @@ def test_forward_and_gradients_token_by_token(dispatcher, estimator, stochastic)
         loss = loss + AUX_SCALE * literal_aux_loss(x * jitter, reference["router.weight"], mask, ctx)
     names = list(reference)
     expected = torch.autograd.grad(loss, [x, *(reference[name] for name in names)])
-    torch.testing.assert_close(hidden.grad.flatten(0, 1), expected[0], rtol=1e-8, atol=1e-10)
+    of_padding = ctx.padding[:, None]
+    torch.testing.assert_close(hidden.grad.flatten(0, 1), expected[0].masked_fill(of_padding, 0), rtol=1e-8, atol=1e-10)
     for name, value in zip(names, expected[1:], strict=True):
         torch.testing.assert_close(layer.get_parameter(name).grad, value, rtol=1e-8, atol=1e-10, msg=name)
 
@@ -137,9 +138,36 @@ def test_all_tokens_to_null(dispatcher):
     y.backward(gradient)
     assert ctx.stats.selected[LAYER][:, :ROUTED].sum() == 0
     assert bool((layer.experts.weight1.grad == 0).all()) and bool((layer.experts.weight2.grad == 0).all())
-    shared = layer.router(hidden.flatten(0, 1), ctx=ctx).routing.shared_weights
-    torch.testing.assert_close(y.flatten(0, 1), layer.shared_experts(hidden.flatten(0, 1), shared))
+    real, x = ~ctx.padding, hidden.flatten(0, 1)
+    shared = layer.shared_experts(x, layer.router(x, ctx=ctx).routing.shared_weights)
+    torch.testing.assert_close(y.flatten(0, 1)[real], shared[real])
     assert torch.isfinite(hidden.grad).all()
+
+
+@pytest.mark.parametrize("poison", [float("inf"), float("nan")])
+@pytest.mark.parametrize("probs", ["selected", "full"])
+@pytest.mark.parametrize("mode", ["masked_softmax", "release"])
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_what_padding_holds_reaches_nothing(poison, probs, mode, dispatcher):
+    """Output, losses and every gradient are those of padding that holds 0, bit for bit."""
+    moe = settings(
+        aux_loss_probs=probs, routing_weight_mode=mode, gradient_estimator="grin", moe_token_dispatcher_type=dispatcher
+    )
+    results = []
+    for value in (0.0, poison):
+        layer = build_layer(moe, weights())
+        hidden, gradient, ctx = micro_batch(0)
+        real = ~ctx.padding
+        hidden.flatten(0, 1)[ctx.padding] = value
+        hidden.requires_grad_()
+        with token_context(ctx):
+            y, _ = layer(hidden)
+        y.backward(gradient.flatten(0, 1).masked_fill(ctx.padding[:, None], 0).view_as(y))
+        assert bool((y.flatten(0, 1)[ctx.padding] == 0).all())
+        of_tokens = [t.detach().flatten(0, 1)[real] for t in (y, hidden.grad)]
+        results.append([*of_tokens, *(p.grad for p in layer.parameters()), ctx.stats.aux_loss[LAYER]])
+    for clean, poisoned in zip(*results, strict=True):
+        assert torch.isfinite(clean).all() and torch.equal(clean, poisoned)
 
 
 def test_a_replayed_forward_repeats_its_draws():

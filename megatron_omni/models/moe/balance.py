@@ -73,6 +73,7 @@ def load_balancing_loss(
     """L of the module docstring from dynamic logits and selection [T, E_d]; ``tp_group``: ranks that share the
     micro-batch."""
     weight = (~ctx.padding).to(z.dtype).masked_fill_(ctx.has_label & ~ctx.padding, moe.aux_loss_label_weight)
+    z = z.masked_fill(ctx.padding.unsqueeze(1), 0)  # 0 x NaN is NaN: a weight of 0 does not keep a value out
     q = torch.softmax(z, dim=1) if moe.aux_loss_probs == "full" else masked_softmax(z, mask)
     sums = torch.cat([weight @ mask.to(z.dtype), weight @ q, weight.sum().unsqueeze(0)])
     if tp_group is not None and dist.get_world_size(tp_group) > 1:

@@ -131,6 +131,9 @@ class OmniMoELayer(MoELayer):
         assert ctx.padding.shape[0] == x.shape[0], (
             f"token context of {ctx.padding.shape[0]} tokens for {x.shape[0]} hidden states: slice it to the shard"
         )
+        # Nobody reads what padding holds, and it may be inf or NaN: 0 x NaN in a product of gradients would reach the
+        # weights of the gate and of the shared experts.
+        x = x.masked_fill(ctx.padding.unsqueeze(1), 0)
         trains = torch.is_grad_enabled() and ctx.stochastic
         routed = self.router(x, ctx=ctx, with_aux_loss=trains or ctx.stats is not None)
         routing, num_routed = routed.routing, self.moe.num_routed_experts

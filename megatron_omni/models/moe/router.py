@@ -171,7 +171,9 @@ class OmniRouter(torch.nn.Module):
             capacity_factor=self.moe.capacity_factor,
             min_capacity=self.moe.min_capacity,
         )
-        keep = capacity_keep(z, mask, num_routed=self.moe.num_routed_experts, capacity=capacity)
+        released = self.moe.routing_weight_mode == "release"  # the published code caps the null slot like any other
+        num_capped = self.num_slots if released else self.moe.num_routed_experts
+        keep = capacity_keep(z, mask, num_capped=num_capped, capacity=capacity)
         if ranks > 1:
             start = dist.get_rank(self.tp_group) * num_local
             keep = keep[start : start + num_local]
