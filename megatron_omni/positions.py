@@ -10,18 +10,22 @@ used so far (all three channels), s the pooled side of a tile and theta position
                            t_i = true time of the frame in seconds after the first sampled frame
 * audio token j of a clip: g = j // 20, T = H = W = start + floor(g u theta + 0.5), u = seconds that 20 tokens stand for
 
-So audio and video advance at the same rate. Pure functions of sizes and times, used by data, models and generation.
+So audio and video advance at the same rate. The published code rounds halves to the even step, which
+``half_even_positions`` reproduces, and picks other frames (:func:`select_frames`). Pure functions of sizes and times, used
+by data, models and generation.
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 from math import ceil, floor
 
 import torch
 from torch import Tensor
 
+from megatron_omni.config.data import FrameChoice
 from megatron_omni.config.model import ModelConfig
 
 TOKENS_PER_AUDIO_GROUP = 20
@@ -30,6 +34,7 @@ SAMPLE_RATE = 16_000
 """Hz; the only rate the audio encoder knows."""
 _TIE_SECONDS = 1e-9
 """Differences below this are float noise of a time base, not a difference in time."""
+_TICKS_PER_SECOND = round(1 / _TIE_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,8 @@ class PositionRule:
     theta: float
     audio_only_1d: bool = False
     """Audio without any picture gets plain positions start, start + 1, ... (released weights only)."""
+    half_even: bool = False
+    """Half a position step rounds to the even one instead of up (released weights only)."""
 
     def __post_init__(self) -> None:
         if self.theta <= 0:
@@ -89,6 +96,7 @@ class PositionRule:
             audio_group_seconds=model.audio.chunk_seconds * TOKENS_PER_AUDIO_GROUP / queries if model.audio else 0.0,
             theta=model.rope_theta_seconds,
             audio_only_1d=model.audio_only_1d,
+            half_even=model.half_even_positions,
         )
 
 
@@ -149,16 +157,22 @@ class FrameSelection:
 
     indices: tuple[int, ...]
     times_seconds: tuple[float, ...]
-    """True times of those frames, as given."""
+    """Times of those frames: true ones, as given, or those that ``release`` takes them for."""
 
 
-def frame_targets(
-    duration_seconds: float, *, fps: float, min_frames: int, max_frames: int, num_available: int
-) -> list[float]:
-    """Times (seconds from the video's start) at which a frame is wanted.
+def frame_count(
+    duration_seconds: float,
+    *,
+    fps: float,
+    min_frames: int,
+    max_frames: int,
+    num_available: int,
+    choice: FrameChoice = "rate",
+) -> int:
+    """Frames that are wanted of a video: floor(duration fps), within [min_frames, max_frames] and what exists.
 
-    f_s = floor(duration fps) of them at i / fps; where the bounds [min_frames, max_frames] or the frames that exist
-    change the count to f_n, at i duration / f_n.
+    ``release``: an even number, as the published code has it (its bounds are made even inwards); the one frame of a
+    video that has no more.
     """
     if fps <= 0 or not 1 <= min_frames <= max_frames:
         raise ValueError(
@@ -166,26 +180,47 @@ def frame_targets(
             "need video_fps > 0 and 1 <= min_frames <= max_frames"
         )
     wanted = floor(duration_seconds * fps + _TIE_SECONDS)
-    count = min(max(wanted, min_frames), max_frames, num_available)
-    return [i / fps if count == wanted else i * duration_seconds / count for i in range(count)]
+    if choice == "rate":
+        return min(max(wanted, min_frames), max_frames, num_available)
+    lower, upper = min_frames + min_frames % 2, min(max_frames, num_available)
+    return max(1, min(max(wanted, lower), upper) // 2 * 2)
 
 
 def select_frames(
-    frame_times_seconds: Sequence[float], *, duration_seconds: float, fps: float, min_frames: int, max_frames: int
+    frame_times_seconds: Sequence[float],
+    *,
+    duration_seconds: float,
+    fps: float,
+    min_frames: int,
+    max_frames: int,
+    choice: FrameChoice = "rate",
 ) -> FrameSelection:
-    """The frames nearest to the wanted times; ``frame_times_seconds`` are the true times of all frames, ascending.
+    """Which frames of a video are taken; ``frame_times_seconds`` are the true times of all N frames, ascending.
 
-    A tie goes to the earlier frame. Two wanted times can fall on one frame only where the frame rate varies; it is then
-    taken once, so such a video may yield fewer frames than ``min_frames``.
+    ``rate``: f_n frames, nearest to i / fps, or to i duration / f_n where a bound changed the count from
+    f_s = floor(duration fps). A tie goes to the earlier frame. Two wanted times can fall on one frame only where the
+    frame rate varies; it is then taken once, so such a video may yield fewer frames than ``min_frames``.
+    ``release``: n frames at round(linspace(0, N - 1, n)), the last one among them, whose times are said to be
+    i duration / n.
     """
     if not frame_times_seconds:
         raise ValueError("a video without frames: nothing to select")
-    origin = frame_times_seconds[0]
+    origin, num_available = frame_times_seconds[0], len(frame_times_seconds)
+    count = frame_count(
+        duration_seconds,
+        fps=fps,
+        min_frames=min_frames,
+        max_frames=max_frames,
+        num_available=num_available,
+        choice=choice,
+    )
+    if choice == "release":
+        indices = torch.linspace(0, num_available - 1, count).round().long().tolist()
+        return FrameSelection(tuple(indices), tuple(origin + i * duration_seconds / count for i in range(count)))
+    regular = count == floor(duration_seconds * fps + _TIE_SECONDS)
     chosen: list[int] = []
-    for target in frame_targets(
-        duration_seconds, fps=fps, min_frames=min_frames, max_frames=max_frames, num_available=len(frame_times_seconds)
-    ):
-        index = _nearest(frame_times_seconds, origin + target)
+    for i in range(count):
+        index = _nearest(frame_times_seconds, origin + (i / fps if regular else i * duration_seconds / count))
         if not chosen or index > chosen[-1]:
             chosen.append(index)
     return FrameSelection(tuple(chosen), tuple(float(frame_times_seconds[i]) for i in chosen))
@@ -225,18 +260,28 @@ def _offsets(span: Span, rule: PositionRule) -> Tensor:
             pa, pb, r, c = torch.meshgrid(*(torch.arange(n) for n in (rows, cols, side, side)), indexing="ij")
             return torch.stack([torch.zeros_like(pa), pa * side + r, pb * side + c]).flatten(1)
         case VideoSpan(times):
-            steps = torch.tensor([_steps(t - times[0], rule.theta) for t in times])
+            steps = _time_steps((t - times[0] for t in times), rule)
             t, r, c = torch.meshgrid(steps, torch.arange(side), torch.arange(side), indexing="ij")
             return torch.stack([t, r, c]).flatten(1)
         case AudioSpan(num_chunks):
             num_tokens = audio_tokens(num_chunks, num_query_tokens=rule.num_query_tokens)
             groups = range(ceil(num_tokens / TOKENS_PER_AUDIO_GROUP))
-            steps = torch.tensor([_steps(g * rule.audio_group_seconds, rule.theta) for g in groups])
+            steps = _time_steps((g * rule.audio_group_seconds for g in groups), rule)
             return _line(steps.repeat_interleave(TOKENS_PER_AUDIO_GROUP)[:num_tokens])
 
 
-def _steps(seconds: float, theta: float) -> int:
-    return floor(seconds * theta + 0.5)
+def _time_steps(seconds: Iterable[float], rule: PositionRule) -> Tensor:
+    """Whole position steps nearest to times theta, halves up or to even.
+
+    In whole numbers, theta as it is written: 0.563 s - 0.313 s is a hair less than 0.25 s, and half a step must not fall
+    because of it.
+    """
+    theta = Fraction(str(rule.theta))
+    top, bottom = theta.numerator, theta.denominator * _TICKS_PER_SECOND
+    steps = [round(s * _TICKS_PER_SECOND) * top for s in seconds]
+    if rule.half_even:
+        return torch.tensor([round(Fraction(step, bottom)) for step in steps])
+    return torch.tensor([(2 * step + bottom) // (2 * bottom) for step in steps])
 
 
 def _line(positions: Tensor) -> Tensor:

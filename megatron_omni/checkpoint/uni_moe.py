@@ -311,7 +311,7 @@ def model_from_theirs(config: dict[str, Any], *, file: Path) -> ModelConfig:
     check_unscaled(get, ("default", "mrope"))
     hidden, heads = get.size("hidden_size"), get.size("num_attention_heads")
     recorded = _recorded_model(get)
-    base = recorded or ModelConfig(audio_only_1d=True)
+    base = recorded or ModelConfig(audio_only_1d=True, half_even_positions=True)
     return dataclasses.replace(
         base,
         num_layers=get.size("num_hidden_layers"),

@@ -33,6 +33,7 @@ OVERRIDES = (
     "data.min_frames",
     "data.max_frames",
     "data.max_frames_with_audio",
+    "data.frame_choice",
     "data.use_video_sound",
 )
 """Fields of the checkpoint's recipe that mean something when generating."""

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+FrameChoice = Literal["rate", "release"]
+
 
 @dataclass(kw_only=True)
 class SourceConfig:
@@ -75,5 +77,8 @@ class DataConfig:
     min_frames: int = 8
     max_frames: int = 64
     max_frames_with_audio: int = 32
+    frame_choice: FrameChoice = "rate"
+    """Which frames of a video: those nearest to ``video_fps``, or what the authors' published code takes (``release``: an
+    even number, evenly spaced from the first to the last), for released weights."""
     use_video_sound: bool = True
     """The sound track of a video follows its frames as an audio block."""

@@ -147,6 +147,8 @@ class ModelConfig:
     """theta of the paper: position steps per second of audio or video."""
     audio_only_1d: bool = False
     """Released weights only: a sample with audio but no picture gets plain positions 0..L-1."""
+    half_even_positions: bool = False
+    """Released weights only: half a position step of a frame or of sound rounds to the even one instead of up."""
     layernorm_epsilon: float = 1e-6
     add_qkv_bias: bool = True
     untie_embeddings_and_output_weights: bool = True

@@ -96,6 +96,7 @@ class SizeRule:
             min_frames=data.min_frames,
             max_frames=data.max_frames,
             max_frames_with_audio=data.max_frames_with_audio,
+            choice=data.frame_choice,
             sound=data.use_video_sound and self.audio is not None,
         )
         lowest = min(self.sampling.max_frames, self.sampling.max_frames_with_audio)

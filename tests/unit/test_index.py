@@ -85,7 +85,12 @@ def test_one_index_serves_any_recipe_with_its_tokenizer(tmp_path, mixed):
     assert len(source) == len(plain) and [source.where(i) for i in range(len(source))] == [
         plain.where(i) for i in range(len(plain))
     ]
-    for settings in (dict(), dict(max_frames=2, max_frames_with_audio=2), dict(use_video_sound=False, video_fps=0.5)):
+    for settings in (
+        dict(),
+        dict(max_frames=2, max_frames_with_audio=2),
+        dict(use_video_sound=False, video_fps=0.5),
+        dict(frame_choice="release", video_fps=3.0),
+    ):
         recipe = tiny_recipe(tmp_path, [mixed], **settings)
         assert recipe.model.vision is not None
         recipe.model.vision.max_tiles_per_side = len(settings) + 1

@@ -1,6 +1,9 @@
 """Positions against the worked examples of the specification and an independent token-by-token reference."""
 
 import math
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from megatron_omni.positions import (
     VideoSpan,
     audio_chunks,
     audio_tokens,
-    frame_targets,
+    frame_count,
     image_tokens,
     position_ids,
     select_frames,
@@ -84,6 +87,27 @@ def test_times_count_from_the_first_sampled_frame_and_halves_round_up() -> None:
     assert ids[0].tolist() == [0, 1, 2, 2]  # 0, 0.25 s -> 0.5 -> 1, 0.75 s -> 1.5 -> 2, 0.99 s -> 1.98 -> 2
 
 
+@pytest.mark.parametrize("theta", [0.7, 1.0, 2.0])
+def test_exact_halves_round_up_wherever_the_first_frame_lies(theta: float) -> None:
+    """(0.313, 0.563) at theta 2: the difference of the floats is a hair below 0.25 s."""
+    half = 0.5 / theta if theta != 0.7 else 5.0  # 5 s at 0.7 are 3.5 steps
+    firsts = [ms / 1000 for ms in range(4000)]
+    steps = [position_ids([VideoSpan((t, round(t + half, 3)))], rule(1, theta))[0][0, 1].item() for t in firsts]
+    assert set(steps) == ({1} if theta != 0.7 else {4})
+    noise = sum((round(t + half, 3) - t) * theta + 0.5 < (1 if theta != 0.7 else 4) for t in firsts)
+    assert noise > 10, "floats would have rounded some of them down"
+
+
+def test_released_positions_round_halves_to_even() -> None:
+    times = tuple(0.25 * i for i in range(8))  # 0, 0.5, 1, 1.5, ... steps
+    ids, _ = position_ids([VideoSpan(times)], replace(rule(1), half_even=True))
+    assert ids[0].tolist() == [0, 0, 1, 2, 2, 2, 3, 4] == [round(0.5 * i) for i in range(8)]
+    assert position_ids([VideoSpan(times)], rule(1))[0][0].tolist() == [0, 1, 1, 2, 2, 3, 3, 4]
+    sound, _ = position_ids([AudioSpan(2)], replace(rule(1, 0.5), half_even=True))  # 1.5 steps a group
+    assert sound[0, ::20].tolist() == [round(1.5 * g) for g in range(20)]
+    assert PositionRule.from_config(ModelConfig(half_even_positions=True)).half_even
+
+
 def test_large_image_after_a_short_one_starts_after_its_extent() -> None:
     ids, following = position_ids([ImageSpan(1, 6), TextSpan(1)], rule(12))
     assert ids[:, -1].tolist() == [72, 72, 72] and following == 73
@@ -122,6 +146,11 @@ def test_nothing_has_no_positions() -> None:
     assert ids.shape == (3, 0) and following == 9
 
 
+def nearest_step(seconds: Fraction, r: PositionRule) -> int:
+    """In exact numbers; times and theta are what their decimals say."""
+    return math.floor(seconds * Fraction(str(r.theta)) + Fraction(1, 2))
+
+
 def reference(spans: list[Span], r: PositionRule) -> tuple[list[tuple[int, int, int]], int]:
     """Token by token, from the text of the specification."""
     out: list[tuple[int, int, int]] = []
@@ -141,13 +170,13 @@ def reference(spans: list[Span], r: PositionRule) -> tuple[list[tuple[int, int, 
                             out.append((begin, begin + pa * r.pooled_side + row, begin + pb * r.pooled_side + col))
         elif isinstance(span, VideoSpan):
             for t in span.times_seconds:
-                step = math.floor((t - span.times_seconds[0]) * r.theta + 0.5)
+                step = nearest_step(Fraction(str(t)) - Fraction(str(span.times_seconds[0])), r)
                 for row in range(r.pooled_side):
                     for col in range(r.pooled_side):
                         out.append((begin + step, begin + row, begin + col))
         else:
             for token in range(span.num_chunks * r.num_query_tokens):
-                p = begin + math.floor((token // 20) * r.audio_group_seconds * r.theta + 0.5)
+                p = begin + nearest_step((token // 20) * Fraction(r.audio_group_seconds), r)
                 out.append((p, p, p))
     return out, after()
 
@@ -155,7 +184,9 @@ def reference(spans: list[Span], r: PositionRule) -> tuple[list[tuple[int, int, 
 span_strategy = st.one_of(
     st.builds(TextSpan, st.integers(0, 9)),
     st.builds(ImageSpan, st.integers(1, 3), st.integers(1, 3)),
-    st.lists(st.floats(0, 90), min_size=1, max_size=6).map(lambda ts: VideoSpan(tuple(sorted(ts)))),
+    st.lists(st.integers(0, 90_000).map(lambda ms: ms / 1000), min_size=1, max_size=6).map(
+        lambda ts: VideoSpan(tuple(sorted(ts)))
+    ),
     st.builds(AudioSpan, st.integers(1, 3)),
 )
 
@@ -164,7 +195,7 @@ span_strategy = st.one_of(
 @given(
     spans=st.lists(span_strategy, max_size=6),
     side=st.integers(1, 4),
-    theta=st.sampled_from([0.5, 1.0, 2.0, 12.5]),
+    theta=st.sampled_from([0.5, 0.7, 1.0, 2.0, 12.5]),
     queries=st.sampled_from([10, 20, 30, 200]),
     chunk=st.sampled_from([1.0, 3.0, 30.0]),
 )
@@ -218,9 +249,9 @@ def constant_rate(seconds: float, rate: float) -> list[float]:
     return [i / rate for i in range(round(seconds * rate))]
 
 
-def select(times: list[float], duration: float, **changed: float) -> FrameSelection:
-    bounds = {"fps": 1.0, "min_frames": 8, "max_frames": 64} | changed
-    return select_frames(times, duration_seconds=duration, **bounds)  # type: ignore[arg-type]
+def select(times: list[float], duration: float, **changed: Any) -> FrameSelection:
+    bounds: dict[str, Any] = {"fps": 1.0, "min_frames": 8, "max_frames": 64} | changed
+    return select_frames(times, duration_seconds=duration, **bounds)
 
 
 def test_one_frame_a_second_within_the_bounds() -> None:
@@ -261,7 +292,7 @@ def test_a_held_frame_is_taken_once() -> None:
 
 def test_a_duration_that_float_noise_makes_short_keeps_its_last_second() -> None:
     assert 4.35 * 100 < 435
-    assert len(frame_targets(4.35, fps=100.0, min_frames=1, max_frames=999, num_available=999)) == 435
+    assert frame_count(4.35, fps=100.0, min_frames=1, max_frames=999, num_available=999) == 435
 
 
 @pytest.mark.parametrize("changed", [{"fps": 0.0}, {"min_frames": 0}, {"min_frames": 65}])
@@ -283,3 +314,38 @@ def test_selection_at_a_constant_rate_equals_the_definition(num: int, rate: floa
     for i, time in enumerate(chosen.times_seconds):
         target = i / fps if count == wanted else i * duration / count
         assert abs(time - target) <= 0.5 / rate + 1e-9
+
+
+def test_released_choice_is_even_and_ends_with_the_last_frame() -> None:
+    """round(linspace(0, N - 1, n)), n even; what its code takes the times of the frames for is i duration / n."""
+    chosen = select(constant_rate(20.4, 10.0), 20.4, choice="release")  # 204 frames, 20 of them
+    assert chosen.indices == tuple(round(i * 203 / 19) for i in range(20)) and chosen.indices[-1] == 203
+    assert chosen.times_seconds == pytest.approx([1.02 * i for i in range(20)])
+    assert select(constant_rate(21.4, 10.0), 21.4).indices[-1] == 200, "ours ends at 20 s"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "available", "bounds", "expected"),
+    [
+        (21.4, 642, {}, 20),
+        (3.0, 90, {}, 8),
+        (3.0, 90, {"min_frames": 5}, 6),
+        (500.0, 9999, {"max_frames": 33}, 32),
+        (60.0, 7, {}, 6),
+        (0.1, 1, {}, 1),
+    ],
+)
+def test_number_of_released_frames(seconds: float, available: int, bounds: dict[str, int], expected: int) -> None:
+    limits = {"fps": 1.0, "min_frames": 8, "max_frames": 64} | bounds
+    assert frame_count(seconds, num_available=available, choice="release", **limits) == expected  # type: ignore[arg-type]
+
+
+@settings(max_examples=100, deadline=None)
+@given(num=st.integers(2, 400), seconds=st.floats(0.1, 300), choice=st.sampled_from(["rate", "release"]))
+def test_frames_exist_and_ascend(num: int, seconds: float, choice: str) -> None:
+    times = [i * seconds / num for i in range(num)]
+    chosen = select(times, seconds, choice=choice)
+    assert list(chosen.indices) == sorted(set(chosen.indices)) and 0 <= chosen.indices[0] <= chosen.indices[-1] < num
+    assert list(chosen.times_seconds) == sorted(chosen.times_seconds) and len(chosen.times_seconds) == len(
+        chosen.indices
+    )

@@ -143,7 +143,10 @@ def test_capacity_in_training_caps_real_experts_over_the_micro_batch():
 def test_capacity_in_release_mode_caps_null_too():
     """As the published code does: every dynamic slot keeps 60 tokens, those of largest logit."""
     settings = {"routing_weight_mode": "release", "gradient_estimator": "grin", "std": 0.05}
-    capped, free = router(capacity_factor=0.5, **settings)(hidden(), ctx=context()), router(**settings)(hidden(), ctx=context())
+    capped, free = (
+        router(capacity_factor=0.5, **settings)(hidden(), ctx=context()),
+        router(**settings)(hidden(), ctx=context()),
+    )
     assert (free.routing.mask.sum(0) > 60).all() and capped.routing.mask.sum(0).tolist() == [60] * 5
     z = router(**settings).gate(hidden(), ctx=context())[:, 4]
     kept, taken = capped.routing.mask[:, 4], free.routing.mask[:, 4]

@@ -130,6 +130,7 @@ MODELS: dict[str, ModelConfig] = {
         untie_embeddings_and_output_weights=False,
         rope_theta_seconds=1.0,
         audio_only_1d=True,
+        half_even_positions=True,
         moe=MoEConfig(
             num_routed_experts=2, num_null_experts=0, num_shared_experts=1, moe_ffn_hidden_size=24, top_k=2,
             moe_shared_expert_intermediate_size=8, capacity_factor=3.0, sample_experts=False, max_routed=1,
@@ -184,7 +185,12 @@ def test_a_release_is_read_with_the_published_arithmetic() -> None:
     model = model_from_theirs(release_config(token_drop=True, capacity_factor=3.0), file=FILE)
     assert model.moe is not None
     assert (model.moe.routing_weight_mode, model.moe.gradient_estimator) == ("release", "grin")
-    assert model.audio_only_1d and model.moe.capacity_factor == 3.0 and model.kv_channels == 128
+    assert (
+        model.audio_only_1d
+        and model.half_even_positions
+        and model.moe.capacity_factor == 3.0
+        and model.kv_channels == 128
+    )
     assert model.vision == VisionConfig() and model.audio == AudioConfig()
     fixed = model_from_theirs(release_config(mlp_dynamic_top_p=0, mlp_dynamic_top_k=2), file=FILE).moe
     assert fixed is not None and fixed.top_k == 2

@@ -123,6 +123,7 @@ def decode_video(
             fps=sampling.fps,
             min_frames=sampling.min_frames,
             max_frames=sampling.limit(has_sound),
+            choice=sampling.choice,
         )
         frames = (pictures or decode_frames)(packets, list(selection.indices), keep or np.asarray)
         first = selection.times_seconds[0]

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_omni.positions import frame_targets
+from megatron_omni.config.data import FrameChoice
+from megatron_omni.positions import frame_count
 
 MAX_PIXELS = 64_000_000
 """Largest picture or frame that is decoded: 192 MB as RGB."""
@@ -72,6 +73,7 @@ class FrameSampling:
     max_frames: int
     max_frames_with_audio: int
     sound: bool
+    choice: FrameChoice = "rate"
 
     def limit(self, has_sound: bool) -> int:
         """Most frames of a video with or without sound."""
@@ -113,14 +115,15 @@ class VideoHeader:
     def sampled(self, sampling: FrameSampling) -> VideoSize:
         """What ``sampling`` takes of it."""
         sound_samples = self.sound_samples if sampling.sound else 0
-        targets = frame_targets(
+        num_frames = frame_count(
             self.seconds,
             fps=sampling.fps,
             min_frames=sampling.min_frames,
             max_frames=sampling.limit(sound_samples > 0),
             num_available=self.num_frames,
+            choice=sampling.choice,
         )
-        return VideoSize(num_frames=len(targets), sound_samples=sound_samples)
+        return VideoSize(num_frames=num_frames, sound_samples=sound_samples)
 
 
 def check_pixels(file: Media, width: int, height: int) -> None:
