@@ -30,7 +30,7 @@ STOP_MARKER = "requeue"
 def main(arguments: list[str] | None = None) -> int:
     """Parse, print the plan, run what is left."""
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_omni.cli.chain",
+        prog="megatron-omni chain",
         description=(__doc__ or "").partition("\n\n")[0],
         epilog=(__doc__ or "").partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -116,7 +116,7 @@ def _training(chain: "Chain", stage: "Stage") -> list[tuple[str, str]]:
         ("reads", ", ".join(f"{source.name} {source.weight:g}" for source in data.sources)),
         ("tokens", f"{'' if data.packing else 'at most '}{_count(tokens)} in {recipe.train_iters:,} steps"),
         ("rate", f"{recipe.optim.lr:g} to {recipe.optim.min_lr:g}, {recipe.optim.lr_decay_style}" + (scale and f"; {scale}")),
-        ("memory", f"a rank of {ranks}: {held / 2**30:.2f} GiB held, {peak / 2**30:.2f} at the peak (tools/plan.py)"),
+        ("memory", f"a rank of {ranks}: {held / 2**30:.2f} GiB held, {peak / 2**30:.2f} at the peak (megatron-omni plan)"),
     ]  # fmt: skip
 
 

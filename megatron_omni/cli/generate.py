@@ -79,7 +79,7 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = _Parser(
-        prog="python -m megatron_omni.cli.generate",
+        prog="megatron-omni generate",
         description="Answer a prompt with text, images, audio and video from a trained checkpoint.",
         epilog="The sizes of the layout default to 1 whatever the checkpoint was trained on; what is left of the world "
         "size shares the records of --jsonl.",

@@ -23,7 +23,7 @@ EXIT_BAD_INPUT = 2
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run, and turn what happened into an exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_omni.cli.train",
+        prog="megatron-omni train",
         description="Train a model from a recipe (recipes/*.yaml), alone or under torchrun.",
         epilog="example: torchrun --nproc-per-node 2 -m megatron_omni.cli.train recipes/tiny/quickstart.yaml optim.lr=1e-4",
     )

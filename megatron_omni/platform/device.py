@@ -7,6 +7,7 @@ imports ``megatron.core``: Megatron-Core is written for CUDA, and on a machine w
 
 import os
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -41,6 +42,26 @@ def synchronize() -> None:
     """Wait until the device of this process has done what it was given."""
     if accelerator_present():
         torch.cuda.synchronize()
+
+
+class Gpu(NamedTuple):
+    """What :func:`probe_gpus` found of one device."""
+
+    name: str
+    free_bytes: int
+    total_bytes: int
+    computes: bool
+    """A bf16 product of random matrices is finite."""
+
+
+def probe_gpus() -> list[Gpu]:
+    """Every CUDA device that this process sees; each computes a small product."""
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        x = torch.randn(2048, 2048, device=f"cuda:{index}", dtype=torch.bfloat16)
+        found.append(Gpu(torch.cuda.get_device_name(index), free, total, bool(torch.isfinite(x @ x).all())))
+    return found
 
 
 def install() -> None:

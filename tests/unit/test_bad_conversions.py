@@ -1,6 +1,6 @@
 """Damaged, hostile and unfitting sources: status 2, one error that names file, key, expected and found; nothing written."""
 
-import importlib.util
+import importlib
 import json
 import os
 import pickle
@@ -26,13 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def convert() -> Iterator[ModuleType]:
-    """tools/convert.py, whose signal handling ends with the test."""
+    """The command, whose signal handling ends with the test."""
     before = signal.getsignal(signal.SIGTERM)
-    spec = importlib.util.spec_from_file_location("convert_tool", ROOT / "tools" / "convert.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
+    yield importlib.import_module("megatron_omni.cli.convert")
     signal.signal(signal.SIGTERM, before)
 
 

@@ -6,7 +6,6 @@ import errno
 import multiprocessing
 import os
 import resource
-import runpy
 import signal
 import sys
 from collections.abc import Callable
@@ -22,11 +21,11 @@ from megatron_omni.checkpoint.families import open_sources
 from megatron_omni.checkpoint.tensor_files import HashedFile, SafetensorsWriter
 from megatron_omni.checkpoint.torch_dist import TorchDistWriter
 from megatron_omni.checkpoint.verify import verify
+from megatron_omni.cli.convert import main
 from megatron_omni.config.run import Recipe
 from tests.parity import foreign
 
 ROOT = Path(__file__).resolve().parents[2]
-MAIN = runpy.run_path(str(ROOT / "tools" / "convert.py"))["main"]
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +47,13 @@ def imported(hf: Path, out: Path) -> Path:
 
 
 def tool(log: Path, *arguments: str | Path, before: Callable[[], None] = lambda: None) -> int:
-    """Exit status of tools/convert.py in a process of its own, forked: nothing is imported again. ``before`` runs there."""
+    """Exit status of megatron-omni convert in a process of its own, forked: nothing is imported again. ``before`` runs there."""
 
     def run() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         before()
         with log.open("w") as sys.stderr:
-            status = MAIN([str(a) for a in arguments])
+            status = main([str(a) for a in arguments])
         os._exit(status)
 
     process = multiprocessing.get_context("fork").Process(target=run)

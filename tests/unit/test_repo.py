@@ -1,7 +1,9 @@
 """The repository's own rules: documents name files that exist, generated pages are current, unsafe calls are absent."""
 
 import ast
+import importlib
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_omni.cli.main import COMMANDS
+from megatron_omni.cli.main import main as cli_main
 from megatron_omni.config.load import load_recipe
 from megatron_omni.config.validate import validate
 
@@ -120,16 +124,29 @@ def test_verification_page_has_a_status_and_a_reason_for_each_entry() -> None:
 
 
 def test_help_answers_without_torch() -> None:
-    for module in ("megatron_omni.cli.train", "megatron_omni.cli.generate", "megatron_omni.cli.chain"):
-        code = (
-            "import sys, runpy\n"
-            f"sys.argv = ['{module}', '--help']\n"
-            "try:\n"
-            f"    runpy.run_module('{module}', run_name='__main__')\n"
-            "except SystemExit as end:\n"
-            "    assert not end.code, end.code\n"
-            "assert 'torch' not in sys.modules, 'torch was imported'\n"
-        )
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{module}: {done.stderr}"
-        assert "usage" in done.stdout
+    """Of every command, and of the commands inside ``convert``, in one process."""
+    lines = [["--help"], *([name, "--help"] for name in COMMANDS)]
+    lines += [["convert", name, "--help"] for name in ("import", "export", "roundtrip", "verify")]
+    code = (
+        "import contextlib, sys\n"
+        "from megatron_omni.cli.main import main\n"
+        f"for line in {lines}:\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        assert main(line) == 0\n"
+        "    assert 'torch' not in sys.modules, f'{line} imports torch'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: megatron-omni") == len(lines)
+
+
+def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli_main(["trian", "recipe.yaml"]) == 2
+    assert "error: unknown command 'trian'; one of train, chain" in capsys.readouterr().err
+    assert cli_main([]) == 2
+
+
+@pytest.mark.parametrize("name", sorted({p.stem for p in (ROOT / "tools").glob("*.py")} & {*COMMANDS, "prepare_data"}))
+def test_the_tool_is_the_command(name: str) -> None:
+    module = importlib.import_module(f"megatron_omni.cli.{name.removesuffix('_data')}")
+    assert runpy.run_path(str(ROOT / "tools" / f"{name}.py"))["main"] is module.main

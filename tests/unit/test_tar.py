@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_omni.cli import prepare
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.shards import expand_braces, shard_paths
 from megatron_omni.data.folder import records_of_folder
@@ -21,7 +22,6 @@ from megatron_omni.data.record import RecordError
 from megatron_omni.data.sample import SampleBuilder
 from megatron_omni.data.sources import JsonlSource, open_source
 from tests.unit.tiny_data import row, tiny_recipe, tokenizer_file, write_clip, write_image, write_sound
-from tools import prepare_data
 
 
 def _has_energon() -> bool:
@@ -248,7 +248,7 @@ def test_from_a_folder_of_media_to_a_step_by_the_command(tmp_path, capsys):
         f"data: {{tokenizer: {settings.data.tokenizer}, seq_length: 256}}\n"
     )
     command = [str(recipe), "--folder", str(folder), "--prompt", "what is it?", "--workers", "1"]
-    assert prepare_data.main(command) == 0
+    assert prepare.main(command) == 0
     out = capsys.readouterr().out
     assert "records.jsonl: 3 records" in out and "left out (no_text): 1" in out and "3 of 3 records usable" in out
     summary = json.loads((folder / "records.summary.json").read_text())
@@ -263,10 +263,10 @@ def test_from_a_folder_of_media_to_a_step_by_the_command(tmp_path, capsys):
     with (folder / "records.jsonl").open("a") as file:
         file.write('{"messages": []}\n{broken\n')
     again = [str(recipe), "--data", str(folder / "records.jsonl"), "--workers", "1", "--max-bad", "0.2"]
-    assert prepare_data.main(again) == 2
+    assert prepare.main(again) == 2
     captured = capsys.readouterr()
     assert "rejected (not_json): 1" in captured.out and "2 of 5 records of records cannot be used" in captured.err
-    assert prepare_data.main([str(recipe), "--folder", str(tmp_path / "none")]) == 2
+    assert prepare.main([str(recipe), "--folder", str(tmp_path / "none")]) == 2
     (tmp_path / "empty").mkdir()
     assert records_of_folder(folder).num_records == 3
     with pytest.raises(ValueError, match="holds no medium with a caption"):

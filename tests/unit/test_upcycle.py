@@ -473,15 +473,3 @@ def test_a_disk_that_fills_up_is_one_error(dense: dict[str, Path], tmp_path: Pat
     done = run_tool("--base", dense["base"], "--out", tmp_path / "out", limit=40)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert str(tmp_path / "out") in done.stderr and not (tmp_path / "out").exists()
-
-
-def test_help_answers_without_torch() -> None:
-    code = (
-        "import sys, runpy\n"
-        "sys.argv = ['upcycle.py', '--help']\n"
-        "try:\n    runpy.run_path('tools/upcycle.py', run_name='__main__')\n"
-        "except SystemExit as end:\n    assert not end.code\n"
-        "assert 'torch' not in sys.modules\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "--trunk" in done.stdout, done.stderr

@@ -1,0 +1,147 @@
+"""Index the data of a recipe, so that planning a step opens no media file; say what the data holds.
+
+    megatron-omni prepare recipes/tiny/quickstart.yaml                      # every source of the recipe
+    megatron-omni prepare RECIPE --data 'shards/*.tar' more.jsonl           # these files instead
+    megatron-omni prepare RECIPE --folder pictures [--prompt "What is it?"] # makes pictures/records.jsonl first
+
+JSONL rows (messages or ShareGPT) and WebDataset tars, also ones prepared for Energon, get an index beside them
+(docs/data.md). A recipe gives the tokenizer, and the sizes that the printed summary counts in; the index serves any
+recipe with the same tokenizer. Interrupted, it goes on where it was; a current index is left alone. Rows that cannot be
+used are counted, with reasons, in the summary and in SOURCE.summary.json beside the data, and are skipped in training.
+
+Exit status: 0 done, 2 for data or settings that do not fit, or with --max-bad F when more than this share of a source
+is unusable; 1 for a full disk or a killed process, 130 interrupted.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    description, _, rest = (__doc__ or "").partition("\n\n")
+    made = argparse.ArgumentParser(
+        prog="megatron-omni prepare", description=description, epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    made.add_argument("recipe", metavar="RECIPE", help="YAML file: tokenizer, sizes and, without --data, the sources")
+    made.add_argument(
+        "--data", nargs="+", default=[], metavar="PATH", help="JSONL files or tars instead of the recipe's"
+    )
+    made.add_argument("--folder", type=Path, metavar="DIR", help="folder of media with captions to make records of")
+    made.add_argument("--prompt", default="", help="question for captions that come without one")
+    made.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: cores)"
+    )
+    made.add_argument("--again", action="store_true", help="make current indexes anew (media files were replaced)")
+    made.add_argument("--max-bad", type=float, default=1.0, metavar="F", help="share of unusable rows that is an error")
+    made.add_argument("overrides", nargs="*", metavar="key=value", help="recipe fields, such as data.tokenizer=DIR")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status of the command."""
+    words = parser().parse_intermixed_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    signal.signal(signal.SIGTERM, _interrupt)
+    # --data takes all the words that follow it, settings included.
+    settings = [word for word in words.data if word.startswith(("model.", "data.")) and "=" in word]
+    words.data = [word for word in words.data if word not in settings]
+    words.overrides += settings
+    try:
+        return _prepare(words)
+    except KeyboardInterrupt:
+        print("interrupted: what was done stays, the same command goes on from there", file=sys.stderr)
+        return 130
+    except (ValueError, ChildProcessError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+
+
+def _prepare(words: argparse.Namespace) -> int:
+    from megatron_omni.checkpoint.progress import ByteProgress
+    from megatron_omni.config.data import SourceConfig
+    from megatron_omni.config.load import load_recipe
+    from megatron_omni.config.shards import shard_paths
+    from megatron_omni.data.index import tokenizer_digest
+    from megatron_omni.data.prepare import index_files
+    from megatron_omni.data.sizes import SizeRule
+    from megatron_omni.data.sources import open_source
+    from megatron_omni.data.summary import summarise
+    from megatron_omni.data.tokenizer import load_tokenizer
+
+    recipe = load_recipe(words.recipe, words.overrides)
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    digest, sizes = tokenizer_digest(tokenizer.path), SizeRule(recipe, tokenizer)
+    sources = [*recipe.data.sources, *recipe.data.eval_sources]
+    if words.folder is not None:
+        words.data.append(str(_records_of(words.folder, words.prompt)))
+    if words.data:
+        sources = [SourceConfig(name=_name(path), path=path, prompt=words.prompt) for path in words.data]
+    if not sources:
+        raise ValueError(f"{words.recipe} has no data.sources; add some, or name files with --data")
+    files = {source.name: shard_paths(source.path) for source in sources}
+    total = sum(os.path.getsize(file) for shards in files.values() for file in shards)
+    progress = ByteProgress("index", total)
+    for source in sources:
+        index_files(
+            files[source.name], recipe.data.tokenizer, prompt=source.prompt, workers=words.workers, again=words.again,
+            advance=progress.add,
+        )  # fmt: skip
+    progress.finish()
+    status = 0
+    for source in sources:
+        summary = summarise(open_source(source, digest=digest), sizes)
+        status = max(
+            status, _report(summary, files[source.name][0].parent / f"{source.name}.summary.json", words.max_bad)
+        )
+    return status
+
+
+def _records_of(folder: Path, prompt: str) -> Path:
+    """Make the records of a folder and say what was left out."""
+    from megatron_omni.data.folder import records_of_folder
+
+    report = records_of_folder(folder, prompt=prompt)
+    print(f"wrote {report.path}: {report.num_records} records")
+    for reason, count in report.rejected.most_common():
+        print(f"  left out ({reason}): {count}")
+    for message in report.messages:
+        print(f"  {message}")
+    return report.path
+
+
+def _name(path: str) -> str:
+    """A name for a source that has only a path: usable as a file name."""
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(path).name.partition(".")[0]) or "data"
+
+
+def _report(summary: dict[str, Any], file: Path, max_bad: float) -> int:
+    """Print a summary and write it; 2 when too much of the source is unusable."""
+    import json
+
+    from megatron_omni.data.summary import summary_lines
+
+    print("\n".join(summary_lines(summary)))
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, file)
+    bad = summary["records"] - summary["usable"]
+    if bad > max_bad * summary["records"]:
+        print(f"error: {bad} of {summary['records']} records of {summary['source']} cannot be used, more than --max-bad "
+              f"{max_bad}", file=sys.stderr)  # fmt: skip
+        return 2
+    return 0
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

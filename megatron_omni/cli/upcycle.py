@@ -1,0 +1,96 @@
+"""Dense checkpoints into one mixture of experts: each source's feed-forward part becomes a routed expert.
+
+    megatron-omni upcycle --base DIR --vision DIR --speech DIR DIR --out DIR [--trunk NAME] [model.moe.top_p=0.7 ...]
+
+A source is a Hugging Face directory (Qwen2.5, or a dense model in the Uni-MoE layout), a run directory, or one checkpoint
+of a run. Routed experts are ordered vision, speech ..., base; shared experts are disjoint slices of the base's feed-forward
+part. What lies in DIR/checkpoints afterwards starts a run with init_from=DIR on any layout, and goes to Hugging Face with
+megatron-omni convert export. upcycle.json says of every tensor where it came from.
+
+Exit status: 0 done, 2 for sources or settings that do not fit, 1 for a disk that cannot take the result, 130 interrupted.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    description, _, rest = (__doc__ or "").partition("\n\n")
+    made = argparse.ArgumentParser(
+        prog="megatron-omni upcycle",
+        description=description,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--base", type=Path, required=True, metavar="DIR", help="base model: last routed expert, shared")
+    made.add_argument("--vision", type=Path, metavar="DIR", help="dense model after its vision warm-up: first expert")
+    made.add_argument("--speech", type=Path, nargs="+", default=[], metavar="DIR", help="after speech warm-ups")
+    made.add_argument("--out", type=Path, required=True, metavar="DIR", help="run directory to make")
+    made.add_argument(
+        "--trunk", default="base", metavar="NAME",
+        help="whose attention, norms and embeddings are taken: base, vision, speech1, speech2, ... (default base)",
+    )  # fmt: skip
+    made.add_argument(
+        "--token-rows", choices=["auto", "mean", "keep"], default="auto",
+        help="rows of special tokens that the trunk's tokenizer file lacks: the mean of the others, or as they are "
+        "(auto: mean for a Hugging Face trunk, keep for a run's, which trained them)",
+    )  # fmt: skip
+    made.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto rounds nothing")
+    made.add_argument("--seed", type=int, default=3407, help="of the gates (default 3407)")
+    for name, what in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert"), ("etp", "expert tensor")):
+        made.add_argument(f"--{name}", type=int, default=1, metavar="N", help=f"{what}-parallel size to write for")
+    made.add_argument("overrides", nargs="*", metavar="key=value", help="recipe fields, such as model.moe.top_p=0.8")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status of the command."""
+    words = parser().parse_intermixed_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    signal.signal(signal.SIGTERM, _interrupt)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages; faults of small ones cost more than copying
+
+    from megatron_omni.checkpoint.commit import CheckpointError
+
+    # --speech takes all the words that follow it, settings included.
+    settings = [str(word) for word in words.speech if str(word).startswith(("model.", "data.")) and "=" in word.name]
+    speech = [word for word in words.speech if str(word) not in settings]
+    paths = {"vision": words.vision} if words.vision is not None else {}
+    paths |= {f"speech{i + 1}": path for i, path in enumerate(speech)}
+    paths |= {"base": words.base}
+    try:
+        from megatron_omni.checkpoint.layout import Layout
+        from megatron_omni.checkpoint.upcycle import upcycle
+
+        directory = upcycle(
+            paths,
+            words.out,
+            trunk=words.trunk,
+            overrides=[*settings, *words.overrides],
+            layout=Layout(tp=words.tp, pp=words.pp, ep=words.ep, etp=words.etp),
+            dtype=words.dtype,
+            seed=words.seed,
+            token_rows=words.token_rows,
+        )
+    except KeyboardInterrupt:
+        print("interrupted: nothing that looks finished is left; a rerun starts clean", file=sys.stderr)
+        return 130
+    except (ValueError, CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    print(f"wrote {directory}")
+    return 0
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())
