@@ -12,6 +12,7 @@ chunk's maximum, (x + 4) / 4. Equal to ``transformers.WhisperFeatureExtractor``.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import isfinite
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from megatron_omni.positions import SAMPLE_RATE, audio_chunks
 
 N_FFT = 400
 HOP_SAMPLES = 160
+MAX_AMPLITUDE = 16.0
+"""Largest sample of sound: far above what is mixed too loud, far below integers that were stored as floats."""
 
 # ------------------------------------------------------------------------------------------------ pictures
 
@@ -103,7 +106,7 @@ def _normalise(pictures: np.ndarray) -> Tensor:
 def log_mel(samples: np.ndarray | Tensor, config: AudioConfig) -> Tensor:
     """Mono 16 kHz float samples in [-1, 1] to log-mel chunks [C, mel bins, frames] float32.
 
-    ValueError for an empty clip, one longer than ``max_chunks``, more than one channel, or samples that are not finite.
+    ValueError for an empty clip, one longer than ``max_chunks``, more than one channel, or samples beyond MAX_AMPLITUDE.
     """
     wave = torch.as_tensor(samples)
     if wave.ndim != 1 or not wave.is_floating_point():
@@ -119,8 +122,10 @@ def log_mel(samples: np.ndarray | Tensor, config: AudioConfig) -> Tensor:
     chunk_samples = round(config.chunk_seconds * SAMPLE_RATE)
     padded = wave.new_zeros(num_chunks * chunk_samples, dtype=torch.float32)
     padded[: wave.numel()] = wave
-    if not torch.isfinite(padded.sum()):
-        raise ValueError("audio clip with samples that are not finite")
+    peak = float(padded.abs().max())
+    if not peak <= MAX_AMPLITUDE:
+        what = f"up to {peak:.3g}: sound lies in [-1, 1]" if isfinite(peak) else "that are not finite"
+        raise ValueError(f"audio clip with samples {what}; scale it, or make it anew")
     frames = chunk_samples // HOP_SAMPLES
     # Half a window behind the last sample and half a window of mirrored silence.
     heard = frames if num_chunks > 1 else min(frames, -(-(wave.numel() + N_FFT) // HOP_SAMPLES))

@@ -107,6 +107,7 @@ class SampleBuilder:
         ]
         tiles = [item.tiles for item in ordered if item.tiles is not None]
         chunks = [item.chunks for item in ordered if item.chunks is not None]
+        _require_finite([*tiles, *chunks], record)
         ids = torch.tensor(rendered.input_ids, dtype=torch.int64)
         positions, next_position = position_ids(rendered.spans, self.rule)
         return Sample(
@@ -195,6 +196,16 @@ def _require_answer(record: Record) -> None:
             record.where, field="messages", value=[m.role for m in record.messages], problem="has no answer to learn",
             fix="add an assistant turn", reason="no_answer",
         )  # fmt: skip
+
+
+def _require_finite(inputs: list[Tensor], record: Record) -> None:
+    """One value that is not finite in an encoder's input would make the whole step's gradients so."""
+    for values in inputs:
+        if not values.sum().isfinite() and not values.isfinite().all():  # the sum is cheap, and may overflow
+            raise RecordError(
+                record.where, field="media", value=tuple(values.shape), problem="an encoder input that is not finite",
+                fix="repair the medium or drop the record", reason="not_finite",
+            )  # fmt: skip
 
 
 def _shifted_labels(ids: Tensor, rendered: Rendered) -> Tensor:

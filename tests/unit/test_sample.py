@@ -141,6 +141,19 @@ def test_sound_that_is_not_finite_is_a_media_error(tmp_path, build):
         build().build_sample(record_of(tmp_path, "<audio>", audios=["a.wav"]))
 
 
+def test_encoder_inputs_that_are_not_finite_are_given_back(tmp_path, build, monkeypatch):
+    """The last guard, whatever made them so: here the limit on samples is lifted, and their power overflows."""
+    import soundfile
+
+    wave = np.zeros(8000, np.float32)
+    wave[100] = 1e20
+    soundfile.write(tmp_path / "a.wav", wave, 16000, subtype="FLOAT")
+    monkeypatch.setattr("megatron_omni.data.processors.MAX_AMPLITUDE", float("inf"))
+    with pytest.raises(RecordError, match="an encoder input that is not finite") as caught:
+        build().build_sample(record_of(tmp_path, "<audio>", audios=["a.wav"]))
+    assert caught.value.reason == "not_finite"
+
+
 def test_settings_that_cannot_work_are_named(tmp_path, build):
     with pytest.raises(ValueError, match=r"min_frames = 9.*need"):
         build(min_frames=9)

@@ -7,12 +7,12 @@ the part up to the wanted frame, without frames that nothing refers to. FFmpeg m
 only: playlists could lead it to other files.
 """
 
-import io
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from math import ceil, inf
-from pathlib import Path
 
 import av
 import numpy as np
@@ -24,7 +24,6 @@ from megatron_omni.data.decode.media import (
     Frame,
     FrameSampling,
     Media,
-    MediaBytes,
     MediaError,
     Video,
     VideoHeader,
@@ -32,11 +31,20 @@ from megatron_omni.data.decode.media import (
     check_rate,
     check_seconds,
     check_whole,
+    open_media,
 )
 from megatron_omni.data.decode.resample import to_sample_rate
 from megatron_omni.positions import SAMPLE_RATE, select_frames
 
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,wav,flac,mp3,aac,gif,h264,hevc,obu"
+_READ = (
+    "MP4, MOV, M4A, 3GP, Matroska, WebM, AVI, MPEG-TS, MPEG-PS, FLV, ASF/WMV, Ogg, WAV, FLAC, MP3, AAC, GIF and bare "
+    "H.264, HEVC and AV1"
+)
+"""The same for people."""
+_END_AS_DURATION = ("matroska,webm", "flv")
+"""Formats whose header says when the file ends, counted from 0, and not how long it is: one cut out of a longer file
+with its time stamps kept starts late."""
 _GAP_SECONDS = 0.05
 """A jump of the sound's clock beyond this is a hole that is filled with silence."""
 _SPARE_SECONDS = 1.0
@@ -46,33 +54,57 @@ _SKIPS_FRAMES = ("h264", "hevc")
 """Decoders that can leave out, packet by packet, a frame that no other refers to."""
 
 
-def open_container(file: Media) -> av.container.InputContainer:
-    """The file opened by FFmpeg; FileNotFoundError or an error of FFmpeg."""
+@contextmanager
+def open_container(file: Media) -> Iterator[av.container.InputContainer]:
+    """The file opened by FFmpeg; MediaError for a container that is not on the list, or an error of FFmpeg."""
     # max_pixels: FFmpeg refuses a larger frame before it allocates it.
     options = {"format_whitelist": _CONTAINERS, "max_pixels": str(media.MAX_PIXELS)}
-    if isinstance(file, MediaBytes):
-        return av.open(io.BytesIO(file.data), "r", options=options)
-    if not Path(file).is_file():
-        raise FileNotFoundError(file)
-    # "file:" keeps a colon in the name from being read as a protocol.
-    return av.open(f"file:{file}", "r", options=options)
+    with open_media(file) as stream:
+        try:
+            container = av.open(stream, "r", options=options)
+        except (av.ArgumentError, av.InvalidDataError) as error:  # the first: known to FFmpeg, and not on the list
+            raise MediaError(file, f"damaged, or no container that is read ({_READ}): convert it to one") from error
+        with container:
+            yield container
 
 
 def track_seconds(container: av.container.InputContainer, file: Media) -> float:
-    """Length of the first sound track by its header."""
+    """Length of the first sound track by its header, or by its packets where the header does not say."""
     stream = _sound_stream(container, file)
-    if stream.duration is not None and stream.time_base is not None:
-        return float(stream.duration * stream.time_base)
-    if container.duration is not None:
-        return container.duration / av.time_base
-    raise MediaError(file, "its header does not say how long the sound is")
+    return _header_seconds(container, stream) or _header_seconds(container) or _packet_seconds(file, stream.index)
+
+
+def _header_seconds(
+    container: av.container.InputContainer, stream: av.VideoStream | av.AudioStream | None = None
+) -> float | None:
+    """How long a stream, or the whole file, is by its header; None where it does not say."""
+    timed = container if stream is None else stream
+    base = Fraction(1, av.time_base) if stream is None else stream.time_base
+    if timed.duration is None or base is None:
+        return None
+    length = timed.duration
+    if container.format.name in _END_AS_DURATION:
+        length -= max(timed.start_time or 0, 0)
+    return float(length * base) if length > 0 else None
+
+
+def _packet_seconds(file: Media, stream_index: int) -> float:
+    first, end = inf, -inf
+    with open_container(file) as container:
+        stream = container.streams[stream_index]
+        for packet in container.demux(stream):
+            if packet.size and packet.pts is not None:
+                first, end = min(first, packet.pts), max(end, packet.pts + (packet.duration or 0))
+        if end <= first or stream.time_base is None:
+            raise MediaError(file, "neither its header nor its time stamps say how long the sound is")
+        return (end - first) * float(stream.time_base)
 
 
 def decode_track(file: Media, max_seconds: float) -> tuple[NDArray[np.float32], int, float]:
     """The first sound track: [samples] mono at its own rate, the rate, and the seconds that the header promises."""
     with open_container(file) as container:
         # The track of a video may be shorter than the picture, and its header then says the longer of both.
-        promised = 0.0 if container.streams.video else track_seconds(container, file)
+        promised = 0.0 if _pictures(container) else track_seconds(container, file)
         check_seconds(file, promised, max_seconds)
         track = _Track(file, max_seconds)
         track.decode(container.demux(_sound_stream(container, file)))
@@ -144,10 +176,16 @@ def _sound_stream(container: av.container.InputContainer, file: Media) -> av.Aud
     return stream
 
 
+def _pictures(container: av.container.InputContainer) -> list[av.VideoStream]:
+    """The picture tracks; a cover picture is none."""
+    return [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+
+
 def _picture_stream(container: av.container.InputContainer, file: Media) -> av.VideoStream:
-    if not container.streams.video:
-        raise MediaError(file, "has no picture track")
-    stream = container.streams.video[0]
+    if not (pictures := _pictures(container)):
+        cover = " but only the cover picture of a recording" if container.streams.video else ""
+        raise MediaError(file, f"has no picture track{cover}")
+    stream = pictures[0]
     check_pixels(file, stream.width, stream.height)
     stream.codec_context.thread_count = 1
     return stream
@@ -224,8 +262,8 @@ def _read_packets(container: av.container.InputContainer, file: Media) -> Packet
             ends[index] = max(ends[index], stamp + (packet.duration or 0))
     if not shown:
         raise MediaError(file, "has no frames")
-    if container.duration is not None:
-        promised = (container.duration + (container.start_time or 0)) / av.time_base
+    if (promised := _header_seconds(container)) is not None:
+        promised += (container.start_time or 0) / av.time_base
         end = max(_seconds(ends[stream.index], stream) for stream in (picture, sound) if stream is not None)
         check_whole(file, end, promised)
     shown.sort()

@@ -14,11 +14,11 @@ reason is logged once. The sound track of a video is always FFmpeg's. Only this 
 """
 
 import logging
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import nvidia.dali.experimental.dynamic as ndd
@@ -40,6 +40,7 @@ from megatron_omni.data.decode.media import (
     check_seconds,
     check_whole,
     named,
+    open_media,
 )
 from megatron_omni.data.decode.resample import to_sample_rate
 from megatron_omni.platform.device import accelerator_present
@@ -160,9 +161,10 @@ def _bytes_of(file: Media) -> MediaBytes:
     """The file in memory; _Refused for one that is too large for that."""
     if isinstance(file, MediaBytes):
         return file
-    if Path(file).stat().st_size > _MOST_FILE_BYTES:
-        raise _Refused("large file")
-    return MediaBytes(str(file), Path(file).read_bytes())
+    with open_media(file) as stream:
+        if os.fstat(stream.fileno()).st_size > _MOST_FILE_BYTES:
+            raise _Refused("large file")
+        return MediaBytes(str(file), stream.read())
 
 
 def _require_plain_picture(header: Image.Image, data: bytes) -> None:
@@ -182,9 +184,9 @@ def _require_plain_sound(data: MediaBytes, max_seconds: float) -> tuple[int, flo
     """(rate, seconds that the header promises)."""
     if data.data[:4] not in (b"RIFF", b"fLaC", b"OggS"):
         raise _Refused("format other than WAV, FLAC and Ogg")
-    if (header := cpu.open_sound(data)) is None:
-        raise _Refused("unreadable header")
-    with header:
+    with cpu.open_sound(data) as header:
+        if header is None:
+            raise _Refused("unreadable header")
         if header.format not in _SOUND_FORMATS:
             raise _Refused(f"format {header.format}")
         check_rate(data, header.samplerate)

@@ -1,19 +1,25 @@
 """What every decoder takes and gives: a media file by path or as bytes, frames and sound, one error, and the limits.
 
 Media        a path, or MediaBytes(name, data): a member of a tar that was read already
+open_media   the one place that opens a media file: what it is follows from its bytes, never from its name
 Video        sampled frames with their true times, and the sound that goes with them
 MediaError   whatever is wrong with a file (missing, cut off, wrong bytes, no such stream, absurd size), named
 """
 
+import errno
+import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_omni.config.data import FrameChoice
+from megatron_omni.foreign import ForeignError, open_regular
 from megatron_omni.positions import frame_count
 
 MAX_PIXELS = 64_000_000
@@ -22,6 +28,11 @@ MAX_AUDIO_SECONDS = 4 * 3600.0
 """Longest sound that is decoded when the caller sets no limit."""
 RATES = (1_000, 768_000)
 """Hz of sound that is decoded; the resampling filter grows with the rate."""
+_SHOWN_NAME = 300
+"""Characters of a file's name in a message: a data: URI is a whole picture."""
+_URL = re.compile(r"(?:^|/)(?:([A-Za-z][A-Za-z0-9+.-]+):/|(data):)")
+_ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")
+"""An object as Python shows it: its address is another one in every process."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +55,39 @@ class MediaError(ValueError):
     """A media file that cannot be used; the message names the file and the cause."""
 
     def __init__(self, file: Media, cause: object, *, reason: str = "unreadable_media") -> None:
-        super().__init__(f"media file {str(file)!r}: {cause}")
-        self.file, self.reason = str(file), reason
+        name = str(file)
+        shown = name if len(name) <= _SHOWN_NAME else name[:_SHOWN_NAME] + "..."
+        super().__init__(f"media file {shown!r}: {cause}")
+        self.file, self.reason = shown, reason
+
+
+def open_media(file: Media) -> BinaryIO:
+    """The bytes of a media file; MediaError for what is no regular file (a pipe would hold the reader for ever)."""
+    if isinstance(file, MediaBytes):
+        return io.BytesIO(file.data)
+    try:
+        return open_regular(file)
+    except ForeignError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError):
+            if is_exhausted(cause):
+                raise cause from None
+            if url := _URL.search(str(file)):
+                raise MediaError(file, _not_a_file(url[1] or url[2]), reason="missing_media") from error
+            if isinstance(cause, FileNotFoundError):
+                raise MediaError(file, "no such file", reason="missing_media") from error
+        raise MediaError(file, error.problem) from error
+
+
+def _not_a_file(scheme: str) -> str:
+    if scheme == "data":
+        return "is a data: URI; media are read from files: write its bytes into one"
+    return f"is a URL ({scheme}://...); media are read from files: download it"
+
+
+def is_exhausted(error: OSError) -> bool:
+    """Whether the process or the machine has no file descriptor left: not the file's fault, and no reason to skip it."""
+    return error.errno in (errno.EMFILE, errno.ENFILE)
 
 
 @contextmanager
@@ -58,10 +100,11 @@ def named(file: Media) -> Iterator[None]:
         yield
     except MediaError:
         raise
-    except FileNotFoundError as error:
-        raise MediaError(file, "no such file", reason="missing_media") from error
     except Exception as error:
-        raise MediaError(file, f"{type(error).__name__}: {error}") from error
+        if isinstance(error, OSError) and is_exhausted(error):
+            raise
+        said = getattr(error, "strerror", None) or str(error)
+        raise MediaError(file, f"{type(error).__name__}: {_ADDRESS.sub('the file', said)}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
