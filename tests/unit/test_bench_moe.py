@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_moe, bench_moe_linear
+from benchmarks import bench_moe_linear
 from benchmarks.bench_moe import OPS, Report, _prepare_all, deviation, measure, recommendation, results
 from benchmarks.measure import peak_bytes
 from benchmarks.moe_problem import make_problem, routing_map
@@ -208,14 +208,8 @@ def test_linear_mode_times_every_mean_k_and_null_share():
 
 
 def test_results_come_back_in_our_layout():
+    """Another library's weights are transposed and fused; what it gives is compared by our names, all of it."""
     problem = make_problem(TINY, dtype=torch.float32, device=CPU)
-    prepared = OPS["layer"].contenders["hf qwen3_moe eager"](problem)
-    found = results(prepared, problem.grad_y)
-    assert {k: v.shape for k, v in found.items()} == {
-        "y": problem.x.shape,
-        "x": problem.x.shape,
-        "w1": problem.w1.shape,
-        "w2": problem.w2.shape,
-        "weights": problem.weights.shape,
-    }
-    assert bench_moe.OURS == "omni"
+    found = results(OPS["layer"].contenders["hf qwen3_moe eager"](problem), problem.grad_y)
+    assert list(found) == ["y", "x", "w1", "w2", "weights"]
+    assert max(deviation(found, OPS["layer"].reference(problem)).values()) < 1e-5

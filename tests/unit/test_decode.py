@@ -90,7 +90,10 @@ def test_probe_gives_the_size_of_the_upright_picture(tmp_path):
 
 
 def test_a_picture_above_the_limit_is_refused_unread(tmp_path, monkeypatch):
-    Image.new("1", (300, 200)).save(tmp_path / "bomb.png")
+    """The file ends where its pixels would begin: reading any of them would be another error."""
+    Image.new("1", (300, 200)).save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "bomb.png").write_bytes(whole[: whole.index(b"IDAT") + 4])
     monkeypatch.setattr(media, "MAX_PIXELS", 59_999)
     for function in (decode_image, probe_image):
         with pytest.raises(MediaError, match=r"bomb.png': 300 x 200 pixels, above the limit of 59999") as caught:
@@ -141,7 +144,11 @@ def test_length_after_resampling_is_what_the_probe_says(tmp_path):
 
 def test_the_sound_track_of_a_video_is_sound(tmp_path):
     path = write_video(tmp_path / "a.mp4", [10, 20], sound=tone(1.0, rate=48000))
-    assert abs(len(decode_audio(path)) - 16000) <= 400
+    samples = decode_audio(path)
+    assert abs(len(samples) - 16000) <= 400
+    spectrum = np.abs(np.fft.rfft(samples[2000:14000]))
+    assert spectrum.argmax() * 16000 / 12000 == pytest.approx(440, abs=2)
+    assert samples[2000:14000].std() == pytest.approx(0.5 / 2**0.5, rel=0.05)
 
 
 def test_a_clip_above_the_limit_is_refused_unread(tmp_path):

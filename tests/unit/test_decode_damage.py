@@ -81,7 +81,8 @@ def test_a_wav_that_was_streamed_is_read_to_its_end(tmp_path: Path) -> None:
     data = bytearray((tmp_path / "a.wav").read_bytes())
     for size in (b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f"):
         data[4:8] = data[40:44] = size
-        assert len(cpu.decode_audio(MediaBytes("a.wav", bytes(data)))) == 8_000
+        samples = cpu.decode_audio(MediaBytes("a.wav", bytes(data)))
+        np.testing.assert_allclose(samples, tone(0.5), atol=2**-15)
 
 
 def test_a_flac_that_promises_hours_is_refused(tmp_path: Path) -> None:

@@ -93,6 +93,12 @@ def test_lengths_are_alike_in_a_round_and_level_between_ranks(tmp_path, sources)
     assert (widths.min(axis=0)[:-1] >= widths.max(axis=0)[1:]).all()  # rounds do not overlap
     totals = widths.sum(axis=1)
     assert abs(totals[0] - totals[1]) <= 0.1 * totals.mean()
+    for size in (2, 4):  # dealt in a snake, so that the longer one of a round is not always the same rank's
+        whole = ids_of(StepLoader(recipe, data_rank=0, data_size=1).next_step())
+        rounds = [whole[j : j + size] if j // size % 2 == 0 else whole[j : j + size][::-1] for j in range(0, 16, size)]
+        for rank in range(size):
+            dealt = ids_of(StepLoader(recipe, data_rank=rank, data_size=size).next_step())
+            assert dealt == [round_[rank] for round_ in rounds]
     unsorted = Mixture(
         [Component(name=s.name, num_rows=n, weight=s.weight) for s, n in zip(sources, (30, 12, 7))], seed=11
     )
@@ -101,6 +107,24 @@ def test_lengths_are_alike_in_a_round_and_level_between_ranks(tmp_path, sources)
     lengths = [builder.size(loader.sources[d.source][d.row]).tokens for d in (unsorted.sample_at(i) for i in range(32))]
     padding = sum(max(lengths[i : i + 2]) * 2 for i in range(0, 32, 2)) - sum(lengths)
     assert 2 * (widths.sum() * 2 - sum(lengths)) < padding  # less than half the padding of the order as it comes
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_planned_bytes_are_those_of_the_batches(tmp_path, sources, packing):
+    """Pictures and sound are nearly all of them; data.prefetch_gib bounds what is prepared by this number."""
+    recipe = tiny_recipe(tmp_path, sources, packing=packing, micro_batch_size=1, pad_to_multiple_of=1)
+    media = set()
+    for rank in range(2):
+        loader = StepLoader(recipe, data_rank=rank, data_size=2)
+        for _ in range(4):
+            planned = loader._planned_bytes(loader.plan(loader._cursor))
+            batches = loader.next_step()
+            held = [t for batch in batches for t in vars(batch).values() if isinstance(t, torch.Tensor)]
+            width = max(batch.input_ids.shape[1] for batch in batches)
+            padded = 80 * sum(width - batch.input_ids.shape[1] for batch in batches)
+            assert planned == sum(t.nbytes for t in held) + padded
+            media |= {batch.pixel_values is not None or batch.audio_features is not None for batch in batches}
+    assert media == {False, True}
 
 
 @pytest.mark.parametrize("batch_by", ["mixed", "source"])

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_omni.data.packing import LOOKAHEAD, deal, fill_rows
@@ -28,7 +28,6 @@ def steps(lengths, *, num_rows: int, capacity: int, num_steps: int):
         waiting = filled.waiting
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(
     st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 9), st.integers(50, 120), st.integers(1, 12)
 )
@@ -85,7 +84,6 @@ def test_a_sample_waits_at_most_until_the_next_step_here():
         assert {item.number for item in waiting[:8]} <= {item.number for row in filled.rows for item in row}
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=8), st.integers(1, 8))
 def test_hands_are_equal_in_size_and_close_in_cost(costs, num_hands):
     costs = costs * num_hands

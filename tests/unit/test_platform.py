@@ -1,5 +1,10 @@
 """The CPU platform: every patch still has its target, Megatron's CUDA-only calls work, and FusedAdam is AdamW."""
 
+import ast
+import importlib
+import inspect
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,14 +25,40 @@ def test_stale_patch_is_refused() -> None:
         cpu.Patch("torch.cuda:no_such_function", None, "test").resolve()
 
 
+FACTORIES: dict[str, tuple[Any, ...]] = {
+    "tensor": ([1.0, 2.0],), "zeros": (2,), "ones": (2,), "empty": (2,), "full": ((2,), 7.0), "arange": (2,),
+    "zeros_like": (torch.ones(2),), "ones_like": (torch.zeros(2),), "empty_like": (torch.ones(2),),
+}  # fmt: skip
+
+
 @ON_CPU
-def test_cuda_literals_land_on_cpu_in_megatron_only() -> None:
+@pytest.mark.parametrize("name", FACTORIES)
+def test_cuda_literals_land_on_cpu_in_megatron_only(name: str) -> None:
     from megatron.core.optimizer import clip_grads
 
-    assert clip_grads.torch.zeros(2, device="cuda").device.type == "cpu"
+    made = getattr(clip_grads.torch, name)(*FACTORIES[name], device="cuda")
+    assert made.device.type == "cpu"
+    plain = getattr(torch, name)(*FACTORIES[name])
+    assert made.shape == plain.shape and ("empty" in name or torch.equal(made, plain))
     assert clip_grads.torch.nn is torch.nn
     with pytest.raises((AssertionError, RuntimeError)):
-        torch.zeros(2, device="cuda")
+        getattr(torch, name)(*FACTORIES[name], device="cuda")
+
+
+@pytest.mark.parametrize(
+    "module", [p.target.removesuffix(":torch") for p in cpu.MEGATRON_PATCHES if p.target.endswith(":torch")]
+)
+def test_every_factory_that_megatron_calls_with_a_cuda_literal_is_redirected(module: str) -> None:
+    """From the source of the modules of the table: which functions of torch they hand ``device="cuda"``."""
+    source = ast.parse(inspect.getsource(importlib.import_module(module)))
+    called = {
+        ast.unparse(call.func)
+        for call in ast.walk(source)
+        if isinstance(call, ast.Call)
+        for word in call.keywords
+        if word.arg == "device" and isinstance(word.value, ast.Constant) and str(word.value.value).startswith("cuda")
+    }
+    assert called <= {f"torch.{name}" for name in FACTORIES}
 
 
 @ON_CPU

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_omni.config.model import ModelConfig
@@ -191,7 +191,6 @@ span_strategy = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     spans=st.lists(span_strategy, max_size=6),
     side=st.integers(1, 4),
@@ -301,7 +300,6 @@ def test_impossible_bounds_are_refused(changed: dict[str, float]) -> None:
         select([0.0, 1.0], 2.0, **changed)
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     num=st.integers(1, 400), rate=st.sampled_from([1.0, 12.5, 24.0, 29.97, 60.0]), fps=st.sampled_from([0.5, 1.0, 2.0])
 )

@@ -72,9 +72,17 @@ def test_placeholders_agree_with_what_the_encoders_give(seen: Preflight) -> None
 
 
 def test_a_disagreement_is_a_problem(recipe: Recipe) -> None:
-    off = inspect(recipe, num_samples=1, num_steps=1, encoder_rows=lambda sample: (3, 0))
-    assert any("image: 1 samples whose placeholders and encoder rows disagree" in p for p in off.problems)
+    """Of either encoder, and named by the source that has it."""
+    right = encoder_rows(recipe)
+    off = inspect(
+        recipe, num_samples=1, num_steps=1, encoder_rows=lambda s: (right(s)[0] + 1 if right(s)[0] else 0, right(s)[1])
+    )
+    said = "1 samples whose placeholders and encoder rows disagree"
+    assert [p for p in off.problems if "disagree" in p] == [f"image: {said}", f"damaged: {said}"]
     assert "DISAGREE" in page(off, title="x")
+    deaf = inspect(recipe, num_samples=1, num_steps=1, encoder_rows=lambda s: (right(s)[0], 0))
+    assert [p for p in deaf.problems if "disagree" in p] == [f"audio: {said}"]
+    assert "DISAGREE" in page(deaf, title="x")
 
 
 def test_packing_and_lengths_are_those_of_the_loader(recipe: Recipe, seen: Preflight) -> None:

@@ -21,6 +21,7 @@ from megatron_omni.data.prepare import index_files
 from megatron_omni.data.record import RecordError
 from megatron_omni.data.sample import SampleBuilder
 from megatron_omni.data.sources import JsonlSource, open_source
+from megatron_omni.data.tar import tar_samples
 from tests.unit.tiny_data import row, tiny_recipe, tokenizer_file, write_clip, write_image, write_sound
 
 
@@ -143,6 +144,13 @@ def test_a_tar_that_is_cut_off_keeps_what_is_whole(tmp_path, media):
     (tmp_path / "c.tar").write_bytes(b"\x1f\x8b" + data[:5000])
     with pytest.raises(ValueError, match=r"c.tar: is no plain tar .*compressed tars cannot be read in place"):
         index_files([tmp_path / "c.tar"], tokenizer_file(tmp_path))
+    tar.write_bytes(data)
+    whole = [member for sample in tar_samples(tar) for member in sample.members.values()]
+    last = max(whole, key=lambda member: member.start)
+    assert last.load().data == data[last.start : last.start + last.num_bytes]
+    tar.write_bytes(data[: last.start + last.num_bytes - 1])  # it shrinks while a run reads it
+    with pytest.raises(EOFError, match=rf"s.tar:{last.name}: the tar ends inside this member"):
+        last.load()
     tar.write_bytes(data)
     with pytest.raises(ValueError, match=r"data source 'tars': .*stale"):
         open_source(SourceConfig(name="tars", path=str(tar)), digest=tokenizer_digest(tokenizer_file(tmp_path)))
