@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv ext ext-cuda quickstart test stress lint types layers docs checks clean
+.PHONY: help venv ext ext-cuda quickstart test dali mutants stress lint types layers docs checks clean
 
 # The first Python >= 3.12 that really runs (a pyenv shim may exist and refuse).
 PYTHON := $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python python3.13 python3; do \
@@ -10,6 +10,7 @@ PYTHON := $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python py
 VENV := .venv
 BIN := $(VENV)/bin
 FAST ?= 0
+JOBS ?= 2
 TRIALS ?= 100
 KERNELS := megatron_omni/ops/_kernels.so
 CSRC := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
@@ -40,8 +41,12 @@ ext-cuda: venv ## compile the CUDA side of csrc (needs nvcc, no GPU) and check w
 quickstart: venv ## compose a small real corpus, train the tiny recipe, score it, show what it made (FAST=1: a few minutes)
 	$(BIN)/python -m examples.quickstart.run $(if $(filter 1,$(FAST)),--fast)
 
-test: venv ## run the tests (CPU, gloo)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+# Whole files go to a worker, in the order of their names: fixtures are made once, and what takes longest is not last.
+test: venv ## run the tests, JOBS=2 processes side by side (CPU, gloo)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 10
+
+dali: venv ## install the DALI decoder (700 MB); `make test` then runs its tests on the CPU
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dali"])') 2>&1 | { grep -v '^WARNING: Location' || true; }
 
 stress: venv ## random faults on small runs and both shapes of SLURM job, by hand (TRIALS=100); docs/reliability.md has results
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.stress.faults --trials $(TRIALS)

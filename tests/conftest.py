@@ -1,4 +1,8 @@
-"""Every test runs on the CPU platform, with one thread a process: several ranks share few cores."""
+"""Every test runs on the CPU platform, with one thread a process: several ranks share few cores.
+
+Hypothesis draws the same examples every time, so that chance never decides whether a change is good; whoever looks for
+new ones runs ``pytest FILES --hypothesis-profile random`` and stores what it finds as an ``@example``.
+"""
 
 import os
 import sys
@@ -8,6 +12,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from hypothesis import settings
+
+settings.register_profile("fixed", derandomize=True, database=None, deadline=None, max_examples=60)
+settings.register_profile("random", derandomize=False, database=None, deadline=None, max_examples=2000, print_blob=True)
+settings.load_profile("fixed")
 
 torch.set_num_threads(1)
 
