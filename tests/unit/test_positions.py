@@ -338,7 +338,6 @@ def test_number_of_released_frames(seconds: float, available: int, bounds: dict[
     assert frame_count(seconds, num_available=available, choice="release", **limits) == expected  # type: ignore[arg-type]
 
 
-@settings(max_examples=100, deadline=None)
 @given(num=st.integers(2, 400), seconds=st.floats(0.1, 300), choice=st.sampled_from(["rate", "release"]))
 def test_frames_exist_and_ascend(num: int, seconds: float, choice: str) -> None:
     times = [i * seconds / num for i in range(num)]
