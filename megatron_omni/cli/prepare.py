@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--folder", type=Path, metavar="DIR", help="folder of media with captions to make records of")
     made.add_argument("--prompt", default="", help="question for captions that come without one")
+    made.add_argument("--root", default="", metavar="DIR", help="folder that the media of --data lie under")
     made.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: cores)"
     )
@@ -71,7 +72,7 @@ def _prepare(words: argparse.Namespace) -> int:
     from megatron_omni.data.index import tokenizer_digest
     from megatron_omni.data.prepare import index_files
     from megatron_omni.data.sizes import SizeRule
-    from megatron_omni.data.sources import open_source
+    from megatron_omni.data.sources import index_settings, open_source
     from megatron_omni.data.summary import summarise
     from megatron_omni.data.tokenizer import load_tokenizer
 
@@ -82,7 +83,9 @@ def _prepare(words: argparse.Namespace) -> int:
     if words.folder is not None:
         words.data.append(str(_records_of(words.folder, words.prompt)))
     if words.data:
-        sources = [SourceConfig(name=_name(path), path=path, prompt=words.prompt) for path in words.data]
+        sources = [
+            SourceConfig(name=_name(path), path=path, prompt=words.prompt, root=words.root) for path in words.data
+        ]
     if not sources:
         raise ValueError(f"{words.recipe} has no data.sources; add some, or name files with --data")
     files = {source.name: shard_paths(source.path) for source in sources}
@@ -90,8 +93,8 @@ def _prepare(words: argparse.Namespace) -> int:
     progress = ByteProgress("index", total)
     for source in sources:
         index_files(
-            files[source.name], recipe.data.tokenizer, prompt=source.prompt, workers=words.workers, again=words.again,
-            advance=progress.add,
+            files[source.name], recipe.data.tokenizer, **index_settings(source), workers=words.workers,
+            again=words.again, advance=progress.add,
         )  # fmt: skip
     progress.finish()
     status = 0
@@ -132,6 +135,9 @@ def _report(summary: dict[str, Any], file: Path, max_bad: float) -> int:
     partial.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, file)
     bad = summary["records"] - summary["usable"]
+    if not summary["usable"]:
+        print(f"error: no record of {summary['source']} can be used", file=sys.stderr)
+        return 2
     if bad > max_bad * summary["records"]:
         print(f"error: {bad} of {summary['records']} records of {summary['source']} cannot be used, more than --max-bad "
               f"{max_bad}", file=sys.stderr)  # fmt: skip

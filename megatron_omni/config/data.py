@@ -8,12 +8,15 @@ FrameChoice = Literal["rate", "release"]
 
 @dataclass(kw_only=True)
 class SourceConfig:
-    """A set of records: JSONL files, whose media paths are relative to the file's directory, or WebDataset tars."""
+    """A set of records: JSONL files, ``.json`` files that hold an array of rows, or WebDataset tars."""
 
     name: str
     path: str
     """A file, ``shards/{000..127}.tar``, a pattern such as ``shards/*.tar``, or a folder prepared by Energon (``DIR``:
     its split ``train``; ``DIR#val``). Tars need an index (tools/prepare_data.py); JSONL files gain from one."""
+    root: str = ""
+    """Folder that media paths in JSONL files are relative to and must lie under; empty: the folder of the file. Tars
+    hold their media."""
     prompt: str = ""
     """Asked of a tar's media that come with a caption alone; empty: "Describe the picture." or the like."""
     weight: float = 1.0

@@ -28,7 +28,7 @@ from megatron_omni.data.record import KINDS, RecordError
 from megatron_omni.data.sizes import MediaFacts, RecordFacts
 from megatron_omni.foreign import parse_json
 
-VERSION = 1
+VERSION = 2
 _MAGIC = b"megatron_omni data index\n"
 _ALIGNMENT = 64
 _WHOLE_BYTES, _PLACES, _PLACE_BYTES = 1 << 20, 16, 1 << 13
@@ -160,10 +160,11 @@ def index_path(data: Path) -> Path:
     return data.with_name(data.name + ".index")
 
 
-def open_index(data: Path, *, tokenizer: str, prompt: str = "") -> Index | None:
+def open_index(data: Path, *, tokenizer: str, prompt: str = "", root: str = "") -> Index | None:
     """The index of ``data`` for the tokenizer with this digest; None where there is none, ValueError for a stale one.
 
-    ``prompt`` went into the records of a tar and matters for nothing else.
+    ``prompt`` went into the records of a tar and matters for nothing else, ``root`` says where the media of other files
+    lie.
     """
     path = index_path(data)
     if not path.is_file():
@@ -174,10 +175,9 @@ def open_index(data: Path, *, tokenizer: str, prompt: str = "") -> Index | None:
         raise ValueError(f"{path}: stale, {data.name!r} has changed since it was made; {again}")
     if index.header["tokenizer"] != tokenizer:
         raise ValueError(f"{path}: stale, its tokens were counted with another tokenizer; {again}")
-    if data.suffix == ".tar" and index.header["prompt"] != prompt:
-        raise ValueError(
-            f"{path}: stale, it was made with prompt = {index.header['prompt']!r}, not {prompt!r}; {again}"
-        )
+    name, value = ("prompt", prompt) if data.suffix == ".tar" else ("root", root)
+    if index.header[name] != value:
+        raise ValueError(f"{path}: stale, it was made with {name} = {index.header[name]!r}, not {value!r}; {again}")
     return index
 
 
@@ -206,13 +206,16 @@ def read_index(path: Path) -> Index:
     return Index(path, IndexArrays(**arrays), header)
 
 
-def write_index(data: Path, arrays: IndexArrays, *, fingerprint: Fingerprint, tokenizer: str, prompt: str = "") -> Path:
+def write_index(
+    data: Path, arrays: IndexArrays, *, fingerprint: Fingerprint, tokenizer: str, prompt: str = "", root: str = ""
+) -> Path:
     """Put the index of ``data`` in its place, whole or not at all."""
     header = {
         "version": VERSION,
         "data": asdict(fingerprint),
         "tokenizer": tokenizer,
         "prompt": prompt,
+        "root": root,
         "lengths": {name: len(getattr(arrays, name)) for name in _ARRAYS},
     }
     path = index_path(data)

@@ -35,7 +35,7 @@ from megatron_omni.data.collate import collate
 from megatron_omni.data.decode.cpu import MediaError
 from megatron_omni.data.mixture import DataEnded, Draw, Mixture
 from megatron_omni.data.packing import deal, fill_rows
-from megatron_omni.data.record import RecordError
+from megatron_omni.data.record import RecordError, internal_error
 from megatron_omni.data.sample import Sample, SampleBuilder
 from megatron_omni.data.sizes import SampleSize, measure
 from megatron_omni.data.sources import open_sources
@@ -300,7 +300,7 @@ class StepLoader:
             if facts is None:  # no index
                 facts = measure(source[draw.row], self.builder.tokenizer)
             size: SampleSize | Skip = self.builder.sizes.size(facts)
-        except (RecordError, MediaError) as error:
+        except Exception as error:
             size = self._skip(draw, error)
         self._sizes.put(key, size, cost=1)
         return size
@@ -322,7 +322,7 @@ class StepLoader:
             if skip is None:
                 try:
                     sample = self._decoded(draw)
-                except (RecordError, MediaError) as error:
+                except Exception as error:
                     skip = self._skip(draw, error)
                     self._undecodable.put(key, skip, cost=1)
                 else:
@@ -362,8 +362,10 @@ class StepLoader:
         self._undecodable.put((number, row), Skip(source.name, "stalled", message), cost=1)
         return True
 
-    def _skip(self, draw: Draw, error: RecordError | MediaError) -> Skip:
+    def _skip(self, draw: Draw, error: Exception) -> Skip:
         source, where = self.sources[draw.source], self.sources[draw.source].where(draw.row)
+        if not isinstance(error, RecordError | MediaError):
+            error = internal_error(where, error)
         message = str(error) if str(error).startswith(where) else f"{where}: {error}"
         return Skip(source.name, error.reason, message)
 

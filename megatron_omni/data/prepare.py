@@ -17,7 +17,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +38,11 @@ from megatron_omni.data.index import (
     tokenizer_digest,
     write_index,
 )
-from megatron_omni.data.record import KINDS, LIST_FIELD, Record, RecordError, parse_record
+from megatron_omni.data.record import KINDS, LIST_FIELD, Record, RecordError, internal_error, parse_record
 from megatron_omni.data.sizes import RecordFacts, measure
-from megatron_omni.data.sources import SHORTEST_ROW, parse_line
+from megatron_omni.data.sources import parse_line
 from megatron_omni.data.tar import TarMember, TarSample, tar_samples
+from megatron_omni.data.text_rows import cut, is_blank, rows_between
 from megatron_omni.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_omni.foreign import ForeignError, decode_text, parse_json
 
@@ -62,6 +62,7 @@ class _Unit:
     part: Path
     tokenizer: Path
     prompt: str
+    root: str
 
 
 def index_files(
@@ -69,6 +70,7 @@ def index_files(
     tokenizer: str | Path,
     *,
     prompt: str = "",
+    root: str = "",
     workers: int = 1,
     again: bool = False,
     advance: Callable[[int], None] = lambda num_bytes: None,
@@ -76,47 +78,51 @@ def index_files(
     """Bring the index of each of ``files`` up to date with ``workers`` processes.
 
     An index that is current is left alone, unless ``again``. ``prompt`` is asked of a tar's media that come with a
-    caption alone; ``advance`` is told the bytes of data that were done. ValueError for a file that is no data,
-    ChildProcessError when a process was killed; what was done stays.
+    caption alone; media of other files lie under ``root``, by default beside them; ``advance`` is told the bytes of data
+    that were done. ValueError for a file that is no data, ChildProcessError when a process was killed; what was done
+    stays.
     """
     digest, units, waiting = tokenizer_digest(tokenizer), list[_Unit](), dict[Path, int]()
     fingerprints = {}
     for data in files:
         if again:
             index_path(data).unlink(missing_ok=True)
-        elif _is_current(data, digest, prompt):
+        elif _is_current(data, digest, prompt, root):
             advance(os.path.getsize(data))
             continue
         fingerprints[data] = Fingerprint.of(data)
-        cut = _cut(data, Path(tokenizer), prompt, key=f"{VERSION} {fingerprints[data]} {digest} {prompt}")
-        units += cut
-        waiting[data] = len(cut)
+        key = f"{VERSION} {fingerprints[data]} {digest} {prompt} {root}"
+        parts_of_it = _units(data, Path(tokenizer), prompt, root, key=key)
+        units += parts_of_it
+        waiting[data] = len(parts_of_it)
     for unit in _worked(units, workers):
         advance(unit.stop - unit.start)
         waiting[unit.data] -= 1
         if not waiting[unit.data]:
             data = unit.data
             parts = [_read_part(other.part) for other in units if other.data == data]
-            write_index(data, _joined(parts), fingerprint=fingerprints[data], tokenizer=digest, prompt=prompt)
+            write_index(
+                data, _joined(parts), fingerprint=fingerprints[data], tokenizer=digest, prompt=prompt, root=root
+            )
             shutil.rmtree(unit.part.parent, ignore_errors=True)
 
 
-def _is_current(data: Path, digest: str, prompt: str) -> bool:
+def _is_current(data: Path, digest: str, prompt: str, root: str) -> bool:
     try:
-        return open_index(data, tokenizer=digest, prompt=prompt) is not None
+        return open_index(data, tokenizer=digest, prompt=prompt, root=root) is not None
     except ValueError:  # stale or damaged: made anew
         return False
 
 
-def _cut(data: Path, tokenizer: Path, prompt: str, *, key: str) -> list[_Unit]:
+def _units(data: Path, tokenizer: Path, prompt: str, root: str, *, key: str) -> list[_Unit]:
     """Units of a file. ``key`` is all that their results depend on: parts of another key are not taken up."""
     size = os.path.getsize(data)
-    step = size if data.suffix == ".tar" else max(_UNIT_BYTES, -(-size // _MOST_UNITS))
-    bounds = [*range(0, max(size, 1), max(step, 1)), size]
+    is_tar = data.suffix == ".tar"
+    stretches = [(0, size)] if is_tar else cut(data, max(_UNIT_BYTES, -(-size // _MOST_UNITS)))
     folder, name = data.with_name(data.name + ".index.parts"), hashlib.sha256(key.encode()).hexdigest()[:16]
     return [
-        _Unit(data, start, stop, folder / f"{name}-{number:04d}.npz", tokenizer, prompt)
-        for number, (start, stop) in enumerate(pairwise(bounds))
+        _Unit(data, start, stop, folder / f"{name}-{number:04d}.npz", tokenizer, prompt, root)
+        for number, (start, stop) in enumerate(stretches)
     ]
 
 
@@ -221,21 +227,18 @@ class _Rows:
 
 def _read_lines(unit: _Unit, tokenizer: Tokenizer, rows: _Rows) -> None:
     """The rows that start inside the unit."""
-    with unit.data.open("rb") as file:
-        file.seek(max(unit.start - 1, 0))
-        if unit.start:
-            file.readline()  # the end of a row of the unit before
-        while (start := file.tell()) < unit.stop and (line := file.readline()):
-            line = line.removesuffix(b"\n")
-            rows.num_lines += 1
-            if not line or (len(line) < SHORTEST_ROW and not line.strip(b" \t\r")):
-                continue
-            crc, where = zlib.crc32(line), "row"
-            try:
-                record = parse_line(line, where=where, source="", root=unit.data.parent)
-                rows.add(start, len(line), crc=crc, facts=measure(record, tokenizer), ranges=())
-            except (RecordError, MediaError) as error:
-                rows.reject(start, len(line), crc=crc, where=where, error=error)
+    root = Path(unit.root) if unit.root else unit.data.parent
+    for start, line in rows_between(unit.data, unit.start, unit.stop):
+        rows.num_lines += 1
+        if is_blank(line):
+            continue
+        crc, where = zlib.crc32(line), "row"
+        try:
+            record = parse_line(line, where=where, source="", root=root)
+            rows.add(start, len(line), crc=crc, facts=measure(record, tokenizer), ranges=())
+        except Exception as error:
+            bad = _expected(error, f"{unit.data}, byte {start}")
+            rows.reject(start, len(line), crc=crc, where=where, error=bad)
 
 
 def _read_tar(unit: _Unit, tokenizer: Tokenizer, rows: _Rows) -> None:
@@ -246,8 +249,13 @@ def _read_tar(unit: _Unit, tokenizer: Tokenizer, rows: _Rows) -> None:
             row, record, ranges = _tar_record(sample, fields, unit.prompt, where)
             facts = measure(record, tokenizer)
             rows.add(*rows.store(row), facts=facts, ranges=ranges)
-        except (RecordError, MediaError) as error:
-            rows.reject(*rows.store({"id": sample.key}), where=where, error=error)
+        except Exception as error:
+            bad = _expected(error, f"{unit.data}:{sample.key}")
+            rows.reject(*rows.store({"id": sample.key}), where=where, error=bad)
+
+
+def _expected(error: Exception, place: str) -> RecordError | MediaError:
+    return error if isinstance(error, RecordError | MediaError) else internal_error(place, error)
 
 
 def _tar_record(

@@ -8,19 +8,26 @@ ShareGPT rows work unchanged: ``conversations`` of ``{"from": "human" | "gpt" | 
 
 Rules: ``<image>``, ``<audio>`` and ``<video>`` stand in system and user turns; the n-th marker of a kind takes the n-th
 file of its list, and the counts must agree. In an answer they are ordinary characters (code with an HTML tag in it),
-because a model that reads media answers with text. A system turn comes first or not at all. Other keys of the row are
-kept in ``extra`` and have no effect on training.
+because a model that reads media answers with text. A system turn comes first or not at all. An answer that carries
+``"weight": 0``, ``"train": false`` or ``"loss": false`` is read and not learned. A key whose value is null is not there
+(tables write null where a row lacks a column). Keys that mean something to other programs and cannot be honoured
+(``REFUSED_KEYS``) are an error; the rest are kept in ``extra`` and have no effect on training.
 
 Every violation is a ``RecordError`` naming file, line, field, value and fix; ``reason`` is its name in the counters.
 """
 
+import logging
 import re
+import reprlib
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_omni.data.decode.media import MediaBytes, MediaError
 from megatron_omni.data.tar import TarMember
+
+logger = logging.getLogger(__name__)
 
 MediaFile = str | TarMember
 """A path, or a file inside a tar."""
@@ -31,20 +38,60 @@ ROLES = ("system", "user", "assistant")
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 LIST_FIELD: dict[Kind, str] = {"image": "images", "audio": "audios", "video": "videos"}
 _KNOWN_KEYS = {"messages", "conversations", "system", "id", *KINDS, *LIST_FIELD.values()}
+TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython", "tool_call", "tool_response")
+LEARN_MARKS = ("weight", "train", "loss")
+"""Keys of a turn that say whether it is learned: 1 or true, 0 or false."""
+_NO_TOOLS = "leave such records out, or write what was called and said into user and assistant turns"
+REFUSED_KEYS = {
+    "tools": ("tool_turn", _NO_TOOLS), "functions": ("tool_turn", _NO_TOOLS), "tool_calls": ("tool_turn", _NO_TOOLS),
+    "function_call": ("tool_turn", _NO_TOOLS), "tool_call_id": ("tool_turn", _NO_TOOLS),
+    "reasoning_content": ("unsupported_key", "write the reasoning into the answer's text, or take it out"),
+    "loss_scale": ("unsupported_key", "mark whole turns with weight 0 or 1"),
+    "train_detail": ("unsupported_key", "mark whole turns with weight 0 or 1"),
+}  # fmt: skip
+"""Keys of a row or turn that change what other programs train on: (reason, fix). An empty value is no use of them."""
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _SHOWN_CHARACTERS = 80
+_shown = reprlib.Repr(maxlevel=4, maxlist=40, maxdict=20, maxstring=400, maxother=400, maxlong=90)
+"""Short whatever the value holds: a row may be megabytes long, or nested to the limit of the interpreter."""
 
 
 class RecordError(ValueError):
     """A row that cannot be used; the message names where, which field, what it holds and what to do."""
 
     def __init__(self, where: str, *, field: str, value: object, problem: str, fix: str, reason: str) -> None:
-        shown = repr(value)
+        shown = _shown.repr(value)
         if len(shown) > _SHOWN_CHARACTERS:
             shown = shown[:_SHOWN_CHARACTERS] + "..."
-        super().__init__(
-            f"{where}: {field} = {shown}: {problem}; {fix}" if where else f"{field} = {shown}: {problem}; {fix}"
-        )
+        said = f"{where}: {field} = {shown}: {problem}; {fix}" if where else f"{field} = {shown}: {problem}; {fix}"
+        super().__init__(printable(said))
         self.where, self.field, self.value, self.reason = where, field, value, reason
+
+
+def printable(text: str) -> str:
+    """The same with ``\\udce9`` for what is no Unicode (file names of other systems), so that it can be written."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+_told: set[tuple[str, int | None]] = set()
+
+
+def internal_error(where: str, error: Exception) -> RecordError:
+    """The skip for what a record raised and nobody foresaw: one record never ends a run.
+
+    The traceback is logged, once for each place in the code.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    place = (frames[-1].filename, frames[-1].lineno) if frames else ("", None)
+    if place not in _told:
+        _told.add(place)
+        logger.error("%s: left out; please report this with the traceback", printable(where), exc_info=error)
+    said = _ADDRESS.sub("", f"{type(error).__name__}: {error}")
+    return RecordError(
+        where, field="error", value=said, problem="is a fault of the program", fix="report it with the traceback in the log",
+        reason="internal_error",
+    )  # fmt: skip
 
 
 def loaded(file: MediaFile) -> str | MediaBytes:
@@ -63,6 +110,14 @@ class Message:
 
     role: str
     content: str
+    learned: bool = True
+    """Of an answer: whether it is a target."""
+    literal: bool = False
+    """Markers in it are ordinary characters, as they are in every answer."""
+
+    def pieces(self) -> list[str]:
+        """text, kind of medium, text, kind, ..., text."""
+        return [self.content] if self.literal or self.role == "assistant" else MARKER.split(self.content)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +140,11 @@ class Record:
         return {"image": self.images, "audio": self.audios, "video": self.videos}[kind]
 
     @property
+    def has_answer(self) -> bool:
+        """Whether there is a turn to learn."""
+        return any(message.role == "assistant" and message.learned for message in self.messages)
+
+    @property
     def answer(self) -> str:
         """Content of the final assistant turn, empty when the record ends with a question."""
         return self.messages[-1].content if self.messages[-1].role == "assistant" else ""
@@ -101,11 +161,12 @@ def parse_record(row: object, *, where: str = "<record>", source: str = "") -> R
             fix='write {"messages": [...]}',
             reason="bad_type",
         )
+    row = _present(row, "row", where)
     messages = _messages(row, where)
     media = {kind: _media_list(row, kind, where) for kind in KINDS}
     _check_markers(messages, media, where)
     row_id = row.get("id", "")
-    if not isinstance(row_id, str | int):
+    if not isinstance(row_id, str | int | float):
         raise RecordError(
             where, field="id", value=row_id, problem="is no text or number", fix="drop it", reason="bad_type"
         )
@@ -146,16 +207,7 @@ def _messages(row: dict[str, Any], where: str) -> tuple[Message, ...]:
         )
     messages = [_message(turn, f"{name}[{i}]", role_key, text_key, where) for i, turn in enumerate(turns)]
     if "system" in row and row["system"] != "":
-        if not isinstance(row["system"], str):
-            raise RecordError(
-                where,
-                field="system",
-                value=row["system"],
-                problem="is no text",
-                fix="write a string",
-                reason="bad_type",
-            )
-        messages.insert(0, Message("system", row["system"]))
+        messages.insert(0, Message("system", _content(row["system"], "system", where)))
     for i, message in enumerate(messages):
         if message.role == "system" and i > 0:
             raise RecordError(
@@ -180,29 +232,83 @@ def _message(turn: object, field_name: str, role_key: str, text_key: str, where:
             where, field=field_name, value=turn, problem="is no object",
             fix=f'write {{"{role_key}": ..., "{text_key}": ...}}', reason="bad_type",
         )  # fmt: skip
-    role, content = turn.get(role_key), turn.get(text_key)
+    turn = _present(turn, field_name, where)
+    role = turn.get(role_key)
+    if role in TOOL_ROLES:
+        raise RecordError(
+            where, field=f"{field_name}.{role_key}", value=role, problem="turns of tools are not supported",
+            fix=_NO_TOOLS, reason="tool_turn",
+        )  # fmt: skip
     known = _SHAREGPT_ROLES if role_key == "from" else {role: role for role in ROLES}
     if not isinstance(role, str) or role not in known:
         raise RecordError(
             where, field=f"{field_name}.{role_key}", value=role, problem="is an unknown role",
             fix=f"use one of {', '.join(known)}", reason="unknown_role",
         )  # fmt: skip
-    if not isinstance(content, str):
-        raise RecordError(
-            where, field=f"{field_name}.{text_key}", value=content, problem="is no text", fix="write a string",
-            reason="bad_type",
-        )  # fmt: skip
-    if not _encodable(content):
-        raise RecordError(
-            where, field=f"{field_name}.{text_key}", value=content, problem="holds half of a surrogate pair",
-            fix="write valid Unicode", reason="bad_text",
-        )  # fmt: skip
+    content = _content(turn.get(text_key), f"{field_name}.{text_key}", where)
     if known[role] == "assistant" and not content.strip():
         raise RecordError(
             where, field=f"{field_name}.{text_key}", value=content, problem="is an empty answer",
             fix="drop the turn or write the answer", reason="empty_answer",
         )  # fmt: skip
-    return Message(known[role], content)
+    return Message(known[role], content, learned=_learned(turn, known[role], field_name, where))
+
+
+def _present(given: dict[str, Any], field_name: str, where: str) -> dict[str, Any]:
+    """The keys that are there: null is not; RecordError for one that cannot be honoured."""
+    present = {key: value for key, value in given.items() if value is not None}
+    for key in present.keys() & REFUSED_KEYS:
+        reason, fix = REFUSED_KEYS[key]
+        if present[key] not in ("", [], {}, "[]"):
+            raise RecordError(
+                where, field=key if field_name == "row" else f"{field_name}.{key}", value=present[key],
+                problem="is not supported", fix=fix, reason=reason,
+            )  # fmt: skip
+    return present
+
+
+def _content(content: object, field_name: str, where: str) -> str:
+    if isinstance(content, list):
+        raise RecordError(
+            where, field=field_name, value=content, problem="is a list of content parts, which is not supported",
+            fix="write one text with <image>, <audio> and <video> where the media stand, and their files in images, "
+            "audios and videos", reason="content_parts",
+        )  # fmt: skip
+    if not isinstance(content, str):
+        raise RecordError(
+            where, field=field_name, value=content, problem="is no text", fix="write a string", reason="bad_type"
+        )
+    if not _encodable(content):
+        raise RecordError(
+            where, field=field_name, value=content, problem="holds half of a surrogate pair",
+            fix="write valid Unicode", reason="bad_text",
+        )  # fmt: skip
+    return content
+
+
+def _learned(turn: Mapping[str, Any], role: str, field_name: str, where: str) -> bool:
+    """What the marks of a turn say; RecordError for other values, marks that differ, and questions to be learned."""
+    marks = {mark: turn[mark] for mark in LEARN_MARKS if mark in turn}
+    if not marks:
+        return True
+    for mark, value in marks.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise RecordError(
+                where, field=f"{field_name}.{mark}", value=value, problem="does not say whether the turn is learned",
+                fix="write 1 or true, or 0 or false", reason="bad_mark",
+            )  # fmt: skip
+    if len({bool(value) for value in marks.values()}) > 1:
+        raise RecordError(
+            where, field=field_name, value=marks, problem="marks that contradict each other", fix="keep one",
+            reason="bad_mark",
+        )  # fmt: skip
+    learned = any(marks.values())
+    if learned and role != "assistant":
+        raise RecordError(
+            where, field=field_name, value=marks, problem=f"a {role} turn cannot be learned, only answers are",
+            fix="mark assistant turns", reason="bad_mark",
+        )  # fmt: skip
+    return learned
 
 
 def _encodable(text: str) -> bool:
@@ -215,7 +321,8 @@ def _encodable(text: str) -> bool:
 
 def _media_list(row: dict[str, Any], kind: Kind, where: str) -> tuple[str, ...]:
     plural = LIST_FIELD[kind]
-    if kind in row and plural in row:
+    given = [name for name in (kind, plural) if row.get(name) not in (None, [], "")]
+    if len(given) > 1:
         raise RecordError(
             where,
             field=f"{kind} / {plural}",
@@ -224,11 +331,10 @@ def _media_list(row: dict[str, Any], kind: Kind, where: str) -> tuple[str, ...]:
             fix="give one",
             reason="bad_type",
         )
-    name = kind if kind in row else plural
-    value = row.get(name)
-    if value is None:
+    if not given:
         return ()
-    if name == kind and isinstance(value, str):
+    name, value = given[0], row[given[0]]
+    if isinstance(value, str):
         value = [value]
     if not isinstance(value, list) or not all(isinstance(item, str) and item and _encodable(item) for item in value):
         raise RecordError(
@@ -239,6 +345,12 @@ def _media_list(row: dict[str, Any], kind: Kind, where: str) -> tuple[str, ...]:
             fix='write ["file", ...]',
             reason="bad_type",
         )
+    for item in value:
+        if _URL.match(item):
+            raise RecordError(
+                where, field=name, value=item, problem="is a URL, and media are read from files only",
+                fix="download it, and give the path under the source's root", reason="remote_media",
+            )  # fmt: skip
     return tuple(value)
 
 

@@ -15,7 +15,7 @@ from megatron_omni.config.run import Recipe
 from megatron_omni.data.decode import open_decoder
 from megatron_omni.data.decode.media import MAX_AUDIO_SECONDS, Media, MediaError
 from megatron_omni.data.processors import frame_tiles, image_tiles, log_mel, square
-from megatron_omni.data.record import KINDS, MARKER, Kind, MediaFile, Record, RecordError, loaded
+from megatron_omni.data.record import KINDS, Kind, MediaFile, Record, RecordError, loaded
 from megatron_omni.data.sizes import SampleSize, SizeRule, measure
 from megatron_omni.data.template import MediaSpans, Rendered, render
 from megatron_omni.data.tokenizer import Tokenizer, load_tokenizer
@@ -102,8 +102,7 @@ class SampleBuilder:
         ordered = [
             next(in_order[kind])  # type: ignore[index]
             for message in record.messages
-            if message.role != "assistant"
-            for kind in MARKER.findall(message.content)
+            for kind in message.pieces()[1::2]
         ]
         tiles = [item.tiles for item in ordered if item.tiles is not None]
         chunks = [item.chunks for item in ordered if item.chunks is not None]
@@ -191,10 +190,10 @@ class _Decoded:
 
 
 def _require_answer(record: Record) -> None:
-    if not any(message.role == "assistant" for message in record.messages):
+    if not record.has_answer:
         raise RecordError(
             record.where, field="messages", value=[m.role for m in record.messages], problem="has no answer to learn",
-            fix="add an assistant turn", reason="no_answer",
+            fix="add an assistant turn, or mark one to be learned", reason="no_answer",
         )  # fmt: skip
 
 

@@ -15,8 +15,8 @@ from megatron_omni.config.run import Recipe
 from megatron_omni.data.decode.cpu import probe_audio, probe_image, read_video_header
 from megatron_omni.data.decode.media import FrameSampling, MediaError, VideoHeader
 from megatron_omni.data.processors import choose_grid
-from megatron_omni.data.record import KINDS, Kind, MediaFile, Message, Record, RecordError, loaded
-from megatron_omni.data.template import count_text_tokens
+from megatron_omni.data.record import KINDS, Kind, MediaFile, Record, RecordError, loaded
+from megatron_omni.data.template import count_text_tokens, prompt_turn
 from megatron_omni.data.tokenizer import Tokenizer
 from megatron_omni.positions import SAMPLE_RATE, PositionRule, audio_chunks, audio_tokens, image_tokens, video_tokens
 
@@ -66,7 +66,7 @@ def measure(record: Record, tokenizer: Tokenizer) -> RecordFacts:
     return RecordFacts(
         text_tokens=count_text_tokens(record.messages, tokenizer),
         has_system=record.messages[0].role == "system",
-        has_answer=any(message.role == "assistant" for message in record.messages),
+        has_answer=record.has_answer,
         media=tuple(_measure_media(kind, file) for kind in KINDS for file in record.media(kind)),
     )
 
@@ -108,8 +108,7 @@ class SizeRule:
             )
         self.sound_seconds = self.audio.max_chunks * self.audio.chunk_seconds if self.audio else 0.0
         """Longest clip that the model takes."""
-        system = [Message("system", data.system_prompt)] if data.system_prompt else []
-        self._system_tokens = count_text_tokens(system, tokenizer)
+        self._system_tokens = count_text_tokens(prompt_turn(data.system_prompt), tokenizer)
         if self.vision is not None:  # most pictures of a source share a few sizes
             tile_size, sides = self.vision.image_size, self.vision.max_tiles_per_side
             self._grid = lru_cache(maxsize=1 << 16)(

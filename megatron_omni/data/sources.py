@@ -1,7 +1,7 @@
-"""A source: records by index, with media confined to the source's directory, or to its tar.
+"""A source: records by index, with media confined to the source's root, or to its tar.
 
 ``JsonlSource`` reads one row of its file by position at a time, so random access needs neither the rows in memory nor a
-sequential pass; without an index (index.py) it scans the file once for line ranges (24 bytes a row in memory).
+sequential pass; without an index (index.py) it looks once where the rows lie (text_rows.py; 24 bytes a row in memory).
 ``TarSource`` reads a WebDataset tar through its index, media in place. ``ShardedSource`` joins several files.
 """
 
@@ -24,12 +24,9 @@ from megatron_omni.data.index import Index, open_index, tokenizer_digest
 from megatron_omni.data.record import KINDS, LIST_FIELD, MediaFile, Record, RecordError, parse_record
 from megatron_omni.data.sizes import RecordFacts
 from megatron_omni.data.tar import TarMember
+from megatron_omni.data.text_rows import find_rows, is_array
 from megatron_omni.data.tokenizer import Tokenizer
 from megatron_omni.foreign import ForeignError, parse_json
-
-_SCAN_BYTES = 1 << 24
-SHORTEST_ROW = 40
-"""Bytes; no record is shorter, so only lines below this are read to see whether they are blank."""
 
 
 class Source(Protocol):
@@ -57,19 +54,23 @@ class Source(Protocol):
 
 
 class JsonlSource:
-    """One JSONL file of records. Media paths in it are relative to the file's directory and may not leave it."""
+    """One JSONL file of records, or a ``.json`` file that holds an array of them.
 
-    def __init__(self, path: str | Path, *, name: str, index: Index | None = None) -> None:
+    Media paths in it are relative to ``root``, by default the file's directory, and may not leave it.
+    """
+
+    def __init__(self, path: str | Path, *, name: str, index: Index | None = None, root: str | Path = "") -> None:
         self.name, self.index = name, index
         self.path = Path(path)
-        self.root = self.path.parent
+        self.root = Path(root) if str(root) else self.path.parent
         if not self.path.is_file():
             raise ValueError(
                 f"data source {name!r}: path = {str(path)!r} is no file (working directory {os.getcwd()}); "
                 "give a JSONL file"
             )
+        self._is_array = is_array(self.path)
         if index is None:
-            self._ranges, self._lines = _scan(self.path)
+            self._ranges, self._lines = find_rows(self.path)
         else:
             self._lines = index.arrays.records["number"]
         if not len(self._lines):
@@ -80,8 +81,9 @@ class JsonlSource:
         return len(self._lines)
 
     def where(self, index: int) -> str:
-        """File and line number of a row."""
-        return f"{self.path}:{self._lines[index]}"
+        """File and line number of a row; of an array file and item, as ``jq '.[12]'`` counts."""
+        number = self._lines[index]
+        return f"{self.path}[{number - 1}]" if self._is_array else f"{self.path}:{number}"
 
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
@@ -199,25 +201,9 @@ def parse_line(line: bytes, *, where: str, source: str, root: Path) -> Record:
     except ForeignError as error:
         raise RecordError(
             where, field="row", value=line[:60], problem=error.problem,
-            fix="write one JSON object per line", reason="not_json",
+            fix="write one JSON object per line (a file that holds one array must be named .json)", reason="not_json",
         ) from error  # fmt: skip
     return confine(parse_record(row, where=where, source=source), root)
-
-
-def _scan(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """[rows, 2] byte range and [rows] 1-based line number of every line that is not blank."""
-    newlines, offset = [], 0
-    with path.open("rb") as file:
-        while chunk := file.read(_SCAN_BYTES):
-            newlines.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + offset)
-            offset += len(chunk)
-        ends = np.concatenate([*newlines, [offset]]).astype(np.int64)
-        starts = np.concatenate([[0], ends[:-1] + 1])
-        keep = ends > starts
-        for i in np.flatnonzero(keep & (ends - starts < SHORTEST_ROW)):
-            file.seek(int(starts[i]))
-            keep[i] = bool(file.read(int(ends[i] - starts[i])).strip(b" \t\r"))
-    return np.stack([starts, ends], axis=1)[keep], np.flatnonzero(keep) + 1
 
 
 def confine(record: Record, root: Path) -> Record:
@@ -237,32 +223,32 @@ def confine(record: Record, root: Path) -> Record:
 
 
 def _inside(root: Path, file: str, field: str, where: str) -> str:
+    """The path of a medium. What a row says must name a place under the root.
+
+    A link that lies there is followed wherever it leads: it was put there by whoever laid out these files (model and
+    data caches consist of links, folders of pictures are links to larger disks), not by a row.
+    """
+
     def refuse(problem: str) -> RecordError:
         return RecordError(
             where, field=field, value=file, problem=problem,
-            fix=f"put the file under {str(root)!r} and give its path relative to that directory", reason="path_escape",
+            fix=f"give a path under {str(root)!r}, or name another folder as the source's root", reason="path_escape",
         )  # fmt: skip
 
-    path = Path(file)
     if "\0" in file:
         raise refuse("holds a zero byte")
-    if path.is_absolute():
-        raise refuse("is an absolute path")
+    path = Path(file)
     if ".." in path.parts:
         raise refuse("climbs out with '..'")
-    # Following links is slow and most files of a source share a directory: the directory is followed once, and the
-    # file itself only where it is a link.
-    full = os.path.join(root, file)
-    if not (_leads_inside(str(root), os.path.dirname(full)) and (not os.path.islink(full) or _is_inside(root, full))):
-        raise refuse("leads outside the source's directory through a link")
-    return full
+    if path.is_absolute() and not any(path.is_relative_to(place) for place in _places(root)):
+        raise refuse("is an absolute path outside the source's root")
+    return os.path.join(root, file)
 
 
-def _is_inside(root: str | Path, path: str) -> bool:
-    return Path(path).resolve().is_relative_to(Path(root).resolve())
-
-
-_leads_inside = functools.lru_cache(maxsize=65536)(_is_inside)
+@functools.lru_cache(maxsize=1024)
+def _places(root: Path) -> tuple[str, str]:
+    """A folder as it is called, and where it is."""
+    return os.path.abspath(root), os.path.realpath(root)
 
 
 def open_sources(
@@ -277,17 +263,27 @@ def open_sources(
     return [open_source(config, digest=digest) for config in configs]
 
 
+def index_settings(config: SourceConfig) -> dict[str, str]:
+    """What an index depends on beside the data and the tokenizer."""
+    return {"prompt": config.prompt, "root": config.root}
+
+
 def open_source(config: SourceConfig, *, digest: str) -> Source:
     """One source, with the indexes made for the tokenizer of this digest ("": none is used)."""
+    root = config.root
+    if root and not Path(root).is_dir():
+        raise ValueError(
+            f"data source {config.name!r}: root = {root!r} is no folder; name the folder that its media lie under"
+        )
     try:
         files = shard_paths(config.path)
-        indexes = [open_index(file, tokenizer=digest, prompt=config.prompt) if digest else None for file in files]
+        indexes = [open_index(file, tokenizer=digest, **index_settings(config)) if digest else None for file in files]
     except ValueError as error:
         raise ValueError(f"data source {config.name!r}: path = {config.path!r}: {error}") from error
     shards: list[JsonlSource | TarSource] = []
     for file, index in zip(files, indexes):
         if file.suffix != ".tar":
-            shards.append(JsonlSource(file, name=config.name, index=index))
+            shards.append(JsonlSource(file, name=config.name, index=index, root=root))
         elif index is not None:
             shards.append(TarSource(file, name=config.name, index=index))
         else:

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from megatron_omni.data.index import HOLDS
-from megatron_omni.data.record import RecordError
+from megatron_omni.data.record import RecordError, internal_error
 from megatron_omni.data.sizes import RecordFacts, SampleSize, SizeRule
 from megatron_omni.data.sources import Source
 from megatron_omni.positions import SAMPLE_RATE
@@ -34,11 +34,12 @@ def summarise(source: Source, sizes: SizeRule) -> dict[str, Any]:
             facts = source.facts(row)
             assert facts is not None
             size = sizes.size(facts)
-        except RecordError as error:
-            rejected[error.reason] += 1
-            if len(shown := examples.setdefault(error.reason, [])) < EXAMPLES:
-                where = source.where(row)
-                shown.append(str(error) if str(error).startswith(where) else f"{where}: {error}")
+        except Exception as error:
+            where = source.where(row)
+            bad = error if isinstance(error, RecordError) else internal_error(where, error)
+            rejected[bad.reason] += 1
+            if len(shown := examples.setdefault(bad.reason, [])) < EXAMPLES:
+                shown.append(str(bad) if str(bad).startswith(where) else f"{where}: {bad}")
             continue
         lengths.append(size.tokens)
         tokens.update(text=size.text, image=size.image, video=size.video, audio=size.audio)

@@ -2,9 +2,9 @@
 
     <|im_start|>system\n{prompt}<|im_end|>\n            only when the recipe or the record has a system prompt
     <|im_start|>user\n{content}<|im_end|>\n
-    <|im_start|>assistant\n{content}<|im_end|>\n        learned: the content and <|im_end|>
+    <|im_start|>assistant\n{content}<|im_end|>\n        learned: the content and <|im_end|>, unless the turn is marked
 
-Markers in system and user turns become placeholders:
+Markers in a record's system and user turns become placeholders (in the recipe's system prompt they are text):
 
     <image>  <|vision_start|> <|image_pad|> * (rows cols s^2) <|vision_end|>
     <video>  <|vision_start|> <|video_pad|> * (frames s^2) <|vision_end|>, and with sound, behind it
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_omni.batch import Modality
-from megatron_omni.data.record import MARKER, Message
+from megatron_omni.data.record import Message
 from megatron_omni.data.tokenizer import (
     AUDIO_END,
     AUDIO_PAD,
@@ -69,16 +69,16 @@ def render(
     """
     writer = _Writer(tokenizer, rule)
     images, audios, videos = iter(media.images), iter(media.audios), iter(media.videos)
-    if system_prompt and messages[0].role != "system":
-        messages = [Message("system", system_prompt), *messages]
+    if messages[0].role != "system":
+        messages = [*prompt_turn(system_prompt), *messages]
     for message in messages:
         writer.special(IM_START)
         writer.text(f"{message.role}\n")
         if message.role == "assistant":
-            writer.text(message.content, answer=True)
-            writer.special(IM_END, answer=True)
+            writer.text(message.content, answer=message.learned)
+            writer.special(IM_END, answer=message.learned)
         else:
-            pieces = MARKER.split(message.content)  # text, kind, text, kind, ..., text
+            pieces = message.pieces()
             writer.text(pieces[0])
             for kind, text in zip(pieces[1::2], pieces[2::2]):
                 if kind == "image":
@@ -100,12 +100,16 @@ def render(
     return writer.close()
 
 
+def prompt_turn(system_prompt: str) -> list[Message]:
+    """The system turn of a recipe, none where it is empty. It brings no media, so markers in it are text."""
+    return [Message("system", system_prompt, literal=True)] if system_prompt else []
+
+
 def count_text_tokens(messages: Sequence[Message], tokenizer: Tokenizer) -> int:
     """Tokens that ``render`` writes for the turns themselves: what media add comes on top."""
     count = 0
     for message in messages:
-        pieces = [message.content] if message.role == "assistant" else MARKER.split(message.content)[::2]
-        texts = (f"{message.role}\n", *pieces, "\n")
+        texts = (f"{message.role}\n", *message.pieces()[::2], "\n")
         count += 2 + sum(len(tokenizer.encode(text)) for text in texts)
     return count
 

@@ -40,8 +40,8 @@ class Stalled(RuntimeError):
         self.record = record
 
 
-class _Left(Exception):
-    """Ends a thread of a crew that is not used any more."""
+class _Left(BaseException):
+    """Ends a thread of a crew that is not used any more; no fault of the record that it works on."""
 
 
 @dataclass

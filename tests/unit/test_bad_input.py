@@ -14,11 +14,24 @@ from megatron_omni.config.data import SourceConfig
 from megatron_omni.data import loader as loader_module
 from megatron_omni.data.loader import StepLoader, joined_state
 from megatron_omni.data.prepare import index_files
+from megatron_omni.data.tokenizer import Tokenizer
 from tests.unit.test_decode_damage import png_header
 from tests.unit.test_tar import write_tar
 from tests.unit.tiny_data import row, tiny_recipe, tokenizer_file, write_clip, write_image, write_sound, write_source
 
 GOOD = 6
+UNFORESEEN = "the tokenizer fails on this"
+
+
+@pytest.fixture(autouse=True)
+def unforeseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of ours that one text brings out."""
+    encode = Tokenizer.encode
+
+    def faulty(self: Tokenizer, text: str) -> list[int]:
+        return [len(text) // 0] if text == UNFORESEEN else encode(self, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", faulty)
 
 
 def ten_hours_in_a_hundred_bytes() -> bytes:
@@ -70,11 +83,15 @@ def bad_rows(folder: Path) -> dict[str, dict | str]:
         "link": row("<image>", "a link", images=["link.png"]),
         "climbs": row("<image>", "up", images=["../ok.png"]),
         "absolute": row("<image>", "abs", images=["/etc/hostname"]),
+        "tool": {"messages": [{"role": "user", "content": "hi"}, {"role": "tool", "content": "x"}]},
+        "remote": row("<image>", "far", images=["https://example.org/a.png"]),
+        "unforeseen": row("<image>", UNFORESEEN, images=["ok.png"]),
     }
 
 
 REASONS = {
     "missing_media", "unreadable_media", "not_json", "marker_count", "unknown_role", "empty_answer", "too_long", "path_escape",
+    "tool_turn", "remote_media", "internal_error",
 }  # fmt: skip
 
 
@@ -109,6 +126,8 @@ def test_each_is_a_counted_logged_skip_and_the_run_goes_on(
         epochs(loader, 8)  # 64 samples are half from each source: all rows of both
     skips = loader.own_skips()
     assert {reason for source, reason in skips if source == "rows"} == REASONS
+    tracebacks = [record for record in caplog.records if record.exc_info]
+    assert len(tracebacks) <= 1 and all("rows.jsonl" in record.getMessage() for record in tracebacks)
     assert {reason for source, reason in skips if source == "tar"} == {"unsafe_member"}
     said = {record.getMessage() for record in caplog.records}
     bad_lines = {text.split("rows.jsonl:")[1].split(":")[0] for text in said if "rows.jsonl:" in text}

@@ -3,12 +3,13 @@
 import json
 import os
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 
+from megatron_omni.config.data import SourceConfig
 from megatron_omni.data import prepare
 from megatron_omni.data.decode.media import MediaError
 from megatron_omni.data.index import Fingerprint, index_path, open_index, read_index, tokenizer_digest
@@ -25,7 +26,7 @@ from tests.unit.tiny_data import row, tiny_recipe, tokenizer_file, write_clip, w
 
 @pytest.fixture
 def mixed(tmp_path):
-    """40 rows of every kind, with blank lines and rows that cannot be used."""
+    """42 rows of every kind, with blank lines and rows that cannot be used."""
     for i in range(3):
         write_image(tmp_path / f"{i}.png", level=40 * i, size=(28 * (i + 1), 28 + 30 * i))
         write_sound(tmp_path / f"{i}.wav", 0.5 + i)
@@ -39,6 +40,10 @@ def mixed(tmp_path):
     rows += [row("<image>", images=["empty.png"]), row("<image>", images=["../secret.png"]), {"messages": []}]
     rows += [{"messages": [{"role": "king", "content": "hi"}]}, row("hi", " "), row("long " * 100, "l")]
     rows += [{"messages": [{"role": "user", "content": "no answer"}]}]
+    rows += [{"messages": [*row("a", "b")["messages"], {"role": "assistant", "content": "right", "weight": 1}]}]
+    rows += [
+        {"messages": [row("not to", "learn")["messages"][0], {"role": "assistant", "content": "x", "train": False}]}
+    ]
     rows += [
         {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "s"}], "image": "0.png"}
     ]
@@ -58,7 +63,7 @@ def index_of(tmp_path, path, **settings):
 
 
 def test_an_index_changes_nothing_but_the_files_that_planning_opens(tmp_path, mixed, monkeypatch):
-    settings = dict(max_bad_fraction=1.0, system_prompt="be brief", max_frames_with_audio=3)
+    settings = dict(max_bad_fraction=1.0, system_prompt="<image> is a picture", max_frames_with_audio=3)
     plain = StepLoader(tiny_recipe(tmp_path, [mixed], **settings), data_rank=0, data_size=1)
     index_of(tmp_path, "mixed.jsonl")
     quick = StepLoader(tiny_recipe(tmp_path, [mixed], **settings), data_rank=0, data_size=1)
@@ -106,7 +111,7 @@ def test_one_index_serves_any_recipe_with_its_tokenizer(tmp_path, mixed):
             assert size.tiles == (0 if sample.tiles is None else len(sample.tiles))
             assert size.chunks == (0 if sample.chunks is None else len(sample.chunks))
             usable += 1
-        assert usable == 30
+        assert usable == 31
 
 
 def test_a_summary_counts_what_is_there(tmp_path, mixed):
@@ -115,23 +120,23 @@ def test_a_summary_counts_what_is_there(tmp_path, mixed):
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     source, sizes = open_source(mixed, digest=tokenizer_digest(recipe.data.tokenizer)), SizeRule(recipe, tokenizer)
     summary = summarise(source, sizes)
-    assert summary["records"] == 40 and summary["usable"] == 30
-    assert summary["rejected"] == {**REJECTED, "too_long": 1, "no_answer": 1}
-    assert summary["samples_by_class"] == {"text": 21, "image": 7, "video": 2}
+    assert summary["records"] == 42 and summary["usable"] == 31
+    assert summary["rejected"] == {**REJECTED, "too_long": 1, "no_answer": 2}
+    assert summary["samples_by_class"] == {"text": 22, "image": 7, "video": 2}
     assert summary["media"] == {"image": 8, "audio": 6, "video": 2}
     assert summary["media_seconds"] == {"audio": 9.0, "video": 3.5}
     builder = SampleBuilder(recipe)
     lengths = []
-    for i in range(40):
+    for i in range(42):
         try:
             lengths.append(builder.build_sample(source[i]).length)
         except (RecordError, MediaError):
             continue
     assert summary["tokens"]["all"] == sum(lengths) == sum(v for k, v in summary["tokens"].items() if k != "all")
-    assert sum(summary["length_histogram"].values()) == 30 and summary["tokens_per_sample"]["longest"] == max(lengths)
+    assert sum(summary["length_histogram"].values()) == 31 and summary["tokens_per_sample"]["longest"] == max(lengths)
     assert mean_tokens(source, sizes) == pytest.approx(np.mean(lengths))
     text = "\n".join(summary_lines(summary))
-    assert "30 of 40 records usable" in text and "rejected (missing_media): 1; " in text and "mixed.jsonl:33: " in text
+    assert "31 of 42 records usable" in text and "rejected (missing_media): 1; " in text and "mixed.jsonl:33: " in text
 
 
 def test_parts_join_to_the_same_index_and_survive_an_interruption(tmp_path, mixed, monkeypatch):
@@ -162,6 +167,27 @@ def test_parts_join_to_the_same_index_and_survive_an_interruption(tmp_path, mixe
     assert told == [os.path.getsize(tmp_path / "mixed.jsonl")] and len(done) == len({unit.start for unit in done})
 
 
+def test_an_array_has_the_index_of_its_rows(tmp_path, mixed, monkeypatch):
+    lines = [line for line in (tmp_path / "mixed.jsonl").read_text().split("\n") if line.strip() and line != "{broken"]
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    (tmp_path / "items.json").write_text("[" + " ,\n".join(lines) + "]")
+    one = index_of(tmp_path, "lines.jsonl")
+    monkeypatch.setattr(prepare, "_UNIT_BYTES", 500)
+    for workers in (1, 2):
+        two = index_of(tmp_path, "items.json", workers=workers, again=True)
+        for name in set(one.arrays.records.dtype.names) - {"start", "num_bytes", "crc"}:
+            assert (one.arrays.records[name] == two.arrays.records[name]).all(), name
+        assert (one.arrays.media == two.arrays.media).all() and (one.arrays.rejections == two.arrays.rejections).all()
+    digest = tokenizer_digest(tokenizer_file(tmp_path))
+    sources = [
+        open_source(SourceConfig(name="a", path=str(tmp_path / name)), digest=digest)
+        for name in ("lines.jsonl", "items.json")
+    ]
+    for row_number in (0, 21, 26):
+        a, b = (source[row_number] for source in sources)
+        assert replace(a, where="") == replace(b, where="") and b.where == f"{tmp_path}/items.json[{row_number}]"
+
+
 def test_processes_give_the_same_bytes(tmp_path, mixed, monkeypatch):
     alone = index_of(tmp_path, "mixed.jsonl").path.read_bytes()
     monkeypatch.setattr(prepare, "_UNIT_BYTES", 2000)
@@ -181,8 +207,14 @@ def test_a_stale_index_is_refused(tmp_path, mixed):
         StepLoader(tiny_recipe(tmp_path, [mixed]), data_rank=0, data_size=1)
     index_of(tmp_path, "mixed.jsonl")  # made anew
     assert open_index(path, tokenizer=digest) is not None
+    moved = replace(mixed, root=str(tmp_path))
+    with pytest.raises(ValueError, match=r"stale, it was made with root = '', not '.*run tools/prepare_data.py"):
+        StepLoader(tiny_recipe(tmp_path, [moved]), data_rank=0, data_size=1)
+    index_of(tmp_path, "mixed.jsonl", root=str(tmp_path))
+    assert StepLoader(tiny_recipe(tmp_path, [moved]), data_rank=0, data_size=1).sources[0].facts(20).media
+    index_of(tmp_path, "mixed.jsonl")
     data = index_path(path).read_bytes()
-    for damaged in (data[:-10], b"hello", data.replace(b'"version": 1', b'"version": 9'), data[:40], b""):
+    for damaged in (data[:-10], b"hello", data.replace(b'"version": 2', b'"version": 9'), data[:40], b""):
         index_path(path).write_bytes(damaged)
         with pytest.raises(ValueError, match=r"no usable index \(.*\); run tools/prepare_data.py again"):
             open_index(path, tokenizer=digest)

@@ -55,6 +55,19 @@ def test_the_system_turn_is_the_recipes_unless_the_record_has_one(tokenizer):
     assert shown(tokenizer, default) == "<|im_start|>system\nours<|im_end|>\n" + tail
     assert shown(tokenizer, none) == tail
     assert not any(own.is_answer)
+    marked = render(turns(question), MediaSpans(), system_prompt="see <image> and <audio>", **kwargs)
+    assert shown(tokenizer, marked) == "<|im_start|>system\nsee <image> and <audio><|im_end|>\n" + tail
+
+
+def test_an_answer_that_is_marked_is_read_and_not_learned(tokenizer):
+    wrong = Message("assistant", "wrong", learned=False)
+    rendered = render(
+        [*turns(("user", "q")), wrong, *turns(("user", "q"), ("assistant", "right"))],
+        MediaSpans(),
+        tokenizer=tokenizer,
+        rule=RULE,
+    )
+    assert learned(tokenizer, rendered) == "right<|im_end|>" and "wrong<|im_end|>" in shown(tokenizer, rendered)
 
 
 def test_markers_become_placeholders_in_place(tokenizer):
