@@ -4,13 +4,14 @@
     torchrun --nproc-per-node 2 -m megatron_omni.cli.generate CHECKPOINT --jsonl records.jsonl --out DIR \
         parallel.tensor_model_parallel_size=2
 
-One prompt writes DIR/answer.txt and prints the answer; ``--jsonl`` answers every record and writes DIR/answers.jsonl,
-a row {"record", "id", "answer"} for each. Nothing is written unless every answer is there. Exit status 2 for bad input,
-with one ``error:`` line. torch is imported after the command line has been accepted, so ``--help`` answers at once.
+One prompt writes DIR/answer.txt and prints the answer. ``--jsonl`` answers every record: DIR/answers.jsonl has a line
+{"record", "id", "answer"} for each, in order, or {"record", "id", "reason", "error"} for one that cannot be used; such
+records are counted and never end the run. Lines are written as they come, and the same command goes on after the last
+of them (generation/answers.py). Exit status 2 for bad input, with one ``error:`` line, and where no record could be
+used. torch is imported after the command line has been accepted, so ``--help`` answers at once.
 """
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -18,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+
+from megatron_omni.cli.starting import say_starting
 
 EXIT_BAD_INPUT = 2
 MEDIA_KINDS = ("image", "audio", "video")
@@ -124,6 +127,11 @@ def parse(argv: Sequence[str] | None = None) -> Request:
             raise ValueError(f"{path}: no such file")
     if not args.checkpoint.is_dir():
         raise ValueError(f"{args.checkpoint}: no such checkpoint directory")
+    if (args.checkpoint / "config.json").is_file():
+        raise ValueError(
+            f"{args.checkpoint}: a Hugging Face directory; make a checkpoint of it first: "
+            f"megatron-omni convert import --hf {args.checkpoint} --out DIR"
+        )
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out}: exists and is no directory")
     return Request(
@@ -172,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    say_starting("generate", request.checkpoint)
     from megatron_omni.platform.device import install
 
     install()
@@ -179,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_omni.training.failure import leave, report_failure
 
     try:
-        run(request)
+        return run(request)
     except BaseException as error:
         status = report_failure(error)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -187,51 +196,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     finally:
         destroy()
-    return 0
 
 
-def run(request: Request) -> None:
-    """Answer ``request`` and write the result, on rank 0."""
-    import torch.distributed as dist
-
-    from megatron_omni.checkpoint.commit import write_text
-    from megatron_omni.data.record import Record, parse_record
-    from megatron_omni.data.sources import JsonlSource, Source
-    from megatron_omni.generation.batches import generate_all
+def run(request: Request) -> int:
+    """Answer ``request`` and write the result, on rank 0; the exit status."""
+    from megatron_omni.data.record import parse_record
+    from megatron_omni.data.sources import JsonlSource
+    from megatron_omni.generation.answers import answer_all, answer_one
     from megatron_omni.generation.load import open_checkpoint
     from megatron_omni.generation.sampling import Sampling
 
     sampling = Sampling(temperature=request.temperature, top_p=request.top_p)
     checkpoint = open_checkpoint(request.checkpoint, overrides=request.overrides)
-    builder = checkpoint.builder
-    records: Source | list[Record]
+    settings: dict[str, Any] = {"max_new_tokens": request.max_new_tokens, "sampling": sampling, "seed": request.seed}
+    settings |= {"batch_size": request.batch_size, "out": request.out}
     if request.jsonl is None:
-        records = [parse_record(request.record, where="command line")]
-    else:
-        records = JsonlSource(request.jsonl, name=str(request.jsonl))
-    first = builder.build_prompt(records[0])  # before the weights: a bad file shows at once
-    answers = generate_all(
-        checkpoint.load_model(),
-        lambda row: builder.build_prompt(records[row]) if row else first,
-        len(records),
-        batch_size=request.batch_size,
-        pg=checkpoint.pg,
-        tokenizer=builder.tokenizer,
-        max_new_tokens=request.max_new_tokens,
-        sampling=sampling,
-        seed=request.seed,
-    )
-    if dist.get_rank() != 0:
-        return
-    texts = [builder.tokenizer.decode(answers[row]) for row in range(len(records))]
-    request.out.mkdir(parents=True, exist_ok=True)
-    if request.jsonl is None:
-        write_text(request.out / "answer.txt", texts[0] + "\n")
-        print(texts[0])
-    else:
-        rows = [{"record": i, "id": records[i].id, "answer": text} for i, text in enumerate(texts)]
-        write_text(request.out / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        print(f"{len(rows)} answers in {request.out / 'answers.jsonl'}")
+        answer_one(checkpoint, parse_record(request.record, where="command line"), **settings)
+        return 0
+    changes = [word for word in request.overrides if word.startswith("data.")]
+    source = JsonlSource(request.jsonl, name=str(request.jsonl))
+    return 0 if answer_all(checkpoint, source, changes=changes, **settings) else EXIT_BAD_INPUT
 
 
 if __name__ == "__main__":

@@ -1,0 +1,189 @@
+"""Answers to a prompt or to a file of records, written on rank 0 as they come.
+
+    answer.txt      the answer to one prompt
+    answers.jsonl   a line for each record, in order: {"record", "id", "answer"}, or {"record", "id", "reason", "error"}
+    request.json    what was asked: the checkpoint, the file and the settings that an answer depends on
+
+A record's answer depends on nothing but itself and these settings (its number names it for the sampler), so a run that
+ended early goes on after the last whole line; a directory with answers to another request is refused.
+"""
+
+import json
+import logging
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_omni.checkpoint.commit import write_text
+from megatron_omni.data.decode.cpu import MediaError
+from megatron_omni.data.record import Record, RecordError
+from megatron_omni.data.sample import Sample
+from megatron_omni.data.sources import JsonlSource
+from megatron_omni.foreign import parse_json, read_json
+from megatron_omni.generation.batches import generate_windows, joined
+from megatron_omni.generation.load import Checkpoint
+from megatron_omni.generation.sampling import Sampling
+
+ANSWER, ANSWERS, REQUEST = "answer.txt", "answers.jsonl", "request.json"
+INTERNAL_ERROR = "internal_error"
+
+logger = logging.getLogger(__name__)
+
+
+def answer_one(checkpoint: Checkpoint, record: Record, *, out: Path, **settings: Any) -> None:
+    """Answer one prompt; all ranks call this together. ValueError for a record that cannot be used."""
+    prompt = checkpoint.builder.build_prompt(record)  # before the weights: a bad file shows at once
+    windows = generate_windows(
+        checkpoint.load_model(),
+        lambda _: prompt,
+        range(1),
+        pg=checkpoint.pg,
+        tokenizer=checkpoint.builder.tokenizer,
+        **settings,
+    )
+    ((_, answers),) = windows
+    if dist.get_rank() == 0:
+        text = checkpoint.builder.tokenizer.decode(answers[0])
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / ANSWER, text + "\n")
+        print(text)
+
+
+def answer_all(
+    checkpoint: Checkpoint,
+    source: JsonlSource,
+    *,
+    changes: list[str],
+    out: Path,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    batch_size: int,
+) -> bool:
+    """Answer every record of ``source`` that has no line yet; whether any record of the file has an answer.
+
+    All ranks call this together. ``changes`` are overrides that an answer depends on. ValueError where ``out`` holds
+    answers to something else.
+    """
+    asked = {
+        "checkpoint": str(checkpoint.directory.absolute()),
+        "jsonl": str(source.path.absolute()),
+        "bytes": source.path.stat().st_size,
+        "max_new_tokens": max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "seed": seed,
+        "changes": sorted(changes),
+    }
+    first = _agreed(_lines_there(out, asked) if dist.get_rank() == 0 else 0)
+    failed: dict[int, tuple[str, str]] = {}
+    said: set[str] = set()
+
+    def build_prompt(number: int) -> Sample | None:
+        try:
+            return checkpoint.builder.build_prompt(source[number])
+        except (RecordError, MediaError) as error:
+            failed[number] = error.reason, str(error)
+        except (OSError, MemoryError):  # the machine's fault, not the record's
+            raise
+        except Exception as error:  # whatever else a record raises is its own end, not the run's
+            if type(error).__name__ not in said:
+                said.add(type(error).__name__)
+                logger.exception("%s: cannot be used, for a reason that nobody foresaw", source.where(number))
+            failed[number] = INTERNAL_ERROR, f"{type(error).__name__}: {error}"
+        return None
+
+    if first < len(source):
+        windows = generate_windows(
+            checkpoint.load_model(),
+            build_prompt,
+            range(first, len(source)),
+            batch_size=batch_size,
+            pg=checkpoint.pg,
+            tokenizer=checkpoint.builder.tokenizer,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+        )
+        for numbers, answers in windows:
+            errors = joined({n: failed[n] for n in numbers if n in failed}, checkpoint.pg)
+            if dist.get_rank() == 0:
+                texts = {n: checkpoint.builder.tokenizer.decode(ids) for n, ids in answers.items()}
+                _append(out, source, numbers, texts, errors)
+    return _agreed(_summary(out / ANSWERS, first) if dist.get_rank() == 0 else 0) > 0
+
+
+def _agreed(number: int) -> int:
+    """Rank 0's number, on every rank."""
+    box = [number]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _lines_there(out: Path, asked: dict[str, Any]) -> int:
+    """Whole lines that an earlier run of the same request left in ``out``; what is not whole is cut off."""
+    answers, request = out / ANSWERS, out / REQUEST
+    if not answers.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(request, json.dumps(asked, indent=1) + "\n")
+        return 0
+    was = read_json(request) if request.is_file() else {}
+    if was != asked:
+        other = ", ".join(sorted(key for key in asked if was.get(key) != asked[key]))
+        raise ValueError(
+            f"{answers}: answers to another request ({other} differ); give another --out, or remove the file"
+        )
+    with answers.open("rb+") as file:
+        whole = end = 0
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            whole, end = whole + 1, end + len(line)
+        file.truncate(end)
+    return whole
+
+
+def _append(
+    out: Path, source: JsonlSource, numbers: range, texts: dict[int, str], errors: dict[int, tuple[str, str]]
+) -> None:
+    """Write a window's lines; say each record that could not be used."""
+    with (out / ANSWERS).open("a", encoding="utf-8") as file:
+        for n in numbers:
+            row: dict[str, Any] = {"record": n, "id": _id(source, n)}
+            if n in texts:
+                row["answer"] = texts[n]
+            else:
+                row["reason"], row["error"] = errors[n]
+                place = source.where(n)
+                said = row["error"] if place in row["error"] else f"{place}: {row['error']}"
+                print(f"no answer to record {n} (id {row['id']!r}): {said}", file=sys.stderr)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _id(source: JsonlSource, number: int) -> str | None:
+    try:
+        return source[number].id
+    except RecordError:  # not even that could be read; the line's "error" says why
+        return None
+
+
+def _summary(answers: Path, first: int) -> int:
+    """Print what the file holds; the number of its answers."""
+    reasons: Counter[str | None] = Counter()
+    with answers.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            reasons[parse_json(line, f"{answers}:{number}").get("reason")] += 1
+    found = reasons.pop(None, 0)
+    without = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+    before = f", {first} lines from an earlier start" if first else ""
+    print(
+        f"{found} answers in {answers}"
+        + (f", {reasons.total()} records without one ({without})" if reasons else "")
+        + before
+    )
+    if not found:
+        print(f"error: no record could be used ({without}); {answers} says why of each", file=sys.stderr)
+    return found
