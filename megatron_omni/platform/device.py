@@ -5,7 +5,9 @@ imports ``megatron.core``: Megatron-Core is written for CUDA, and on a machine w
 ``platform/cpu.py`` redirects the few things it hard-codes. With an accelerator :func:`install` does nothing.
 """
 
+import logging
 import os
+import warnings
 from functools import cache
 from typing import NamedTuple
 
@@ -69,9 +71,24 @@ def install() -> None:
 
     Call it before importing ``megatron.core``; twice is fine.
     """
+    hide_upstream_notes()
     if accelerator_present():
         return
     from megatron_omni.platform import allocator, cpu
 
     allocator.keep_freed_memory()
     cpu.install()
+
+
+def hide_upstream_notes() -> None:
+    """Drop what torch says on every start and nobody can act on.
+
+    A machine with a CUDA toolkit and no GPU is a normal one here; and Megatron reads checkpoints with ``no_dist`` on
+    purpose, each rank its own part.
+    """
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_is_no_note_on_cuda)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+def _is_no_note_on_cuda(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("No CUDA runtime is found")

@@ -3,12 +3,16 @@
 import ast
 import importlib
 import inspect
+import logging
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_omni.platform import cpu, device
+from megatron_omni.platform.device import hide_upstream_notes
 from megatron_omni.platform.seeds import named_generator, named_seed, seed_everything
 
 ON_CPU = pytest.mark.skipif(device.accelerator_present(), reason="the patch table is not installed with an accelerator")
@@ -131,3 +135,28 @@ def test_seed_everything_repeats_global_draws() -> None:
     first = torch.randn(3)
     seed_everything(7)
     assert torch.equal(first, torch.randn(3))
+
+
+def test_notes_of_torch_that_nobody_can_act_on_are_hidden_and_others_are_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
+    from torch.utils import cpp_extension
+
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    cpp_extension.logger.addHandler(handler)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        hide_upstream_notes()
+        cpp_extension._find_cuda_home()
+        cpp_extension.logger.warning("another")
+        save({"x": torch.ones(2)}, storage_writer=FileSystemWriter(tmp_path / "save"), no_dist=True)
+        load({"x": torch.zeros(2)}, storage_reader=FileSystemReader(tmp_path / "save"), no_dist=True)
+        warnings.warn("another", stacklevel=1)
+    cpp_extension.logger.removeHandler(handler)
+    assert heard == ["another"]
+    assert [str(w.message) for w in said if "torch.distributed is disabled" in str(w.message)] == []
+    assert "another" in [str(w.message) for w in said]
