@@ -22,14 +22,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from megatron_omni.checkpoint import commit
-from megatron_omni.config.load import load_recipe
+from megatron_omni.config.load import load_config, load_recipe, read_mapping
 from megatron_omni.config.model import UPCYCLED_SHAPE, ModelConfig, MoEConfig
+from megatron_omni.config.ranges import file_path, number, out_of_range
 from megatron_omni.config.run import Recipe
-from megatron_omni.config.validate import validate
+from megatron_omni.config.validate import fewest_ranks, validate
 from megatron_omni.evaluation import stages as reading
 from megatron_omni.foreign import read_json
 
@@ -60,8 +58,8 @@ class StageConfig:
     """One stage: ``recipe`` (relative to the chain's file) or ``upcycle``."""
 
     name: str
-    recipe: str | None = None
-    init_from: str | None = None
+    recipe: str | None = file_path(None)
+    init_from: str | None = file_path(None)
     """An earlier stage, or a path; None leaves it to the recipe."""
     overrides: list[str] = field(default_factory=list)
     """``key=value`` changes of the recipe."""
@@ -74,8 +72,8 @@ class StageConfig:
 class ChainConfig:
     """A chain file."""
 
-    run_dir: str
-    nproc_per_node: int = 1
+    run_dir: str = file_path()
+    nproc_per_node: int = number(1, at_least=1, at_most=1024)
     launcher: str | None = None
     """Words before ``-m megatron_omni.cli.train`` in place of ``torchrun --standalone``; split at spaces."""
     stages: list[StageConfig] = field(default_factory=list)
@@ -160,11 +158,11 @@ def load_chain(path: Path, overrides: Sequence[str] = (), *, nproc_per_node: int
         config.nproc_per_node = nproc_per_node
     rest = [word for word in overrides if word not in own]
     stages: list[Stage] = []
-    for number, made in enumerate(config.stages):
+    for place, made in enumerate(config.stages):
         earlier = {stage.name for stage in stages}
         if made.name in earlier:
             raise ValueError(f"{path}: two stages are called {made.name!r}; give each its own name")
-        later = {stage.name for stage in config.stages[number:]}
+        later = {stage.name for stage in config.stages[place:]}
         stages.append(_stage(path, made, Path(config.run_dir), rest, later))
     stages = [_with_shape(stage, stages) for stage in stages]
     chain = Chain(
@@ -179,17 +177,9 @@ def load_chain(path: Path, overrides: Sequence[str] = (), *, nproc_per_node: int
 
 
 def _read(path: Path, overrides: Sequence[str]) -> ChainConfig:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such chain; give the path of a YAML file (recipes/chain.yaml)")
-    try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(ChainConfig), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
-        )
-        config = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
-        where = getattr(error, "full_key", None)
-        raise ValueError(f"{path}: {f'{where}: ' if where else ''}{str(error).splitlines()[0]}") from error
-    assert isinstance(config, ChainConfig)
+    config = load_config(ChainConfig, [(str(path), read_mapping(path, "chain"))], list(overrides))
+    if problem := next(out_of_range(config), None):
+        raise ValueError(f"{path}: {problem}")
     if not config.stages:
         raise ValueError(f"{path}: stages is empty; a chain has at least one")
     return config
@@ -317,12 +307,7 @@ def check_paths(chain: Chain) -> None:
 
 def stage_ranks(chain: Chain, recipe: Recipe) -> int:
     """Ranks of a stage: the torchrun's, or with a launcher of its own the fewest that its layout allows."""
-    if chain.launcher is None:
-        return chain.nproc_per_node
-    parallel = recipe.parallel
-    return parallel.pipeline_model_parallel_size * max(
-        parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
-    )
+    return chain.nproc_per_node if chain.launcher is None else fewest_ranks(recipe.parallel)
 
 
 def check_inputs(chain: Chain, stage: Stage) -> None:

@@ -17,6 +17,7 @@ from megatron_omni.config.data import DataConfig, SourceConfig
 from megatron_omni.config.model import AudioConfig, LoraConfig, ModelConfig, MoEConfig, VisionConfig
 from megatron_omni.config.optim import OptimConfig
 from megatron_omni.config.parallel import ParallelConfig
+from megatron_omni.config.ranges import RANGE
 from megatron_omni.config.run import CheckpointConfig, LogConfig, Recipe
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "config.md"
@@ -37,9 +38,22 @@ GROUPS: list[tuple[str, type]] = [
 INTRO = """# Configuration
 
 A recipe is a YAML file with these fields; `extends: other.yaml` starts from another file, and `key=value` words on the
-command line override single fields (`optim.lr=1e-5`, `model.moe=null`). An unknown field, a wrong type or a layout that
-cannot work is an error that names the field, the value and the fix. This page is written by `make docs` from
-`megatron_omni/config/`; edit the docstrings there.
+command line override single fields (`optim.lr=1e-5`, `model.moe=null`). An unknown field, a wrong type, a number outside
+its range or a layout that cannot work is an error that names the field, the value and the fix. Numbers whose range has no
+end in these tables end at 10^12. This page is written by `make docs` from `megatron_omni/config/`; edit the docstrings
+there.
+
+Files and words are read as YAML 1.2: `010` is ten, `1e-5` a number, and `no`, `off` or `1:30` are text. A field that holds
+text keeps what was typed (`run_dir=010`). In paths a leading `~` is the home directory; `$` and `${...}` are refused, so
+that a recipe means the same everywhere. Aliases (`&`, `*`) are refused as well.
+
+## Sources by name
+
+`data.sources` and `data.eval_sources` are lists of named sources. A list takes the place of the one in the file that is
+extended. A mapping changes single sources of it by their names, adds new ones and, with null, takes some out:
+
+    data.sources.image.weight=2                                      on the command line
+    sources: {image: {weight: 2}, video: null, notes: {path: notes.jsonl}}      in a file that extends another
 
 ## Named parts
 
@@ -95,12 +109,13 @@ def render() -> str:
     lines = [INTRO]
     for name, schema in GROUPS:
         summary = (schema.__doc__ or "").strip().splitlines()[0]
-        lines += [f"## {name}", "", summary, "", "| field | type | default | meaning |", "|---|---|---|---|"]
+        lines += [f"## {name}", "", summary, "", "| field | type | default | range | meaning |", "|---|---|---|---|---|"]
         docs, hints = field_docs(schema), typing.get_type_hints(schema)
         for item in dataclasses.fields(schema):
             kind = type_name(hints[item.name]).replace("|", "\\|")
             kind = kind.replace("megatron_omni.config.data.", "").replace("megatron_omni.config.model.", "")
-            lines.append(f"| `{item.name}` | {kind} | {default_text(item)} | {docs[item.name]} |")
+            allowed = item.metadata.get(RANGE, "")
+            lines.append(f"| `{item.name}` | {kind} | {default_text(item)} | {allowed} | {docs[item.name]} |")
         lines.append("")
     return "\n".join(lines)
 

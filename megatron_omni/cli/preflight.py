@@ -68,13 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.out.absolute().parent.is_dir():
             raise ValueError(f"--out {options.out}: its directory does not exist; create it first")
         from megatron_omni.config.load import load_recipe
-        from megatron_omni.config.validate import validate
+        from megatron_omni.config.validate import fewest_ranks, validate
 
         recipe = load_recipe(options.recipe, options.overrides)
-        parallel = recipe.parallel
-        experts = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
-        smallest = max(parallel.tensor_model_parallel_size, experts) * parallel.pipeline_model_parallel_size
-        validate(recipe, world_size=smallest)
+        validate(recipe, world_size=fewest_ranks(recipe.parallel))
         from megatron_omni.data.preflight import inspect
         from megatron_omni.data.preflight_page import page
 

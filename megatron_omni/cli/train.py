@@ -32,25 +32,50 @@ def main(arguments: list[str] | None = None) -> int:
         "overrides", nargs="*", metavar="key=value", help="fields to change, for example train_iters=100"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved recipe, parameters and memory; train nothing"
+        "--dry-run",
+        action="store_true",
+        help="print the resolved recipe, parameters and memory, look at every file of the run; train nothing",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="ranks of a dry run (default: this launch's, or the fewest of the layout)",
     )
     options = parser.parse_intermixed_args(arguments)
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
     try:
         from megatron_omni.config.load import load_recipe
         from megatron_omni.config.validate import validate
 
+        if options.ranks is not None and (options.ranks < 1 or not options.dry_run):
+            raise ValueError(f"--ranks {options.ranks}: a positive number, for --dry-run alone (torchrun sets a run's)")
         recipe = load_recipe(options.recipe, options.overrides)
-        validate(recipe, world_size=world_size, check_files=not options.dry_run)
+        if options.dry_run:
+            return dry_run(recipe, options.ranks) if rank == 0 else 0
+        validate(recipe, world_size=world_size)
     except ValueError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    if options.dry_run:
-        if rank == 0:
-            print(describe(recipe, world_size=world_size))
-        return 0
     return run(recipe)
+
+
+def dry_run(recipe: "Recipe", ranks: int | None) -> int:
+    """Print what a run would be; ValueError for a recipe that cannot work, then for files that are not as it needs them."""
+    from megatron_omni.config.validate import fewest_ranks, validate
+    from megatron_omni.training.dry_run import describe, missing
+
+    launched = os.environ.get("WORLD_SIZE")
+    world_size = ranks or (int(launched) if launched else fewest_ranks(recipe.parallel))
+    validate(recipe, world_size=world_size, check_files=False)
+    print(describe(recipe, world_size=world_size), flush=True)
+    validate(recipe, world_size=world_size)
+    quiet()
+    if problems := missing(recipe, world_size=world_size):
+        raise ValueError(problems[0] if len(problems) == 1 else "\n  - ".join(["", *problems]))
+    print("files: tokenizer, sources, indexes and checkpoints are there and fit")
+    return 0
 
 
 def run(recipe: "Recipe") -> int:
@@ -97,34 +122,6 @@ def write_resolved(recipe: "Recipe") -> None:
         directory = Path(recipe.run_dir)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "resolved.yaml").write_text(recipe_to_yaml(recipe), encoding="utf-8")
-
-
-def describe(recipe: "Recipe", *, world_size: int) -> str:
-    """The resolved recipe, its parameters by part and the memory of a rank, without building a model."""
-    from megatron_omni.config.load import recipe_to_yaml
-    from megatron_omni.estimate import count_parameters, weight_bytes_per_rank
-
-    counts, adapters_only = count_parameters(recipe.model), recipe.model.lora is not None
-    lines = [recipe_to_yaml(recipe).rstrip(), "", f"{'part':<16}{'parameters':>18}  trained"]
-    for part, number in vars(counts).items():
-        trained = "no" if part in recipe.freeze or (adapters_only and part != "adapters") else "yes"
-        if (
-            not adapters_only
-            and part in ("embeddings", "output")
-            and part in recipe.freeze
-            and "new_token_rows" not in recipe.freeze
-        ):
-            trained = "rows of special tokens"
-        lines.append(f"{part:<16}{number:>18,}  {trained}")
-    frozen = sum(number for part, number in vars(counts).items() if part in recipe.freeze)
-    if adapters_only:
-        frozen = counts.total - counts.adapters
-    lines.append(f"{'total':<16}{counts.total:>18,}  {counts.total - frozen:,} in trained parts")
-    lines += ["", f"fullest of {world_size} rank(s), without activations:"]
-    sizes = weight_bytes_per_rank(recipe, world_size)
-    lines += [f"{name:<16}{size / 2**30:>15.2f} GiB" for name, size in sizes.items()]
-    lines.append(f"{'sum':<16}{sum(sizes.values()) / 2**30:>15.2f} GiB")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

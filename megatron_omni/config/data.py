@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_omni.config.ranges import file_path, number
+
 FrameChoice = Literal["rate", "release"]
 
 
@@ -11,23 +13,24 @@ class SourceConfig:
     """A set of records: JSONL files, ``.json`` files that hold an array of rows, or WebDataset tars."""
 
     name: str
-    path: str
+    """What logs, metrics (``loss/source/NAME``) and overrides (``data.sources.NAME.weight=2``) call it."""
+    path: str = file_path()
     """A file, ``shards/{000..127}.tar``, a pattern such as ``shards/*.tar``, or a folder prepared by Energon (``DIR``:
     its split ``train``; ``DIR#val``). Tars need an index (tools/prepare_data.py); JSONL files gain from one."""
-    root: str = ""
+    root: str = file_path("")
     """Folder that media paths in JSONL files are relative to and must lie under; empty: the folder of the file. Tars
     hold their media."""
     prompt: str = ""
     """Asked of a tar's media that come with a caption alone; empty: "Describe the picture." or the like."""
-    weight: float = 1.0
+    weight: float = number(1.0, at_least=0)
     """Share of the mixture, relative to the other active sources: of its samples, or of its tokens (``weight_by``)."""
-    epochs: float | None = None
+    epochs: float | None = number(None, above=0, fix="null is for ever")
     """Times that its records are drawn before it leaves the mixture; null: for ever."""
-    from_sample: int = 0
+    from_sample: int = number(0, at_least=0)
     """Global sample count at which the source joins the mixture (curriculum)."""
-    reweight: dict[int, float] = field(default_factory=dict)
+    reweight: dict[int, float] = number(dict, at_least=0)
     """Later weights: global sample count at which each takes effect -> weight (0 takes the source out)."""
-    loss_weight: float = 1.0
+    loss_weight: float = number(1.0, above=0, at_most=10**6, fix="weight: 0 takes a source out")
     """Factor on the training loss of its label tokens; the divisor stays the number of label tokens of the step, and the
     losses that are logged stay without it. Raise it for short answers, which a mean over tokens counts little."""
 
@@ -37,22 +40,24 @@ class DataConfig:
     """Data group of a recipe."""
 
     sources: list[SourceConfig] = field(default_factory=list)
+    """What is trained on. A list stands for itself; a mapping by name changes, adds or (null) takes out single sources of
+    the file that is extended: see "Sources by name"."""
     eval_sources: list[SourceConfig] = field(default_factory=list)
     """Held-out sets: evaluated every ``log.eval_interval`` steps; never drawn for training."""
-    tokenizer: str = ""
+    tokenizer: str = file_path("")
     """A SentencePiece ``.model`` file or a directory with a Hugging Face ``tokenizer.json``."""
     system_prompt: str = ""
     """System turn of the chat template; empty leaves the turn out."""
-    seq_length: int = 8192
+    seq_length: int = number(8192, at_least=1, at_most=10**8)
     """Longest sample in tokens, media placeholders included; a longer one is skipped and counted. The row length when
     samples are packed."""
     packing: bool = False
     """Several samples share a row of ``seq_length`` tokens (each takes the oldest that waits and what fills it best),
     attention and positions kept apart. A step then
     takes as many samples as its rows hold."""
-    micro_batch_size: int = 1
+    micro_batch_size: int = number(1, at_least=1, at_most=10**8)
     """Rows of a micro-batch: samples, or packed rows."""
-    global_batch_size: int = 8
+    global_batch_size: int = number(8, at_least=1, at_most=10**8)
     """Rows per optimizer step over all data-parallel ranks."""
     weight_by: Literal["samples", "tokens"] = "samples"
     """What the weights of sources are shares of; ``tokens`` needs an index of each."""
@@ -61,25 +66,30 @@ class DataConfig:
     needs an index of each source."""
     batch_by: Literal["mixed", "source"] = "mixed"
     """``source``: all samples of a step come from one source, drawn by weight (less padding at small scale)."""
-    pad_to_multiple_of: int = 8
-    max_bad_fraction: float = 0.01
+    pad_to_multiple_of: int = number(8, at_least=1, at_most=65536)
+    """Rows of a micro-batch are padded to its longest and then to a multiple of this many tokens."""
+    max_bad_fraction: float = number(0.01, at_least=0, at_most=1)
     """Share of bad samples above which training stops and says so."""
-    num_workers: int = 0
+    num_workers: int = number(0, at_least=0, at_most=1024)
     """Threads that prepare the next steps, per rank; 0 decodes inside the training step."""
-    prefetch_gib: float = 1.0
+    prefetch_gib: float = number(1.0, above=0)
     """Most memory of the steps that are prepared ahead, per rank; the next step is prepared whatever its size."""
-    stall_seconds: float = 120.0
+    stall_seconds: float = number(120.0, at_least=0.1, at_most=604_800)
     """A thread that works on one record for longer is given up and its work done again by another; a record that stalls
     twice is skipped and counted."""
-    cache_gib: float = 0.0
+    cache_gib: float = number(0.0, at_least=0)
     """Decoded samples kept in memory per rank, so that a second epoch decodes nothing."""
     decoder: Literal["cpu", "dali"] = "cpu"
     """What decodes media: Pillow, soundfile and PyAV, or NVIDIA DALI (on the GPU where there is one; what it cannot
     read goes to ``cpu``, counted and logged)."""
-    video_fps: float = 1.0
-    min_frames: int = 8
-    max_frames: int = 64
-    max_frames_with_audio: int = 32
+    video_fps: float = number(1.0, above=0, at_most=1000)
+    """Frames taken from a second of video, within the next three bounds."""
+    min_frames: int = number(8, at_least=1, at_most=10**6)
+    """Fewest frames of a video; a short one is sampled more densely."""
+    max_frames: int = number(64, at_least=1, at_most=10**6)
+    """Most frames of a video; a long one is sampled more sparsely."""
+    max_frames_with_audio: int = number(32, at_least=1, at_most=10**6)
+    """The same for a video whose sound is heard as well."""
     frame_choice: FrameChoice = "rate"
     """Which frames of a video: those nearest to ``video_fps``, or what the authors' published code takes (``release``: an
     even number, evenly spaced from the first to the last), for released weights."""

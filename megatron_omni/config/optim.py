@@ -1,29 +1,40 @@
 """Optimizer and learning-rate schedule. Names are Megatron-Core's."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
+
+from megatron_omni.config.ranges import number
 
 
 @dataclass(kw_only=True)
 class OptimConfig:
     """AdamW with a Megatron learning-rate schedule."""
 
-    lr: float = 1e-5
-    min_lr: float = 0.0
+    lr: float = number(1e-5, above=0, at_most=1000)
+    """Highest learning rate, reached at the end of the warm-up."""
+    min_lr: float = number(0.0, at_least=0, at_most=1000)
+    """Learning rate at the end of the schedule."""
     lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = "cosine"
-    """WSD: constant after the warm-up, then a linear decay over the last ``lr_wsd_decay_iters`` steps."""
-    lr_warmup_iters: int = 0
-    lr_decay_iters: int | None = None
-    """None: ``train_iters``."""
-    lr_wsd_decay_iters: int | None = None
+    """Shape of the schedule after its warm-up. WSD: constant, then a linear decay over the last ``lr_wsd_decay_iters`` steps."""
+    lr_warmup_iters: int = number(0, at_least=0)
+    """Steps over which the learning rate rises linearly from 0."""
+    lr_decay_iters: int | None = number(None, at_least=1)
+    """Steps of the schedule, warm-up included; null: ``train_iters``."""
+    lr_wsd_decay_iters: int | None = number(None, at_least=1)
     """Steps of the decay at the end of a WSD schedule."""
-    lr_scale: dict[str, float] = field(default_factory=dict)
+    lr_scale: dict[str, float] = number(dict, above=0, at_most=10**6, fix="freeze leaves a part as it is")
     """Factor on the learning rate per named part (``vision: 0.1``); the part names of ``freeze``."""
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
+    weight_decay: float = number(0.0, at_least=0, at_most=1000)
+    """Share of a matrix, times the learning rate, that a step takes off it (AdamW); norms and biases keep theirs."""
+    adam_beta1: float = number(0.9, at_least=0, below=1)
+    """Decay of the running mean of gradients."""
+    adam_beta2: float = number(0.95, at_least=0, below=1)
+    """Decay of the running mean of squared gradients."""
+    adam_eps: float = number(1e-8, above=0, at_most=1)
+    """Added to the root of the squares' mean in Adam's divisor."""
+    clip_grad: float = number(1.0, at_least=0)
+    """Largest norm of the whole gradient, which is scaled down to it; 0 switches clipping off."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 keeps fp32 master weights and fp32 gradient accumulation."""
     use_distributed_optimizer: bool = True
+    """Each data-parallel rank holds and updates its part of the optimizer's state alone (ZeRO stage 1)."""

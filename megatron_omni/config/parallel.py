@@ -3,19 +3,27 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_omni.config.ranges import number
+
 
 @dataclass(kw_only=True)
 class ParallelConfig:
     """Sizes of the parallel groups; data parallelism is what is left of the world size."""
 
-    tensor_model_parallel_size: int = 1
-    """TP > 1 implies sequence parallelism."""
-    pipeline_model_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
-    expert_tensor_parallel_size: int = 1
+    tensor_model_parallel_size: int = number(1, at_least=1, at_most=10**6)
+    """TP: ranks that share every matrix of attention, dense FFN and vocabulary; above 1 sequences are shared, too
+    (sequence parallelism)."""
+    pipeline_model_parallel_size: int = number(1, at_least=1, at_most=1000)
+    """PP: stages that the blocks are divided over, equally many each."""
+    expert_model_parallel_size: int = number(1, at_least=1, at_most=10**6)
+    """EP: ranks that the routed experts are divided over."""
+    expert_tensor_parallel_size: int = number(1, at_least=1, at_most=10**6)
+    """ETP: ranks that share the matrices of one routed expert."""
     recompute: Literal["none", "full", "moe"] = "none"
     """Activation recomputation: every layer, those of the encoders too, or the MoE layers alone."""
     overlap_grad_reduce: bool = False
+    """Gradients are reduced over data-parallel ranks while the backward goes on, in buckets."""
     overlap_param_gather: bool = False
-    distributed_timeout_seconds: float = 600.0
+    """Weights that other ranks updated are gathered while the next forward goes on (distributed optimizer)."""
+    distributed_timeout_seconds: float = number(600.0, at_least=1, at_most=604_800)
     """A collective that waits longer ends the run on every rank."""

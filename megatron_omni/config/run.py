@@ -7,15 +7,16 @@ from megatron_omni.config.data import DataConfig
 from megatron_omni.config.model import ModelConfig
 from megatron_omni.config.optim import OptimConfig
 from megatron_omni.config.parallel import ParallelConfig
+from megatron_omni.config.ranges import file_path, number
 
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
     """When checkpoints are written and how many stay."""
 
-    save_interval: int = 1000
+    save_interval: int = number(1000, at_least=0)
     """Steps between checkpoints; 0 saves only at the end and on a stop signal."""
-    keep: int = 2
+    keep: int = number(2, at_least=0)
     """Newest checkpoints kept; older ones are removed after a newer one is whole. 0 keeps all."""
     async_save: bool = False
     """Write files while training goes on, from a copy in main memory (as large as this rank's part of the checkpoint).
@@ -29,15 +30,17 @@ class CheckpointConfig:
 class LogConfig:
     """Progress line, metrics.jsonl and TensorBoard."""
 
-    interval: int = 10
-    eval_interval: int = 0
+    interval: int = number(10, at_least=1)
+    """Steps between two lines of the log and of metrics.jsonl."""
+    eval_interval: int = number(0, at_least=0)
     """Steps between held-out loss evaluations; 0 never."""
-    eval_iters: int = 4
+    eval_iters: int = number(4, at_least=1)
     """Global batches per held-out source and evaluation."""
     tensorboard: bool = True
+    """Write what metrics.jsonl holds for TensorBoard as well (``tensorboard --logdir RUN_DIR/tensorboard``)."""
     expert_load: bool = True
     """Routing statistics per layer x expert x modality."""
-    profile_steps: list[int] = field(default_factory=list)
+    profile_steps: list[int] = number(list, at_least=1)
     """First and last step of a torch profiler trace (training/profile.py); empty for none."""
 
 
@@ -46,24 +49,34 @@ class Recipe:
     """One training run. ``load`` resumes everything; ``init_from`` takes weights only."""
 
     task: Literal["supervised"] = "supervised"
-    seed: int = 3407
-    run_dir: str = "runs/default"
-    train_iters: int = 1000
-    init_from: str | None = None
+    """What is learned; ``supervised``: the answers of the records."""
+    seed: int = number(3407, at_least=0, at_most=2**32 - 1)
+    """Decides every random draw: initial weights, the order of the data, routing, dropout."""
+    run_dir: str = file_path("runs/default")
+    """Where logs and checkpoints of the run go (docs/training.md)."""
+    train_iters: int = number(1000, at_least=1)
+    """Optimizer steps of the run."""
+    init_from: str | None = file_path(None)
     """Run directory or checkpoint whose weights start the run. A dense one starts a model with experts by upcycling:
     every routed expert is its feed-forward part (experts from several checkpoints: tools/upcycle.py)."""
     init_allow_missing: list[str] = field(default_factory=list)
     """Tensors (shell-style patterns of their names) that ``init_from`` may lack; they keep their initial values."""
     init_allow_extra: list[str] = field(default_factory=list)
     """Tensors (shell-style patterns of their names) of ``init_from`` that this model does not have."""
-    load: str | None = None
+    load: str | None = file_path(None)
     """Run directory or checkpoint to resume; ``auto`` resumes ``run_dir`` when it holds a checkpoint."""
     freeze: list[str] = field(default_factory=list)
     """Named parts that are not trained: vision, audio, projectors, attention, norms, experts, shared_experts, gate,
     ffn, embeddings, output, new_token_rows (docs/config.md)."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape of the model."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout over ranks."""
     data: DataConfig = field(default_factory=DataConfig)
+    """What is read, how it is mixed and batched."""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and learning rate."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When the run is saved."""
     log: LogConfig = field(default_factory=LogConfig)
+    """What is measured and written down."""

@@ -8,18 +8,28 @@ DIR#val                    another split of it
 """
 
 import glob
+import itertools
+import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
 _MOST_FILES = 1_000_000
 
 
 def shard_paths(path: str) -> list[Path]:
     """Files of a source, in order; ValueError when there is none or one is missing."""
+    try:
+        return _shard_paths(path)
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise ValueError(f"{path!r} cannot be read: {error.strerror or error}") from error
+
+
+def _shard_paths(path: str) -> list[Path]:
     folder, _, split = path.partition("#")
     if (Path(folder) / ".nv-meta").is_dir():
         return _energon_shards(Path(folder), split or "train")
@@ -44,20 +54,22 @@ def shard_paths(path: str) -> list[Path]:
 
 def expand_braces(pattern: str) -> list[str]:
     """``a{00..02}`` and ``a{x,y}`` written out, from left to right."""
-    match = _BRACES.search(pattern)
-    if match is None:
-        return [pattern]
-    bounds = _RANGE.fullmatch(match[1])
-    if bounds is not None:
-        low, high = int(bounds[1]), int(bounds[2])
-        if not 0 <= high - low < _MOST_FILES:
-            raise ValueError(f"{pattern!r}: the range {match[0]} is empty or absurdly long")
-        choices = [str(number).zfill(len(bounds[1])) for number in range(low, high + 1)]
-    else:
-        choices = match[1].split(",")
-    return [
-        tail for choice in choices for tail in expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
-    ]
+    pieces = _BRACES.split(pattern)  # text, content of a brace, text, ...
+    choices = [[piece] if place % 2 == 0 else _choices(piece, pattern) for place, piece in enumerate(pieces)]
+    if math.prod(map(len, choices)) > _MOST_FILES:
+        raise ValueError(f"{pattern!r} stands for more than {_MOST_FILES:,} files; name fewer")
+    return ["".join(chosen) for chosen in itertools.product(*choices)]
+
+
+def _choices(brace: str, pattern: str) -> Sequence[str]:
+    """What ``{brace}`` stands for."""
+    bounds = _RANGE.fullmatch(brace)
+    if bounds is None:
+        return brace.split(",")
+    low, high = int(bounds[1]), int(bounds[2])
+    if not 0 <= high - low < _MOST_FILES:
+        raise ValueError(f"{pattern!r}: the range {{{brace}}} is empty or absurdly long")
+    return [str(number).zfill(len(bounds[1])) for number in range(low, high + 1)]
 
 
 def _energon_shards(folder: Path, split: str) -> list[Path]:

@@ -3,13 +3,17 @@
 Every violation is one ValueError: field, value, why, fix. All of them are collected, so that one run shows them all.
 """
 
-import dataclasses
+import difflib
 import math
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_omni.config.load import all_fields
+from megatron_omni.config.megatron_fields import OURS, transformer_config_fields
 from megatron_omni.config.model import ModelConfig
 from megatron_omni.config.parallel import ParallelConfig
+from megatron_omni.config.ranges import out_of_range
 from megatron_omni.config.run import Recipe
 from megatron_omni.config.shards import shard_paths
 
@@ -25,9 +29,9 @@ LORA_TARGETS = ("attention", "experts")
 
 def validate(recipe: Recipe, *, world_size: int = 1, check_files: bool = True) -> None:
     """Raise one ValueError that lists everything wrong with ``recipe`` on ``world_size`` ranks."""
-    problems = list(_not_finite(dataclasses.asdict(recipe)))
-    if not problems:  # every other check is a comparison, which a NaN passes or fails at random
-        problems = [*_model(recipe.model), *_layout(recipe, world_size), *_run(recipe)]
+    problems = list(out_of_range(recipe))
+    if not problems:  # every other check calculates with these numbers
+        problems = [*_model(recipe.model), *_layout(recipe, world_size), *_run(recipe), *_sources(recipe)]
         if check_files:
             problems += _files(recipe)
     if problems:
@@ -39,32 +43,17 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     return world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
 
 
+def fewest_ranks(parallel: ParallelConfig) -> int:
+    """The smallest number of ranks that a layout can be laid out over."""
+    experts = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
+    return parallel.pipeline_model_parallel_size * math.lcm(parallel.tensor_model_parallel_size, experts)
+
+
 def num_micro_batches(recipe: Recipe, world_size: int) -> int:
     """Micro-batches per rank and optimizer step; assumes sizes that divide."""
     return recipe.data.global_batch_size // (
         recipe.data.micro_batch_size * data_parallel_size(recipe.parallel, world_size)
     )
-
-
-def _not_finite(value: object, name: str = "") -> Iterator[str]:
-    if isinstance(value, float) and not math.isfinite(value):
-        yield f"{name}={value}: must be a finite number"
-    elif isinstance(value, dict | list | tuple):
-        inside: Iterable[tuple[object, object]] = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, inner in inside:
-            yield from _not_finite(inner, f"{name}.{key}" if name else str(key))
-
-
-def _positive(values: dict[str, float | int]) -> Iterator[str]:
-    for name, value in values.items():
-        if value <= 0:
-            yield f"{name}={value}: must be positive"
-
-
-def _not_negative(values: dict[str, float | int]) -> Iterator[str]:
-    for name, value in values.items():
-        if value < 0:
-            yield f"{name}={value}: must not be negative"
 
 
 def _divides(name: str, value: int, by_name: str, by: int) -> Iterator[str]:
@@ -73,22 +62,15 @@ def _divides(name: str, value: int, by_name: str, by: int) -> Iterator[str]:
 
 
 def _model(model: ModelConfig) -> Iterator[str]:
-    yield from _positive(
-        {
-            f"model.{k}": getattr(model, k)
-            for k in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
-        }
-        | {"model.kv_channels": model.kv_channels, "model.vocab_size": model.vocab_size}
-    )
     yield from _divides(
         "model.num_attention_heads", model.num_attention_heads, "model.num_query_groups", model.num_query_groups
     )
-    if 2 * sum(model.mrope_section) != model.kv_channels:
+    if len(model.mrope_section) != 3 or 2 * sum(model.mrope_section) != model.kv_channels:
         yield (
-            f"model.mrope_section={list(model.mrope_section)}: must sum to kv_channels / 2 = {model.kv_channels // 2}"
+            f"model.mrope_section={list(model.mrope_section)}: must be three numbers (time, height, width) whose sum is "
+            f"kv_channels / 2 = {model.kv_channels / 2:g}"
         )
-    if model.rope_theta_seconds <= 0:
-        yield f"model.rope_theta_seconds={model.rope_theta_seconds}: must be positive (2 in the MoE model)"
+    yield from _megatron(model)
     if model.moe is not None:
         yield from _moe(model)
     if model.lora is not None:
@@ -115,34 +97,21 @@ def _model(model: ModelConfig) -> Iterator[str]:
 def _moe(model: ModelConfig) -> Iterator[str]:
     moe = model.moe
     assert moe is not None
-    if not 0.0 < moe.top_p <= 1.0:
-        yield f"model.moe.top_p={moe.top_p}: must lie in (0, 1]; 0.7 is the paper's"
     slots = moe.num_routed_experts + moe.num_null_experts
-    if moe.num_routed_experts < 1:
-        yield f"model.moe.num_routed_experts={moe.num_routed_experts}: must be at least 1, or set model.moe=null for a dense model"
-    if min(moe.num_null_experts, moe.num_shared_experts) < 0:
-        yield "model.moe.num_null_experts and num_shared_experts must not be negative"
-    if moe.top_k is not None and not 1 <= moe.top_k <= slots:
+    if moe.top_k is not None and moe.top_k > slots:
         yield f"model.moe.top_k={moe.top_k}: must lie in 1..{slots} (routed + null), or be null for Top-P"
-    if moe.max_routed is not None and not 1 <= moe.max_routed <= moe.num_routed_experts:
+    if moe.max_routed is not None and moe.max_routed > moe.num_routed_experts:
         yield f"model.moe.max_routed={moe.max_routed}: must lie in 1..{moe.num_routed_experts}, or be null"
-    if not 0.0 <= moe.input_jitter < 1.0:
-        yield f"model.moe.input_jitter={moe.input_jitter}: must lie in [0, 1)"
     if moe.routing_weight_mode == "release" and moe.gradient_estimator == "paper":
         yield (
             "model.moe.gradient_estimator='paper' does not exist in routing_weight_mode='release', which normalises the "
             "multipliers after the estimator; choose grin (the published code) or none"
         )
-    if moe.capacity_factor is not None and moe.capacity_factor <= 0:
-        yield f"model.moe.capacity_factor={moe.capacity_factor}: must be positive, or null for dropless"
 
 
 def _lora(model: ModelConfig) -> Iterator[str]:
     lora = model.lora
     assert lora is not None
-    yield from _positive({"model.lora.rank": lora.rank, "model.lora.alpha": lora.alpha})
-    if not 0.0 <= lora.dropout < 1.0:
-        yield f"model.lora.dropout={lora.dropout}: must lie in [0, 1)"
     if not lora.targets or set(lora.targets) - set(LORA_TARGETS):
         yield f"model.lora.targets={list(lora.targets)}: name one or both of {', '.join(LORA_TARGETS)}"
     if "experts" in lora.targets and model.moe is None:
@@ -160,6 +129,8 @@ def _audio(model: ModelConfig) -> Iterator[str]:
     yield from _divides(
         "model.audio.hidden_size", audio.hidden_size, "model.audio.num_attention_heads", audio.num_attention_heads
     )
+    if audio.hidden_size % 2:
+        yield f"model.audio.hidden_size={audio.hidden_size}: must be even (sines and cosines of positions)"
     if audio.num_query_tokens > audio.max_target_positions:
         yield (
             f"model.audio.num_query_tokens={audio.num_query_tokens}: more than max_target_positions="
@@ -176,11 +147,6 @@ def _layout(recipe: Recipe, world_size: int) -> Iterator[str]:
     model, parallel, data = recipe.model, recipe.parallel, recipe.data
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
-    sizes = {"tensor_model": tp, "pipeline_model": pp, "expert_model": ep, "expert_tensor": etp}
-    bad = list(_positive({f"parallel.{k}_parallel_size": v for k, v in sizes.items()}))
-    if bad:
-        yield from bad
-        return
     if world_size % (tp * pp):
         yield (
             f"parallel.tensor_model_parallel_size={tp} x pipeline_model_parallel_size={pp} = {tp * pp} does not divide "
@@ -219,15 +185,12 @@ def _layout(recipe: Recipe, world_size: int) -> Iterator[str]:
             yield f"parallel.expert_model_parallel_size={ep} does not divide the {world_size // pp} rank(s) of a stage"
     dp = data_parallel_size(parallel, world_size)
     per_round = data.micro_batch_size * dp
-    yield from _positive(
-        {"data.micro_batch_size": data.micro_batch_size, "data.global_batch_size": data.global_batch_size}
-    )
     if per_round > data.global_batch_size:
         yield (
             f"more ranks than work: data.micro_batch_size={data.micro_batch_size} x {dp} data-parallel rank(s) = {per_round} "
             f"exceeds data.global_batch_size={data.global_batch_size}; raise it or start fewer ranks"
         )
-    elif per_round > 0 and data.global_batch_size % per_round:
+    elif data.global_batch_size % per_round:
         yield (
             f"data.global_batch_size={data.global_batch_size} is no multiple of micro_batch_size x data-parallel ranks = "
             f"{data.micro_batch_size} x {dp} = {per_round}"
@@ -236,25 +199,8 @@ def _layout(recipe: Recipe, world_size: int) -> Iterator[str]:
 
 def _run(recipe: Recipe) -> Iterator[str]:
     optim, data = recipe.optim, recipe.data
-    yield from _positive(
-        {"train_iters": recipe.train_iters, "data.seq_length": data.seq_length, "log.interval": recipe.log.interval}
-        | {"log.eval_iters": recipe.log.eval_iters, "data.pad_to_multiple_of": data.pad_to_multiple_of}
-        | {"data.video_fps": data.video_fps, "data.min_frames": data.min_frames, "optim.adam_eps": optim.adam_eps}
-        | {f"optim.lr_scale.{part}": scale for part, scale in optim.lr_scale.items()}
-        | {"parallel.distributed_timeout_seconds": recipe.parallel.distributed_timeout_seconds}
-    )
-    yield from _not_negative(
-        {f"optim.{k}": getattr(optim, k) for k in ("min_lr", "lr_warmup_iters", "weight_decay", "clip_grad")}
-        | {"checkpoint.save_interval": recipe.checkpoint.save_interval, "checkpoint.keep": recipe.checkpoint.keep}
-        | {"log.eval_interval": recipe.log.eval_interval, "data.num_workers": data.num_workers}
-    )
-    for name, beta in (("adam_beta1", optim.adam_beta1), ("adam_beta2", optim.adam_beta2)):
-        if not 0.0 <= beta < 1.0:
-            yield f"optim.{name}={beta}: must lie in [0, 1)"
     if data.packing and data.batch_by == "source":
         yield "data.packing=True: packed rows mix sources; set data.batch_by=mixed"
-    if optim.lr <= 0:
-        yield f"optim.lr={optim.lr}: must be positive"
     if optim.min_lr > optim.lr:
         yield f"optim.min_lr={optim.min_lr}: above optim.lr={optim.lr}"
     if optim.lr_warmup_iters >= (optim.lr_decay_iters or recipe.train_iters):
@@ -269,32 +215,56 @@ def _run(recipe: Recipe) -> Iterator[str]:
                 yield f"{group}: unknown part {name!r}; parts are {', '.join(PARTS)}"
     if "new_token_rows" in optim.lr_scale:
         yield "optim.lr_scale.new_token_rows: no effect; scale embeddings and output, which hold these rows"
-    yield from _positive({"data.prefetch_gib": data.prefetch_gib, "data.stall_seconds": data.stall_seconds})
-    if not 0.0 <= data.max_bad_fraction <= 1.0:
-        yield f"data.max_bad_fraction={data.max_bad_fraction}: must lie in [0, 1]"
-    if data.min_frames > data.max_frames:
-        yield f"data.min_frames={data.min_frames}: above data.max_frames={data.max_frames}"
-    names = [s.name for s in data.sources]
-    if len(set(names)) != len(names):
-        yield f"data.sources: names must differ, found {names}"
-    for source in data.sources:
-        if source.weight < 0:
-            yield f"data.sources[{source.name}].weight={source.weight}: must not be negative"
-        if source.loss_weight <= 0:
-            yield (
-                f"data.sources[{source.name}].loss_weight={source.loss_weight}: must be above 0; "
-                "weight: 0 takes a source out"
-            )
-        if source.epochs is not None and source.epochs <= 0:
-            yield f"data.sources[{source.name}].epochs={source.epochs}: must be positive, or null for ever"
-    if data.sources and not any(s.weight > 0 and s.from_sample == 0 for s in data.sources):
-        yield "data.sources: no source with weight > 0 starts at sample 0; give one from_sample=0"
+    for name in ("max_frames", "max_frames_with_audio"):
+        if data.min_frames > getattr(data, name):
+            yield f"data.min_frames={data.min_frames}: above data.{name}={getattr(data, name)}"
+    if recipe.model.lora is None and set(recipe.freeze) >= _parts_of(recipe.model):
+        yield f"freeze={recipe.freeze}: nothing is left to train; take a part out"
     yield from _best(recipe)
     yield from _profile(recipe.log.profile_steps)
     if (recipe.init_allow_missing or recipe.init_allow_extra) and not recipe.init_from:
         yield "init_allow_missing, init_allow_extra: no effect without init_from; set it or take them out"
     if recipe.load and recipe.init_from and recipe.load != "auto":
         yield "load and init_from are both set: load resumes everything, init_from takes weights only; keep one"
+
+
+def _parts_of(model: ModelConfig) -> set[str]:
+    """Named parts that a model has."""
+    absent = {"vision"} if model.vision is None else set()
+    absent |= {"audio"} if model.audio is None else set()
+    absent |= {"projectors"} if len(absent) == 2 else set()
+    absent |= {"experts", "shared_experts", "gate"} if model.moe is None else {"ffn"}
+    absent |= {"shared_experts"} if model.moe is not None and model.moe.num_shared_experts == 0 else set()
+    absent |= set() if model.untie_embeddings_and_output_weights else {"output"}
+    return set(PARTS) - absent
+
+
+def _sources(recipe: Recipe) -> Iterator[str]:
+    for field in ("sources", "eval_sources"):
+        names = [source.name for source in getattr(recipe.data, field)]
+        if len(set(names)) != len(names):
+            yield f"data.{field}: names must differ, found {names}"
+        for name in names:
+            if not name.strip() or name != name.strip() or "/" in name or not name.isprintable():
+                yield f"data.{field}: name={name!r}: names are words without '/' (metrics and files are called by them)"
+    sources = recipe.data.sources
+    if sources and not any(s.weight > 0 and s.from_sample == 0 for s in sources):
+        yield "data.sources: no source with weight > 0 starts at sample 0; give one from_sample=0"
+
+
+def _megatron(model: ModelConfig) -> Iterator[str]:
+    if not model.megatron:
+        return
+    known = transformer_config_fields()
+    own = {name.rsplit(".", 1)[-1]: name for name in reversed(all_fields())}
+    for name in model.megatron:
+        if name in own or name in OURS:
+            where = f"set {own[name]}" if name in own else f"it follows from {OURS[name]}"
+            yield f"model.megatron.{name}: decided by another field of the recipe; {where}"
+        elif name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            yield f"model.megatron.{name}: Megatron's TransformerConfig has no such field{hint}"
 
 
 def _wsd(recipe: Recipe) -> Iterator[str]:
@@ -333,6 +303,7 @@ def _best(recipe: Recipe) -> Iterator[str]:
 
 
 def _files(recipe: Recipe) -> Iterator[str]:
+    yield from _run_dir(Path(recipe.run_dir))
     if not recipe.data.sources:
         yield "data.sources is empty: name at least one JSONL file of records"
     for source in [*recipe.data.sources, *recipe.data.eval_sources]:
@@ -349,3 +320,12 @@ def _files(recipe: Recipe) -> Iterator[str]:
             f"data.tokenizer={recipe.data.tokenizer!r}: no such file or directory; give a SentencePiece .model or a directory "
             "with tokenizer.json"
         )
+
+
+def _run_dir(path: Path) -> Iterator[str]:
+    """A directory that is there or can be made."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        yield f"run_dir={str(path)!r}: {str(there)!r} is no directory; give another path"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        yield f"run_dir={str(path)!r}: nothing may be written in {str(there)!r}; give another path"

@@ -1,12 +1,26 @@
 """Recipes: loading, overrides, and every refusal names the field, the value and the fix."""
 
+import dataclasses
+import re
+import typing
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_omni.chain import ChainConfig
+from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.load import load_recipe, recipe_from_dict, recipe_to_dict, recipe_to_yaml
+from megatron_omni.config.megatron_fields import OURS, transformer_config_fields
+from megatron_omni.config.model import LoraConfig
+from megatron_omni.config.ranges import RANGE
 from megatron_omni.config.run import Recipe
-from megatron_omni.config.validate import data_parallel_size, num_micro_batches, validate
+from megatron_omni.config.shards import expand_braces
+from megatron_omni.config.validate import PARTS, data_parallel_size, fewest_ranks, num_micro_batches, validate
+from tools import config_docs
+
+SOURCES = "data: {sources: [{name: a, path: a.jsonl, weight: 3, reweight: {10: 0.5}}, {name: b, path: b.jsonl}]}\n"
 
 
 def write(path: Path, text: str) -> Path:
@@ -59,7 +73,7 @@ def test_missing_file_loop_and_non_mapping(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "world_size", "expected"),
     [
-        ({"model": {"moe": {"top_p": 0.0}}}, 1, r"model.moe.top_p=0.0: must lie in \(0, 1\]"),
+        ({"model": {"moe": {"top_p": 0.0}}}, 1, "model.moe.top_p=0.0: must be above 0 and at most 1"),
         ({"model": {"moe": {"top_p": 1.2}}}, 1, r"model.moe.top_p=1.2"),
         ({"parallel": {"tensor_model_parallel_size": 3}}, 6, "does not divide model.num_attention_heads=28"),
         ({"parallel": {"tensor_model_parallel_size": 2}}, 3, r"does not divide the 3 rank\(s\)"),
@@ -78,18 +92,22 @@ def test_missing_file_loop_and_non_mapping(tmp_path: Path) -> None:
         ({"model": {"moe": {"routing_weight_mode": "release"}}}, 1, "gradient_estimator='paper'"),
         ({"freeze": ["audo"]}, 1, "unknown part 'audo'"),
         ({"optim": {"lr_warmup_iters": 5000}}, 1, "lr_warmup_iters"),
-        ({"optim": {"lr_warmup_iters": -1}}, 1, "optim.lr_warmup_iters=-1: must not be negative"),
-        ({"optim": {"clip_grad": -1.0}}, 1, "optim.clip_grad=-1.0: must not be negative"),
-        ({"optim": {"adam_beta2": 1.0}}, 1, r"optim.adam_beta2=1.0: must lie in \[0, 1\)"),
+        ({"optim": {"lr_warmup_iters": -1}}, 1, "optim.lr_warmup_iters=-1: must be at least 0"),
+        ({"optim": {"clip_grad": -1.0}}, 1, "optim.clip_grad=-1.0: must be at least 0"),
+        ({"optim": {"adam_beta2": 1.0}}, 1, "optim.adam_beta2=1.0: must be at least 0 and below 1"),
         ({"optim": {"lr": float("nan")}}, 1, "optim.lr=nan: must be a finite number"),
         (
             {"data": {"sources": [{"name": "s", "path": "x", "loss_weight": float("inf")}]}},
             1,
-            r"data.sources.0.loss_weight=inf: must be a finite number",
+            r"data.sources.s.loss_weight=inf: must be a finite number",
         ),
-        ({"optim": {"lr_scale": {"gate": -1.0}}}, 1, "optim.lr_scale.gate=-1.0: must be positive"),
+        (
+            {"optim": {"lr_scale": {"gate": -1.0}}},
+            1,
+            "optim.lr_scale.gate=-1.0: must be above 0 and at most 1,000,000; freeze",
+        ),
         ({"optim": {"lr_scale": {"new_token_rows": 2.0}}}, 1, "lr_scale.new_token_rows: no effect"),
-        ({"log": {"eval_iters": 0}}, 1, "log.eval_iters=0: must be positive"),
+        ({"log": {"eval_iters": 0}}, 1, "log.eval_iters=0: must be at least 1"),
         (
             {"optim": {"lr_decay_style": "WSD"}},
             1,
@@ -126,6 +144,29 @@ def test_missing_file_loop_and_non_mapping(tmp_path: Path) -> None:
             "model.moe.kernels='megatron': experts with adapters",
         ),
         ({"model": {"lora": {}}, "parallel": {"expert_tensor_parallel_size": 2}}, 2, "adapters of experts are whole"),
+        ({"model": {"mrope_section": [64]}}, 1, "must be three numbers"),
+        ({"model": {"megatron": {"hidden_size": 7}}}, 1, "megatron.hidden_size: decided by .*; set model.hidden_size"),
+        ({"model": {"megatron": {"bf16": False}}}, 1, "megatron.bf16: decided by .*; it follows from optim.precision"),
+        ({"model": {"megatron": {"nonsense": 1}}}, 1, "TransformerConfig has no such field"),
+        ({"model": {"megatron": {"qk_layernrm": True}}}, 1, "did you mean 'qk_layernorm'"),
+        (
+            {"model": {"audio": {"hidden_size": 1285, "num_attention_heads": 5}}},
+            1,
+            "audio.hidden_size=1285: must be even",
+        ),
+        ({"data": {"min_frames": 40}}, 1, "data.min_frames=40: above data.max_frames_with_audio=32"),
+        ({"freeze": list(PARTS)}, 1, "nothing is left to train"),
+        (
+            {"model": {"moe": None}, "freeze": [p for p in PARTS if "expert" not in p]},
+            1,
+            "nothing is left to train",
+        ),
+        (
+            {"data": {"eval_sources": [{"name": "e", "path": "a"}, {"name": "e", "path": "b"}]}},
+            1,
+            "data.eval_sources: names must differ",
+        ),
+        ({"data": {"sources": [{"name": "../a", "path": "a"}]}}, 1, "name='../a': names are words without '/'"),
     ],
 )
 def test_impossible_recipes_are_refused(values: dict, world_size: int, expected: str) -> None:
@@ -158,3 +199,228 @@ def test_data_parallel_size_and_micro_batches() -> None:
 
 def test_defaults_are_the_full_model() -> None:
     validate(Recipe(), world_size=8, check_files=False)
+
+
+# ------------------------------------------------------------------------------------------------ text of files and words
+
+
+@pytest.mark.parametrize(
+    ("word", "field", "value"),
+    [
+        ("train_iters=010", "train_iters", 10),
+        ("train_iters=0100", "train_iters", 100),
+        ("train_iters=0x10", "train_iters", 16),
+        ("train_iters=0o17", "train_iters", 15),
+        ("optim.lr=1e-5", "optim.lr", 1e-5),
+        ("optim.lr=+.5", "optim.lr", 0.5),
+        ("run_dir=no", "run_dir", "no"),
+        ("run_dir=010", "run_dir", "010"),
+        ("run_dir=1e3", "run_dir", "1e3"),
+        ("run_dir=2026-01-02", "run_dir", "2026-01-02"),
+        ("run_dir='a: b'", "run_dir", "a: b"),
+        ("load=null", "load", None),
+        ("load=", "load", None),
+        ("data.system_prompt=", "data.system_prompt", ""),
+        ("model.moe.gradient_estimator=none", "model.moe.gradient_estimator", "none"),
+        ("model.moe=null", "model.moe", None),
+        ("log.tensorboard=false", "log.tensorboard", False),
+    ],
+)
+@pytest.mark.parametrize("where", ["override", "file"])
+def test_values_are_read_as_they_were_typed(tmp_path: Path, word: str, field: str, value: Any, where: str) -> None:
+    key, _, text = word.partition("=")
+    written = text
+    for part in reversed(key.split(".")):
+        written = f"{{{part}: {written}}}"
+    recipe = load_recipe(
+        write(tmp_path / "r.yaml", "seed: 1\n" if where == "override" else written), [word] * (where == "override")
+    )
+    for name in field.split("."):
+        recipe = getattr(recipe, name)
+    assert recipe == value and type(recipe) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("optim.lr=1:30", "optim.lr: Value '1:30'"),
+        ("train_iters=10:00", "train_iters: Value '10:00'"),
+        ("train_iters=1.5", "train_iters"),
+        ("train_iters=", "train_iters"),
+        ("run_dir=null", "run_dir"),
+        ("run_dir=$HOME/x", r"run_dir=\$HOME/x: '\$' and zero bytes are refused"),
+        ("run_dir=~nobody_of_this_name/x", "no such user"),
+        ("run_dir=???", "not expanded"),
+        ("seed=" + "9" * 5000, "seed"),
+        ("optim=[", "not a value that YAML can read"),
+        ("optim=" + "[" * 2000, "nested too deeply"),
+        ("freeze=[&a vision, *a]", "an alias"),
+        ("optim={lr: 1, lr: 2}", "'lr' is there twice"),
+        ("data.sources.c.weight=2", "data.sources.c: has no path; give it one .there are a, b"),
+        ("data.sources.0.path=", "items go by their names, not by their places; there are a, b"),
+        ("data.sources[0].path=x", "items of a list go by their names"),
+        ("data.sources.c=null", "no such item to take out; there are a, b"),
+        ("data.sources.a=3", "give fields of it"),
+        ("data.sources.a.wait=3", "unknown field 'data.sources.a.wait'; did you mean 'weight'"),
+        ("data.sources.a.reweight={x: 1}", "data.sources"),
+        ("data.sources=[{path: x}]", r"data.sources\[0\]: has no name; give it one"),
+        ("data.eval_sources=[{name: x}]", r"data.eval_sources\[0\]: has no path; give it one"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line_with_its_place(tmp_path: Path, word: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        load_recipe(write(tmp_path / "r.yaml", SOURCES), [word])
+    text = str(caught.value)
+    assert text.startswith("override '") and "\n" not in text and len(text) < 600
+
+
+def test_a_file_with_the_same_faults_is_named(tmp_path: Path) -> None:
+    for text in ("data: {sources: [{path: x}]}", "a: &a 1\nb: *a", "seed: 1\nseed: 2", "seed: [1", "run_dir: ???"):
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / "r.yaml"))):
+            load_recipe(write(tmp_path / "r.yaml", text))
+
+
+def test_home_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/of/me")
+    words = ["run_dir=~/run", "init_from=~/in", "load=~/there", "data.tokenizer=~/t", "data.sources.a.path=~/a/{0..3}"]
+    recipe = load_recipe(write(tmp_path / "r.yaml", SOURCES), words)
+    found = [recipe.run_dir, recipe.init_from, recipe.load, recipe.data.tokenizer, recipe.data.sources[0].path]
+    assert found == ["/of/me/run", "/of/me/in", "/of/me/there", "/of/me/t", "/of/me/a/{0..3}"]
+    assert load_recipe(tmp_path / "r.yaml", ["data.system_prompt=~/x $5"]).data.system_prompt == "~/x $5"
+
+
+def test_sources_are_changed_added_and_taken_out_by_name(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", SOURCES)
+    child = "extends: base.yaml\ndata: {sources: {b: {weight: 2}, c: {path: c.jsonl}}, eval_sources: {e: {path: e}}}\n"
+    recipe = load_recipe(
+        write(tmp_path / "r.yaml", child), ["data.sources.a.reweight.20=0.1", "data.sources.b.epochs=2"]
+    )
+    a, b, c = recipe.data.sources
+    assert (a.name, a.weight, a.reweight) == ("a", 3.0, {10: 0.5, 20: 0.1})
+    assert (b.name, b.path, b.weight, b.epochs) == ("b", "b.jsonl", 2.0, 2.0)
+    assert c == SourceConfig(name="c", path="c.jsonl")
+    assert recipe.data.eval_sources == [SourceConfig(name="e", path="e")]
+    assert [s.name for s in load_recipe(tmp_path / "r.yaml", ["data.sources.a=null"]).data.sources] == ["b", "c"]
+    assert [s.name for s in load_recipe(tmp_path / "r.yaml", ["data.sources=[{name: z, path: z}]"]).data.sources] == [
+        "z"
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ ranges
+
+
+def schemas(of: Any) -> Iterator[type]:
+    """Every dataclass in the tree of a schema, once each place."""
+    if isinstance(of, type) and dataclasses.is_dataclass(of):
+        yield of
+        for hint in typing.get_type_hints(of).values():
+            yield from schemas(hint)
+    for inner in typing.get_args(of):
+        yield from schemas(inner)
+
+
+def holds_numbers(hint: Any) -> bool:
+    return hint in (int, float) or (
+        typing.get_origin(hint) is not typing.Literal and any(map(holds_numbers, typing.get_args(hint)))
+    )
+
+
+@pytest.mark.parametrize(
+    "schema", [*dict.fromkeys([*schemas(Recipe), *schemas(ChainConfig)])], ids=lambda s: s.__name__
+)
+def test_every_number_has_a_range_that_its_default_is_in(schema: type) -> None:
+    hints = typing.get_type_hints(schema)
+    for item in dataclasses.fields(schema):
+        numbers, allowed = holds_numbers(hints[item.name]), item.metadata.get(RANGE)
+        assert numbers == (allowed is not None), f"{schema.__name__}.{item.name}: give it a range by config/ranges.py"
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        for value in default if isinstance(default, list) else [default]:
+            assert not numbers or value is None or isinstance(value, dict) or value in allowed, item.name
+
+
+def test_every_field_says_what_it_is() -> None:
+    for name, schema in config_docs.GROUPS:
+        for field, text in config_docs.field_docs(schema).items():
+            assert text, f"{name}.{field} has no docstring"
+            assert "spec " not in text, f"{name}.{field} points to a document that users do not have"
+
+
+def outside(recipe: Recipe) -> Iterator[tuple[str, float]]:
+    """(dotted field, value just outside its range) for both ends of every range of scalar fields."""
+    for group, schema in (("", Recipe), *((n, s) for n, s in config_docs.GROUPS if n[0] not in "(" and "[" not in n)):
+        for item in dataclasses.fields(schema):
+            allowed = item.metadata.get(RANGE)
+            if allowed is None or item.default is dataclasses.MISSING:
+                continue
+            step = 1 if "int" in str(typing.get_type_hints(schema)[item.name]) else 1e-3
+            name = f"{group}.{item.name}".lstrip(".")
+            yield name, allowed.above if allowed.above is not None else allowed.at_least - step
+            yield name, allowed.below if allowed.below is not None else allowed.at_most + step
+
+
+@pytest.mark.parametrize(("name", "value"), [*outside(Recipe())])
+def test_a_number_outside_its_range_is_refused_by_name(name: str, value: float) -> None:
+    recipe = Recipe()
+    recipe.model.lora = LoraConfig()
+    *groups, last = name.split(".")
+    place: Any = recipe
+    for group in groups:
+        place = getattr(place, group)
+    setattr(place, last, value)
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}=\S+: must be "):
+        validate(recipe, check_files=False)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model.mrope_section", [65, -1, 0]),
+        ("optim.lr_scale", {"vision": 1e300}),
+        ("log.profile_steps", [0, 1]),
+        ("data.sources", [{"name": "s", "path": "x", "reweight": {-1: 1.0}}]),
+        ("data.sources", [{"name": "s", "path": "x", "reweight": {1: -1.0}}]),
+        ("data.eval_sources", [{"name": "s", "path": "x", "weight": -1.0}]),
+        ("seed", 10**400),
+        ("model.megatron", {"layernorm_zero_centered_gamma": float("nan")}),
+    ],
+)
+def test_numbers_in_lists_and_mappings_have_ranges_too(field: str, value: Any) -> None:
+    for part in reversed(field.split(".")):
+        value = {part: value}
+    with pytest.raises(ValueError, match=rf"{field}\S*=\S+: must be "):
+        validate(recipe_from_dict(value), check_files=False)
+
+
+def test_megatron_fields_are_those_of_the_installed_version() -> None:
+    from megatron.core.transformer import TransformerConfig
+
+    assert transformer_config_fields() == {field.name for field in dataclasses.fields(TransformerConfig)}
+    assert set(OURS) <= transformer_config_fields()
+    validate(recipe_from_dict({"model": {"megatron": {"attention_softmax_in_fp32": False}}}), check_files=False)
+
+
+# ------------------------------------------------------------------------------------------------ files, ranks, sizes
+
+
+def test_braces_are_counted_before_they_are_written_out() -> None:
+    assert expand_braces("{0..2}{a,b}") == ["0a", "0b", "1a", "1b", "2a", "2b"]
+    for pattern in ("{0..9}" * 7, "{0..99999999999999999}", "{a,b}" * 30, "{5..2}"):
+        with pytest.raises(ValueError, match=re.escape(repr(pattern))):
+            expand_braces(pattern)
+
+
+@pytest.mark.parametrize("run_dir", ["/dev/null", "/dev/null/run", "FILE/run"])
+def test_a_run_directory_that_cannot_be_made_is_refused(tmp_path: Path, run_dir: str) -> None:
+    write(tmp_path / "FILE", "")
+    run_dir = str(tmp_path / run_dir) if run_dir.startswith("FILE") else run_dir
+    with pytest.raises(ValueError, match=rf"run_dir='{run_dir}': '.*' is no directory"):
+        validate(recipe_from_dict({"run_dir": run_dir}))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"), [((1, 1, 1, 1), 1), ((4, 1, 4, 1), 4), ((2, 3, 4, 1), 12), ((4, 1, 3, 2), 12)]
+)
+def test_fewest_ranks_of_a_layout(sizes: tuple[int, ...], expected: int) -> None:
+    names = ("tensor_model", "pipeline_model", "expert_model", "expert_tensor")
+    parallel = {f"{name}_parallel_size": size for name, size in zip(names, sizes, strict=True)}
+    assert fewest_ranks(recipe_from_dict({"parallel": parallel}).parallel) == expected
