@@ -59,14 +59,16 @@ class Found:
 
 
 def multiplier_peaks(threads: int) -> dict[str, float]:
-    """GFLOP/s by dtype from peak.cpp; zeros where it cannot be compiled or the instructions are missing."""
+    """GFLOP/s by dtype from peak.cpp for the engine that runs; zeros where it cannot be compiled or lacks instructions."""
+    from megatron_omni.ops.extension import cpu_engine
+
     with tempfile.TemporaryDirectory() as folder:
         program = f"{folder}/peak"
         compiler = shlex.split(os.environ.get("CXX", "c++"))
         command = [*compiler, "-O2", "-pthread", str(ROOT / "benchmarks" / "peak.cpp"), "-o", program]
         if subprocess.run(command, capture_output=True).returncode:
             return {"fp32": 0.0, "bf16": 0.0}
-        out = subprocess.run([program, str(threads)], capture_output=True, text=True, check=True).stdout
+        out = subprocess.run([program, str(threads), cpu_engine()], capture_output=True, text=True, check=True).stdout
     return dict(zip(("fp32", "bf16"), map(float, out.split()), strict=True))
 
 

@@ -10,11 +10,13 @@
 #include <torch/library.h>
 
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "arguments.h"
+#include "cpu/isa.h"
 #include "kernels.h"
 
 namespace {
@@ -26,7 +28,27 @@ using omni::data_or_null;
 using omni::DType;
 using omni::dtype_of;
 
+// The engine that runs (csrc/cpu/isa.h), by name; ValueError where OMNI_CPU_KERNELS asks for one that is not there.
+std::string cpu_engine() {
+  try {
+    return omni::cpu::name_of(omni::cpu::engine());
+  } catch (const std::invalid_argument& error) {
+    TORCH_CHECK_VALUE(false, error.what());
+  }
+}
+
+// Names the engine from now on, or none.
+void set_cpu_engine(c10::string_view name) {
+  try {
+    omni::cpu::set_engine(std::string(name));
+  } catch (const std::invalid_argument& error) {
+    TORCH_CHECK_VALUE(false, error.what());
+  }
+}
+
+// What every op runs on; asks for the engine first, so that a wrong choice is an error here and not in a thread.
 const omni::Parallel pool() {
+  cpu_engine();
   return {at::get_num_threads(), [](int64_t num_tasks, void (*task)(void*, int64_t), void* context) {
             at::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
               for (int64_t i = begin; i < end; ++i) task(context, i);
@@ -434,6 +456,10 @@ Tensor counter_uniform(const Tensor& sample_ids, const Tensor& positions, int64_
 
 // One line an op: what follows the arrow is what the fake kernels in megatron_omni/ops describe.
 TORCH_LIBRARY(megatron_omni, m) {
+  m.def("cpu_engine() -> str", cpu_engine);
+  m.def("cpu_engines() -> str", omni::cpu::names_of_engines);
+  m.def("cpu_engine_is_forced() -> bool", omni::cpu::engine_is_forced);
+  m.def("set_cpu_engine(str name) -> ()", set_cpu_engine);
   m.def("build_permutation(Tensor routing_map, SymInt? num_assignments=None)"
         " -> (Tensor offsets, Tensor row_token, Tensor row_expert, Tensor token_offsets, Tensor token_rows)");
   m.def("permute(Tensor x, Tensor row_token, Tensor token_offsets, Tensor token_rows, SymInt num_rows) -> Tensor");

@@ -1,7 +1,7 @@
 // Counter-based uniform draws: the hash of megatron_omni/ops/counter_rng.py, bit for bit, one pass over the result.
 #include <algorithm>
 
-#include "cpu/isa.h"
+#include "cpu/counter_rng.h"
 #include "kernels.h"
 
 namespace omni::cpu {
@@ -12,25 +12,6 @@ uint64_t mix64(uint64_t x) {  // splitmix64 finaliser
   x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
   return x ^ (x >> 31);
 }
-
-// Draws of one key; the loop is left to the compiler, which has a vector form of every step.
-#define OMNI_FILL_ROW(low, high, n, out)                                            \
-  for (int64_t i = 0; i < n; ++i) {                                                 \
-    uint32_t x = low + static_cast<uint32_t>(i) * 0x9E3779B9u;                      \
-    x = (x ^ (x >> 16)) * 0x7FEB352Du ^ high;                                       \
-    x = (x ^ (x >> 15)) * 0x846CA68Bu;                                              \
-    x ^= x >> 16;                                                                   \
-    const float m = static_cast<float>(static_cast<int32_t>(x) >> 9); /* 23 bits */ \
-    out[i] = m * 0x1p-23f + (0.5f + 0x1p-24f);                                      \
-  }
-
-void fill_row(uint32_t low, uint32_t high, int64_t n, float* out) { OMNI_FILL_ROW(low, high, n, out) }
-
-#if OMNI_X86
-OMNI_AVX512 void fill_row_avx512(uint32_t low, uint32_t high, int64_t n, float* out) {
-  OMNI_FILL_ROW(low, high, n, out)
-}
-#endif
 
 }  // namespace
 
@@ -43,13 +24,9 @@ void counter_uniform(const int64_t* sample_ids, const int64_t* positions, int64_
       const uint64_t sample = mix64(static_cast<uint64_t>(sample_ids[t]) + call);
       const uint64_t key = mix64(sample + static_cast<uint64_t>(positions[t]) * 0x9E3779B97F4A7C15u);
       const uint32_t low = static_cast<uint32_t>(key), high = static_cast<uint32_t>(key >> 32);
-#if OMNI_X86
-      if (has_avx512()) {
-        fill_row_avx512(low, high, num_draws, out + t * num_draws);
-        continue;
-      }
-#endif
-      fill_row(low, high, num_draws, out + t * num_draws);
+      float* row = out + t * num_draws;
+      if (!with_vectors([&](auto isa) { LightKernels<decltype(isa)>::fill_draws(low, high, num_draws, row); }))
+        fill_row<void>(low, high, num_draws, row);
     }
   });
 }

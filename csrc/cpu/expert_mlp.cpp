@@ -7,7 +7,6 @@
 #include <cstring>
 
 #include "cpu/gemm_blocked.h"
-#include "cpu/swiglu.h"
 
 namespace omni::cpu {
 namespace {
@@ -62,7 +61,7 @@ void expert_mlp(const void* x, const void* w1, const void* w2, const int64_t* of
         for (int64_t i = 0; i < t.rows; ++i) {
           const int64_t row = t.row + i;
           E_* to = static_cast<E_*>(h) + row * 2 * F + t.col;
-          Swiglu<G>::row(tile + 2 * i * t.cols, tile + (2 * i + 1) * t.cols, t.cols, weight_of<Acc>(row_weight, row), to, to + F,
+          G::swiglu_row(tile + 2 * i * t.cols, tile + (2 * i + 1) * t.cols, t.cols, weight_of<Acc>(row_weight, row), to, to + F,
                          static_cast<E_*>(a) + row * F + t.col);
         }
       });
@@ -99,7 +98,7 @@ void expert_mlp_backward(const void* dy, const void* x, const void* h, const voi
           const int64_t row = t.row + i, at = row * 2 * F + t.col;
           const E_* from = static_cast<const E_*>(h) + at;
           E_* to = static_cast<E_*>(dh) + at;
-          const Acc dot = Swiglu<G>::backward_row(tile + i * t.cols, from, from + F, t.cols,
+          const Acc dot = G::swiglu_backward_row(tile + i * t.cols, from, from + F, t.cols,
                                                   weight_of<Acc>(row_weight, row), to, to + F,
                                                   static_cast<E_*>(a) + row * F + t.col);
           if (drow_weight) dots[t.col / width * offsets[E] + row] = dot;

@@ -3,7 +3,7 @@
 // The contraction is cut into blocks of at most kUnits units. Of each block, B is packed into tiles of kTile columns
 // that stay in the second-level cache while all rows pass (where it can, by the first rows' microkernel on its way); A is
 // read in place where its layout allows. Sums are accumulated in Acc (fp32; fp64 for fp64) over all blocks and rounded
-// once. Engines (gemm_avx512.h, gemm_portable.h) bring the packing and the microkernel. One task is one expert's chunk of
+// once. Engines (gemm_simd.h, gemm_portable.h) bring the packing and the microkernel. One task is one expert's chunk of
 // rows times a block of columns, so that threads share nothing; they draw tasks from one counter, which balances skewed
 // experts and leaves results unchanged.
 #pragma once
@@ -15,8 +15,9 @@
 #include <new>
 #include <vector>
 
-#include "cpu/gemm_avx512.h"
 #include "cpu/gemm_portable.h"
+#include "cpu/gemm_simd.h"
+#include "cpu/isa.h"
 #include "kernels.h"
 
 namespace omni::cpu {
@@ -121,8 +122,9 @@ void multiply(const MatrixA<typename G::Element>& a, const MatrixB<typename G::E
   const bool b_in_place =
       G::kBInPlace && !b.transposed && m <= (b.ld == n ? kFewRowsOfRun : kFewRows) && n % 16 == 0;
   const bool a_in_place = G::kAInPlace && !a.columns && l % G::kPair == 0;
-  // With A in place every tile of columns takes the whole contraction at once; packed A is shared by all tiles.
-  const int64_t stripe = a_in_place ? G::kTile : n;
+  // With A in place every tile of columns takes the whole contraction at once, unless tiles share a block of A (which is
+  // so where A is packed).
+  const int64_t stripe = a_in_place && !G::kTilesShareA ? G::kTile : n;
   const int64_t ld_rows = max_units + 16;  // of packed rows: no power of two
   Acc* packed_b = b_in_place ? nullptr : scratch.b.get<Acc>(max_units * G::kTile);
   Acc* packed_a = a_in_place ? nullptr
@@ -138,7 +140,7 @@ void multiply(const MatrixA<typename G::Element>& a, const MatrixB<typename G::E
   if (whole_rows && b.next && !a.columns)
     run.step = std::min<int64_t>(128, n * l * kElement / (ceil_div(n, G::kTile) * cuts_of_all * all_units));
   for (int64_t s = 0; s < n; s += stripe) {
-    if (b.transposed && a_in_place) {
+    if (b.transposed && a_in_place && !G::kTilesShareA) {
       const E* next = s + stripe < n ? b.data + (s + stripe) * b.ld : b.next;
       run = {reinterpret_cast<const char*>(next), 0, 64};
       if (next) run.step = std::min<int64_t>(128, G::kTile * l * kElement / (cuts_of_all * all_units));
@@ -148,7 +150,7 @@ void multiply(const MatrixA<typename G::Element>& a, const MatrixB<typename G::E
       const bool first = l0 == 0, last = l0 + length == l;
       if (!a_in_place) {
         if (a.columns)
-          G::template pack_columns<G::kGroup>(a.data + l0 * a.ld, a.ld, length, m, packed_a);
+          G::pack_a(a.data + l0 * a.ld, a.ld, length, m, packed_a);
         else
           G::pack_rows(a.data + l0, a.ld, m, length, packed_a, ld_rows);
       }
@@ -165,7 +167,7 @@ void multiply(const MatrixA<typename G::Element>& a, const MatrixB<typename G::E
         if (b.transposed)
           G::pack_transposed(b.data + j * b.ld + l0, b.ld, length, tile.cols, packed_b);
         else if (!b_in_place && !packs)
-          G::template pack_columns<G::kTile>(b.data + l0 * b.ld + j, b.ld, length, tile.cols, packed_b);
+          G::pack_b(b.data + l0 * b.ld + j, b.ld, length, tile.cols, packed_b);
         const E* next = last ? (j + G::kTile < n ? b.data + j + G::kTile : b.next) : b.data + (l0 + block) * b.ld + j;
         if (run.step || b.transposed) next = nullptr;
         const E* next_a = last ? a.next : a.data + (l0 + block) * a.ld;
@@ -257,23 +259,22 @@ void run_tasks(const Parallel& parallel, const std::vector<Task>& tasks, int64_t
   });
 }
 
-// f(engine) with the fastest engine of a dtype on this machine.
+// f(engine) with the engine that runs (isa.h) for a dtype; fp64 is multiplied in plain C++ only.
 template <class F>
 void with_engine(DType dtype, const F& f) {
-#if OMNI_X86
-  if (has_avx512()) {
-    if (dtype == DType::F32) return f(Avx512<float, false>{});
-    if (dtype == DType::F16) return f(Avx512<Half, false>{});
-    if (dtype == DType::BF16) {
-      if (has_avx512_bf16()) return f(Avx512<Bf16, true>{});
-      return f(Avx512<Bf16, false>{});
-    }
-  }
-#endif
-  if (dtype == DType::F32) return f(Portable<float>{});
-  if (dtype == DType::BF16) return f(Portable<Bf16>{});
-  if (dtype == DType::F16) return f(Portable<Half>{});
-  f(Portable<double>{});
+  if (dtype == DType::F64) return f(Portable<double>{});
+  const bool done = with_vectors([&](auto isa) {
+    using Isa = decltype(isa);
+    if (dtype == DType::F32) return f(Simd<Isa, float, false>{});
+    if (dtype == DType::F16) return f(Simd<Isa, Half, false>{});
+    if constexpr (std::is_same_v<Isa, Avx512>)
+      if (has_bf16_products()) return f(Simd<Isa, Bf16, true>{});
+    f(Simd<Isa, Bf16, false>{});
+  });
+  if (done) return;
+  if (dtype == DType::F32) f(Portable<float>{});
+  if (dtype == DType::BF16) f(Portable<Bf16>{});
+  if (dtype == DType::F16) f(Portable<Half>{});
 }
 
 }  // namespace omni::cpu

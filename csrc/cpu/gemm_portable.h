@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "cpu/gemm_tile.h"
+#include "cpu/swiglu.h"
 #include "cpu/vector.h"
 
 namespace omni::cpu {
@@ -14,14 +15,22 @@ template <class E>
 struct Portable {
   using Element = E;
   using Acc = std::conditional_t<std::is_same_v<E, double>, double, float>;
-  static constexpr bool kAvx512 = false;
   static constexpr int64_t kPair = 1;
   static constexpr int64_t kRows = 4, kTile = 64 / sizeof(Acc);
   static constexpr int64_t kGroup = 8 * kRows;
   static constexpr int64_t kUnits = 256;
+  static constexpr bool kTilesShareA = false;
   static constexpr bool kAInPlace = std::is_same_v<E, Acc>;
   static constexpr bool kBInPlace = false;
   static constexpr bool kPacks = false;
+
+  static void pack_a(const E* src, int64_t ld, int64_t l, int64_t n, Acc* out) {
+    pack_columns<kGroup>(src, ld, l, n, out);
+  }
+
+  static void pack_b(const E* src, int64_t ld, int64_t l, int64_t n, Acc* out) {
+    pack_columns<kTile>(src, ld, l, n, out);
+  }
 
   template <int64_t W>
   static void pack_columns(const E* src, int64_t ld, int64_t l, int64_t n, Acc* out) {
@@ -67,6 +76,15 @@ struct Portable {
   static Micro micro(bool, bool, int64_t rows, int64_t) {
     static constexpr Micro table[kRows] = {micro_rows<1>, micro_rows<2>, micro_rows<3>, micro_rows<4>};
     return table[rows - 1];
+  }
+
+  static void swiglu_row(const Acc* g, const Acc* u, int64_t n, Acc weight, E* h_gate, E* h_up, E* a) {
+    cpu::swiglu_row(g, u, n, weight, h_gate, h_up, a);
+  }
+
+  static Acc swiglu_backward_row(const Acc* d, const E* h_gate, const E* h_up, int64_t n, Acc weight, E* d_gate, E* d_up,
+                                 E* a) {
+    return cpu::swiglu_backward_row(d, h_gate, h_up, n, weight, d_gate, d_up, a);
   }
 };
 

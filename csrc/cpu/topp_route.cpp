@@ -2,7 +2,7 @@
 //
 // The formulas are those of megatron_omni/ops/topp_route.py. A token's logits (a few to a few hundred) stay in registers
 // and the first-level cache from the first read to the last write; nothing of size [T, E, E] or [T, E] is made between.
-// fp32 logits are ordered and exponentiated by AVX-512 where the processor has it.
+// fp32 logits are ordered and exponentiated with vectors where the engine has them (topp_route_kernels.h).
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -11,8 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/isa.h"
-#include "cpu/vector.h"
+#include "cpu/light_kernels.h"
 #include "kernels.h"
 
 namespace omni::cpu {
@@ -62,67 +61,16 @@ void sort_keys(Key* keys, int64_t n) {
   }
 }
 
-#if OMNI_X86
-
-// draw_rank[e]: the place of slot e among n, as Key32 orders them: the number of slots before it. `keys`: scratch, n
-// rounded up to 16.
-OMNI_AVX512 void rank_slots_avx512(const float* z, const float* gumbel, int64_t n, uint32_t* keys, int64_t* draw_rank) {
-  const __m512i ones = _mm512_set1_epi32(-1), sign = _mm512_set1_epi32(INT32_MIN);
-  for (int64_t b = 0; b < n; b += 16) {
-    const __mmask16 lanes = n - b >= 16 ? __mmask16(0xFFFF) : __mmask16((1u << (n - b)) - 1);
-    __m512 value = _mm512_maskz_loadu_ps(lanes, z + b);
-    if (gumbel) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, gumbel + b));
-    value = _mm512_add_ps(value, _mm512_setzero_ps());  // -0 ties with 0
-    const __m512i bits = _mm512_castps_si512(value);
-    const __m512i flipped = _mm512_mask_xor_epi32(_mm512_xor_si512(bits, sign), _mm512_movepi32_mask(bits), bits, ones);
-    const __m512i ascending = _mm512_mask_mov_epi32(flipped, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), ones);
-    _mm512_storeu_si512(keys + b, _mm512_mask_xor_epi32(ones, lanes, ascending, ones));  // past the last: behind all
-  }
-  const auto key = [&](int64_t j) { return static_cast<int>(keys[j]); };
-  for (int64_t b = 0; b < n; b += 16) {
-    const __m512i mine = _mm512_loadu_si512(keys + b);
-    const int64_t end = std::min(n, b + 16);
-    __m512i count = _mm512_setzero_si512();  // of slots before each of these 16
-    for (int64_t j = 0; j < b; ++j)
-      count = _mm512_mask_sub_epi32(count, _mm512_cmple_epu32_mask(_mm512_set1_epi32(key(j)), mine), count, ones);
-    for (int64_t j = b; j < end; ++j) {
-      const __m512i other = _mm512_set1_epi32(key(j));
-      const unsigned ties = _mm512_cmpeq_epu32_mask(other, mine) & (0xFFFEu << (j - b));  // those behind it
-      const auto before = static_cast<__mmask16>(_mm512_cmplt_epu32_mask(other, mine) | ties);
-      count = _mm512_mask_sub_epi32(count, before, count, ones);
-    }
-    for (int64_t j = end; j < n; ++j)
-      count = _mm512_mask_sub_epi32(count, _mm512_cmplt_epu32_mask(_mm512_set1_epi32(key(j)), mine), count, ones);
-    alignas(64) int32_t places[16];
-    _mm512_store_si512(places, count);
-    for (int64_t j = b; j < end; ++j) draw_rank[j] = places[j - b];
-  }
-}
-
-// p[e] = exp(z[e] - top); their sum.
-OMNI_AVX512 float exponentials_avx512(const float* z, int64_t n, float top, float* p) {
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t b = 0; b < n; b += 16) {
-    const __mmask16 lanes = n - b >= 16 ? __mmask16(0xFFFF) : __mmask16((1u << (n - b)) - 1);
-    const __m512 e = exp_vector(_mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, z + b), _mm512_set1_ps(top)));
-    _mm512_mask_storeu_ps(p + b, lanes, e);
-    sum = _mm512_mask_add_ps(sum, lanes, sum, e);
-  }
-  return _mm512_reduce_add_ps(sum);
-}
-
-#endif  // OMNI_X86
-
 // What a thread needs for one token after another.
 template <class Real, class Key>
 struct Scratch {
   std::vector<Key> keys;
   std::vector<int64_t> order;  // slot at each place
   std::vector<Real> p;
-  bool vectors;  // whether AVX-512 does it
-  std::vector<uint32_t> ranked;
+  bool vectors;  // whether they are ordered and exponentiated with vectors
+  std::vector<int32_t> ranked;
   explicit Scratch(int64_t n)
-      : keys(n), order(n), p(n), vectors(std::is_same_v<Real, float> && n > kFewSlots && has_avx512()),
+      : keys(n), order(n), p(n), vectors(std::is_same_v<Real, float> && n > kFewSlots && engine() != Engine::Portable),
         ranked(vectors ? (n + 15) / 16 * 16 : 0) {}
 };
 
@@ -152,15 +100,15 @@ void write_scale(const ToppRoute& r, const Token<Real>& token, const int64_t* or
 // order, and token.draw_rank, its inverse
 template <class Real, class Key>
 void order_slots(const Token<Real>& token, int64_t E, Scratch<Real, Key>& scratch) {
-#if OMNI_X86
   if constexpr (std::is_same_v<Real, float>) {
     if (scratch.vectors) {
-      rank_slots_avx512(token.z, token.gumbel, E, scratch.ranked.data(), token.draw_rank);
+      with_vectors([&](auto isa) {
+        LightKernels<decltype(isa)>::rank_slots(token.z, token.gumbel, E, scratch.ranked.data(), token.draw_rank);
+      });
       for (int64_t e = 0; e < E; ++e) scratch.order[token.draw_rank[e]] = e;
       return;
     }
   }
-#endif
   Key* keys = scratch.keys.data();
   for (int64_t e = 0; e < E; ++e) keys[e] = Key(token.gumbel ? token.z[e] + token.gumbel[e] : token.z[e], e);
   sort_keys(keys, E);
@@ -174,12 +122,11 @@ void order_slots(const Token<Real>& token, int64_t E, Scratch<Real, Key>& scratc
 template <class Real, class Key>
 Real exponentials(const Real* z, int64_t n, Real top, Scratch<Real, Key>& scratch) {
   Real* p = scratch.p.data();
-#if OMNI_X86
-  if constexpr (std::is_same_v<Real, float>) {
-    if (scratch.vectors) return exponentials_avx512(z, n, top, p);
-  }
-#endif
   Real sum = 0;
+  if constexpr (std::is_same_v<Real, float>) {
+    const auto vectors = [&](auto isa) { sum = LightKernels<decltype(isa)>::exponentials(z, n, top, p); };
+    if (scratch.vectors && with_vectors(vectors)) return sum;
+  }
   for (int64_t e = 0; e < n; ++e) sum += p[e] = std::exp(z[e] - top);
   return sum;
 }

@@ -2,9 +2,14 @@
 
 ``op(name)`` is the operator ``torch.ops.megatron_omni.<name>`` for the ops files to call. Without the shared object, or
 with one built for another torch, the package still imports and its references work; an op then raises with what to do.
+
+On a CPU the ops run on one of several engines, kernels compiled for one instruction set each: the fastest that the
+processor has, or the one that OMNI_CPU_KERNELS names. csrc/cpu/isa.h chooses; ``cpu_engine`` and ``use_cpu_engine`` are
+its Python side.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +61,35 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     if _missing(name) is None:
         return torch.library.register_fake(f"megatron_omni::{name}")
     return lambda function: function
+
+
+def cpu_engine() -> str:
+    """The engine that CPU ops run on: "avx512", "avx2" or "portable" (plain C++).
+
+    ValueError where OMNI_CPU_KERNELS names one that this processor cannot run, or that does not exist.
+    """
+    name: str = op("cpu_engine")()
+    return name
+
+
+def cpu_engines() -> list[str]:
+    """All engines that this processor can run, fastest first."""
+    names: str = op("cpu_engines")()
+    return names.split(", ")
+
+
+def cpu_engine_is_forced() -> bool:
+    """Whether OMNI_CPU_KERNELS or :func:`use_cpu_engine` named the engine."""
+    forced: bool = op("cpu_engine_is_forced")()
+    return forced
+
+
+@contextlib.contextmanager
+def use_cpu_engine(name: str) -> Iterator[None]:
+    """CPU ops inside run on this engine, in every thread; ValueError where the processor cannot run it."""
+    before = cpu_engine() if cpu_engine_is_forced() else ""
+    op("set_cpu_engine")(name)
+    try:
+        yield
+    finally:
+        op("set_cpu_engine")(before)

@@ -1,32 +1,17 @@
 """What the tests of the grouped ops share: ragged groups, the choice of CPU kernels, the rule about rounding."""
 
-import contextlib
-import os
-from collections.abc import Iterator
-
 import torch
 from hypothesis import strategies as st
 
-PATHS = ["native", "portable"]
+from megatron_omni.ops import extension
+
+ENGINES = extension.cpu_engines()
+"""Of the CPU kernels: all that this machine can run. A test takes one as ``with use_cpu_engine(engine):``."""
 
 counts = st.lists(st.one_of(st.just(0), st.integers(1, 7), st.integers(20, 130)), min_size=0, max_size=5)
 """Rows by expert: none, few, many; experts from none at all."""
 sides = st.one_of(st.integers(1, 5), st.integers(15, 70), st.sampled_from([128, 129, 200]))
 """A side of a weight: odd ones, whole tiles, a column past one."""
-
-
-@contextlib.contextmanager
-def kernels(path: str) -> Iterator[None]:
-    """The CPU kernels that run inside: "native" or "portable"."""
-    before = os.environ.pop("OMNI_CPU_KERNELS", None)
-    if path == "portable":
-        os.environ["OMNI_CPU_KERNELS"] = "portable"
-    try:
-        yield
-    finally:
-        os.environ.pop("OMNI_CPU_KERNELS", None)
-        if before is not None:
-            os.environ["OMNI_CPU_KERNELS"] = before
 
 
 def offsets_of(rows_by_expert: list[int] | tuple[int, ...]) -> torch.Tensor:

@@ -7,6 +7,8 @@ import torch
 
 from megatron_omni.ops import counter_rng
 from megatron_omni.ops.counter_rng import Purpose, gumbel, uniform
+from megatron_omni.ops.extension import use_cpu_engine
+from tests.ops.ragged import ENGINES
 
 KEY = {"seed": 1234, "step": 7, "layer": 3, "purpose": Purpose.GUMBEL}
 M64 = (1 << 64) - 1
@@ -121,16 +123,16 @@ def test_shapes_that_do_not_match_are_refused():
         uniform(torch.zeros(2), torch.zeros(3), num_draws=1, **KEY)
 
 
-@pytest.mark.parametrize("path", ["native", "portable"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("num_draws", [0, 1, 5, 16, 133])
-def test_kernel_equals_reference_bit_for_bit(monkeypatch, path, num_draws):
-    if path == "portable":
-        monkeypatch.setenv("OMNI_CPU_KERNELS", "portable")
+def test_kernel_equals_reference_bit_for_bit(engine, num_draws):
     generator = torch.Generator().manual_seed(num_draws)
     sample_ids, positions = torch.randint(-(2**62), 2**62, (2, 700), generator=generator)
     for call in (0, -1, 2**63 - 1, -(2**63)):
         expected = counter_rng._uniform_reference(sample_ids, positions, num_draws, call)
-        assert torch.equal(torch.ops.megatron_omni.counter_uniform(sample_ids, positions, num_draws, call), expected)
+        with use_cpu_engine(engine):
+            got = torch.ops.megatron_omni.counter_uniform(sample_ids, positions, num_draws, call)
+        assert torch.equal(got, expected)
 
 
 def test_kernel_is_registered_and_names_bad_arguments():

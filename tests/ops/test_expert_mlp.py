@@ -6,7 +6,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_omni.ops.expert_mlp import expert_mlp, expert_mlp_reference
-from tests.ops.ragged import PATHS, assert_twice_eager, counts, kernels, offsets_of, sides
+from megatron_omni.ops.extension import use_cpu_engine
+from tests.ops.ragged import ENGINES, assert_twice_eager, counts, offsets_of, sides
 
 NAMES = ("y", "dx", "dw1", "dw2", "drow_weight")
 
@@ -49,13 +50,13 @@ def definition(x, w1, w2, row_weight, offsets, grad):
     return y, dx, dw1, dw2, ds
 
 
-def check_against_float64(rows, hidden, width, spare, dtype, path, seed, weighted=True):
+def check_against_float64(rows, hidden, width, spare, dtype, engine, seed, weighted=True):
     offsets, used = offsets_of(rows), sum(rows)
     inputs, grad = leaves(rows, hidden, width, dtype, spare, seed)
     if not weighted:
         inputs[3] = torch.ones_like(inputs[3])
     wanted = inputs if weighted else inputs[:3]
-    with kernels(path):
+    with use_cpu_engine(engine):
         x, w1, w2, row_weight = inputs
         y = expert_mlp(x, w1, w2, offsets, row_weight=row_weight if weighted else None)
         got = [y.detach(), *torch.autograd.grad(y, wanted, grad)]
@@ -80,23 +81,23 @@ def check_against_float64(rows, hidden, width, spare, dtype, path, seed, weighte
     width=sides,
     spare=st.integers(0, 3),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
-    path=st.sampled_from(PATHS),
+    engine=st.sampled_from(ENGINES),
     seed=st.integers(0, 99),
     weighted=st.booleans(),
 )
 @example(
-    rows=[7], hidden=2, width=1, spare=2, dtype=torch.bfloat16, path="native", seed=14, weighted=True
+    rows=[7], hidden=2, width=1, spare=2, dtype=torch.bfloat16, engine=ENGINES[0], seed=14, weighted=True
 )  # eager is lucky
-def test_error_at_most_twice_eagers(rows, hidden, width, spare, dtype, path, seed, weighted):
-    check_against_float64(rows, hidden, width, spare, dtype, path, seed, weighted)
+def test_error_at_most_twice_eagers(rows, hidden, width, spare, dtype, engine, seed, weighted):
+    check_against_float64(rows, hidden, width, spare, dtype, engine, seed, weighted)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows, hidden, width", [((450, 3), 130, 300), ((9, 0, 30), 1700, 256), ((1600,), 70, 600)])
-def test_shapes_of_several_blocks(rows, hidden, width, dtype, path):
+def test_shapes_of_several_blocks(rows, hidden, width, dtype, engine):
     """More rows, columns and contraction than one block of the kernels holds; expert widths in one and in many pieces."""
-    check_against_float64(rows, hidden, width, 1, dtype, path, 0)
+    check_against_float64(rows, hidden, width, 1, dtype, engine, 0)
 
 
 @pytest.mark.parametrize("rows", [(3, 0, 2), (0, 0, 0)])
@@ -116,13 +117,13 @@ def test_gradients_by_finite_differences(rows):
         assert bool(inputs[1].grad[e].any()) == bool(inputs[2].grad[e].any()) == (count > 0)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("gate", [-1e4, -90.0, -30.0, 0.0, 30.0, 90.0, 1e4])
-def test_extreme_gates(gate, path):
+def test_extreme_gates(gate, engine):
     """silu and its slope at their limits: no overflow, no NaN."""
     x, w1, w2 = torch.ones(1, 1), torch.tensor([[[gate, 3.0]]]), torch.tensor([[[2.0]]])
     leaves = [value.requires_grad_() for value in (x, w1, w2)]
-    with kernels(path):
+    with use_cpu_engine(engine):
         y = expert_mlp(*leaves, offsets_of((1,)))
         got = [y.detach(), *torch.autograd.grad(y.sum(), leaves)]
     exact = definition(*leaves, torch.ones(1), offsets_of((1,)), torch.ones(1, 1))
@@ -130,9 +131,9 @@ def test_extreme_gates(gate, path):
         torch.testing.assert_close(one, truth.float(), rtol=1e-5, atol=1e-30)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_weight_gradients_added_to_buffers(dtype, path):
+def test_weight_gradients_added_to_buffers(dtype, engine):
     """Two backward passes into the same buffers; all other gradients have the same bits as without."""
     rows, offsets = (37, 0, 5), offsets_of((37, 0, 5))
     wide = torch.promote_types(dtype, torch.float32)
@@ -140,7 +141,7 @@ def test_weight_gradients_added_to_buffers(dtype, path):
     x, w1, w2, row_weight = inputs
     before = [torch.randn(w.shape, dtype=wide, generator=torch.Generator().manual_seed(1)) for w in (w1, w2)]
     buffers = [value.clone() for value in before]
-    with kernels(path):
+    with use_cpu_engine(engine):
         plain = torch.autograd.grad(expert_mlp(x, w1, w2, offsets, row_weight=row_weight), inputs, grad)
         for _ in range(2):
             y = expert_mlp(x, w1, w2, offsets, row_weight=row_weight, main_grads=(buffers[0], buffers[1]))
@@ -190,7 +191,7 @@ def test_same_bits_on_any_number_of_threads():
     torch.set_num_threads(before)
     for name, one, other in zip(NAMES, *results, strict=True):
         if name == "drow_weight":  # its partial sums follow the blocks of columns, which follow the threads
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # terms of 10 cancel
         else:
             assert torch.equal(one, other), name
 

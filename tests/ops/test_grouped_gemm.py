@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_omni.ops.extension import use_cpu_engine
 from megatron_omni.ops.grouped_gemm import grouped_gemm, grouped_gemm_reference, grouped_gemm_wgrad
-from tests.ops.ragged import PATHS, assert_twice_eager, counts, kernels, offsets_of, sides
+from tests.ops.ragged import ENGINES, assert_twice_eager, counts, offsets_of, sides
 
 OPS = {"op": grouped_gemm, "reference": grouped_gemm_reference}
 
@@ -68,10 +69,10 @@ def test_spare_rows_give_zero_and_get_zero(name):
     assert torch.equal(w.grad[:, 0, 0], torch.tensor([1.0, 2.0]))
 
 
-def check_against_float64(rows, k, n, spare, dtype, path, seed):
+def check_against_float64(rows, k, n, spare, dtype, engine, seed):
     offsets, used = offsets_of(rows), sum(rows)
     x, w, grad = leaves(rows, k, n, dtype, spare, seed)
-    with kernels(path):
+    with use_cpu_engine(engine):
         y = grouped_gemm(x, w, offsets)
         got = y.detach()[:used], *torch.autograd.grad(y, (x, w), grad)
     exact = definition(x[:used], w, offsets, grad[:used])
@@ -94,33 +95,33 @@ def check_against_float64(rows, k, n, spare, dtype, path, seed):
     n=sides,
     spare=st.integers(0, 3),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
-    path=st.sampled_from(PATHS),
+    engine=st.sampled_from(ENGINES),
     seed=st.integers(0, 99),
 )
-def test_error_at_most_twice_eagers(rows, k, n, spare, dtype, path, seed):
-    check_against_float64(rows, k, n, spare, dtype, path, seed)
+def test_error_at_most_twice_eagers(rows, k, n, spare, dtype, engine, seed):
+    check_against_float64(rows, k, n, spare, dtype, engine, seed)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "rows, k, n", [((500, 3), 130, 70), ((40, 0, 8), 1100, 330), ((7,), 2051, 65), ((1700,), 33, 600)]
 )
-def test_shapes_of_several_blocks(rows, k, n, dtype, path):
+def test_shapes_of_several_blocks(rows, k, n, dtype, engine):
     """More rows, columns and contraction than one block of the kernels holds."""
-    check_against_float64(rows, k, n, 1, dtype, path, 0)
+    check_against_float64(rows, k, n, 1, dtype, engine, 0)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_weight_gradient_into_a_buffer(dtype, path):
+def test_weight_gradient_into_a_buffer(dtype, engine):
     rows, offsets = (37, 0, 5), offsets_of((37, 0, 5))
     x, w, grad = leaves(rows, 67, 130, dtype, spare=2)
     exact = definition(x[:42], w, offsets, grad[:42])[2]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     before = torch.randn(exact.shape, dtype=wide, generator=torch.Generator().manual_seed(1))
     out = before.clone()
-    with kernels(path):
+    with use_cpu_engine(engine):
         grouped_gemm_wgrad(x.detach(), grad, offsets, out=out)
         assert torch.equal(out[1], before[1])  # no row of expert 1: untouched
         torch.testing.assert_close(out, (exact + before).to(wide), rtol=1e-5, atol=1e-5)
@@ -134,7 +135,7 @@ def test_weight_gradient_into_a_buffer(dtype, path):
 @pytest.mark.parametrize("k, n", [(576, 2048), (2048, 576)])
 def test_large_rows(dtype, rows, k, n):
     """Results and gradients to rows beyond the size from which they are stored past the caches."""
-    check_against_float64(rows, k, n, 1, dtype, "native", 0)
+    check_against_float64(rows, k, n, 1, dtype, ENGINES[0], 0)
 
 
 def test_large_weight_gradient():

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_omni.ops.extension import use_cpu_engine
 from megatron_omni.ops.permute import (
     Permutation,
     assignment_values,
@@ -15,9 +16,8 @@ from megatron_omni.ops.permute import (
     unpermute,
     unpermute_reference,
 )
-from tests.ops.ragged import kernels
+from tests.ops.ragged import ENGINES
 
-PATHS = ["native", "portable"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -55,12 +55,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(**CASES, spare=st.sampled_from([0, 3]))
 def test_forward_and_gradients_within_twice_eager(
-    path, dtype, num_tokens, num_experts, width, density, skew, seed, spare
+    engine, dtype, num_tokens, num_experts, width, density, skew, seed, spare
 ):
     generator = torch.Generator().manual_seed(seed)
     routing = random_map(generator, num_tokens, num_experts, density, skew)
@@ -76,7 +76,7 @@ def test_forward_and_gradients_within_twice_eager(
     g_y = torch.randn(num_tokens, width, generator=generator).to(dtype)
     token = meta.row_token
 
-    with kernels(path):
+    with use_cpu_engine(engine):
         copies = permute(x, meta, num_rows=num + spare)
         y = unpermute(rows, weights, meta, num_tokens=num_tokens, gradient_factor=factor)
         (grad_x,) = torch.autograd.grad(copies, x, g_rows)
@@ -103,10 +103,10 @@ def test_forward_and_gradients_within_twice_eager(
     assert not grad_rows[num:].any()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("engine", ENGINES)
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(**CASES)
-def test_float64_equals_reference(path, num_tokens, num_experts, width, density, skew, seed):
+def test_float64_equals_reference(engine, num_tokens, num_experts, width, density, skew, seed):
     generator = torch.Generator().manual_seed(seed)
     routing = random_map(generator, num_tokens, num_experts, density, skew)
     meta = build_permutation(routing)
@@ -115,7 +115,7 @@ def test_float64_equals_reference(path, num_tokens, num_experts, width, density,
     num = int(routing.sum())
     rows = torch.randn(num, width, dtype=torch.float64, generator=generator)
     values = torch.randn(num_tokens, num_experts, dtype=torch.float64, generator=generator)
-    with kernels(path):
+    with use_cpu_engine(engine):
         weights = assignment_values(values, meta)
         y = unpermute(rows, weights, meta, num_tokens=num_tokens)
     assert torch.equal(weights, values.t()[routing.t()])
@@ -123,8 +123,8 @@ def test_float64_equals_reference(path, num_tokens, num_experts, width, density,
     torch.testing.assert_close(y, unpermute_reference(rows, weights, meta, num_tokens=num_tokens))
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_gradients_by_finite_differences(path):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_gradients_by_finite_differences(engine):
     routing = random_map(torch.Generator().manual_seed(0), 7, 4, 0.6, 0.8)
     meta = build_permutation(routing)
     num = int(routing.sum())
@@ -132,7 +132,7 @@ def test_gradients_by_finite_differences(path):
     rows = torch.randn(num + 2, 5, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(num, dtype=torch.float64, requires_grad=True)
     values = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
-    with kernels(path):
+    with use_cpu_engine(engine):
         assert torch.autograd.gradcheck(lambda x: permute(x, meta, num_rows=num + 2), (x,))
         assert torch.autograd.gradcheck(lambda r, w: unpermute(r, w, meta, num_tokens=7), (rows, weights))
         assert torch.autograd.gradcheck(lambda v: assignment_values(v, meta), (values,))
@@ -163,7 +163,7 @@ def test_large_results_and_two_threads_equal_one_thread_bitwise(dtype):
         together = run()
     finally:
         torch.set_num_threads(threads)
-    with kernels("portable"):
+    with use_cpu_engine("portable"):
         plain = run()
     for a, b, c in zip(alone, together, plain, strict=True):
         assert torch.equal(a, b)
@@ -180,8 +180,8 @@ def test_half_precision_rounding_is_torch_s():
         near = every.float()
         near = torch.cat([near, near * (1 + 2**-9), near * (1 - 2**-12), torch.nextafter(near, near * 2)])
         many = build_permutation(torch.ones(near.shape[0], 1, dtype=torch.bool))
-        for path in PATHS:
-            with kernels(path):
+        for engine in ENGINES:
+            with use_cpu_engine(engine):
                 widened = unpermute(every, torch.ones(1 << 16), meta, num_tokens=1 << 16, out_dtype=torch.float32)
                 narrowed = unpermute(near, torch.ones(near.shape[0]), many, num_tokens=near.shape[0], out_dtype=dtype)
             # 0 + -0 is 0: compare values

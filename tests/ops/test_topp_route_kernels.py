@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_omni.ops.extension import use_cpu_engine
 from megatron_omni.ops.topp_route import topp_route, topp_route_reference
-from tests.ops.ragged import PATHS, kernels
+from tests.ops.ragged import ENGINES
 
 KEEP = {"paper": 5 / 8, "grin": 1 / 4}
 
@@ -241,15 +242,15 @@ def test_compiles_without_a_graph_break():
         torch.testing.assert_close(torch.autograd.grad(compiled(z), z), torch.autograd.grad(weigh(z), z))
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("slots", [16, 17, 32, 33, 64, 129])
-def test_draw_order_is_that_of_a_stable_sort(slots, path):
+def test_draw_order_is_that_of_a_stable_sort(slots, engine):
     """fp32, with ties of every kind: equal values, both zeros, infinities, NaN."""
     generator = torch.Generator().manual_seed(slots)
     values = torch.tensor([-math.inf, -1.5, -1.0, -0.0, 0.0, 1e-30, 1.0, 2.0, math.inf, math.nan])
     z = values[torch.randint(len(values), (40, slots), generator=generator)]
     z[20:] = torch.randn(20, slots, generator=generator)
     order = torch.sort(z, dim=1, descending=True, stable=True).indices
-    with kernels(path):
+    with use_cpu_engine(engine):
         rank = torch.ops.megatron_omni.topp_route(z, slots, 0, 0.7, 2, "none", None, None, None, None, None)[5]
     assert torch.equal(rank.gather(1, order), torch.arange(slots).expand_as(order))

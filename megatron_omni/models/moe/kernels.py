@@ -3,7 +3,8 @@
 A choice is six functions, each with the meaning of the op of its name (ops/), on the same stacked weights: parameters,
 checkpoints and gradients do not depend on it.
 
-``omni``      the ops of this project: csrc/ kernels on CPU and CUDA
+``omni``      the ops of this project: csrc/ kernels on CUDA and on processors that they have an engine for (AVX-512,
+              AVX2); on others the same functions as ``torch``, unless OMNI_CPU_KERNELS=portable asks for plain C++
 ``torch``     plain PyTorch: the ops' references, and ``F.grouped_mm`` (one product per expert where that function does
               not take the dtype or shape); needs nothing compiled
 ``te``        ours, but the experts run on Transformer Engine's ``GroupedLinear``. It wants weights [out, in], of which
@@ -71,8 +72,20 @@ def load_kernels(name: str) -> Kernels:
     if name not in _CHOICES:
         raise ValueError(f"model.moe.kernels={name!r}: no such choice; use one of {', '.join(_CHOICES)}")
     kernels = _CHOICES[name]()
-    logger.info("backends: moe=%s", name)
+    logger.info("backends: moe=%s", backend_of(name))
     return kernels
+
+
+def backend_of(name: str) -> str:
+    """A choice as logs say it: ours on a CPU with the engine that runs."""
+    if name != "omni" or accelerator_present():
+        return name
+    return f"omni({'torch' if _lacks_engine() else extension.cpu_engine()})"
+
+
+def _lacks_engine() -> bool:
+    """Whether our CPU kernels would be plain C++ that nobody asked for: slower than torch's products."""
+    return extension.cpu_engine() == "portable" and not extension.cpu_engine_is_forced()
 
 
 def _main_grads(w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -102,6 +115,8 @@ def _omni() -> Kernels:
     missing = extension.CUDA_ERROR if accelerator_present() else extension.CPU_ERROR
     if missing is not None:
         raise ValueError(f"model.moe.kernels='omni': {missing}; or set model.moe.kernels=torch")
+    if not accelerator_present() and _lacks_engine():
+        return _torch()
     return Kernels(topp_route, build_permutation, assignment_values, permute, unpermute, omni_expert_mlp)
 
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/vector.h"
+#include "engines.h"
 #include "kernels.h"
 
 using namespace omni;
@@ -133,20 +134,24 @@ int main(int argc, char** argv) {
   const std::vector<std::vector<int64_t>> groups = {{1}, {0, 7, 0, 2}, {33, 1}, {}, {0, 0}, {65, 0, 13, 6}, {401}};
   const std::vector<int64_t> sides = quick ? std::vector<int64_t>{1, 17, 67} : std::vector<int64_t>{1, 2, 15, 17, 64, 67, 131};
   int cases = 0;
-  for (const auto& counts : groups)
-    for (const int64_t K : sides)
-      for (const int64_t N : sides) {
-        const int64_t spare = cases % 3;
-        const Parallel& parallel = cases % 2 ? one : many;
-        run<float, float>(DType::F32, counts, spare, K, N, 1e-3, parallel);
-        run<Bf16, float>(DType::BF16, counts, spare, K, N, 0.25, parallel);
-        if (cases % 4 == 0) run<Half, float>(DType::F16, counts, spare, K, N, 0.05, parallel);
-        if (cases % 4 == 1) run<double, double>(DType::F64, counts, spare, K, N, 1e-10, parallel);
-        ++cases;
-      }
-  run<float, float>(DType::F32, {9, 3}, 1, 1201, 67, 1e-3, one);  // more contraction than a block
-  run<Bf16, float>(DType::BF16, {9, 3}, 1, 1603, 67, 0.5, one);
-  run<Bf16, float>(DType::BF16, {1601}, 1, 67, 17, 0.5, one);
+  for_each_engine([&](const std::string& engine) {
+    const int before = failures;
+    for (const auto& counts : groups)
+      for (const int64_t K : sides)
+        for (const int64_t N : sides) {
+          const int64_t spare = cases % 3;
+          const Parallel& parallel = cases % 2 ? one : many;
+          run<float, float>(DType::F32, counts, spare, K, N, 1e-3, parallel);
+          run<Bf16, float>(DType::BF16, counts, spare, K, N, 0.25, parallel);
+          if (cases % 4 == 0) run<Half, float>(DType::F16, counts, spare, K, N, 0.05, parallel);
+          if (cases % 4 == 1) run<double, double>(DType::F64, counts, spare, K, N, 1e-10, parallel);
+          ++cases;
+        }
+    run<float, float>(DType::F32, {9, 3}, 1, 1201, 67, 1e-3, one);  // more contraction than a block
+    run<Bf16, float>(DType::BF16, {9, 3}, 1, 1603, 67, 0.5, one);
+    run<Bf16, float>(DType::BF16, {1601}, 1, 67, 17, 0.5, one);
+    if (failures > before) std::printf("engine %s: %d wrong\n", engine.c_str(), failures - before);
+  });
   std::printf("%d cases, %d wrong\n", cases, failures);
   return failures != 0;
 }

@@ -8,6 +8,7 @@
 #include <random>
 #include <vector>
 
+#include "engines.h"
 #include "kernels.h"
 
 using omni::DType;
@@ -120,25 +121,27 @@ void routing(int64_t T, int64_t routed, int64_t null, int64_t shared, bool wild)
 }  // namespace
 
 int main() {
-  for (const DType dtype : {DType::F32, DType::BF16, DType::F16, DType::F64})
-    for (const int64_t H : {1, 7, 16, 17, 63, 65, 130, 515})
-      for (const int64_t T : {0, 1, 2, 33})
-        for (const int64_t E : {1, 5, 19}) permutation(T, E, H, T % 2 ? 0.4 : 0.9, dtype);
-  permutation(300, 5, 1024, 0.9, DType::F32);  // rows, then sums, past the size that is stored non-temporally
-  permutation(1030, 1, 1024, 0.9, DType::F32);
-  permutation(300, 5, 2048, 0.9, DType::BF16);
-  for (const int64_t T : {0, 1, 9, 70})
-    for (const int64_t routed : {1, 4, 24, 25, 129})
-      for (const int64_t null : {0, 2})
-        for (const int64_t shared : {0, 2}) {
-          routing<float>(T, routed, null, shared, T == 9);
-          routing<double>(T, routed, null, shared, T == 9);
-        }
-  for (const int64_t n : {0, 1, 15, 16, 17, 133}) {
-    std::vector<int64_t> ids(11, -3), positions(11, 7);
-    Block out(11 * n * 4);
-    omni::cpu::counter_uniform(ids.data(), positions.data(), 11, n, ~uint64_t{0}, out.as<float>(), parallel);
-    out.use();
-  }
+  for_each_engine([](const std::string&) {
+    for (const DType dtype : {DType::F32, DType::BF16, DType::F16, DType::F64})
+      for (const int64_t H : {1, 7, 16, 17, 63, 65, 130, 515})
+        for (const int64_t T : {0, 1, 2, 33})
+          for (const int64_t E : {1, 5, 19}) permutation(T, E, H, T % 2 ? 0.4 : 0.9, dtype);
+    permutation(300, 5, 1024, 0.9, DType::F32);  // rows, then sums, past the size that is stored non-temporally
+    permutation(1030, 1, 1024, 0.9, DType::F32);
+    permutation(300, 5, 2048, 0.9, DType::BF16);
+    for (const int64_t T : {0, 1, 9, 70})
+      for (const int64_t routed : {1, 4, 24, 25, 129})
+        for (const int64_t null : {0, 2})
+          for (const int64_t shared : {0, 2}) {
+            routing<float>(T, routed, null, shared, T == 9);
+            routing<double>(T, routed, null, shared, T == 9);
+          }
+    for (const int64_t n : {0, 1, 15, 16, 17, 133}) {
+      std::vector<int64_t> ids(11, -3), positions(11, 7);
+      Block out(11 * n * 4);
+      omni::cpu::counter_uniform(ids.data(), positions.data(), 11, n, ~uint64_t{0}, out.as<float>(), parallel);
+      out.use();
+    }
+  });
   std::printf("%.17g\n", checksum);
 }

@@ -1,0 +1,22 @@
+// The AVX2 engine.
+#include "cpu/isa.h"
+
+#if OMNI_X86
+
+#include "cpu/vector_avx2.h"
+// after the vectors
+#include "cpu/counter_rng.h"
+#include "cpu/gemm_simd_kernels.h"
+#include "cpu/permute_kernels.h"
+#include "cpu/topp_route_kernels.h"
+
+namespace omni::cpu {
+
+template struct Simd<Avx2, float, false>;
+template struct Simd<Avx2, Half, false>;
+template struct Simd<Avx2, Bf16, false>;
+template struct LightKernels<Avx2>;
+
+}  // namespace omni::cpu
+
+#endif  // OMNI_X86

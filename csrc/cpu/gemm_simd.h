@@ -1,0 +1,101 @@
+// The engines of the blocked GEMM (gemm_blocked.h) that have vectors: one template, an instance per instruction set.
+//
+// They work on 32-bit units along the contraction: one value widened to fp32, or a pair of neighbouring bf16 values. A
+// microkernel holds kRows x kTile accumulators; a step loads kTile units of B and broadcasts kRows units of A, so the
+// products are the bound. Its B lies packed as [unit][kTile], or in place for fp32 weights that few rows use; the first
+// rows' microkernel packs B on its way, which hides most of what packing costs. Element types without products of their
+// own (fp16; bf16 but for AVX-512 BF16) are widened while packed.
+//
+// Declared here for the drivers; defined in gemm_simd_kernels.h, which engine_<isa>.cpp compiles.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/gemm_tile.h"
+#include "cpu/vector.h"
+
+namespace omni::cpu {
+
+// The microkernel's shape and the blocks that suit the caches.
+template <class Isa>
+struct Shape;
+
+template <>
+struct Shape<Avx512> {  // 24 of 32 registers accumulate; 10 loads for 24 products
+  static constexpr int64_t kLanes = 16, kRows = 6, kVectors = 4;
+  static constexpr int64_t kUnits = 768;          // of the contraction in one block
+  static constexpr bool kTilesShareA = false;     // of a block, or each tile of columns takes the whole contraction
+};
+
+template <>
+struct Shape<Avx2> {  // 12 of 16 registers accumulate; 8 loads for 12 products; packed B takes half of a first-level cache
+  static constexpr int64_t kLanes = 8, kRows = 6, kVectors = 2;
+  static constexpr int64_t kUnits = 256;
+  static constexpr bool kTilesShareA = true;
+};
+
+// How elements E become units of Isa and are multiplied: widened here, pairs where an instruction set has such products.
+//   load_columns(p, ld, single, part)   one unit of a vector's columns from contraction row p (pairs: and the next one, ld
+//                                       further, unless `single`)
+//   load_whole(p, ld, to)               one unit of all columns of several vectors
+//   load_run(p, u, l)                   units u, u + 1, .. of a contraction of l contiguous elements, zero past its end
+//   add_product(sum, a, b)
+//   store, store_part                   sums rounded to E
+template <class Isa, class E, bool Pairs>
+struct Units {
+  static_assert(!Pairs);
+  using V = Vector<Isa, float>;
+  using type = typename V::type;
+  using Part = typename V::Part;
+  OMNI_TARGET static inline type load_columns(const E* p, int64_t, bool, Part part) { return V::load_part(p, part); }
+  template <int N>
+  OMNI_TARGET static inline void load_whole(const E* p, int64_t, type (&to)[N]) {
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) to[j] = V::load(p + V::width * j);
+  }
+  OMNI_TARGET static inline type load_run(const E* p, int64_t u, int64_t l) {
+    return V::load_part(p + u, V::part(l - u));
+  }
+  OMNI_TARGET static inline type add_product(type sum, type a, type b) { return V::fma(a, b, sum); }
+  OMNI_TARGET static inline void store(E* p, type x, bool stream) {
+    if (stream) V::template store<true>(p, x); else V::template store<false>(p, x);
+  }
+  OMNI_TARGET static inline void store_part(E* p, type x, Part part) { V::store_part(p, x, part); }
+};
+
+// E: element type in memory; Pairs: bf16 products (E is Bf16), else fp32 products of widened elements.
+template <class Isa, class E, bool Pairs>
+struct Simd {
+  using Element = E;
+  using Acc = float;
+  static constexpr int64_t kPair = Pairs ? 2 : 1;  // elements in a unit
+  static constexpr int64_t kRows = Shape<Isa>::kRows, kTile = Shape<Isa>::kLanes * Shape<Isa>::kVectors;
+  static constexpr int64_t kGroup = 8 * kRows;  // rows of A packed side by side
+  static constexpr int64_t kUnits = Shape<Isa>::kUnits;
+  static constexpr bool kTilesShareA = Shape<Isa>::kTilesShareA;
+  static constexpr bool kAInPlace = Pairs || std::is_same_v<E, float>;
+  static constexpr bool kBInPlace = std::is_same_v<E, float>;
+  static constexpr bool kPacks = true;  // B in a microkernel
+
+  // columns n of src[l][ld] -> out[group of W columns][unit][W], zero-filled to whole groups and units; W kGroup for A,
+  // kTile for B
+  OMNI_TARGET static void pack_a(const E* src, int64_t ld, int64_t l, int64_t n, Acc* out);
+  OMNI_TARGET static void pack_b(const E* src, int64_t ld, int64_t l, int64_t n, Acc* out);
+  // n rows of src[n][ld], l along the contraction -> out[group of kTile rows][unit][kTile]
+  OMNI_TARGET static void pack_transposed(const E* src, int64_t ld, int64_t l, int64_t n, Acc* out);
+  // m rows of src[m][ld] -> out[m][ld_out], l elements as whole units
+  OMNI_TARGET static void pack_rows(const E* src, int64_t ld, int64_t m, int64_t l, Acc* out, int64_t ld_out);
+
+  using Micro = void (*)(int64_t units, const char* a, int64_t row, int64_t step, const float* b, int64_t b_step,
+                         const Tile<float>& tile);
+  // For a tile of so many rows and columns; `packed_a`: A lies packed by columns; `packs`: B does not lie packed yet, and
+  // is left so (kTile columns and whole units of it).
+  OMNI_TARGET static Micro micro(bool packed_a, bool packs, int64_t rows, int64_t cols);
+
+  // SwiGLU on a row of accumulators; swiglu.h has the formulas.
+  OMNI_TARGET static void swiglu_row(const Acc* g, const Acc* u, int64_t n, Acc weight, E* h_gate, E* h_up, E* a);
+  OMNI_TARGET static Acc swiglu_backward_row(const Acc* d, const E* h_gate, const E* h_up, int64_t n, Acc weight,
+                                             E* d_gate, E* d_up, E* a);
+};
+
+}  // namespace omni::cpu

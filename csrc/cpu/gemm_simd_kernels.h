@@ -1,0 +1,232 @@
+// The packing, the microkernels and the SwiGLU rows of gemm_simd.h, for the instruction set whose engine_<isa>.cpp
+// includes this after its vectors: every height, width, element type and layout of A, compiled once for all ops.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "cpu/gemm_simd.h"
+
+namespace omni::cpu {
+
+template <int64_t W, class Isa, class E, bool Pairs>
+OMNI_TARGET inline void pack_columns(const E* src, int64_t ld, int64_t l, int64_t n, float* out) {
+  using V = Vector<Isa, float>;
+  using U = Units<Isa, E, Pairs>;
+  constexpr int64_t pair = Pairs ? 2 : 1;
+  constexpr int kVectors = W / V::width;
+  const int64_t units = (l + pair - 1) / pair;
+  for (int64_t u = 0; u < units; ++u) {
+    const E* p = src + u * pair * ld;
+    const bool single = Pairs && u * pair + 1 == l;
+    float* to = out + u * W;
+    for (int64_t c = 0; c < n; c += W, to += units * W) {
+      if (!single && n - c >= W) {
+        typename V::type whole[kVectors];
+        U::load_whole(p + c, ld, whole);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) V::template store<false>(to + v * V::width, whole[v]);
+        continue;
+      }
+#pragma GCC unroll 8
+      for (int64_t v = 0; v < W; v += V::width)
+        V::template store<false>(to + v, U::load_columns(p + c + v, ld, single, V::part(n - c - v)));
+    }
+  }
+}
+
+template <class Isa, class E, bool Pairs>
+OMNI_TARGET void Simd<Isa, E, Pairs>::pack_a(const E* src, int64_t ld, int64_t l, int64_t n, Acc* out) {
+  pack_columns<kGroup, Isa, E, Pairs>(src, ld, l, n, out);
+}
+
+template <class Isa, class E, bool Pairs>
+OMNI_TARGET void Simd<Isa, E, Pairs>::pack_b(const E* src, int64_t ld, int64_t l, int64_t n, Acc* out) {
+  pack_columns<kTile, Isa, E, Pairs>(src, ld, l, n, out);
+}
+
+template <class Isa, class E, bool Pairs>
+OMNI_TARGET void Simd<Isa, E, Pairs>::pack_transposed(const E* src, int64_t ld, int64_t l, int64_t n, Acc* out) {
+  using V = Vector<Isa, float>;
+  constexpr int W = V::width;
+  const int64_t units = (l + kPair - 1) / kPair;
+  for (int64_t c = 0; c < n; c += W) {
+    float* to = out + c / kTile * units * kTile + c % kTile;
+    for (int64_t u = 0; u < units; u += W) {
+      typename V::type r[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i)
+        r[i] = c + i < n ? Units<Isa, E, Pairs>::load_run(src + (c + i) * ld, u, l) : V::zero();
+      V::transpose(r);
+      if (units - u >= W) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) V::template store<false>(to + (u + i) * kTile, r[i]);
+      } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i)
+          if (u + i < units) V::template store<false>(to + (u + i) * kTile, r[i]);
+      }
+    }
+  }
+  if (n % kTile) {  // the last tile's columns that no vector filled
+    const int64_t filled = (n % kTile + W - 1) / W * W;
+    float* to = out + n / kTile * units * kTile;
+    for (int64_t u = 0; u < units; ++u)
+      for (int64_t c = filled; c < kTile; c += W) V::template store<false>(to + u * kTile + c, V::zero());
+  }
+}
+
+template <class Isa, class E, bool Pairs>
+OMNI_TARGET void Simd<Isa, E, Pairs>::pack_rows(const E* src, int64_t ld, int64_t m, int64_t l, Acc* out, int64_t ld_out) {
+  using V = Vector<Isa, float>;
+  const int64_t units = (l + kPair - 1) / kPair;
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t u = 0; u < units; u += V::width)
+      V::store_part(out + i * ld_out + u, Units<Isa, E, Pairs>::load_run(src + i * ld, u, l), V::part(units - u));
+}
+
+// A (first unit of the tile's first row; `row` bytes to the next row, `step` bytes to the next unit) times B
+// (`b_step` units to the next row of its columns), over `units`. If it packs, B is elements as they lie in memory,
+// `b_step` of them to the next row, and goes to t.pack on the way.
+template <class Isa, class E, bool Pairs, bool PackedA, int Rows, int Vectors, bool Packs>
+OMNI_TARGET void multiply_tile(int64_t units, const char* a, int64_t row, int64_t step, const float* b, int64_t b_step,
+                               const Tile<float>& t) {
+  using V = Vector<Isa, float>;
+  using U = Units<Isa, E, Pairs>;
+  typename V::type acc[Rows][Vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) acc[i][j] = V::zero();
+  if (PackedA) row = 4; else step = 4;
+  const char* ahead = t.fetch.at;
+  [[maybe_unused]] const E* elements = reinterpret_cast<const E*>(b);
+  [[maybe_unused]] float* pack = t.pack;
+#pragma GCC unroll 2
+  for (int64_t u = 0; u < units; ++u) {
+    __builtin_prefetch(ahead, 0, 2);
+    __builtin_prefetch(ahead + t.fetch.gap, 0, 2);
+    ahead += t.fetch.step;
+    typename V::type bv[Vectors];
+    if constexpr (Packs) {
+      U::load_whole(elements, b_step, bv);
+      elements += (Pairs ? 2 : 1) * b_step;
+#pragma GCC unroll 4
+      for (int j = 0; j < Vectors; ++j) V::template store<false>(pack + V::width * j, bv[j]);
+      pack += V::width * Vectors;
+    } else {
+#pragma GCC unroll 4
+      for (int j = 0; j < Vectors; ++j) bv[j] = V::load(b + V::width * j);
+      b += b_step;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+      float unit;
+      std::memcpy(&unit, a + i * row, 4);
+      const typename V::type av = V::broadcast(unit);
+#pragma GCC unroll 4
+      for (int j = 0; j < Vectors; ++j) acc[i][j] = U::add_product(acc[i][j], av, bv[j]);
+    }
+    a += step;
+  }
+  const typename V::Part last = V::part(t.cols - V::width * (Vectors - 1));
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) {
+      const bool whole = j < Vectors - 1;
+      typename V::type v = acc[i][j];
+      if (t.init) {
+        const float* p = t.init + i * t.ld_init + V::width * j;
+        v = V::add(v, whole ? V::load(p) : V::load_part(p, last));
+      }
+      if (t.narrow) {
+        if constexpr (!std::is_same_v<E, float>) {
+          E* p = static_cast<E*>(t.out) + i * t.ld_out + V::width * j;
+          if (whole || t.stream) U::store(p, v, t.stream); else U::store_part(p, v, last);
+        }
+      } else {
+        float* p = static_cast<float*>(t.out) + i * t.ld_out + V::width * j;
+        if (t.stream)
+          V::template store<true>(p, v);
+        else if (whole)
+          V::template store<false>(p, v);
+        else
+          V::store_part(p, v, last);
+      }
+    }
+  }
+}
+
+// The microkernels of one layout of A by height and width; past the widths, the one that packs.
+template <class Isa, class E, bool Pairs, bool PackedA>
+struct MicroTable {
+  using Engine = Simd<Isa, E, Pairs>;
+  static constexpr int kRows = Shape<Isa>::kRows, kVectors = Shape<Isa>::kVectors;
+  typename Engine::Micro of[kRows][kVectors + 1];
+
+  template <int Rows, int... J>
+  constexpr void fill_row(std::integer_sequence<int, J...>) {
+    ((of[Rows - 1][J] = multiply_tile<Isa, E, Pairs, PackedA, Rows, J + 1, false>), ...);
+    of[Rows - 1][kVectors] = multiply_tile<Isa, E, Pairs, PackedA, Rows, kVectors, true>;
+  }
+  template <int... I>
+  constexpr void fill(std::integer_sequence<int, I...>) {
+    (fill_row<I + 1>(std::make_integer_sequence<int, kVectors>()), ...);
+  }
+  constexpr MicroTable() : of() { fill(std::make_integer_sequence<int, kRows>()); }
+};
+
+template <class Isa, class E, bool Pairs>
+OMNI_TARGET typename Simd<Isa, E, Pairs>::Micro Simd<Isa, E, Pairs>::micro(bool packed_a, bool packs, int64_t rows,
+                                                                          int64_t cols) {
+  static constexpr MicroTable<Isa, E, Pairs, false> by_rows;
+  static constexpr MicroTable<Isa, E, Pairs, true> by_columns;
+  constexpr int64_t lanes = Shape<Isa>::kLanes;
+  const int64_t column = packs ? Shape<Isa>::kVectors : (cols + lanes - 1) / lanes - 1;
+  return packed_a ? by_columns.of[rows - 1][column] : by_rows.of[rows - 1][column];
+}
+
+template <class V>
+OMNI_TARGET inline typename V::type sigmoid_vector(typename V::type x) {
+  const typename V::type one = V::broadcast(1.0f);
+  return V::div(one, V::add(one, exp_vector<V>(V::sub(V::zero(), x))));
+}
+
+template <class Isa, class E, bool Pairs>
+OMNI_TARGET void Simd<Isa, E, Pairs>::swiglu_row(const Acc* g, const Acc* u, int64_t n, Acc weight, E* h_gate, E* h_up,
+                                                 E* a) {
+  using V = Vector<Isa, float>;
+  const typename V::type w = V::broadcast(weight);
+  for (int64_t i = 0; i < n; i += V::width) {
+    const typename V::Part part = V::part(n - i);
+    const typename V::type gate = V::load_part(g + i, part), up = V::load_part(u + i, part);
+    V::store_part(h_gate + i, gate, part);
+    V::store_part(h_up + i, up, part);
+    V::store_part(a + i, V::mul(V::mul(w, up), V::mul(gate, sigmoid_vector<V>(gate))), part);
+  }
+}
+
+template <class Isa, class E, bool Pairs>
+OMNI_TARGET float Simd<Isa, E, Pairs>::swiglu_backward_row(const Acc* d, const E* h_gate, const E* h_up, int64_t n,
+                                                           Acc weight, E* d_gate, E* d_up, E* a) {
+  using V = Vector<Isa, float>;
+  using type = typename V::type;
+  const type w = V::broadcast(weight), one = V::broadcast(1.0f);
+  type dot = V::zero();
+  for (int64_t i = 0; i < n; i += V::width) {
+    const typename V::Part part = V::part(n - i);
+    const type g = V::load_part(h_gate + i, part), u = V::load_part(h_up + i, part), s = sigmoid_vector<V>(g);
+    const type grad = V::load_part(d + i, part), silu = V::mul(g, s), act = V::mul(silu, u);
+    const type weighted = V::mul(w, grad);
+    dot = V::fma(grad, act, dot);  // zero outside of part
+    const type slope = V::mul(s, V::fma(g, V::sub(one, s), one));
+    V::store_part(d_gate + i, V::mul(V::mul(weighted, u), slope), part);
+    V::store_part(d_up + i, V::mul(weighted, silu), part);
+    V::store_part(a + i, V::mul(w, act), part);
+  }
+  return V::sum(dot);
+}
+
+}  // namespace omni::cpu
