@@ -91,6 +91,11 @@ def read_json(path: str | Path, *, most_bytes: int = MOST_BYTES) -> Any:
     return parse_json(read_bytes(path, most_bytes=most_bytes), str(path))
 
 
+def printable(text: str) -> str:
+    """The same with ``\\udce9`` for what is no Unicode (file names of other systems), so that it can be written."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _said(error: BaseException) -> str:
     said = error.strerror if isinstance(error, OSError) else str(error)
     return said or type(error).__name__

@@ -18,11 +18,20 @@ import yaml
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|data:")
+_NOT_READ = {
+    (".parquet", ".arrow", ".feather", ".orc", ".tfrecord", ".lance"): "write its rows as JSONL (Dataset.to_json of "
+    "Hugging Face datasets; media into files that the rows name), or as WebDataset tars",
+    (".csv", ".tsv", ".xlsx"): "write one JSON object a row; a folder of media with a metadata.csv becomes records with "
+    "tools/prepare_data.py --folder",
+    (".gz", ".zst", ".xz", ".bz2", ".tgz", ".zip", ".7z"): "unpack it: records are read in place",
+}  # fmt: skip
+"""Ends of names of data that people have, and what to do with it."""
 _MOST_FILES = 1_000_000
 
 
 def shard_paths(path: str) -> list[Path]:
-    """Files of a source, in order; ValueError when there is none or one is missing."""
+    """Files of a source, in order; ValueError when there is none, one is missing, or of a kind that is not read."""
     try:
         return _shard_paths(path)
     except OSError as error:  # a name that is too long, a folder that may not be read
@@ -30,10 +39,15 @@ def shard_paths(path: str) -> list[Path]:
 
 
 def _shard_paths(path: str) -> list[Path]:
+    if _URL.match(path):
+        raise ValueError(
+            f"{path!r} is a URL, and only files are read: copy the data to a disk, or mount the bucket as a file system"
+        )
     folder, _, split = path.partition("#")
     if (Path(folder) / ".nv-meta").is_dir():
         return _energon_shards(Path(folder), split or "train")
     if Path(path).is_file():
+        _check_kind(Path(path))
         return [Path(path)]
     if Path(path).is_dir():
         raise ValueError(
@@ -47,9 +61,17 @@ def _shard_paths(path: str) -> list[Path]:
     if not files:
         raise ValueError(f"no file matches {path!r}")
     for file in files:
+        _check_kind(file)
         if not file.is_file():
             raise ValueError(f"no such file {str(file)!r}")
     return files
+
+
+def _check_kind(file: Path) -> None:
+    """ValueError for a file of a kind that is not read, which names the way out."""
+    for suffixes, way_out in _NOT_READ.items():
+        if file.suffix.lower() in suffixes:
+            raise ValueError(f"{str(file)!r}: {file.suffix} is not read; {way_out} (docs/data.md)")
 
 
 def expand_braces(pattern: str) -> list[str]:

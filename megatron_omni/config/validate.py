@@ -307,6 +307,8 @@ def _files(recipe: Recipe) -> Iterator[str]:
     if not recipe.data.sources:
         yield "data.sources is empty: name at least one JSONL file of records"
     for source in [*recipe.data.sources, *recipe.data.eval_sources]:
+        if source.root and not Path(source.root).is_dir():
+            yield f"data source {source.name!r}: root={source.root!r}: no such folder; name the one that its media lie under"
         try:
             files = shard_paths(source.path)
         except ValueError as error:

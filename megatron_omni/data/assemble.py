@@ -1,6 +1,7 @@
 """A row from loose parts: media files of one key with a caption or metadata, as folders and WebDataset tars hold them.
 
     0007.png + 0007.txt                     the text is the answer to ``prompt``
+    0007.txt alone                          is refused: nobody learns a caption of nothing
     0007.png + 0007.json {"caption": ...}   so is its caption, text or answer; "question" or "prompt" asks instead
     0007.png + 0007.json {"messages": ...}  a record (record.py); without "images" it takes the files of its key
 
@@ -16,6 +17,7 @@ from typing import Any
 import yaml
 
 from megatron_omni.data.record import KINDS, LIST_FIELD, Kind, RecordError
+from megatron_omni.foreign import read_text
 
 SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "image": ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "avif", "jp2"),
@@ -54,8 +56,9 @@ def assemble(
             where, field="json", value=metadata, problem="is no JSON object", fix="write {...}", reason="bad_type"
         )
     fields: Metadata = metadata or {}
+    fields = {name: value for name, value in fields.items() if value not in (None, "")}
     if "messages" in fields or "conversations" in fields:
-        return _with_media(dict(fields), key, media, files, where)
+        return _with_media(fields, key, media, files, where)
     answer = next((fields[name] for name in _ANSWERS if name in fields), text)
     question = next((fields[name] for name in _QUESTIONS if name in fields), None)
     return question_and_answer(key, media, question, answer, where=where, prompt=prompt)
@@ -64,7 +67,13 @@ def assemble(
 def question_and_answer(
     key: str, media: Mapping[Kind, list[str]], question: object, answer: object, *, where: str, prompt: str = ""
 ) -> dict[str, Any]:
-    """One turn about all the media of a key, each kind's markers first."""
+    """One turn about all the media of a key, each kind's markers first; RecordError without any (``no_media``)."""
+    if not any(media.values()):
+        raise RecordError(
+            where, field="media", value=key, problem="a caption or metadata without the medium that it is about",
+            fix="put the medium beside it (in a tar the members of a sample must be neighbours: tar --sort=name), or write "
+            "messages", reason="no_media",
+        )  # fmt: skip
     if isinstance(answer, list) and answer:
         answer = answer[0]
     for name, value in (("answer", answer), ("question", question)):
@@ -74,11 +83,10 @@ def question_and_answer(
                 fix="add a .txt with the caption or a .json with caption, or messages", reason="no_text",
             )  # fmt: skip
     if question is None:
-        present = [kind for kind in KINDS if media[kind]]
-        question = prompt or (PROMPTS[present[-1]] if present else "")
+        question = prompt or PROMPTS[[kind for kind in KINDS if media[kind]][-1]]
     markers = "".join(f"<{kind}>" for kind in KINDS for _ in media[kind])
     turns = [
-        {"role": "user", "content": f"{markers}\n{question}" if markers else question},
+        {"role": "user", "content": f"{markers}\n{question}"},
         {"role": "assistant", "content": str(answer).strip()},
     ]
     return {"id": key, "messages": turns, **{LIST_FIELD[kind]: media[kind] for kind in KINDS if media[kind]}}
@@ -121,8 +129,8 @@ def field_map(tar: Path) -> dict[str, str]:
         file = folder / ".nv-meta" / "dataset.yaml"
         if file.is_file():
             try:
-                content = yaml.safe_load(file.read_text(encoding="utf-8"))
-            except (UnicodeDecodeError, yaml.YAMLError) as error:
+                content = yaml.safe_load(read_text(file))
+            except (ValueError, RecursionError, yaml.YAMLError) as error:
                 raise ValueError(f"{str(file)!r} is no YAML file ({error})") from error
             found = content.get("field_map") if isinstance(content, dict) else None
             return {str(name): str(part) for name, part in found.items()} if isinstance(found, dict) else {}

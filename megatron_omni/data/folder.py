@@ -2,7 +2,9 @@
 
 Captions come, in this order, from ``metadata.jsonl`` or ``metadata.csv`` at the top of the folder (``file_name`` and
 ``text``, ``caption`` or ``answer``; ``question`` or ``prompt`` if there is one), from ``NAME.json`` beside the file, or
-from ``NAME.txt``. assemble.py says what becomes of them.
+from ``NAME.txt``. assemble.py says what becomes of them. Files belong together when they differ behind the LAST dot
+only (cameras and people write dots into names; the rule of the first dot is for tars). A link to a file is taken like
+the file; one to a folder is not followed (it may lead in a circle), and named.
 """
 
 import csv
@@ -15,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_omni.data.assemble import assemble, media_kind
-from megatron_omni.data.record import RecordError, parse_record
-from megatron_omni.data.tar import split_name
+from megatron_omni.data.record import RecordError, internal_error, parse_record
+from megatron_omni.data.tar import is_junk
 from megatron_omni.foreign import ForeignError, parse_json, read_json, read_text
 
 RECORDS = "records.jsonl"
@@ -51,15 +53,19 @@ def records_of_folder(folder: Path, *, prompt: str = "", most_messages: int = 20
             for key, files, captions in _groups(folder):
                 where = str(folder / key)
                 try:
-                    text, metadata = _caption(folder, files, captions, listed, where)
+                    if not files:
+                        raise _linked(where)
+                    text, metadata = _caption(files, captions, listed, where)
                     row = assemble(key, files, where=where, text=text, metadata=metadata, prompt=prompt)
                     parse_record(row, where=where)
-                except RecordError as error:
-                    report.rejected[error.reason] += 1
+                    line = json.dumps(row, ensure_ascii=False) + "\n"
+                except Exception as error:
+                    bad = error if isinstance(error, RecordError) else internal_error(where, error)
+                    report.rejected[bad.reason] += 1
                     if len(report.messages) < most_messages:
-                        report.messages.append(str(error))
+                        report.messages.append(str(bad))
                     continue
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                out.write(line)
                 report.num_records += 1
         if not report.num_records:
             first = f"; the first: {report.messages[0]}" if report.messages else ""
@@ -71,25 +77,35 @@ def records_of_folder(folder: Path, *, prompt: str = "", most_messages: int = 20
 
 
 def _groups(folder: Path) -> Iterator[tuple[str, dict[str, str], dict[str, Path]]]:
-    """(key, media by suffix, caption files by suffix) of the files that share a name, links left out."""
+    """(key, media by suffix, caption files by suffix) of the files that share a name; no media for a linked folder."""
     for parent, folders, names in os.walk(folder):
-        folders.sort()
-        grouped: dict[str, list[str]] = {}
+        folders[:] = sorted(name for name in folders if name[0] != "." and not is_junk(name))
+        here = Path(parent).relative_to(folder)
+        for name in folders:
+            if Path(parent, name).is_symlink():
+                yield str(here / name), {}, {}
+        grouped: dict[str, dict[str, str]] = {}
         for name in sorted(names):
-            path = Path(parent, name)
-            if path.is_file() and not path.is_symlink() and name[0] != ".":
-                grouped.setdefault(split_name(name)[0], []).append(name)
-        for stem, members in grouped.items():
-            relative = [Path(parent, name).relative_to(folder) for name in members]
-            suffixes = [split_name(name)[1] for name in members]
-            media = {suffix: str(path) for suffix, path in zip(suffixes, relative) if media_kind(suffix)}
-            captions = {suffix: folder / path for suffix, path in zip(suffixes, relative) if suffix in ("txt", "json")}
+            if name[0] != "." and not is_junk(name) and Path(parent, name).is_file():
+                stem, _, suffix = name.rpartition(".")
+                files = grouped.setdefault(stem, {})
+                files[suffix if suffix.lower() in files else suffix.lower()] = str(here / name)
+        for stem, files in grouped.items():
+            media = {suffix: file for suffix, file in files.items() if media_kind(suffix)}
+            captions = {suffix: folder / file for suffix, file in files.items() if suffix in ("txt", "json")}
             if media:
-                yield str(Path(parent, stem).relative_to(folder)), media, captions
+                yield str(here / stem), media, captions
+
+
+def _linked(where: str) -> RecordError:
+    return RecordError(
+        where, field="folder", value=where, problem="is a link to a folder, which is not followed",
+        fix="run this command on the folder itself", reason="linked_folder",
+    )  # fmt: skip
 
 
 def _caption(
-    folder: Path, files: dict[str, str], captions: dict[str, Path], listed: dict[str, dict[str, object]], where: str
+    files: dict[str, str], captions: dict[str, Path], listed: dict[str, dict[str, object]], where: str
 ) -> tuple[str | None, object]:
     for name in files.values():
         if name in listed:
@@ -115,7 +131,7 @@ def _metadata(folder: Path) -> dict[str, dict[str, object]]:
         try:
             text = read_text(file, most_bytes=_METADATA_BYTES)
             if name[-1] == "l":
-                rows = [parse_json(line, "a row") for line in text.split("\n") if line.strip()]
+                rows = [parse_json(line, f"line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
             else:
                 rows = [*csv.DictReader(io.StringIO(text, newline=""))]
             return {str(Path(str(row["file_name"]))): row for row in rows}

@@ -227,7 +227,9 @@ class _Phase:
         within = block % (len(self._cumulative) - 1)
         counts = self._cumulative[within + 1] - self._cumulative[within]
         seed, phase = self._key
-        random = np.random.Generator(np.random.Philox(key=[seed & _MASK64, phase], counter=[0, 0, block, 0]))
+        random = np.random.Generator(
+            np.random.Philox(key=np.array([seed & _MASK64, phase], np.uint64), counter=[0, 0, block, 0])
+        )
         sources = random.permutation(np.repeat(np.arange(len(counts)), counts))
         ranks = np.empty_like(sources)
         for source, first in enumerate(self._before + self._counts_at_block(block)):

@@ -44,7 +44,7 @@ from megatron_omni.data.sources import parse_line
 from megatron_omni.data.tar import TarMember, TarSample, tar_samples
 from megatron_omni.data.text_rows import cut, is_blank, rows_between
 from megatron_omni.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_omni.foreign import ForeignError, decode_text, parse_json
+from megatron_omni.foreign import ForeignError, decode_text, parse_json, printable
 
 _UNIT_BYTES, _MOST_UNITS = 1 << 18, 4096
 """A unit of a JSONL file, and how many of them at most."""
@@ -251,7 +251,7 @@ def _read_tar(unit: _Unit, tokenizer: Tokenizer, rows: _Rows) -> None:
             rows.add(*rows.store(row), facts=facts, ranges=ranges)
         except Exception as error:
             bad = _expected(error, f"{unit.data}:{sample.key}")
-            rows.reject(*rows.store({"id": sample.key}), where=where, error=bad)
+            rows.reject(*rows.store({"id": printable(sample.key)}), where=where, error=bad)
 
 
 def _expected(error: Exception, place: str) -> RecordError | MediaError:

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from megatron_omni.data.decode.media import MediaBytes, MediaError
 from megatron_omni.data.tar import TarMember
+from megatron_omni.foreign import printable
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +68,6 @@ class RecordError(ValueError):
         said = f"{where}: {field} = {shown}: {problem}; {fix}" if where else f"{field} = {shown}: {problem}; {fix}"
         super().__init__(printable(said))
         self.where, self.field, self.value, self.reason = where, field, value, reason
-
-
-def printable(text: str) -> str:
-    """The same with ``\\udce9`` for what is no Unicode (file names of other systems), so that it can be written."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 _told: set[tuple[str, int | None]] = set()

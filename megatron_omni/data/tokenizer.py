@@ -9,6 +9,9 @@ places the special ids itself. Two backends behind one class:
   151665..151706, and any other outcome on a Qwen vocabulary is refused. Added tokens that the file itself marks as
   not special (``<tool_call>``, ``<|fim_prefix|>``) remain text, as in Qwen.
 
+A ``tokenizer.json`` may carry settings that change what text becomes: truncation and padding (transformers writes them
+into the file) and BPE dropout. They are switched off, and ``load_tokenizer`` tries that nothing cuts, fills or draws.
+
 ``train_sentencepiece`` makes a small tokenizer from a corpus, the same bytes for the same input.
 """
 
@@ -41,6 +44,7 @@ SPEECH_SPECIALS = ("<|speech_start|>", "<|speech_end|>", "<|speech_prompt|>", "<
 IMAGE_GENERATION_SPECIALS = (*(f"[IMG{i}]" for i in range(32)), *(f"[TASK{i}]" for i in range(3)))
 ALL_SPECIALS = CORE_SPECIALS + SPEECH_SPECIALS + IMAGE_GENERATION_SPECIALS
 
+_PROBE, _TIMES = "Hello world, what is it? ", 256
 _QWEN_IM_START_ID = 151644
 _QWEN_FIRST_NEW_ID = 151665
 """Qwen2.5 ends at 151664; Uni-MoE-2.0 puts audio_start here and the rest of its new tokens behind it."""
@@ -151,6 +155,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self._model.add_special_tokens(
             [tokenizers.AddedToken(name, special=True, normalized=False) for name in lacking]
         )
+        self._model.no_truncation()
+        self._model.no_padding()
+        if getattr(self._model.model, "dropout", None) is not None:
+            self._model.model.dropout = None
         # Without this the library matches special tokens inside ordinary text.
         self._model.encode_special_tokens = True
         specials = {token.content: i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
@@ -178,13 +186,29 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not str(path) or str(path) == ".":
         raise ValueError("data.tokenizer is empty; give a SentencePiece .model file or a directory with tokenizer.json")
     if path.is_file() and path.suffix == ".model":
-        return SentencePieceTokenizer(path)
+        return _checked(SentencePieceTokenizer(path))
     if (path / "tokenizer.json").is_file() or (path.is_file() and path.name == "tokenizer.json"):
-        return HuggingFaceTokenizer(path)
+        return _checked(HuggingFaceTokenizer(path))
     problem = "holds no tokenizer.json" if path.is_dir() else "is no .model file" if path.exists() else "does not exist"
     raise ValueError(
         f"data.tokenizer = {str(path)!r} {problem}; give a SentencePiece .model file or a directory with tokenizer.json"
     )
+
+
+def _checked(tokenizer: Tokenizer) -> Tokenizer:
+    """The same; ValueError for one that cuts text, fills it up, puts special tokens into it or draws.
+
+    So twice the text gives twice the ids. What a tokenizer makes of letters is its own affair: one may drop capitals or
+    spaces and write one sign for all that it does not know.
+    """
+    one, half, whole = (tokenizer.encode(_PROBE * times) for times in (1, _TIMES, 2 * _TIMES))
+    cut, filled = len(whole) < 1.98 * len(half), len(one) > 2 * len(half) / _TIMES + 4
+    if cut or filled or any(map(tokenizer.is_special, (*one, *whole))) or half != tokenizer.encode(_PROBE * _TIMES):
+        raise ValueError(
+            f"data.tokenizer = {str(tokenizer.path)!r} cuts, fills up or varies text ({_PROBE!r} written 1, {_TIMES} and "
+            f"{2 * _TIMES} times gives {len(one)}, {len(half)} and {len(whole)} ids); take such settings out of the file"
+        )
+    return tokenizer
 
 
 def train_sentencepiece(

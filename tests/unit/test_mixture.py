@@ -28,6 +28,12 @@ def test_the_order_is_a_function_of_seed_and_index():
     assert [Mixture(parts, seed=2).sample_at(i) for i in range(1000)] != forward
 
 
+def test_seeds_below_zero_are_seeds_of_their_own(recwarn):
+    parts = components((50, 3), (20, 1))
+    orders = {tuple(Mixture(parts, seed=seed).sample_at(i).source for i in range(60)) for seed in (-1, -2, -500, 1, 2)}
+    assert len(orders) == 5 and not recwarn.list
+
+
 def test_no_row_repeats_within_an_epoch_and_epochs_differ():
     mixture = Mixture(components((37, 1), (11, 2.5)), seed=3)
     draws = [mixture.sample_at(i) for i in range(4000)]

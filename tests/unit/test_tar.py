@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -120,7 +121,7 @@ def test_hostile_and_damaged_members_cost_their_sample(tmp_path, media):
         "sym": ("unsafe_member", "is a symbolic link"), "hard": ("unsafe_member", "is a hard link"),
         "dev": ("unsafe_member", "is no ordinary file"), "twice": ("unsafe_member", "is there twice"),
         "no_text": ("no_text", "no answer in words"), "bad": ("unreadable_media", "s.tar:bad.png"),
-        "json": ("not_json", "not valid JSON"), "utf": ("bad_text", "not UTF-8 text"),
+        "good/9": ("no_media", "without the medium"), "json": ("not_json", "not valid JSON"), "utf": ("bad_text", "not UTF-8 text"),
     }  # fmt: skip
     assert found.keys() == expected.keys()
     for key, (reason, text) in expected.items():
@@ -131,6 +132,106 @@ def test_hostile_and_damaged_members_cost_their_sample(tmp_path, media):
     for _ in range(4):
         loader.next_step()
     assert loader.report().keys() == {reason for reason, _ in expected.values()}
+
+
+def test_a_caption_without_its_medium_is_refused(tmp_path, media):
+    png = media["png"]
+    tars: dict[str, tuple[list, dict[str, str]]] = {
+        "missing": ([("1.png", png), ("1.txt", "one"), ("2.txt", "two")], {"2": "no_media"}),
+        "by type": ([(f"{i}.{s}", png if s == "png" else "c") for s in ("png", "txt") for i in (1, 2)],
+                    {"1": "no_media", "2": "no_media"}),
+        "null": ([("1.json", {"caption": "x", "messages": None}), ("2.png", png), ("2.json", {"caption": None}), ("2.txt", "t")],
+                 {"1": "no_media"}),
+        "text": ([("1.json", row("q", "a text record says messages"))], {}),
+    }  # fmt: skip
+    for title, (members, expected) in tars.items():
+        tar = write_tar(tmp_path / f"{title}.tar", members)
+        _, opened = indexed(tmp_path, str(tar))
+        found = rejections(tar)
+        assert {key: reason for key, (reason, _) in found.items() if reason != "no_text"} == expected, title
+        assert all("neighbours: tar --sort=name" in text for reason, text in found.values() if reason == "no_media")
+        usable = [record for i in range(len(opened)) if (record := _usable(opened, i))]
+        assert all(record.images for record in usable) != (title == "text")
+        assert len(usable) == {"missing": 1, "by type": 0, "null": 1, "text": 1}[title]
+
+
+def _usable(opened, i: int):
+    try:
+        return opened[i]
+    except RecordError:
+        return None
+
+
+def test_what_systems_leave_beside_files_is_no_member(tmp_path, media):
+    members: list = [("__MACOSX/x/._0.png", b"\0"), (".DS_Store", b"\0")]
+    for i in range(3):
+        members += [
+            (f"._{i}.png", b"\0\5\x16\7"),
+            (f"{i}.png", media["png"]),
+            (f"._{i}.txt", b"\0"),
+            (f"{i}.txt", f"n {i}"),
+        ]
+    tar = write_tar(tmp_path / "mac.tar", [*members, ("Thumbs.db", b"x")])
+    _, opened = indexed(tmp_path, str(tar))
+    assert [opened[i].answer for i in range(len(opened))] == ["n 0", "n 1", "n 2"] and not rejections(tar)
+
+
+def test_tars_one_behind_the_other_are_one(tmp_path, media):
+    tar, parts = tmp_path / "all.tar", []
+    for number in range(3):
+        members: list = [m for i in range(2) for m in ((f"{i}.png", media["png"]), (f"{i}.txt", f"tar {number}, {i}"))]
+        parts.append(write_tar(tmp_path / f"{number}.tar", members).read_bytes())
+    tar.write_bytes(parts[0] + bytes(3 << 20) + parts[1] + parts[2])
+    _, opened = indexed(tmp_path, str(tar))
+    assert [opened[i].answer for i in range(len(opened))] == [f"tar {n}, {i}" for n in range(3) for i in range(2)]
+    assert opened[5].images[0].load().data == media["png"]
+    for behind in (b"something else", b"x" * 5000):
+        tar.write_bytes(parts[0] + behind)
+        _, opened = indexed(tmp_path, str(tar))
+        found = rejections(tar)
+        assert found.keys() == {"after 1"} and len(opened) == 3
+        assert (
+            found["after 1"][0] == "damaged_tar" and "other data behind the end of the archive" in found["after 1"][1]
+        )
+    damaged = bytearray(parts[0])
+    second = next(sample for sample in tar_samples(tmp_path / "0.tar") if sample.key == "1").members["png"]
+    damaged[second.start - 512 : second.start] = b"\xee" * 512
+    tar.write_bytes(damaged)  # the library takes a damaged header for the end
+    indexed(tmp_path, str(tar))
+    assert rejections(tar).keys() == {"after 0"}
+
+
+def test_names_and_metadata_of_other_systems_cost_their_sample(tmp_path, media, capsys):
+    record = '{%s"messages":[{"role":"user","content":"<image>q"},{"role":"assistant","content":"a"}]}'
+    bad: dict[str, list] = {
+        "caf\udce9": [("caf\udce9.png", media["png"]), ("caf\udce9.txt", "x")],
+        "digits": [("digits.png", media["png"]), ("digits.json", '{"caption":"x","n":' + "9" * 5000 + "}")],
+        "id": [("id.png", media["png"]), ("id.json", record % r'"id":"\ud83d",')],
+        "system": [("system.png", media["png"]), ("system.json", record % r'"system":"\ud83d",')],
+        "other": [("other.png", media["png"]), ("other.json", record % r'"task":{"\ud83d":1},')],
+        "deep": [("deep.png", media["png"]), ("deep.json", record % ('"task":' + "[" * 900 + "]" * 900 + ","))],
+    }
+    members = [("1.png", media["png"]), ("1.txt", "good"), *(member for parts in bad.values() for member in parts)]
+    tar = write_tar(tmp_path / "s.tar", members)
+    _, opened = indexed(tmp_path, str(tar))
+    found = rejections(tar)
+    assert {key: reason for key, (reason, _) in found.items() if key != "deep"} == {
+        "caf\\udce9": "unsafe_member", **dict.fromkeys(("digits", "id", "system", "other"), "not_json")
+    }  # fmt: skip
+    assert opened[0].answer == "good" and len(opened) == 1 + len(bad)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, content in members:
+        path = os.fsencode(folder) + b"/" + os.fsencode(name)
+        with open(path, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+    recipe = write_recipe(tmp_path)
+    assert prepare.main([recipe, "--folder", str(folder), "--workers", "1"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "records.jsonl: 1 records" in out or "records.jsonl: 2 records" in out
+    )  # with "deep", where Python can write it
+    assert "left out (not_json): 4" in out and "left out (bad_type): 1" in out and r"caf\udce9" in out
 
 
 def test_a_tar_that_is_cut_off_keeps_what_is_whole(tmp_path, media):
@@ -233,8 +334,59 @@ def test_paths_of_shards(tmp_path):
     ):
         with pytest.raises(ValueError, match=problem):
             shard_paths(str(tmp_path / path))
+    for name in ("a.parquet", "b.jsonl.gz", "c.csv"):
+        (tmp_path / name).write_bytes(b"x")
+    for path, way_out in (
+        (f"{tmp_path}/a.parquet", r"\.parquet is not read; write its rows as JSONL"),
+        (f"{tmp_path}/*.gz", r"\.gz is not read; unpack it"), (f"{tmp_path}/c.csv", r"\.csv is not read; .*--folder"),
+        ("s3://bucket/x.jsonl", "is a URL, and only files are read: copy the data to a disk, or mount"),
+        ("https://example.org/{0..9}.tar", "is a URL"), ("data:application/json,[]", "is a URL"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=way_out):
+            shard_paths(path)
     with pytest.raises(ValueError, match=r"is a folder without .nv-meta"):
         shard_paths(str(tmp_path))
+
+
+def write_recipe(folder: Path) -> str:
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{vocab_size: 512, vision: {{image_size: 28, pooled_side: 2, max_tiles_per_side: 3}}, "
+        f"audio: {{num_mel_bins: 80, chunk_seconds: 1.0, num_query_tokens: 20, max_chunks: 4}}}}\n"
+        f"data: {{tokenizer: {tokenizer_file(folder)}, seq_length: 256}}\n"
+    )
+    return str(recipe)
+
+
+def test_names_in_a_folder_may_have_dots(tmp_path):
+    folder = tmp_path / "f"
+    (folder / "IMG.d").mkdir(parents=True)
+    for i in (1, 2, 3):
+        write_image(folder / f"IMG.{i:03d}.png")
+    write_image(folder / "IMG.d" / "photo.2024.PNG")
+    (folder / "IMG.d" / "photo.2024.txt").write_bytes(b"\xef\xbb\xbfa cat")
+    (folder / "metadata.csv").write_bytes(
+        b"\xef\xbb\xbffile_name,text,question\r\nIMG.001.png,one,\r\nIMG.002.png,two,which?\r\nIMG.003.png,three,\r\n"
+    )
+    (folder / "IMG.001.txt").write_text("metadata comes first")
+    (folder / "._IMG.001.png").write_bytes(b"\0")
+    (folder / "__MACOSX").mkdir()
+    write_image(folder / "__MACOSX" / "x.png")
+    (folder / "elsewhere").symlink_to(folder / "IMG.d", target_is_directory=True)
+    report = records_of_folder(folder)
+    records = [json.loads(line) for line in report.path.read_text().splitlines()]
+    found = {r["images"][0]: (r["messages"][0]["content"], r["messages"][1]["content"]) for r in records}
+    describe = "<image>\nDescribe the picture."
+    assert found == {
+        "IMG.001.png": (describe, "one"), "IMG.002.png": ("<image>\nwhich?", "two"), "IMG.003.png": (describe, "three"),
+        "IMG.d/photo.2024.PNG": (describe, "a cat"),
+    }  # fmt: skip
+    assert report.rejected == {"linked_folder": 1} and "elsewhere' is" not in report.messages[0]
+    assert "elsewhere: folder = " in report.messages[0]
+    (folder / "metadata.csv").unlink()
+    (folder / "metadata.jsonl").write_bytes(b'{"file_name": "IMG.001.png", "text": "a"}\n' + b"[" * 100_000)
+    with pytest.raises(ValueError, match=r"metadata.jsonl' cannot be read \(.*line 2: not valid JSON.*give every row"):
+        records_of_folder(folder)
 
 
 def test_from_a_folder_of_media_to_a_step_by_the_command(tmp_path, capsys):
@@ -248,17 +400,11 @@ def test_from_a_folder_of_media_to_a_step_by_the_command(tmp_path, capsys):
     (folder / "metadata.csv").write_text('file_name,text\nlisted.png,"a dog, sleeping"\n')
     write_image(folder / "bare.png")
     (folder / "link.png").symlink_to(folder / "listed.png")
-    recipe = tmp_path / "recipe.yaml"
-    settings = tiny_recipe(tmp_path, [])
-    recipe.write_text(
-        f"model: {{vocab_size: 512, vision: {{image_size: 28, pooled_side: 2, max_tiles_per_side: 3}}, "
-        f"audio: {{num_mel_bins: 80, chunk_seconds: 1.0, num_query_tokens: 20, max_chunks: 4}}}}\n"
-        f"data: {{tokenizer: {settings.data.tokenizer}, seq_length: 256}}\n"
-    )
-    command = [str(recipe), "--folder", str(folder), "--prompt", "what is it?", "--workers", "1"]
+    recipe = write_recipe(tmp_path)
+    command = [recipe, "--folder", str(folder), "--prompt", "what is it?", "--workers", "1"]
     assert prepare.main(command) == 0
     out = capsys.readouterr().out
-    assert "records.jsonl: 3 records" in out and "left out (no_text): 1" in out and "3 of 3 records usable" in out
+    assert "records.jsonl: 3 records" in out and "left out (no_text): 2" in out and "3 of 3 records usable" in out
     summary = json.loads((folder / "records.summary.json").read_text())
     assert summary["samples_by_class"] == {"image": 2, "audio": 1} and summary["tiles"] == 2 and summary["chunks"] == 1
     source = SourceConfig(name="records", path=str(folder / "records.jsonl"))
@@ -270,11 +416,11 @@ def test_from_a_folder_of_media_to_a_step_by_the_command(tmp_path, capsys):
     assert sum(batch.num_samples for batch in loader.next_step()) == 8
     with (folder / "records.jsonl").open("a") as file:
         file.write('{"messages": []}\n{broken\n')
-    again = [str(recipe), "--data", str(folder / "records.jsonl"), "--workers", "1", "--max-bad", "0.2"]
+    again = [recipe, "--data", str(folder / "records.jsonl"), "--workers", "1", "--max-bad", "0.2"]
     assert prepare.main(again) == 2
     captured = capsys.readouterr()
     assert "rejected (not_json): 1" in captured.out and "2 of 5 records of records cannot be used" in captured.err
-    assert prepare.main([str(recipe), "--folder", str(tmp_path / "none")]) == 2
+    assert prepare.main([recipe, "--folder", str(tmp_path / "none")]) == 2
     (tmp_path / "empty").mkdir()
     assert records_of_folder(folder).num_records == 3
     with pytest.raises(ValueError, match="holds no medium with a caption"):

@@ -1,16 +1,19 @@
 """Tokenizers: text round trip, special tokens only by id, ids of Uni-MoE-2.0, deterministic training, refusals."""
 
+import itertools
 import json
+import re
 
 import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from megatron_omni.data.tokenizer import (
     ALL_SPECIALS,
     CORE_SPECIALS,
+    HuggingFaceTokenizer,
     Tokenizer,
     load_tokenizer,
     train_sentencepiece,
@@ -22,6 +25,7 @@ CORPUS = [
     "猫 狗 在左边",
     "which note is it",
 ] * 4
+NUMBERS = itertools.count()
 TEXTS = ["the cat", " leading", "trail \n\n two  spaces ", "é😀 新字 \t\r\n", "  ", "a" * 300, "0123456789", ""]
 
 
@@ -110,6 +114,56 @@ def qwen_added_tokens(*extra: str) -> list[AddedToken]:
     tokens = [f"<|{name}|>" for name in names.split()]
     special, plain = tokens[:14], ["<tool_call>", "</tool_call>", *tokens[14:], *extra]
     return [AddedToken(t, special=True) for t in special] + [AddedToken(t) for t in plain]
+
+
+def test_settings_of_the_file_that_cut_fill_or_vary_text_have_no_effect(tmp_path, huggingface_tokenizer):
+    file = write_tokenizer_json(tmp_path, added=[AddedToken("<|endoftext|>", special=True)]) / "tokenizer.json"
+    model = tokenizers.Tokenizer.from_file(str(file))
+    for setting in ("truncation", "padding", "dropout"):
+        if setting == "truncation":
+            model.enable_truncation(16)
+        elif setting == "padding":
+            model.no_truncation()
+            model.enable_padding(length=64, pad_id=0)
+        else:
+            model.no_padding()
+            model.model.dropout = 0.5
+        model.save(str(file))
+        assert re.search(rf'"{setting}": ?[{{0]', file.read_text())  # the file says it
+        loaded = load_tokenizer(tmp_path)
+        for text in ("hello", TEXTS[0] * 300):
+            assert (
+                loaded.encode(text) == huggingface_tokenizer.encode(text) and loaded.decode(loaded.encode(text)) == text
+            )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda ids: ids[:1000],
+        lambda ids: ids + [5] * (128 - len(ids)),
+        lambda ids: [0, *ids],
+        lambda ids: ids + [5] * (next(NUMBERS) % 7),
+    ],
+    ids=["cuts", "fills up", "adds a special token", "varies"],
+)
+def test_a_tokenizer_that_does_not_keep_text_whole_is_refused(huggingface_tokenizer, monkeypatch, change):
+    encode = HuggingFaceTokenizer._encode
+    special = huggingface_tokenizer.special("<|im_start|>")
+    monkeypatch.setattr(
+        HuggingFaceTokenizer, "_encode", lambda self, text: [i or special for i in change(encode(self, text))]
+    )
+    with pytest.raises(ValueError, match=r"data.tokenizer = .* cuts, fills up or varies text"):
+        load_tokenizer(huggingface_tokenizer.path)
+
+
+def test_a_tokenizer_may_normalise(tmp_path):
+    file = write_tokenizer_json(tmp_path, added=[]) / "tokenizer.json"
+    model = tokenizers.Tokenizer.from_file(str(file))
+    model.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Strip(), normalizers.NFKC()])
+    model.save(str(file))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.decode(loaded.encode(" The CAT ")) == "the cat"
 
 
 def test_qwen_vocabulary_gets_the_ids_of_the_released_model(tmp_path):
