@@ -18,6 +18,7 @@ from PIL import Image
 FOLDER = Path(__file__).parent / "assets"
 SAMPLE_RATE = 16000
 TILE_PX = 64
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,23 @@ def load_assets() -> Assets:
         english=[row["name"] for row in concepts],
         chinese=[row["zh"] for row in concepts],
         pictures={style: read_sheet(style, len(concepts)) for style in ("noto", "twemoji")},
-        words={name: read_words(name, voice["words"]) for name, voice in voices.items()},
+        words={name: read_words(f"voices/{name}.ogg", voice["words"]) for name, voice in voices.items()},
         train_voices=[name for name, voice in voices.items() if not voice["held_out"]],
         held_out_voices=[name for name, voice in voices.items() if voice["held_out"]],
         notes={name: read_wave(f"notes/{name}.ogg").reshape(shape) for name in notes["instruments"]},
         train_pitches=[index for index, pitch in enumerate(pitches) if pitch not in held_out],
         held_out_pitches=[index for index, pitch in enumerate(pitches) if pitch in held_out],
     )
+
+
+def load_voices() -> list[str]:
+    """Names of all voices."""
+    return list(read_json("voices.json"))
+
+
+def load_digits() -> dict[str, list[np.ndarray]]:
+    """Zero to nine in every voice."""
+    return {name: read_words(f"digits/{name}.ogg", spans) for name, spans in read_json("digits.json").items()}
 
 
 def read_json(name: str) -> Any:
@@ -69,9 +80,9 @@ def read_sheet(style: str, num_pictures: int) -> list[Image.Image]:
     return [sheet.crop((x, y, x + TILE_PX, y + TILE_PX)) for x, y in corners]
 
 
-def read_words(voice: str, spans: list[list[int]]) -> list[np.ndarray]:
+def read_words(path: str, spans: list[list[int]]) -> list[np.ndarray]:
     """Cut a voice's recording into its words."""
-    wave = read_wave(f"voices/{voice}.ogg")
+    wave = read_wave(path)
     return [wave[start : start + num_samples] for start, num_samples in spans]
 
 

@@ -38,7 +38,7 @@ import numpy as np
 from PIL import Image
 
 from examples.quickstart import media
-from examples.quickstart.assets import Assets, load_assets
+from examples.quickstart.assets import DIGITS, Assets, load_assets
 
 SIZES = {
     "image": 10000, "image_two": 14000, "word": 5000, "speech": 16000, "sound": 11000, "video": 5000, "text": 8000,
@@ -305,7 +305,8 @@ def tokenizer_corpus(assets: Assets) -> str:
     prompts = [part for value in PROMPTS.values() for part in ([value] if isinstance(value, str) else value)]
     questions = [text.replace("{}", "").replace("<image>", "").replace("<audio>", "").replace("<video>", "")
                  for text in prompts]  # fmt: skip
-    lines = [f"x {word}" for word in words] + words + chinese + ["user", "assistant"]
+    roles = ["system", "user", "assistant"]
+    lines = [f"x {word}" for word in (*words, *DIGITS)] + words + list(DIGITS) + chinese + roles
     return "\n".join((lines * 20) + questions * 20) + "\n"
 
 

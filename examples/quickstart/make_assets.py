@@ -4,7 +4,7 @@ Users of the quickstart never run this: its output is committed. It needs `npm` 
 `espeak-ng`, `flite` and `fluidsynth` with the TimGM6mb sound font (Debian packages `espeak-ng flite fluidsynth
 timgm6mb-soundfont`). Run from the repository root:
 
-    python -m examples.quickstart.make_assets
+    python -m examples.quickstart.make_assets [--only digits]
 
 It writes few container files, so that a checkout stays tidy:
 
@@ -12,6 +12,8 @@ It writes few container files, so that a checkout stays tidy:
     noto.png twemoji.png   one 8 x 8 sheet of 64-px RGBA pictures a style, in that order
     voices/<voice>.ogg     the 64 English names spoken one after another, 16 kHz mono
     voices.json            per voice: tool, whether it is held out, [first sample, samples] of each word
+    digits/<voice>.ogg     zero to nine in the same voices, likewise
+    digits.json            per voice: [first sample, samples] of each digit
     notes/<instrument>.ogg every pitch at both velocities, each note exactly `note_samples` long
     notes.json             instruments, pitches, held-out pitches, velocities, `note_samples`
 
@@ -20,17 +22,21 @@ Licences of the sources are in `assets/NOTICE`.
 
 from __future__ import annotations
 
+import argparse
 import json
 import struct
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
 from PIL import Image
+
+from examples.quickstart.assets import DIGITS
 
 ASSETS = Path(__file__).parent / "assets"
 SAMPLE_RATE = 16000
@@ -141,23 +147,37 @@ def resample(wave: np.ndarray, rate: int) -> np.ndarray:
     return (np.fft.irfft(kept, num_out) * (num_out / len(wave))).astype(np.float32)
 
 
-def write_voices(scratch: Path) -> None:
-    """One OGG a voice and the index of words."""
-    (ASSETS / "voices").mkdir(exist_ok=True)
-    index = {}
+def write_words(folder: str, words: Iterable[str], scratch: Path) -> dict[str, list[list[int]]]:
+    """One OGG a voice under `folder`, its words one after another; voice -> [first sample, samples] of each."""
+    (ASSETS / folder).mkdir(exist_ok=True)
+    spans_of: dict[str, list[list[int]]] = {}
     gap = np.zeros(SAMPLE_RATE // 20, dtype=np.float32)  # keeps one word's coding from bleeding into the next
-    for name, (tool, voice, held_out) in VOICES.items():
-        spans: list[list[int]] = []
+    for name, (tool, voice, _) in VOICES.items():
         pieces: list[np.ndarray] = []
+        spans = spans_of[name] = []
         start = 0
-        for word in CONCEPTS:
+        for word in words:
             wave = synthesise(tool, voice, word, scratch / "word.wav")
             spans.append([start, len(wave)])
             pieces += [wave, gap]
             start += len(wave) + len(gap)
-        write_ogg(ASSETS / f"voices/{name}.ogg", np.concatenate(pieces))
-        index[name] = {"tool": tool, "voice": voice, "held_out": held_out, "words": spans}
+        write_ogg(ASSETS / f"{folder}/{name}.ogg", np.concatenate(pieces))
+    return spans_of
+
+
+def write_voices(scratch: Path) -> None:
+    """The concepts' names in every voice and their index."""
+    spans_of = write_words("voices", CONCEPTS, scratch)
+    index = {
+        name: {"tool": tool, "voice": voice, "held_out": held_out, "words": spans_of[name]}
+        for name, (tool, voice, held_out) in VOICES.items()
+    }
     write_json(ASSETS / "voices.json", index)
+
+
+def write_digits(scratch: Path) -> None:
+    """Ten digits in every voice and their index. No source of the quickstart uses them yet; its tokenizer has them."""
+    write_json(ASSETS / "digits.json", write_words("digits", DIGITS, scratch))
 
 
 def midi_file(program: int) -> bytes:
@@ -221,10 +241,16 @@ def write_json(path: Path, value: dict[str, Any] | list[Any]) -> None:
 
 
 def main() -> None:
-    """Make everything under `assets/` anew."""
+    """Make everything under `assets/` anew, or the digits alone."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", choices=("digits",), help="this part alone")
+    only = parser.parse_args().only
     ASSETS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
+        write_digits(scratch)
+        if only:
+            return
         write_concepts(npm_package("emojibase-data", "17.0.0", scratch))
         for style, vendor in STYLES.items():
             write_sheet(style, npm_package(f"emoji-datasource-{vendor}", "16.0.0", scratch))

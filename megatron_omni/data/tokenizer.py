@@ -218,8 +218,11 @@ def train_sentencepiece(
     vocab_size: int,
     model_type: Literal["unigram", "bpe"] = "unigram",
     specials: Sequence[str] = CORE_SPECIALS,
+    whole: Sequence[str] = (),
 ) -> Path:
     """Train a small tokenizer on the lines of ``corpus``; the same input gives the same bytes in ``model_path``.
+
+    ``whole`` are strings of ordinary text that are one piece each wherever they stand.
 
     Text survives encode and decode unchanged: no normalisation, no added space, and bytes for characters that were not
     seen (so ``vocab_size`` holds 256 bytes, one unknown token and the specials before the first learned piece). The one
@@ -228,9 +231,9 @@ def train_sentencepiece(
     lines = [line for text in corpus for line in text.splitlines() if line]
     if not lines:
         raise ValueError("train_sentencepiece: the corpus has no text")
-    smallest = 256 + 1 + len(specials)
+    smallest = 256 + 1 + len(specials) + len(whole)
     if vocab_size <= smallest:
-        raise ValueError(f"train_sentencepiece: vocab_size = {vocab_size} must exceed {smallest} (bytes and specials)")
+        raise ValueError(f"train_sentencepiece: vocab_size = {vocab_size} must exceed {smallest} (bytes, specials and whole pieces)")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -239,6 +242,7 @@ def train_sentencepiece(
             vocab_size=vocab_size,
             model_type=model_type,
             control_symbols=list(specials),
+            user_defined_symbols=list(whole),
             byte_fallback=True,
             character_coverage=1.0,
             normalization_rule_name="identity",
