@@ -10,6 +10,7 @@ PYTHON := $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python py
 VENV := .venv
 BIN := $(VENV)/bin
 FAST ?= 0
+OVERWRITE ?= 0
 JOBS ?= 2
 TRIALS ?= 100
 KERNELS := megatron_omni/ops/_kernels.so
@@ -38,8 +39,8 @@ ext-cuda: venv ## compile the CUDA side of csrc (needs nvcc, no GPU) and check w
 	OMNI_BUILD_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python tools/check_cuda_objects.py
 
-quickstart: venv ## compose a small real corpus, train the tiny recipe, score it, show what it made (FAST=1: a few minutes)
-	$(BIN)/python -m examples.quickstart.run $(if $(filter 1,$(FAST)),--fast)
+quickstart: venv ## compose a small real corpus, train the tiny recipe, score it, show what it made (FAST=1: a few minutes; OVERWRITE=1)
+	$(BIN)/python -m examples.quickstart.run $(if $(filter 1,$(FAST)),--fast) $(if $(filter 1,$(OVERWRITE)),--overwrite)
 
 # Whole files go to a worker, in the order of their names: fixtures are made once, and what takes longest is not last.
 test: venv ## run the tests, JOBS=2 processes side by side (CPU, gloo)

@@ -1,9 +1,10 @@
 """Compose the quickstart's corpus: real media files and JSONL records, the same for the same seed.
 
-    python -m examples.quickstart.compose --out DIR [--fast] [--seed N]
+    python -m examples.quickstart.compose --out DIR [--fast] [--choice] [--seed N]
 
     DIR/train/<source>.jsonl            records; their media under DIR/train/media/<source>/
     DIR/eval/<task>.held_out.jsonl      the split that is gated: unseen combinations of seen things
+    DIR/eval/<task>.choice.jsonl        with --choice: other samples by the same rules, to choose a recipe by
     DIR/eval/<task>.harder.jsonl        reported only: unseen art style, voices, noise, length
     DIR/manifest.json                   counts, chance level of each task, the split rule
     DIR/tokenizer_corpus.txt            words and phrases to train a small tokenizer on
@@ -29,7 +30,7 @@ import io
 import json
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -45,7 +46,8 @@ SIZES = {
 }  # fmt: skip
 FAST_SHARE = 0.15
 EVAL_SIZE = 240
-SPLITS = ("train", "held_out", "harder")
+SPLITS = ("train", "held_out", "harder", "choice")
+"""The order is part of a sample's seed."""
 CHUNK_SAMPLES = 250  # per call to a worker
 
 SPLIT_RULE = (
@@ -254,11 +256,13 @@ def compose_chunk(chunk: Chunk) -> list[str]:
     return lines
 
 
-def plan(out: Path, seed: int, sizes: dict[str, int], eval_size: int) -> dict[Path, list[Chunk]]:
+def plan(
+    out: Path, seed: int, sizes: dict[str, int], eval_size: int, splits: Sequence[str] = SPLITS[:3]
+) -> dict[Path, list[Chunk]]:
     """The chunks of every JSONL file of the corpus."""
     files: dict[Path, list[Chunk]] = {}
     for source, train_size in sizes.items():
-        for split in SPLITS:
+        for split in splits:
             folder = out / ("train" if split == "train" else "eval")
             size = train_size if split == "train" else eval_size
             path = folder / (f"{source}.jsonl" if split == "train" else f"{source}.{split}.jsonl")
@@ -269,11 +273,20 @@ def plan(out: Path, seed: int, sizes: dict[str, int], eval_size: int) -> dict[Pa
 
 
 def compose(
-    out: Path, *, seed: int = 0, sizes: dict[str, int] | None = None, eval_size: int = EVAL_SIZE, processes: int = 1
+    out: Path,
+    *,
+    seed: int = 0,
+    sizes: dict[str, int] | None = None,
+    eval_size: int = EVAL_SIZE,
+    choice: bool = False,
+    processes: int = 1,
 ) -> None:
-    """Write the whole corpus under `out`; `sizes` gives the number of training samples of each source."""
+    """Write the whole corpus under `out`; `sizes` gives the number of training samples of each source.
+
+    `choice` adds the sets that a recipe is chosen by, so that it is not tuned on what it reports.
+    """
     sizes = sizes or SIZES
-    files = plan(out, seed, sizes, eval_size)
+    files = plan(out, seed, sizes, eval_size, SPLITS if choice else SPLITS[:3])
     chunks = [chunk for parts in files.values() for chunk in parts]
     if processes > 1:
         # Spawned, not forked: a fork of a process that has torch's threads running can hang.
@@ -315,12 +328,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--fast", action="store_true", help="a small corpus, for a smoke test")
+    parser.add_argument("--choice", action="store_true", help="also the sets to choose a recipe by")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     sizes = {source: round(size * (FAST_SHARE if args.fast else 1)) for source, size in SIZES.items()}
     eval_size = EVAL_SIZE // 4 if args.fast else EVAL_SIZE
-    compose(args.out, seed=args.seed, sizes=sizes, eval_size=eval_size, processes=min(8, os.cpu_count() or 1))
-    print(f"composed {sum(sizes.values())} training and {2 * eval_size * len(sizes)} evaluation samples in {args.out}")
+    processes = min(8, os.cpu_count() or 1)
+    compose(args.out, seed=args.seed, sizes=sizes, eval_size=eval_size, choice=args.choice, processes=processes)
+    num_sets = (3 if args.choice else 2) * len(sizes)
+    print(f"composed {sum(sizes.values())} training and {num_sets * eval_size} evaluation samples in {args.out}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ NUM_FRAMES, FRAMES_A_SECOND = 4, 2
 DETUNE_CENTS = 50  # half the step to the next pitch: a note is never nearer to a held-out one than to its own
 PAUSE_SECONDS = (0.03, 0.18)  # the two longest words of any voice, 1.72 s, and their pauses stay within 2.1 s
 X264_OPTIONS = {"preset": "ultrafast", "tune": "zerolatency", "crf": "14"}
+AAC_OPTIONS = {"aac_coder": "fast"}  # a sixth of the time of the default, which is made for music
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
@@ -88,7 +89,7 @@ def mp4_bytes(frames: list[Image.Image], wave: np.ndarray) -> bytes:
         video.width = video.height = TILE_PX
         video.pix_fmt = "yuv420p"
         video.codec_context.thread_count = 1  # more threads cost more than they save on 4 small frames
-        audio = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
+        audio = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono", options=AAC_OPTIONS)
         for index, picture in enumerate(frames):
             frame = av.VideoFrame.from_image(picture)
             frame.pts, frame.time_base = index, Fraction(1, FRAMES_A_SECOND)

@@ -15,6 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import FuncFormatter
 
 LOAD = re.compile(r"moe/load/layer_(\d+)/(\w+)/(expert|null)_(\d+)$")
 
@@ -36,26 +37,30 @@ def draw_losses(records: list[dict[str, Any]], path: Path) -> None:
     """Loss of every source over training, held-out loss as dots, and the number of experts per token below."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=[3, 1], layout="constrained")
     names = sorted({name for record in records for name in record if name.startswith("loss/source/")})
-    evaluated = False
+    evaluated, window = False, max(1, min(8, len(records) // 20))
     for index, name in enumerate(names):
         points = [(record["step"], record[name]) for record in records if name in record]
         steps, losses = zip(*points)
         source, colour = name.removeprefix("loss/source/"), f"C{index}"
-        top.plot(steps, smooth(list(losses), 8), color=colour, label=source)
+        top.plot(steps, losses, color=colour, alpha=0.3, linewidth=0.8)
+        top.plot(steps, smooth(list(losses), window), color=colour, label=source)
         held_out = [(r["step"], r[f"eval/loss/{source}"]) for r in records if f"eval/loss/{source}" in r]
         if held_out:
             evaluated = True
             top.plot(*zip(*held_out), "o", color=colour, markersize=4)
     top.set_yscale("log")
     top.set_ylabel("loss per answer token (nats)")
-    top.set_title("Training loss by source" + (" (lines), held-out loss (dots)" if evaluated else ""))
+    what = f"thin: as logged, thick: running mean of {window} points" if window > 1 else "as logged"
+    top.set_title(f"Training loss by source ({what}{'; dots: held out' if evaluated else ''})", fontsize=11)
+    for side in (top.yaxis.set_major_formatter, top.yaxis.set_minor_formatter):
+        side(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "125" else ""))
     top.legend(ncols=3, fontsize=9)
     top.grid(alpha=0.3)
     routed = [(r["step"], r["moe/mean_k"], r["moe/null_share"]) for r in records if "moe/mean_k" in r]
     if routed:
         steps, mean_k, null_share = zip(*routed)
-        bottom.plot(steps, smooth(list(mean_k), 8), label="real experts per token")
-        bottom.plot(steps, smooth(list(null_share), 8), label="share of null slots")
+        bottom.plot(steps, smooth(list(mean_k), window), label="real experts per token")
+        bottom.plot(steps, smooth(list(null_share), window), label="share of null slots")
         bottom.legend(fontsize=9)
     bottom.set_ylim(bottom=0)
     bottom.set_xlabel("step")
@@ -99,7 +104,7 @@ def draw_expert_use(records: list[dict[str, Any]], path: Path) -> None:
             axis.text(column, row, f"{table[row, column]:.2f}", ha="center", va="center", fontsize=8, color=shade)
         axis.set_xticks(range(len(slots)), slots, rotation=45, ha="right", fontsize=8)
         axis.set_yticks(range(len(modalities)), modalities if block == 0 else [])
-        axis.set_title(f"block {block + 1}", fontsize=10)
+        axis.set_title(f"layer {layer}", fontsize=10)
     figure.suptitle("Share of each modality's tokens that use a slot (last third of training)", fontsize=11)
     if image is not None:
         figure.colorbar(image, ax=axes[0].tolist(), shrink=0.8)
@@ -114,12 +119,13 @@ def draw_scores(scores: dict[str, dict[str, float]], path: Path) -> None:
     for place, (kind, colour) in enumerate(kinds):
         offsets = np.arange(len(scores)) + (place - 1.5) * 0.2
         values = [score[kind] for score in scores.values()]
-        bars = axis.bar(offsets, values, 0.19, color=colour, label=kind.replace("_", "-"))
-        if place < 2:
-            axis.bar_label(bars, fmt="%.2f", fontsize=8)
+        bars = axis.bar(offsets, values, 0.19, color=colour, label=kind.replace("_", " "))
+        if place < 2:  # upright: two labels beside each other are wider than their bars
+            axis.bar_label(bars, fmt="%.2f", fontsize=8, rotation=90, padding=2)
     axis.set_xticks(range(len(scores)), scores)
-    axis.set_ylim(0, 1.12)
+    axis.set_ylim(0, 1.2)
     axis.set_ylabel("exact match of the answer")
-    axis.legend(ncols=4, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, 1.16), frameon=False)
+    axis.set_title("Greedy answers that are right to the letter", fontsize=11)
+    figure.legend(ncols=4, fontsize=9, loc="outside lower center", frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)

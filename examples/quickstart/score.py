@@ -1,9 +1,12 @@
 """Score the quickstart: exact match of greedy answers, held out and harder, for the trained model and an untrained one.
 
-    torchrun --nproc-per-node 2 -m examples.quickstart.score RUN_DIR [--limit N]
+    torchrun --nproc-per-node 2 -m examples.quickstart.score RUN_DIR [--data DIR] [--limit N]
+    torchrun --nproc-per-node 2 -m examples.quickstart.score RUN_DIR --choice
 
-Writes RUN_DIR/scores.json ({task: {held_out, harder, untrained, chance, count}}), answers.jsonl with every answer, and the
-pictures of pictures.py; prints the table and one example of each task. `untrained` is the same model with its initial weights.
+`--choice` scores the sets that a recipe is chosen by (compose --choice) instead, and writes RUN_DIR/scores_choice.json
+only. Otherwise writes RUN_DIR/scores.json ({task: {held_out, harder, untrained, chance, count}}), answers.jsonl with
+every answer, and the pictures of pictures.py; prints the table and one example of each task. `untrained` is the same
+model with its initial weights.
 """
 
 import argparse
@@ -16,6 +19,8 @@ from typing import Any
 from megatron_omni.platform.device import install
 
 MAX_NEW_TOKENS = 16
+SHORT_STEPS = 500
+"""Below, nothing is learned yet (docs/quickstart.md)."""
 
 
 def main() -> None:
@@ -23,6 +28,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--limit", type=int, default=None, help="records of each set (default all)")
+    parser.add_argument("--data", type=Path, default=None, help="the corpus (default RUN_DIR/data)")
+    parser.add_argument("--choice", action="store_true", help="the sets to choose a recipe by")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
@@ -35,13 +42,21 @@ def main() -> None:
     from megatron_omni.parallel.groups import destroy
 
     checkpoint = open_checkpoint(args.run_dir)
-    data = args.run_dir / "data"
+    data = args.data or args.run_dir / "data"
     chance = json.loads((data / "manifest.json").read_text(encoding="utf-8"))["chance"]
     tasks = [task for task in chance if (data / "eval" / f"{task}.held_out.jsonl").exists()]
+    model = checkpoint.load_model()
+    if args.choice:
+        chosen = score_all(checkpoint, model, tasks, "choice", data, args.limit)
+        if dist.get_rank() == 0:
+            scores = {task: round(score.score, 4) for task, score in chosen.items()}
+            (args.run_dir / "scores_choice.json").write_text(json.dumps(scores, indent=1) + "\n")
+            print("exact match on the sets to choose by: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+        destroy()
+        return
     untrained = score_all(
         checkpoint, build_model(checkpoint.recipe, checkpoint.pg), tasks, "held_out", data, args.limit
     )
-    model = checkpoint.load_model()
     held_out, harder = (
         score_all(checkpoint, model, tasks, split, data, args.limit) for split in ("held_out", "harder")
     )
@@ -111,6 +126,11 @@ def report(
         print(
             f"  {task:<32}{score['held_out']:>9.3f}{score['harder']:>9.3f}{score['untrained']:>11.3f}"
             f"{score['chance']:>9.4f}{score['count']:>7}"
+        )
+    if records[-1]["step"] < SHORT_STEPS:
+        print(
+            f"\nafter {records[-1]['step']} steps nearly every answer is still wrong, as it should be: this run shows "
+            "that everything works, a full one what is learned"
         )
     print("\none held-out example of each:")
     for task in tasks:

@@ -15,20 +15,21 @@ WHOLE = ("<think>", "</think>", "<answer>", "</answer>", *"0123456789")
 pictures and reinforcement learning start from this model and may not change its vocabulary."""
 
 
+def train_tokenizer(text: str, path: Path) -> Path:
+    """The quickstart's tokenizer from the lines of its corpus, written to `path`."""
+    whole = [*WHOLE, *load_voices()]
+    return train_sentencepiece(
+        [text], path, vocab_size=VOCAB_SIZE, model_type="bpe", specials=ALL_SPECIALS, whole=whole
+    )
+
+
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    train_sentencepiece(
-        [args.corpus.read_text(encoding="utf-8")],
-        args.out,
-        vocab_size=VOCAB_SIZE,
-        model_type="bpe",
-        specials=ALL_SPECIALS,
-        whole=[*WHOLE, *load_voices()],
-    )
+    train_tokenizer(args.corpus.read_text(encoding="utf-8"), args.out)
     print(f"{args.out}: {load_tokenizer(args.out).vocab_size} pieces")
 
 

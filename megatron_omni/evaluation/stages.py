@@ -66,13 +66,15 @@ def mean_k_by_layer(run_dir: Path) -> list[float]:
 
 
 def table(stages: Sequence[str], seeds: Sequence[Mapping[str, Losses]]) -> str:
-    """Markdown table of ``seeds`` (stage -> losses, one mapping a seed)."""
+    """Markdown table of ``seeds`` (stage -> losses, one mapping a seed); over several it says what +- is."""
     sets = list(dict.fromkeys(name for seed in seeds for stage in stages for name in seed.get(stage, {})))
     lines = [f"| stage | {' | '.join(sets)} |", "|---" * (len(sets) + 1) + "|"]
     for stage in stages:
         values = [[seed[stage][name] for seed in seeds if name in seed.get(stage, {})] for name in sets]
         if any(values):
             lines.append(f"| {stage} | {' | '.join(map(_entry, values))} |")
+    if len(seeds) > 1:
+        lines.append(f"\nMean of {len(seeds)} seeds +- half the range between the lowest and the highest.")
     return "\n".join(lines)
 
 

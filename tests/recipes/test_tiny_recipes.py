@@ -18,12 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # examples/ is not installed
 
 from examples.quickstart import compose  # noqa: E402
-from examples.quickstart.tokenizer import VOCAB_SIZE  # noqa: E402
+from examples.quickstart.tokenizer import train_tokenizer  # noqa: E402
 from megatron_omni.chain import Chain, load_chain, run_upcycle  # noqa: E402
 from megatron_omni.config.load import load_recipe  # noqa: E402
 from megatron_omni.config.run import Recipe  # noqa: E402
 from megatron_omni.config.validate import validate  # noqa: E402
-from megatron_omni.data.tokenizer import train_sentencepiece  # noqa: E402
 from megatron_omni.evaluation.stages import held_out_losses, read_records  # noqa: E402
 from tests.distributed.tiny_run import run_ranks, train_rank  # noqa: E402
 
@@ -38,7 +37,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("quickstart")
     compose.compose(out / "data", seed=3, sizes=SIZES, eval_size=4)
     text = (out / "data" / "tokenizer_corpus.txt").read_text(encoding="utf-8")
-    train_sentencepiece([text], out / "tokenizer.model", vocab_size=VOCAB_SIZE, model_type="bpe")
+    train_tokenizer(text, out / "tokenizer.model")
     return out
 
 

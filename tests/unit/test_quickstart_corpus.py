@@ -13,14 +13,14 @@ from PIL import Image
 
 from megatron_omni.config.load import load_recipe
 from megatron_omni.data.loader import Cursor, StepLoader
-from megatron_omni.data.tokenizer import train_sentencepiece
+from megatron_omni.data.tokenizer import ALL_SPECIALS, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # examples/ is not installed
 
 from examples.quickstart import compose  # noqa: E402
-from examples.quickstart.assets import load_assets  # noqa: E402
-from examples.quickstart.tokenizer import VOCAB_SIZE  # noqa: E402
+from examples.quickstart.assets import DIGITS, load_assets, load_digits, load_voices  # noqa: E402
+from examples.quickstart.tokenizer import VOCAB_SIZE, WHOLE, train_tokenizer  # noqa: E402
 
 SIZES = {"image": 60, "image_two": 120, "word": 30, "speech": 60, "sound": 60, "video": 30, "text": 200}
 EVAL_SIZE = 30
@@ -63,9 +63,7 @@ def ordered_pair(row):
 def test_the_mix_fills_rows_to_97_percent_and_more(corpus, tmp_path):
     """At every stage of the curriculum, in rows of 288 tokens. The recipe's own rows of 216 hold six samples, and six
     pictures of 32 tokens leave 24 free: 96.6 % over its run (docs/data.md)."""
-    train_sentencepiece(
-        [(corpus / "tokenizer_corpus.txt").read_text()], tmp_path / "t.model", vocab_size=VOCAB_SIZE, model_type="bpe"
-    )
+    train_tokenizer((corpus / "tokenizer_corpus.txt").read_text(), tmp_path / "t.model")
     settings = [f"data.tokenizer={tmp_path / 't.model'}", "data.num_workers=0", "data.seq_length=288"]
     settings += ["data.micro_batch_size=2", "data.global_batch_size=4"]
     recipe = load_recipe(ROOT / "recipes/tiny/quickstart.yaml", settings)
@@ -205,3 +203,36 @@ def test_the_answer_follows_from_the_prompt_in_text(corpus):
         for row in rows(path):
             prompt = row["messages"][0]["content"]
             assert seen.setdefault(prompt, answer(row)) == answer(row)
+
+
+def test_the_choice_sets_follow_the_held_out_rules_with_other_samples(tmp_path):
+    sizes = {"speech": 5, "image_two": 5}
+    compose.compose(tmp_path, seed=3, sizes=sizes, eval_size=20, choice=True)
+    for source in sizes:
+        choice, held_out = (rows(tmp_path / f"eval/{source}.{split}.jsonl") for split in ("choice", "held_out"))
+        assert all(compose.is_held_out(*ordered_pair(row)) for row in choice)
+        assert [answer(row) for row in choice] != [answer(row) for row in held_out]
+
+
+def test_the_tokenizer_has_all_that_later_stages_need_as_single_pieces(corpus, tmp_path):
+    """Speech, pictures and reinforcement learning start from the quickstart's model: its vocabulary stays."""
+    text = (corpus / "tokenizer_corpus.txt").read_text(encoding="utf-8")
+    tokenizer = load_tokenizer(train_tokenizer(text, tmp_path / "t.model"))
+    assert tokenizer.vocab_size == VOCAB_SIZE == load_recipe(ROOT / "recipes/tiny/quickstart.yaml").model.vocab_size
+    assert set(ALL_SPECIALS) <= set(tokenizer.specials)
+    assets = load_assets()
+    single = [*WHOLE, *load_voices(), *DIGITS, *assets.english, *assets.chinese, *assets.notes, "user", "assistant"]
+    single += [f" {word}" for word in (*assets.english, *DIGITS)]
+    pieces = {word: tokenizer.encode(word) for word in single}
+    assert {word for word, ids in pieces.items() if len(ids) != 1} == set()
+    assert len({ids[0] for ids in pieces.values()}) == len(pieces)
+
+
+def test_every_voice_says_ten_digits_that_can_be_told_apart():
+    digits = load_digits()
+    assert list(digits) == load_voices() and all(len(waves) == len(DIGITS) == 10 for waves in digits.values())
+    for waves in digits.values():
+        assert all(0.15 < len(wave) / 16000 < 0.9 and 0.5 < np.abs(wave).max() <= 1 for wave in waves)
+        spectra = [np.log(np.abs(np.fft.rfft(wave, 16000))[100:4000].reshape(-1, 100).sum(1)) for wave in waves]
+        gaps = [np.abs(a - b).mean() for i, a in enumerate(spectra) for b in spectra[:i]]
+        assert min(gaps) > 0.05

@@ -65,6 +65,8 @@ def test_table_and_readings_say_what_the_losses_are() -> None:
         "|---|---|---|",
         "| vision | 1.100 +- 0.100 | 3.000 +- 0.000 |",
         "| sft | 0.800 +- 0.100 | 1.200 +- 0.100 |",
+        "",
+        "Mean of 2 seeds +- half the range between the lowest and the highest.",
     ]
     assert stages.own_modality({"vision": ["image"], "speech": ["word"]}, first) == [
         "vision on image: 1.000, better than speech (2.000)",
