@@ -394,9 +394,12 @@ def _merged(kept: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
         config[uni_moe.OURS] = made[uni_moe.OURS]
     if "dtype" in kept:  # how newer configurations call torch_dtype: what a loader rounds to
         config["dtype"] = made["torch_dtype"]
-    if isinstance(kept.get("rope_parameters"), dict):  # where they have rope_theta and rope_scaling
-        rope = {key: value for key, value in made.get("rope_scaling", {}).items() if key in kept["rope_parameters"]}
-        config["rope_parameters"] = kept["rope_parameters"] | rope | {"rope_theta": made["rope_theta"]}
+    for place in ("rope_parameters", "rope_scaling"):  # newer configurations have rope_theta in there
+        if isinstance(table := kept.get(place), dict):
+            ours = made.get("rope_scaling", {}) | {"rope_theta": made["rope_theta"]}
+            config[place] = table | {key: value for key, value in ours.items() if key in table}
+    if "rope_theta" in made:
+        config["rope_theta"] = made["rope_theta"]
     return config
 
 

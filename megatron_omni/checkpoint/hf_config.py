@@ -4,6 +4,7 @@ What this model cannot compute (another activation, scaled rotary positions, sli
 an error that names the file, the field, and what was expected.
 """
 
+import logging
 import math
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,9 +12,13 @@ from typing import Any, NoReturn
 from megatron_omni.checkpoint.tensor_files import ConversionError
 from megatron_omni.config.model import AudioConfig, ModelConfig, VisionConfig
 
+ROTARY_FIELDS = ("rope_theta", "rope_type", "type", "mrope_section", "partial_rotary_factor")
+"""What a table of rotary positions may say."""
 FRAMES_PER_SECOND = 50
 TOKENS_PER_SECOND = 20 / 3
 """Of the Q-former: 20 tokens for 3 seconds."""
+
+logger = logging.getLogger(__name__)
 
 
 def qwen2_model(config: dict[str, Any], path: Path) -> ModelConfig:
@@ -22,7 +27,7 @@ def qwen2_model(config: dict[str, Any], path: Path) -> ModelConfig:
     field.expect("model_type", "qwen2")
     field.expect("hidden_act", "silu", default="silu")
     field.expect("use_sliding_window", False, default=False)
-    check_unscaled(field, ("default",))
+    base, _ = rotary(field, 10_000.0)
     hidden, heads = field.size("hidden_size"), field.size("num_attention_heads")
     head = field.size("head_dim", hidden // heads) if config.get("head_dim") is not None else hidden // heads
     return ModelConfig(
@@ -34,7 +39,7 @@ def qwen2_model(config: dict[str, Any], path: Path) -> ModelConfig:
         kv_channels=head,
         vocab_size=field.size("vocab_size"),
         max_position_embeddings=field.size("max_position_embeddings"),
-        rotary_base=rotary_base(field, 10_000.0),
+        rotary_base=base,
         mrope_section=mrope_section(head),
         layernorm_epsilon=field.number("rms_norm_eps", 1e-6),
         untie_embeddings_and_output_weights=not field.flag("tie_word_embeddings", False),
@@ -118,19 +123,50 @@ def mrope_section(head_size: int) -> list[int]:
     return [time, (half - time) // 2, half - time - (half - time) // 2]
 
 
-def check_unscaled(field: "Fields", known: tuple[str, ...]) -> None:
-    """ConversionError for scaled rotary positions: a kind that is not in ``known``."""
-    place = "rope_scaling" if field.config.get("rope_scaling") else "rope_parameters"
-    rope = field.inside(place)
-    for name in ("rope_type", "type"):  # Qwen's own instructions for YaRN say "type"
-        if rope.config.get(name, "default") not in known:
-            rope.refuse(name, f"{' or '.join(map(repr, known))} (unscaled rotary positions)")
+def rotary(
+    field: "Fields", default_base: float, *, types: tuple[str, ...] = ("default",)
+) -> tuple[float, list[int] | None]:
+    """Base of the rotary positions, and the mrope section where a table has one.
+
+    As transformers reads them: the table ``rope_scaling``, else ``rope_parameters``; its ``rope_theta``, else that of the
+    top level, else ``default_base``. ConversionError for what this model cannot compute (a type that is not in ``types``,
+    tables nested by kind of layer, a part of the head, a setting unknown here), and for two tables that say different things.
+    """
+    top = field.number("rope_theta", default_base)
+    if field.config.get("partial_rotary_factor") is not None and field.number("partial_rotary_factor") != 1:
+        field.refuse("partial_rotary_factor", "1 (the whole head is rotated)")
+    found: dict[str, tuple[float, list[int] | None]] = {}
+    for place in ("rope_scaling", "rope_parameters"):
+        table = field.inside(place)
+        for name, value in table.config.items():
+            if name in ("rope_type", "type"):  # Qwen's own instructions for YaRN say "type"
+                if value not in types:
+                    table.refuse(name, f"{' or '.join(map(repr, types))} (unscaled rotary positions)")
+            elif name == "partial_rotary_factor" and value is not None and table.number(name) != 1:
+                table.refuse(name, "1 (the whole head is rotated)")
+            elif name not in ROTARY_FIELDS and value is not None:
+                table.refuse(name, "no such setting: positions are unscaled and the same in all layers")
+        if table.config:
+            base = top if table.config.get("rope_theta") is None else table.number("rope_theta")
+            found[place] = base, _section(table)
+    for place, (base, _) in found.items():
+        if base != top and "rope_theta" in field.config:
+            logger.warning("%s: rope_theta is %g, in %s %g, which is taken", field.path, top, place, base)
+    base, section = next(iter(found.values()), (top, None))
+    for other, said in found.items():
+        if said[0] != base or (said[1] is not None and section is not None and said[1] != section):
+            field.refuse(other, f"what rope_scaling says, base {base:g} and section {section}: the two tables disagree")
+        section = section or said[1]
+    return base, section
 
 
-def rotary_base(field: "Fields", default: float) -> float:
-    """Where newer and older configurations have it."""
-    inside = field.inside("rope_parameters")
-    return inside.number("rope_theta") if "rope_theta" in inside.config else field.number("rope_theta", default)
+def _section(table: "Fields") -> list[int] | None:
+    section = table.config.get("mrope_section")
+    if section is not None and not (
+        isinstance(section, list) and section and all(type(part) is int and part > 0 for part in section)
+    ):
+        table.refuse("mrope_section", "a list of positive whole numbers")
+    return section
 
 
 class Fields:

@@ -23,7 +23,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron_omni.checkpoint.hf_config import Fields, check_unscaled, rotary_base
+from megatron_omni.checkpoint.hf_config import Fields, rotary
 from megatron_omni.checkpoint.names import (
     FEED_FORWARD,
     THEIR_BLOCK,
@@ -308,7 +308,7 @@ def model_from_theirs(config: dict[str, Any], *, file: Path) -> ModelConfig:
         get.refuse("model_type", f"one of {', '.join(MODEL_TYPES)}")
     get.expect("hidden_act", "silu", default="silu")
     get.expect("use_sliding_window", False, default=False)
-    check_unscaled(get, ("default", "mrope"))
+    base_of_positions, section = rotary(get, 1e6, types=("default", "mrope"))
     hidden, heads = get.size("hidden_size"), get.size("num_attention_heads")
     recorded = _recorded_model(get)
     base = recorded or ModelConfig(audio_only_1d=True, half_even_positions=True)
@@ -322,8 +322,8 @@ def model_from_theirs(config: dict[str, Any], *, file: Path) -> ModelConfig:
         kv_channels=get.size("head_dim") if config.get("head_dim") is not None else hidden // heads,
         vocab_size=get.size("vocab_size"),
         max_position_embeddings=get.size("max_position_embeddings"),
-        rotary_base=rotary_base(get, 1e6),
-        mrope_section=_mrope_section(get),
+        rotary_base=base_of_positions,
+        mrope_section=section or [16, 24, 24],
         layernorm_epsilon=get.number("rms_norm_eps"),
         untie_embeddings_and_output_weights=not get.flag("tie_word_embeddings", False),
         init_method_std=get.number("initializer_range", 0.02),
@@ -332,14 +332,6 @@ def model_from_theirs(config: dict[str, Any], *, file: Path) -> ModelConfig:
         vision=_vision_from_theirs(get) if config.get("vision_config") else None,
         audio=_audio_from_theirs(get, recorded.audio if recorded else None) if config.get("audio_config") else None,
     )
-
-
-def _mrope_section(get: Fields) -> list[int]:
-    rope = get.inside("rope_scaling" if get.config.get("rope_scaling") else "rope_parameters")
-    section = rope.config.get("mrope_section", [16, 24, 24])
-    if not isinstance(section, list) or not all(isinstance(part, int) and part > 0 for part in section):
-        rope.refuse("mrope_section", "a list of positive whole numbers")
-    return list(section)
 
 
 def _recorded_model(get: Fields) -> ModelConfig | None:

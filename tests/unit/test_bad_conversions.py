@@ -150,6 +150,30 @@ def malicious(hf: Path) -> None:
             r"rope_parameters\.rope_type: expected 'default' .*found 'yarn'",
         ),
         (
+            lambda hf: change_json(hf / "config.json", rope_parameters={"rope_type": "default", "factor": 4.0}),
+            r"rope_parameters\.factor: expected no such setting.*found 4\.0",
+        ),
+        (
+            lambda hf: change_json(hf / "config.json", rope_parameters={"full_attention": {"rope_theta": 1e4}}),
+            r"rope_parameters\.full_attention: expected no such setting: .*the same in all layers, found \{",
+        ),
+        (
+            lambda hf: change_json(hf / "config.json", rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+            r"rope_parameters\.partial_rotary_factor: expected 1 .*found 0\.5",
+        ),
+        (
+            lambda hf: change_json(hf / "config.json", partial_rotary_factor=0.25),
+            r"config\.json: partial_rotary_factor: expected 1 .*found 0\.25",
+        ),
+        (
+            lambda hf: change_json(hf / "config.json", rope_scaling={"rope_theta": 2e4}),  # rope_parameters says 1e6
+            r"rope_parameters: expected what rope_scaling says, base 20000 .*disagree, found \{",
+        ),
+        (
+            lambda hf: change_json(hf / "config.json", rope_scaling={"rope_theta": "1e6"}),
+            r"rope_scaling\.rope_theta: expected a number, found '1e6'",
+        ),
+        (
             lambda hf: change_json(hf / "config.json", rope_scaling={"type": "yarn", "factor": 4.0}),
             r"rope_scaling\.type: expected 'default' .*found 'yarn'",
         ),

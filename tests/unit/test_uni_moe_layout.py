@@ -16,6 +16,7 @@ from transformers import (
     WhisperModel,
 )
 
+from megatron_omni.checkpoint.hf_config import qwen2_config, qwen2_model
 from megatron_omni.checkpoint.names import expand
 from megatron_omni.checkpoint.uni_moe import (
     OURS,
@@ -220,6 +221,41 @@ def test_what_is_not_supported_is_one_error_with_the_field(changes: dict[str, An
     with pytest.raises(ValueError, match=r"config\.json.*") as error:
         model_from_theirs(release_config(**changes), file=FILE)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_theta": 5e5},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_scaling": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_scaling": {"type": "default", "rope_theta": 5e5}, "rope_parameters": {"rope_theta": 5e5}},
+        {"rope_theta": 3e4, "rope_parameters": {"rope_theta": 5e5}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "default"}},
+        {"rope_theta": 5e5, "rope_scaling": None, "rope_parameters": None, "partial_rotary_factor": 1.0},
+        {"rope_parameters": {"rope_theta": None}, "rope_theta": 7e4},
+        {},
+    ],
+)
+def test_the_rotary_base_is_where_transformers_finds_it(fields: dict[str, Any]) -> None:
+    dense = {key: value for key, value in qwen2_config(ModelConfig(), "bfloat16").items() if key != "rope_theta"}
+    wanted = dict(fields)
+    if (wanted.get("rope_parameters") or {}).get("rope_theta", 0) is None:
+        wanted["rope_parameters"] = {}  # transformers would compute with None
+    theirs = Qwen2Config.from_dict(json.loads(json.dumps(dense | wanted)))
+    assert qwen2_model(dense | fields, FILE).rotary_base == theirs.rope_parameters["rope_theta"]
+
+
+def test_section_and_base_of_a_release_come_from_either_table() -> None:
+    table = {"type": "mrope", "mrope_section": [8, 28, 28], "rope_theta": 1e4}
+    for place in ("rope_scaling", "rope_parameters"):
+        config = release_config(**{"rope_scaling": None, place: table})
+        model = model_from_theirs(config, file=FILE)
+        assert (model.mrope_section, model.rotary_base) == ([8, 28, 28], 1e4)
+    with pytest.raises(ValueError, match=r"rope_parameters: expected what rope_scaling says.*disagree"):
+        model_from_theirs(
+            release_config(rope_scaling=table, rope_parameters=table | {"mrope_section": [16, 24, 24]}), file=FILE
+        )
 
 
 def test_a_missing_field_is_named() -> None:
