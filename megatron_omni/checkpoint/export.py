@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_omni.checkpoint import commit, uni_moe
+from megatron_omni.checkpoint import commit
 from megatron_omni.checkpoint.ahead import made_ahead
 from megatron_omni.checkpoint.commit import CheckpointError
-from megatron_omni.checkpoint.convert import CARRIED, DOCUMENTS, DTYPES, RUN_CONFIG, TOKENIZER, check_space, disk_errors
+from megatron_omni.checkpoint.convert import CARRIED, DOCUMENTS, DTYPES, RUN_CONFIG, check_space, disk_errors
+from megatron_omni.checkpoint.export_documents import write_documents
 from megatron_omni.checkpoint.families import FAMILIES, is_foreign, their_name
 from megatron_omni.checkpoint.ledger import DTYPES_BY_NAME, dtype_name, read_ledger, tensor_digest, write_ledger
 from megatron_omni.checkpoint.merged import open_reader
@@ -31,16 +32,15 @@ from megatron_omni.checkpoint.plan import listed
 from megatron_omni.checkpoint.progress import ByteProgress
 from megatron_omni.checkpoint.sources import Digests, read_json
 from megatron_omni.checkpoint.tensor_files import ConversionError, SafetensorsWriter, read_header, read_tensor
-from megatron_omni.checkpoint.tokenizer_files import copy_tokenizer, find_tokenizer, read_vocabulary
 from megatron_omni.checkpoint.torch_dist import TorchDistReader
-from megatron_omni.checkpoint.uni_moe_files import PREPROCESSOR_FILE, write_processor
+from megatron_omni.checkpoint.uni_moe_loader import other_arithmetic
 from megatron_omni.config.load import load_recipe
-from megatron_omni.config.model import ModelConfig
 from megatron_omni.config.run import Recipe
 
-RELEASED_POSITIONS_PER_SECOND = 2.0
-GENERATOR_FIELDS = ("tune_image_generator",)
-"""Of ``config.json``: they tell of weights that are carried, not of our model."""
+OTHER_ARITHMETIC = (
+    "the released code computes something else than this model was trained with; this code base reads the settings back "
+    "from config.json, other loaders of the directory do not:"
+)
 MAX_SHARD_BYTES = 5_000_000_000
 OPTIMIZER = "optimizer."
 """Keys of a training checkpoint that are no weights."""
@@ -127,18 +127,17 @@ def export_checkpoint(
     family: str | None = None,
     dtype: str = "auto",
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    tokens: dict[str, int] | None = None,
 ) -> Path:
     """Write the Hugging Face directory ``out``: weights, ``config.json``, tokenizer, ledger.
 
-    ``dtype`` ``auto`` is what each tensor was before import, else as stored. ``tokens``: special tokens' ids for
-    ``config.json``. ConversionError for a checkpoint that lacks a weight of the family.
+    ``dtype`` ``auto`` is what each tensor was before import, else as stored. ConversionError for a checkpoint that lacks
+    a weight of the family.
     """
     family = family or default_family(opened)
     if out.exists():
         raise ConversionError(f"{out}: exists already; choose another --out or remove it")
-    if family == "uni_moe":
-        _warn_of_other_arithmetic(opened.recipe.model)
+    if family == "uni_moe" and (other := other_arithmetic(opened.recipe.model, opened.recipe.data)):
+        logger.warning("%s", "\n  - ".join([OTHER_ARITHMETIC, *other]))
     writes = _export_plan(opened, family, dtype)
     files = _shards(writes, max_shard_bytes)
     total = sum(w.num_bytes for w in writes)
@@ -158,7 +157,14 @@ def export_checkpoint(
                     "weight_map": {w.key: name for name, group in files.items() for w in group},
                 }
                 commit.write_text(temporary / "model.safetensors.index.json", json.dumps(index, indent=1))
-            _export_documents(temporary, opened, family, writes, tokens or {})
+            write_documents(
+                temporary,
+                checkpoint=opened.directory,
+                documents=opened.documents,
+                recipe=opened.recipe,
+                family=family,
+                dtype=dtype_name(writes[0].dtype),
+            )
             others = sorted(file for file in temporary.iterdir() if file.name not in outputs)
             outputs |= {file.name: digest for file, digest in Digests(others).result().items()}
             _compare_manifest(opened.directory, manifest, digests.result())
@@ -359,74 +365,6 @@ def _export_line(write: _Write, digest: str) -> dict[str, Any]:
         "sha256": digest,
     }
     return line if entry is None or entry.expert is None else {**line, "from_expert": entry.expert}
-
-
-def _export_documents(
-    directory: Path, opened: Opened, family: str, writes: Sequence[_Write], tokens: dict[str, int]
-) -> None:
-    folder = opened.documents / family if opened.documents is not None else None
-    if folder is not None and folder.is_dir():
-        for file in folder.iterdir():
-            shutil.copyfile(file, directory / file.name)
-    tokenizer = find_tokenizer(opened.directory) if family in ("qwen2", "uni_moe") else None
-    make = FAMILIES[family].config
-    if make is not None:
-        if family == "uni_moe" and tokenizer is not None and not tokens:
-            tokens = read_vocabulary(tokenizer).specials
-        kept = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
-        made = make(opened.recipe.model, opened.recipe.data, tokens, dtype_name(writes[0].dtype))
-        config = _merged(kept, made) if kept else made
-        commit.write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
-    if family == "uni_moe":
-        if not (directory / PREPROCESSOR_FILE).is_file():
-            write_processor(directory, opened.recipe.model)
-        if tokenizer is not None:
-            copy_tokenizer(tokenizer, directory)
-    elif tokenizer is not None:
-        for file in (opened.directory / TOKENIZER).iterdir():
-            shutil.copyfile(file, directory / file.name)
-
-
-def _merged(kept: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
-    """What the source said in words of its own stays; what our model decides is ours."""
-    config = kept | {key: value for key, value in made.items() if key in kept and key not in GENERATOR_FIELDS}
-    if uni_moe.OURS in made:
-        config[uni_moe.OURS] = made[uni_moe.OURS]
-    if "dtype" in kept:  # how newer configurations call torch_dtype: what a loader rounds to
-        config["dtype"] = made["torch_dtype"]
-    for place in ("rope_parameters", "rope_scaling"):  # newer configurations have rope_theta in there
-        if isinstance(table := kept.get(place), dict):
-            ours = made.get("rope_scaling", {}) | {"rope_theta": made["rope_theta"]}
-            config[place] = table | {key: value for key, value in ours.items() if key in table}
-    if "rope_theta" in made:
-        config["rope_theta"] = made["rope_theta"]
-    return config
-
-
-def _warn_of_other_arithmetic(model: ModelConfig) -> None:
-    """Say what the released layout's own loader computes otherwise than ``model`` does here."""
-    other = []
-    if model.moe is not None and model.moe.routing_weight_mode != "release":
-        other.append(f"model.moe.routing_weight_mode={model.moe.routing_weight_mode} (always release there)")
-    if model.moe is not None and model.moe.max_routed is not None:
-        other.append(f"model.moe.max_routed={model.moe.max_routed} (no such cap there)")
-    if model.rope_theta_seconds != RELEASED_POSITIONS_PER_SECOND:
-        other.append(
-            f"model.rope_theta_seconds={model.rope_theta_seconds} (always {RELEASED_POSITIONS_PER_SECOND} there)"
-        )
-    if model.audio is not None and not model.audio_only_1d:
-        other.append("model.audio_only_1d=false (samples with sound alone get plain positions there)")
-    if model.audio is not None and not model.audio.causal_queries:
-        other.append("model.audio.causal_queries=false (always causal there)")
-    if other:
-        logger.warning(
-            "%s",
-            listed(
-                "the released code computes something else than this model was trained with; this code base reads the "
-                "settings back from config.json, other loaders of the directory do not:",
-                other,
-            ),
-        )
 
 
 def _manifest(directory: Path) -> dict[str, str]:

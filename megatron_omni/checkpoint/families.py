@@ -27,6 +27,7 @@ from megatron_omni.checkpoint.names import (
 )
 from megatron_omni.checkpoint.sources import HuggingFaceSource, Source, ValuesSource
 from megatron_omni.checkpoint.tensor_files import ConversionError
+from megatron_omni.checkpoint.tokenizer_files import stop_ids
 from megatron_omni.config.data import DataConfig
 from megatron_omni.config.model import ModelConfig
 from megatron_omni.models.encoders.weights import draw_normal, draw_weights
@@ -106,7 +107,9 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(
         rows=lambda model, options: qwen2_rows(model),
         same={"lm_head.weight": "model.embed_tokens.weight"},
-        config=lambda model, data, tokens, dtype: qwen2_config(model, dtype),
+        config=lambda model, data, tokens, dtype: qwen2_config(
+            model, dtype, stops=stop_ids(tokens) if tokens else None
+        ),
     ),
     "siglip": Family(
         rows=_siglip_rows,

@@ -49,9 +49,10 @@ def qwen2_model(config: dict[str, Any], path: Path) -> ModelConfig:
     )
 
 
-def qwen2_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
-    """``config.json`` of a dense text model, as ``transformers`` reads it; ``dtype`` as ``bfloat16``."""
+def qwen2_config(model: ModelConfig, dtype: str, *, stops: list[int] | None = None) -> dict[str, Any]:
+    """``config.json`` of a dense text model, as ``transformers`` reads it; ``dtype`` as ``bfloat16``, ``stops``: ids."""
     return {
+        **({"eos_token_id": stops} if stops else {}),
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
         "hidden_act": "silu",

@@ -18,6 +18,8 @@ from megatron_omni.data.tokenizer import (
     AUDIO_END,
     AUDIO_PAD,
     AUDIO_START,
+    ENDOFTEXT,
+    IM_END,
     IMAGE_GENERATION_SPECIALS,
     SPEECH_SPECIALS,
     Tokenizer,
@@ -89,6 +91,11 @@ def read_vocabulary(path: Path) -> Vocabulary:
         size=tokenizer.vocab_size,
         appended={n: i for n, i in _ours(tokenizer).items() if n not in present and n not in known},
     )
+
+
+def stop_ids(specials: dict[str, int]) -> list[int]:
+    """Ids that end an answer: the end of a turn, and of a text."""
+    return [specials[IM_END], specials[ENDOFTEXT]]
 
 
 def check_same(first: Vocabulary, second: Vocabulary) -> None:

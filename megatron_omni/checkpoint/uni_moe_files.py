@@ -7,7 +7,6 @@ placeholders afterwards.
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 from megatron_omni.config.model import ModelConfig
@@ -18,8 +17,7 @@ PREPROCESSOR_FILE, TEMPLATE_FILE = "preprocessor_config.json", "chat_template.js
 BICUBIC = 3
 """Pillow's number for it."""
 N_FFT, HOP_SAMPLES = 400, 160
-
-CHAT_TEMPLATE = (
+TURNS = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
@@ -28,8 +26,23 @@ CHAT_TEMPLATE = (
 )
 
 
+def chat_template(system_prompt: str) -> str:
+    """Turns as ``data/template.py`` writes them: ``system_prompt``, unless empty, before a conversation without one.
+
+    The published processor masks labels turn by turn, as system, user, assistant, and fails where the first is no
+    system turn.
+    """
+    first = ""
+    if system_prompt:
+        turn = json.dumps(f"<|im_start|>system\n{system_prompt}<|im_end|>\n", ensure_ascii=False)
+        first = "{% if messages[0]['role'] != 'system' %}{{ " + turn + " }}{% endif %}"
+    return first + TURNS
+
+
 def preprocessor_config(model: ModelConfig) -> dict[str, Any]:
-    """Fields of the image processor and the feature extractor, for the encoders that ``model`` has."""
+    """Fields of the image processor and the feature extractor; empty for a ``model`` without encoders."""
+    if model.vision is None and model.audio is None:
+        return {}
     config: dict[str, Any] = {"processor_class": PROCESSOR}
     if model.vision is not None:
         side = model.vision.image_size
@@ -62,13 +75,3 @@ def preprocessor_config(model: ModelConfig) -> dict[str, Any]:
             "return_attention_mask": False,
         }
     return config
-
-
-def write_processor(directory: Path, model: ModelConfig) -> list[Path]:
-    """Write the processor's files into ``directory``; the files."""
-    contents: dict[str, dict[str, Any]] = {TEMPLATE_FILE: {"chat_template": CHAT_TEMPLATE}}
-    if model.vision is not None or model.audio is not None:
-        contents[PREPROCESSOR_FILE] = preprocessor_config(model)
-    for name, content in contents.items():
-        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return [directory / name for name in contents]

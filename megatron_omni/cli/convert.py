@@ -132,7 +132,6 @@ def run_export(options: argparse.Namespace) -> None:
         family=options.to,
         dtype=options.dtype,
         max_shard_bytes=int(options.max_shard_gb * 1e9),
-        tokens=_special_tokens(opened.directory),
     )
     print(f"wrote {written}")
 
@@ -169,13 +168,6 @@ def run_verify(options: argparse.Namespace) -> None:
 
     loss = record_first_loss(recipe, SupervisedTask(recipe.data.sources))
     print(f"first-step loss {loss:.6f}, recorded beside the checkpoint")
-
-
-def _special_tokens(directory: Path) -> dict[str, int]:
-    from megatron_omni.checkpoint.tokenizer_files import find_tokenizer, read_vocabulary
-
-    tokenizer = find_tokenizer(directory)
-    return read_vocabulary(tokenizer).specials if tokenizer is not None else {}
 
 
 def _open(options: argparse.Namespace) -> "OpenedSources":

@@ -1,5 +1,6 @@
 """What an export says, keeps and refuses, beside the weights themselves; its ledger and a damaged one."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_omni.checkpoint import commit
 from megatron_omni.checkpoint.commit import CheckpointError
@@ -17,8 +19,12 @@ from megatron_omni.checkpoint.families import open_sources
 from megatron_omni.checkpoint.layout import Layout
 from megatron_omni.checkpoint.tensor_files import ConversionError
 from megatron_omni.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
+from megatron_omni.checkpoint.uni_moe_files import chat_template
+from megatron_omni.checkpoint.uni_moe_loader import other_arithmetic
 from megatron_omni.checkpoint.upcycle import upcycle
 from megatron_omni.checkpoint.verify import verify
+from megatron_omni.config.data import DataConfig
+from megatron_omni.config.model import ModelConfig, MoEConfig
 from megatron_omni.config.run import Recipe
 from tests.distributed.test_omni_layouts import MODEL as TINY_OMNI
 from tests.unit.dense_checkpoints import MODEL, change, change_config, omni, tensors_of, write_dense
@@ -91,12 +97,98 @@ def test_other_arithmetic_is_said_and_the_published_one_is_not(
     export_checkpoint(mixture, tmp_path / "ours")
     assert "routing_weight_mode=masked_softmax (always release there)" in caplog.text
     assert "audio_only_1d=false" in caplog.text
-    caplog.clear()
-    model = mixture.recipe.model
-    assert model.moe is not None
-    model.moe.routing_weight_mode, model.audio_only_1d = "release", True
-    export_checkpoint(mixture, tmp_path / "released")
-    assert "computes something else" not in caplog.text
+    assert "the published processor fails on a conversation without one" in caplog.text
+    assert caplog.text.count("computes something else") == 1
+
+
+RELEASED = ModelConfig(
+    audio_only_1d=True, half_even_positions=True,
+    moe=MoEConfig(routing_weight_mode="release", gradient_estimator="grin"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("part", "changed", "said"),
+    [
+        (
+            "vision",
+            {"hidden_size": 768, "patch_size": 16},
+            "model.vision: patch_size=16, hidden_size=768 (it builds so400m",
+        ),
+        ("vision", {"num_layers": 27}, "model.vision: num_layers=27 ("),
+        ("vision", {"pooled_side": 6}, None),
+        ("model", {"kv_channels": 64}, "model.kv_channels=64 (always hidden_size / num_attention_heads there, 128"),
+        ("audio", {"chunk_seconds": 3.0}, "model.audio.chunk_seconds=3 (always 30 there)"),
+        ("audio", {"num_query_tokens": 100}, "model.audio.num_query_tokens=100"),
+        ("audio", {"causal_queries": False}, "model.audio.causal_queries=false"),
+        ("moe", {"capacity_factor": 3.0}, "model.moe.capacity_factor=3.0 (token_drop is on, in its evaluation too)"),
+        ("moe", {"max_routed": 2}, "model.moe.max_routed=2"),
+        ("moe", {"routing_weight_mode": "masked_softmax"}, "model.moe.routing_weight_mode=masked_softmax"),
+        ("model", {"half_even_positions": False}, "model.half_even_positions=false"),
+        ("model", {"audio_only_1d": False}, "model.audio_only_1d=false"),
+        ("model", {"rope_theta_seconds": 1.0}, "model.rope_theta_seconds=1.0 (always 2.0 there)"),
+        ("data", {"frame_choice": "rate"}, "data.frame_choice=rate"),
+    ],
+)
+def test_each_setting_that_the_released_loader_does_not_follow_is_one_line(
+    part: str, changed: dict[str, Any], said: str | None
+) -> None:
+    model, data = copy.deepcopy(RELEASED), DataConfig(frame_choice="release")
+    assert other_arithmetic(model, data) == []
+    place = {"model": model, "data": data}.get(part) or getattr(model, part)
+    for name, value in changed.items():
+        setattr(place, name, value)
+    lines = other_arithmetic(model, data)
+    assert [line.startswith(said or "-") for line in lines] == ([True] if said else [])
+
+
+SPECIALS = {"<|endoftext|>": 256, "<|im_end|>": 258}
+
+
+def test_an_exported_chat_model_stops_and_asks_as_it_was_trained(tmp_path: Path) -> None:
+    """Ids of the checkpoint's own tokenizer, wherever a loader looks; what the source said of sampling stays."""
+    hf = write_dense(tmp_path / "hf")
+    (hf / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "temperature": 0.7, "do_sample": True}))
+    change_config(hf, eos_token_id=7)
+    imported(hf, tmp_path / "ours")
+    opened = open_ours(tmp_path / "ours")
+    opened.recipe.data.system_prompt = "Answer in one word."
+    back = export_checkpoint(opened, tmp_path / "back")
+    stops = list(SPECIALS.values())[::-1]
+    assert json.loads((back / "config.json").read_text())["eos_token_id"] == stops
+    generation = json.loads((back / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": stops, "pad_token_id": 256, "temperature": 0.7, "do_sample": True}
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(back), AutoTokenizer.from_pretrained(back)
+    assert model.generation_config.eos_token_id == stops
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert text == "<|im_start|>system\nAnswer in one word.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+    assert len(verify(back)) == 2
+    with torch.no_grad():  # the likeliest token is <|im_end|>, always: two tokens would be one too many
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[258] = model.model(torch.tensor([[1, 2]])).last_hidden_state[0, -1]
+    assert model.generate(torch.tensor([[1, 2]]), max_new_tokens=5, do_sample=False).tolist() == [[1, 2, 258]]
+
+
+def test_the_whole_layout_stops_too_and_keeps_the_template_that_it_brought(
+    ours: Opened, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours.recipe.data.system_prompt = "be kind"
+    back = export_checkpoint(ours, tmp_path / "back")
+    assert "published processor fails" not in caplog.text
+    generation = json.loads((back / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": [258, 256], "pad_token_id": 256}
+    assert json.loads((back / "chat_template.json").read_text())["chat_template"] == chat_template("be kind")
+    assert json.loads((back / "tokenizer_config.json").read_text())["chat_template"] == chat_template("be kind")
+    (back / "chat_template.json").write_text(json.dumps({"chat_template": "theirs"}))
+    imported(back, tmp_path / "again")
+    opened = open_ours(tmp_path / "again")
+    assert json.loads((export_checkpoint(opened, tmp_path / "kept") / "chat_template.json").read_text()) == {
+        "chat_template": "theirs"
+    }
+    opened.recipe.data.system_prompt = "be brief"
+    assert json.loads((export_checkpoint(opened, tmp_path / "new") / "chat_template.json").read_text()) == {
+        "chat_template": chat_template("be brief")
+    }
 
 
 def test_a_changed_rotary_base_is_written_wherever_the_configuration_has_one(tmp_path: Path) -> None:
