@@ -14,6 +14,8 @@ from megatron_omni.config.model import AudioConfig, ModelConfig, VisionConfig
 
 ROTARY_FIELDS = ("rope_theta", "rope_type", "type", "mrope_section", "partial_rotary_factor")
 """What a table of rotary positions may say."""
+LARGEST_SIZE = (1 << 31) - 1
+"""Of anything that a configuration counts: far above every model, far below where products of two overflow."""
 FRAMES_PER_SECOND = 50
 TOKENS_PER_SECOND = 20 / 3
 """Of the Q-former: 20 tokens for 3 seconds."""
@@ -177,13 +179,15 @@ class Fields:
         self.config, self.path, self._group = config, path, group
 
     def size(self, name: str, default: int | None = None, *, least: int = 1) -> int:
-        """A whole number, at least ``least``."""
+        """A whole number from ``least`` to LARGEST_SIZE."""
         value = self.config.get(name, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             self.refuse(name, f"a whole number from {least} on" if least != 1 else "a positive whole number")
         assert isinstance(value, int)
+        if value > LARGEST_SIZE:
+            self.refuse(name, f"at most {LARGEST_SIZE}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:

@@ -7,6 +7,7 @@ through the restricted reader of ``untrusted.py``.
 
 import hashlib
 import os
+import re
 import threading
 import zipfile
 from collections import deque
@@ -23,6 +24,10 @@ from megatron_omni.checkpoint.untrusted import PICKLE_SUFFIXES, read_torch_file
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+COUNTS = frozenset(
+    {"num_hidden_layers", "encoder_layers", "decoder_layers", "mlp_dynamic_expert_num", "mlp_fixed_expert_num"}
+)
+"""Fields of a configuration that say how often a tensor is there."""
 CHUNK_BYTES, LEAD_BYTES, KEPT_BYTES = 4 << 20, 256 << 20, 512 << 20
 
 
@@ -65,8 +70,20 @@ class HuggingFaceSource:
             self._check_index(path)
 
     def config(self) -> dict[str, Any]:
-        """``config.json``."""
-        return read_json(self.path / "config.json")
+        """``config.json``. ConversionError where it counts more layers or experts than there are tensors.
+
+        Rows are made for each of them before any is looked for, so a number alone could keep a conversion busy for ever.
+        """
+        file = self.path / "config.json"
+        config = read_json(file)
+        for table in (config, *(value for value in config.values() if isinstance(value, dict))):
+            for name in COUNTS & table.keys():
+                if isinstance(table[name], int | float) and table[name] > len(self._infos):
+                    raise ConversionError(
+                        f"{file}: {name}: {table[name]} of them do not fit {self.path}, whose files hold "
+                        f"{len(self._infos)} tensors; copy the files again"
+                    )
+        return config
 
     def infos(self) -> Mapping[str, TensorInfo]:
         return self._infos
@@ -242,6 +259,12 @@ def _weight_files(directory: Path) -> list[Path]:
     for name in SINGLE_FILES:
         if (directory / name).is_file():
             return [directory / name]
+    if shards := sorted(file.name for file in directory.iterdir() if re.search(r"-\d+-of-\d+\.\w+$", file.name)):
+        wanted = INDEXES[1] if shards[0].endswith(".bin") else INDEXES[0]
+        raise ConversionError(
+            f"{directory}: holds {len(shards)} shards ({shards[0]}, ...) and no index, so nothing says whether all are there; "
+            f"copy {wanted} from where they come from"
+        )
     raise ConversionError(
         f"{directory}: expected {' or '.join((*INDEXES, *SINGLE_FILES))}, found none; give a Hugging Face directory"
     )

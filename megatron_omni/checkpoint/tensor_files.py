@@ -25,6 +25,8 @@ from torch import Tensor
 from megatron_omni.foreign import parse_json
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_AXES = 16
+"""Of a tensor. A product over millions of axes would take for ever."""
 PARALLEL_BYTES = 1 << 20
 BUFFER_BYTES = 4 << 20
 DTYPES: dict[str, torch.dtype] = {
@@ -96,7 +98,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 def _info(path: Path, key: str, value: Any, start: int) -> TensorInfo:
     try:
         dtype, shape, (first, last) = DTYPES[value["dtype"]], tuple(value["shape"]), value["data_offsets"]
-        whole = all(isinstance(n, int) and n >= 0 for n in (*shape, first, last))
+        whole = len(shape) <= MAX_AXES and all(isinstance(n, int) and 0 <= n < 1 << 63 for n in (*shape, first, last))
     except (KeyError, TypeError, ValueError) as error:
         raise ConversionError(
             f"{path}: damaged: the entry of {key!r} is {value!r}, expected dtype, shape and data_offsets; copy it again"
