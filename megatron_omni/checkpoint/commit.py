@@ -174,6 +174,16 @@ def find(path: Path) -> Path | None:
     return None
 
 
+def nothing_at(path: Path) -> str:
+    """What to tell somebody who named ``path``, where :func:`find` found nothing."""
+    if (path / "config.json").is_file():
+        return (
+            f"{path}: is a Hugging Face directory; make a checkpoint of it first: "
+            f"megatron-omni convert import --hf {path} --out DIR"
+        )
+    return f"{path}: no checkpoint there; give a run directory or one of its checkpoints/iter_*"
+
+
 def write_manifest(directory: Path, *, digests: dict[str, str] | None = None) -> None:
     """Write SHA-256 of every file below ``directory``; ``digests`` are those that are known already."""
     known = digests or {}

@@ -84,7 +84,13 @@ def import_checkpoint(
     if commit.steps(root) or commit.tracked_step(root) is not None:  # a tracker that said 0 would roll a run back
         raise ConversionError(f"{out}: holds a checkpoint already; choose another --out or remove it")
     recipe.optim.precision = "bf16" if target == torch.bfloat16 else "fp32"
-    appended = read_vocabulary(tokenizer).appended if tokenizer is not None else {}
+    vocabulary = read_vocabulary(tokenizer) if tokenizer is not None else None
+    if vocabulary is not None and vocabulary.size > recipe.model.vocab_size:
+        raise ConversionError(
+            f"{vocabulary.path}: has {vocabulary.size} ids with the special tokens of this model, and the embedding has "
+            f"{recipe.model.vocab_size} rows; add rows where the weights come from (transformers: "
+            f"model.resize_token_embeddings({vocabulary.size}), then save_pretrained)"
+        )
     size = sum(math.prod(job.entry.shape) * target.itemsize for job in plan.jobs)
     check_space(out, size + sum(part.source.infos()[key].num_bytes for part, key in plan.carried))
     digests = Digests(file for part in parts for file in part.source.files())
@@ -109,7 +115,7 @@ def import_checkpoint(
                 "tensors": lines,
                 "carried": carried,
                 "twins": [{"key": key, "equal_to": other} for _, key, other in plan.twins],
-                "appended_tokens": appended,
+                "appended_tokens": vocabulary.appended if vocabulary is not None else {},
             }
             write_ledger(directory, ledger)
             if finishing is not None:

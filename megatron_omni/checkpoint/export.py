@@ -107,7 +107,7 @@ def find_directory(path: Path, *, check: bool) -> Path:
         return commit.iteration_dir(root, step)
     found = commit.find(path)
     if found is None:
-        raise ConversionError(f"{path}: no checkpoint there; give a run directory or one of its checkpoints/iter_*")
+        raise ConversionError(commit.nothing_at(path))
     return found
 
 

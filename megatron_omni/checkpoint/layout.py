@@ -52,7 +52,10 @@ def check_layout(layout: Layout, model: ModelConfig) -> None:
         ]
     for option, size, what, count in sizes:
         if size < 1 or count % size:
-            raise ConversionError(f"{option} {size}: does not divide {count} {what}; choose a divisor of {count}")
+            any_size = "; what is written loads at every layout" if what == "query groups" else ""
+            raise ConversionError(
+                f"{option} {size}: does not divide {count} {what}; choose a divisor of {count}{any_size}"
+            )
 
 
 def blocks(

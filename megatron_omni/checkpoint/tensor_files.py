@@ -101,12 +101,12 @@ def _info(path: Path, key: str, value: Any, start: int) -> TensorInfo:
         whole = len(shape) <= MAX_AXES and all(isinstance(n, int) and 0 <= n < 1 << 63 for n in (*shape, first, last))
     except (KeyError, TypeError, ValueError) as error:
         raise ConversionError(
-            f"{path}: damaged: the entry of {key!r} is {value!r}, expected dtype, shape and data_offsets; copy it again"
+            f"{path}: damaged: the entry of {key!r} is {str(value)[:200]}, expected dtype, shape and data_offsets; copy it again"
         ) from error
     info = TensorInfo(path, key, dtype, shape, start + first) if whole else None
     if info is None or last - first != info.num_bytes:
         raise ConversionError(
-            f"{path}: damaged: {key!r} of shape {list(shape)} and type {value['dtype']} does not fill its bytes "
+            f"{path}: damaged: {key!r} of shape {list(shape[:MAX_AXES])} and type {value['dtype']} does not fill its bytes "
             f"{first}..{last}; copy it again"
         )
     return info

@@ -17,8 +17,16 @@ PREPROCESSOR_FILE, TEMPLATE_FILE = "preprocessor_config.json", "chat_template.js
 BICUBIC = 3
 """Pillow's number for it."""
 N_FFT, HOP_SAMPLES = 400, 160
+REFUSED_TOOLS = (
+    "turns of tools are not supported: write a call as text of the assistant, its result as the next user turn"
+)
 TURNS = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if tools %}{{ raise_exception('" + REFUSED_TOOLS + "') }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}{{ raise_exception('"
+    + REFUSED_TOOLS
+    + "') }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"

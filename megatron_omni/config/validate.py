@@ -162,7 +162,11 @@ def _layout(recipe: Recipe, world_size: int) -> Iterator[str]:
         "model.num_attention_heads", model.num_attention_heads, "parallel.tensor_model_parallel_size", tp
     )
     if model.num_query_groups % tp:
-        yield f"parallel.tensor_model_parallel_size={tp} does not divide model.num_query_groups={model.num_query_groups}"
+        yield (
+            f"parallel.tensor_model_parallel_size={tp} does not divide model.num_query_groups={model.num_query_groups}: key "
+            f"and value heads are cut, never copied; choose a divisor of {model.num_query_groups} and use the other ranks "
+            "for experts (parallel.expert_model_parallel_size), stages (pipeline_model_parallel_size) or data"
+        )
     yield from _divides("model.num_layers", model.num_layers, "parallel.pipeline_model_parallel_size", pp)
     if model.moe is None:
         yield from _divides("model.ffn_hidden_size", model.ffn_hidden_size, "parallel.tensor_model_parallel_size", tp)

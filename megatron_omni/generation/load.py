@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_omni.checkpoint.commit import CheckpointError
+from megatron_omni.checkpoint.commit import CheckpointError, nothing_at
 from megatron_omni.checkpoint.distributed import RUN_CONFIG, find_checkpoint, load_weights, tokenizer_path
 from megatron_omni.config.load import load_recipe, recipe_from_overrides
 from megatron_omni.config.run import Recipe
@@ -62,7 +62,7 @@ def open_checkpoint(
     except CheckpointError as error:
         raise ValueError(str(error)) from error
     if directory is None:
-        raise ValueError(f"{path}: no checkpoint there; give a run directory or one of its checkpoints/iter_*")
+        raise ValueError(nothing_at(path))
     recipe = load_recipe(directory / RUN_CONFIG, list(overrides))
     recipe.parallel = parallel
     recipe.load = recipe.init_from = None

@@ -16,7 +16,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_omni.checkpoint.commit import CHECKPOINTS
+from megatron_omni.checkpoint.commit import CHECKPOINTS, nothing_at
 from megatron_omni.checkpoint.distributed import find_checkpoint, load_checkpoint
 from megatron_omni.checkpoint.gathering import GatheredState
 from megatron_omni.checkpoint.saving import PendingSave, start_save
@@ -191,7 +191,7 @@ def _checkpoint(path: str, *, field: str) -> Path:
     """The newest whole checkpoint at ``path``; ValueError when there is none."""
     directory = find_checkpoint(Path(path))
     if directory is None:
-        raise ValueError(f"{field}={path!r}: no checkpoint there; give a run directory or an iter_* directory")
+        raise ValueError(f"{field}={nothing_at(Path(path))}")
     return directory
 
 

@@ -9,6 +9,7 @@ import re
 import signal
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +21,7 @@ from megatron_omni.checkpoint.families import open_sources
 from megatron_omni.checkpoint.plan import make_plan
 from megatron_omni.checkpoint.tensor_files import ConversionError, read_header
 from tests.parity import foreign
+from tests.unit.dense_checkpoints import FIRST_NEW, MODEL, NUM_NEW, write_dense
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,6 +67,15 @@ def truncate(hf: Path) -> None:
 
 def empty(hf: Path) -> None:
     (hf / "model.safetensors").write_bytes(b"")
+
+
+def instead(path: Path, make: Callable[[Path], object]) -> None:
+    path.unlink()
+    make(path)
+
+
+def header_of(hf: Path, header: bytes) -> None:
+    (hf / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
 
 
 def pointer(hf: Path) -> None:
@@ -181,6 +192,27 @@ def malicious(hf: Path) -> None:
             lambda hf: change_json(hf / "config.json", intermediate_size=97),
             r"'model\.layers\.0\.mlp\.gate_proj\.weight': expected shape \[97, 112\], found \[96, 112\]",
         ),
+        (
+            lambda hf: change_json(hf / "config.json", num_hidden_layers=10**6),
+            r"config\.json: num_hidden_layers: 1000000 of them do not fit .*whose files hold 51 tensors",
+        ),
+        (
+            lambda hf: change_json(hf / "config.json", num_hidden_layers=10**12),
+            r"config\.json: num_hidden_layers: 1000000000000 of them",
+        ),
+        (
+            lambda hf: change_json(hf / "config.json", hidden_size=10**18),
+            r"config\.json: hidden_size: expected at most 2147483647, found 10+$",
+        ),
+        (lambda hf: instead(hf / "config.json", os.mkfifo), r"config\.json: no ordinary file"),
+        (lambda hf: instead(hf / "config.json", lambda p: p.symlink_to("/dev/zero")), r"config\.json: no ordinary file"),
+        (lambda hf: (hf / "config.json").write_bytes(b"[" * 100_000), r"config\.json: not valid JSON"),
+        (lambda hf: instead(hf / "model.safetensors", os.mkfifo), r"single: expected model\.safetensors\.index\.json or"),
+        (lambda hf: header_of(hf, b"[" * 100_000), r"model\.safetensors: damaged: the safetensors header is not valid JSON"),
+        (
+            lambda hf: header_of(hf, json.dumps({"x": {"dtype": "F32", "shape": [2] * 10**6, "data_offsets": [0, 8]}}).encode()),
+            r"model\.safetensors: damaged: 'x' of shape ",
+        ),
         (lambda hf: change_json(hf / "config.json", tie_word_embeddings=True), r"'lm_head\.weight': expected the values"),
     ],
 )  # fmt: skip
@@ -231,6 +263,10 @@ def absolute(hf: Path) -> None:
     index.write_text(json.dumps(content))
 
 
+def remove_index(hf: Path) -> None:
+    (hf / "model.safetensors.index.json").unlink()
+
+
 def remove_shard(hf: Path) -> None:
     sorted(hf.glob("model-*.safetensors"))[1].unlink()
 
@@ -261,6 +297,14 @@ def truncate_shard(hf: Path) -> None:
     [
         (outside, r"index\.json: names the file '\.\./model-.*'; expected a plain file name inside the directory"),
         (absolute, r"index\.json: names the file '/etc/hostname'; expected a plain file name"),
+        (
+            remove_index,
+            r"hf: holds \d+ shards \(model-00001-of-\d+\.safetensors, \.\.\.\) and no index, .*copy model\.safetensors\.index",
+        ),
+        (
+            lambda hf: instead(hf / "model.safetensors.index.json", os.mkfifo),
+            r"hf: holds \d+ shards .*copy model\.safetensors\.index\.json",
+        ),
         (remove_shard, r"index\.json: expected the shard model-00002-of-\d+\.safetensors, found no such file"),
         (misplace, r"index\.json: expected '.*' in model-00002.*, found it in model-00001"),
         (swap_shards, r"index\.json: expected '.*' in model-0000.*, found it in model-0000"),
@@ -282,7 +326,7 @@ def test_shards(
     ("arguments", "said"),
     [
         (["--tp", "3"], r"--tp 3: does not divide 14 attention heads; choose a divisor of 14"),
-        (["--tp", "7"], r"--tp 7: does not divide 2 query groups"),
+        (["--tp", "7"], r"--tp 7: does not divide 2 query groups; choose a divisor of 2; what is written loads at every layout"),
         (["--pp", "8"], r"--pp 8: does not divide 4 blocks"),
         (["--tp", "0"], r"--tp 0: does not divide"),
         (["--ep", "2"], r"a dense model has no experts"),
@@ -310,6 +354,31 @@ def refused(convert: ModuleType, capsys: pytest.CaptureFixture[str], arguments: 
     assert convert.main(arguments) == 2
     text = capsys.readouterr().err
     assert text.count("error: ") == 1 and re.search(said, text), text
+
+
+@pytest.mark.parametrize("rows", [304, 305])
+def test_fewer_rows_than_token_ids_are_refused(
+    tmp_path: Path, convert: ModuleType, capsys: pytest.CaptureFixture[str], rows: int
+) -> None:
+    """256 bytes, 7 special tokens of the file and 42 of ours are 305 ids."""
+    hf = write_dense(tmp_path / "hf", replace(MODEL, vocab_size=rows))
+    command = ["import", "--hf", str(hf), "--out", str(tmp_path / "out")]
+    if rows == FIRST_NEW + NUM_NEW:
+        assert convert.main(command) == 0
+        return
+    refused(
+        convert, capsys, command, r"tokenizer\.json|hf: has 305 ids .* has 304 rows; .*resize_token_embeddings\(305\)"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_says_how_to_make_a_checkpoint_of_a_foreign_directory(
+    tmp_path: Path, whole: Path, convert: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["export", "--checkpoint", str(whole / "single"), "--out", str(tmp_path / "out")]
+    refused(
+        convert, capsys, command, rf"is a Hugging Face directory; .*megatron-omni convert import --hf {whole}/single"
+    )
 
 
 def test_many_misfits_are_listed_and_counted(tmp_path: Path, whole: Path) -> None:

@@ -193,6 +193,8 @@ def test_bad_files_end_with_status_2_and_write_nothing(trained: Trained, tmp_pat
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
     damaged = tmp_path / "damaged"
     shutil.copytree(trained.run_dir, damaged)
     for file in damaged.rglob("*.distcp"):
@@ -204,6 +206,7 @@ def test_bad_files_end_with_status_2_and_write_nothing(trained: Trained, tmp_pat
         ([trained.run_dir, "--prompt", "red " * 500], "exceed data.seq_length"),
         ([trained.run_dir, "--prompt", "x", "parallel.tensor_model_parallel_size=2"], "tensor_model_parallel_size=2"),
         ([tmp_path / "empty", "--prompt", "x"], "no checkpoint there"),
+        ([tmp_path / "hf", "--prompt", "x"], f"megatron-omni convert import --hf {tmp_path / 'hf'} --out DIR"),
         ([damaged, "--prompt", "x"], "no checkpoint is whole"),
     ):
         outcome = command(*arguments, "--out", tmp_path / "out")[0]

@@ -76,6 +76,11 @@ def test_missing_file_loop_and_non_mapping(tmp_path: Path) -> None:
         ({"model": {"moe": {"top_p": 0.0}}}, 1, "model.moe.top_p=0.0: must be above 0 and at most 1"),
         ({"model": {"moe": {"top_p": 1.2}}}, 1, r"model.moe.top_p=1.2"),
         ({"parallel": {"tensor_model_parallel_size": 3}}, 6, "does not divide model.num_attention_heads=28"),
+        (
+            {"parallel": {"tensor_model_parallel_size": 7}},
+            7,
+            "num_query_groups=4: key and value heads are cut, never copied",
+        ),
         ({"parallel": {"tensor_model_parallel_size": 2}}, 3, r"does not divide the 3 rank\(s\)"),
         ({"parallel": {"pipeline_model_parallel_size": 3}}, 3, "does not divide model.num_layers=28"),
         ({"parallel": {"expert_model_parallel_size": 3}}, 3, "does not divide model.moe.num_routed_experts=4"),

@@ -66,6 +66,21 @@ def test_the_chat_template_is_chatml_with_text_alone() -> None:
         )
 
 
+def test_tools_are_refused_with_a_way_out() -> None:
+    """transformers gives templates ``raise_exception``."""
+
+    def refuse(said: str) -> None:
+        raise ValueError(said)
+
+    template = Environment().from_string(chat_template("be kind"))
+    question = {"role": "user", "content": "?"}
+    for given in ({"messages": [question, {"role": "tool", "content": "3"}]}, {"messages": [question], "tools": [{}]}):
+        with pytest.raises(
+            ValueError, match=r"turns of tools are not supported: write a call as text of the assistant"
+        ):
+            template.render(given, raise_exception=refuse)
+
+
 def published_labels(text: str) -> list[str]:
     """What the published processor learns of a rendered conversation, by its rule: it cuts at the starts of turns, passes
     over the first, which it takes for the system's, then takes a question and an answer each time."""
