@@ -37,10 +37,6 @@ KINDS: tuple[Kind, ...] = ("image", "audio", "video")
 MARKER = re.compile(r"<(image|audio|video)>")
 ROLES = ("system", "user", "assistant")
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-_TOOL_ROLES = ("tool", "function", "observation", "function_call")
-_TOOL_FIX = (
-    "; turns of tools are not supported: write a call as text of the assistant, its result as the next user turn"
-)
 LIST_FIELD: dict[Kind, str] = {"image": "images", "audio": "audios", "video": "videos"}
 _KNOWN_KEYS = {"messages", "conversations", "system", "id", *KINDS, *LIST_FIELD.values()}
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython", "tool_call", "tool_response")
@@ -243,7 +239,7 @@ def _message(turn: object, field_name: str, role_key: str, text_key: str, where:
     if not isinstance(role, str) or role not in known:
         raise RecordError(
             where, field=f"{field_name}.{role_key}", value=role, problem="is an unknown role",
-            fix=f"use one of {', '.join(known)}" + (_TOOL_FIX if role in _TOOL_ROLES else ""), reason="unknown_role",
+            fix=f"use one of {', '.join(known)}", reason="unknown_role",
         )  # fmt: skip
     content = _content(turn.get(text_key), f"{field_name}.{text_key}", where)
     if known[role] == "assistant" and not content.strip():
