@@ -13,6 +13,9 @@ FAST ?= 0
 OVERWRITE ?= 0
 JOBS ?= 2
 TRIALS ?= 100
+MODULES ?= data ops models training checkpoint
+SEED ?= 0
+COUNT ?= 40
 KERNELS := megatron_omni/ops/_kernels.so
 CSRC := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 
@@ -48,6 +51,9 @@ test: venv ## run the tests, JOBS=2 processes side by side (CPU, gloo)
 
 dali: venv ## install the DALI decoder (700 MB); `make test` then runs its tests on the CPU
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dali"])') 2>&1 | { grep -v '^WARNING: Location' || true; }
+
+mutants: venv ## change MODULES in COUNT=40 small ways and list what no test sees, by hand (SEED=0); tools/mutants.py
+	$(BIN)/python tools/mutants.py $(MODULES) --seed $(SEED) --count $(COUNT) --jobs $(JOBS)
 
 stress: venv ## random faults on small runs and both shapes of SLURM job, by hand (TRIALS=100); docs/reliability.md has results
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.stress.faults --trials $(TRIALS)

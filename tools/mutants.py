@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-EQUIVALENT = ROOT / "tools" / "mutants_equivalent.txt"
+EQUIVALENT = "tools/mutants_equivalent.txt"
 TURNED: dict[type[ast.AST], type[ast.AST]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And,
@@ -36,6 +36,7 @@ TURNED: dict[type[ast.AST], type[ast.AST]] = {
 }  # fmt: skip
 MESSAGES = (ast.Raise, ast.Assert, ast.JoinedStr, ast.Import, ast.ImportFrom)
 """Nodes that are not changed: texts for users, and invariants, which nothing makes false."""
+UNTESTED = ("logger.", "warnings.", "if TYPE_CHECKING")
 Change = tuple[ast.stmt, Callable[[], object]]
 """The statement that is changed, and what changes it."""
 
@@ -51,7 +52,9 @@ def changes(node: ast.AST, statement: ast.stmt | None = None) -> Iterator[Change
     """Every small change below ``node``, in the order of the source."""
     if isinstance(node, ast.stmt):
         statement = node
-    if isinstance(node, MESSAGES) or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+    if isinstance(node, MESSAGES):
+        return
+    if isinstance(node, ast.Expr | ast.If) and ast.unparse(node).startswith(UNTESTED):
         return
     if statement is not None:
         yield from ((statement, change) for change in _changes_of(node))
@@ -79,7 +82,7 @@ def _changes_of(node: ast.AST) -> Iterator[Callable[[], object]]:
         case ast.Call(keywords=words):
             for word in words:
                 yield partial(words.remove, word)
-        case ast.Expr(value=ast.Call(func=function)) if not ast.unparse(function).startswith(("logger.", "warnings.")):
+        case ast.Expr(value=ast.Call()):
             yield partial(setattr, node, "value", ast.Constant(None))
 
 
@@ -128,13 +131,19 @@ def related(file: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for group in groups for name in group))
 
 
+def tracked() -> list[str]:
+    """What git knows and what it does not ignore: not the environment, runs and caches."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [name for name in listed.split("\0") if (ROOT / name).is_file()]
+
+
 def copy_of_tree(place: Path) -> Path:
-    """What git knows, and the compiled kernels."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in [*filter(None, listed.split("\0")), *map(str, (ROOT / "megatron_omni" / "ops").glob("*.so"))]:
-        target = place / Path(name).relative_to(ROOT) if name.startswith("/") else place / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, target)
+    """Those files and the compiled kernels."""
+    kernels = [str(path.relative_to(ROOT)) for path in (ROOT / "megatron_omni" / "ops").glob("*.so")]
+    for name in tracked() + kernels:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, place / name)
     return place
 
 
@@ -170,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
         for i in range(len([*changes(ast.parse((ROOT / f).read_text()))]))
     ]
     sample = random.Random(options.seed).sample(every, min(options.count, len(every)))
-    known = EQUIVALENT.read_text() if EQUIVALENT.exists() else ""
+    known = (ROOT / EQUIVALENT).read_text() if (ROOT / EQUIVALENT).exists() else ""
     survived, sound = [], {""}
     with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(options.jobs) as pool:
         trees: queue.SimpleQueue[Path] = queue.SimpleQueue()

@@ -49,8 +49,11 @@ class Rank:
         return groups.initialize(parallel, store=self.store, rank=self.index, world_size=self.world_size)
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 40.0) -> list[Any]:
-    """Results of ``fn(rank, *args)`` on ``world_size`` forked ranks, in rank order. Results travel by pickle."""
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 150.0) -> list[Any]:
+    """Results of ``fn(rank, *args)`` on ``world_size`` forked ranks, in rank order. Results travel by pickle.
+
+    The time-out is for hangs: generous, since a busy machine is none.
+    """
     assert not dist.is_initialized(), "the test process holds process groups: call groups.destroy() first"
     # Process groups that earlier tests dropped must die here: a fork has not the threads that their destructors join.
     gc.collect()

@@ -19,7 +19,8 @@ from tests.distributed.tiny_run import make_corpus, prepare, run_tiny, tiny_reci
 TP, PP = {"parallel__tensor_model_parallel_size": 2}, {"parallel__pipeline_model_parallel_size": 2}
 EP = {"parallel__expert_model_parallel_size": 2}
 ALL_GATHER = {"model__moe__moe_token_dispatcher_type": "allgather"}
-EVALUATED = {"log__eval_interval": 10, "log__eval_iters": 1}
+STEPS = 8
+RUN = {"train_iters": STEPS, "optim__lr": 5e-3, "log__eval_interval": STEPS // 2, "log__eval_iters": 1}
 
 Records = list[dict[str, float]]
 
@@ -31,13 +32,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def curve(corpus: Path, run_dir: Path, world_size: int, **overrides: Any) -> Records:
     held_out = [{"name": "held_out", "path": str(corpus / "held_out.jsonl")}]
-    recipe = tiny_recipe(corpus, run_dir, data__eval_sources=held_out, **EVALUATED, **overrides)
+    recipe = tiny_recipe(corpus, run_dir, data__eval_sources=held_out, **RUN | overrides)
     return run_tiny(recipe, world_size)
 
 
 @pytest.fixture(scope="module")
 def control(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Records:
-    """20 steps on one rank."""
+    """One rank."""
     return curve(corpus, tmp_path_factory.mktemp("control"), 1)
 
 
@@ -60,7 +61,7 @@ def assert_same_curve(test: Records, control: Records) -> None:
 
 def test_the_control_learns_and_sees_every_modality(control: Records) -> None:
     steps = [record for record in control if "lm loss" in record]
-    assert [record["step"] for record in steps] == list(range(1, 21))
+    assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
     assert steps[-1]["lm loss"] < steps[0]["lm loss"] - 0.5
     for name in ("text", "image", "audio"):
         assert f"loss/modality/{name}" in steps[-1] and f"loss/source/{name}" in steps[-1]
@@ -87,8 +88,6 @@ def test_micro_batches_without_a_modality_occur(corpus: Path, tmp_path: Path) ->
             2, {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}, id="dp2-overlap"
         ),
         pytest.param(2, TP | EP, id="tp2-ep2"),
-        pytest.param(4, TP | PP, id="tp2-pp2"),
-        pytest.param(4, PP | EP, id="pp2-ep2"),
         pytest.param(4, TP | PP | EP, id="tp2-pp2-ep2"),
     ],
 )
@@ -99,7 +98,7 @@ def test_same_curve_on_every_layout(
 
 
 def test_same_curve_when_each_step_has_one_modality(corpus: Path, tmp_path: Path) -> None:
-    by_source = {"data__batch_by": "source", "train_iters": 8}
+    by_source = {"data__batch_by": "source"}
     one = curve(corpus, tmp_path / "one", 1, **by_source)
     present = [{name for name in record if name.startswith("loss/source/")} for record in one if "lm loss" in record]
     assert all(len(names) == 1 for names in present) and len(set.union(*present)) == 3
@@ -107,7 +106,7 @@ def test_same_curve_when_each_step_has_one_modality(corpus: Path, tmp_path: Path
 
 
 def test_lm_loss_does_not_depend_on_the_partition_into_micro_batches(corpus: Path, tmp_path: Path) -> None:
-    no_aux = {"model__moe__moe_aux_loss_coeff": 0.0, "model__moe__moe_aux_loss_coeff_min": 0.0, "train_iters": 8}
+    no_aux = {"model__moe__moe_aux_loss_coeff": 0.0, "model__moe__moe_aux_loss_coeff_min": 0.0}
     whole, halves, singles = (
         curve(corpus, tmp_path / str(size), 1, data__micro_batch_size=size, **no_aux) for size in (8, 4, 1)
     )
@@ -118,7 +117,7 @@ def test_lm_loss_does_not_depend_on_the_partition_into_micro_batches(corpus: Pat
                     assert mine[name] == pytest.approx(theirs[name], rel=1e-5), f"step {theirs['step']}: {name}"
 
 
-PACKED = {"data__packing": True, "data__micro_batch_size": 1, "data__global_batch_size": 4, "train_iters": 8}
+PACKED = {"data__packing": True, "data__micro_batch_size": 1, "data__global_batch_size": 4}
 
 
 def test_packed_rows_give_the_same_curve_on_every_layout(corpus: Path, tmp_path: Path) -> None:

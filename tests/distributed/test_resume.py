@@ -26,7 +26,7 @@ from tests.distributed import tiny_run
 from tests.distributed.harness import COLLECTIVE_TIMEOUT_SECONDS, Rank
 from tests.distributed.tiny_run import make_corpus, prepare, records, run_ranks, run_tiny, train_rank
 
-STEPS, STOP = 6, 3
+STEPS, STOP = 4, 2
 TP, PP = {"parallel__tensor_model_parallel_size": 2}, {"parallel__pipeline_model_parallel_size": 2}
 EP = {"parallel__expert_model_parallel_size": 2}
 BF16 = {"optim__precision": "bf16"}

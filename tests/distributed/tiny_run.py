@@ -22,8 +22,7 @@ from megatron_omni.data.tokenizer import train_sentencepiece
 from megatron_omni.tasks.supervised import SupervisedTask
 from megatron_omni.training.loop import train
 from megatron_omni.training.setup import Run, setup
-from tests.distributed import harness
-from tests.distributed.harness import Rank
+from tests.distributed.harness import Rank, run_ranks
 
 ROWS = 24
 WORDS = ("red", "green", "blue", "low", "high", "one", "two", "three", "four", "five", "and", "then")
@@ -118,11 +117,6 @@ def prepare(rank: Rank, recipe: Recipe) -> Run:
     """The run of ``recipe`` on this rank."""
     pg = rank.initialize(recipe.parallel)
     return setup(recipe, SupervisedTask(recipe.data.sources), pg=pg)
-
-
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """The harness with room for whole runs on a busy machine."""
-    return harness.run_ranks(fn, world_size, *args, timeout_seconds=150.0)
 
 
 def train_rank(rank: Rank, recipe: Recipe, before: Callable[[Run], None] | None = None) -> int:
