@@ -9,6 +9,7 @@ Nothing else in the package or in tools/ calls ``json.load`` or ``json.loads`` (
 """
 
 import codecs
+import errno
 import json
 import os
 import re
@@ -96,6 +97,13 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def is_exhausted(error: BaseException | None) -> bool:
+    """Whether the process or the machine has no file descriptor left: never the fault of what was to be opened."""
+    if isinstance(error, ForeignError):
+        error = error.__cause__
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+
+
 def _said(error: BaseException) -> str:
     said = error.strerror if isinstance(error, OSError) else str(error)
-    return said or type(error).__name__
+    return (said or type(error).__name__) + ("; allow more of them (ulimit -n 65536)" if is_exhausted(error) else "")

@@ -9,8 +9,8 @@ JSONL rows (messages or ShareGPT) and WebDataset tars, also ones prepared for En
 recipe with the same tokenizer. Interrupted, it goes on where it was; a current index is left alone. Rows that cannot be
 used are counted, with reasons, in the summary and in SOURCE.summary.json beside the data, and are skipped in training.
 
-Exit status: 0 done, 2 for data or settings that do not fit, or with --max-bad F when more than this share of a source
-is unusable; 1 for a full disk or a killed process, 130 interrupted.
+Exit status: 0 done, 2 for data or settings that do not fit, a source without any usable record, or with --max-bad F
+when more than this share of a source is unusable; 1 for a full disk or a killed process, 130 interrupted.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import logging
 import os
 import signal
 import sys
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,7 +73,7 @@ def _prepare(words: argparse.Namespace) -> int:
     from megatron_omni.data.index import tokenizer_digest
     from megatron_omni.data.prepare import index_files
     from megatron_omni.data.sizes import SizeRule
-    from megatron_omni.data.sources import index_settings, open_source
+    from megatron_omni.data.sources import check_name, check_shared, index_settings, open_source
     from megatron_omni.data.summary import summarise
     from megatron_omni.data.tokenizer import load_tokenizer
 
@@ -88,22 +89,35 @@ def _prepare(words: argparse.Namespace) -> int:
         ]
     if not sources:
         raise ValueError(f"{words.recipe} has no data.sources; add some, or name files with --data")
-    files = {source.name: shard_paths(source.path) for source in sources}
-    total = sum(os.path.getsize(file) for shards in files.values() for file in shards)
-    progress = ByteProgress("index", total)
     for source in sources:
+        check_name(source)
+    files = [shard_paths(source.path) for source in sources]
+    progress = ByteProgress("index", sum(os.path.getsize(file) for shards in files for file in shards))
+    indexed = dict[Path, SourceConfig]()
+    for source, shards in zip(sources, files):
+        new = [file for file in shards if indexed.setdefault(file.absolute(), source) is source]
+        for file in set(shards) - set(new):
+            check_shared(file, indexed[file.absolute()], source)
+            progress.add(os.path.getsize(file))
         index_files(
-            files[source.name], recipe.data.tokenizer, **index_settings(source), workers=words.workers,
-            again=words.again, advance=progress.add,
+            new, recipe.data.tokenizer, **index_settings(source), workers=words.workers, again=words.again,
+            advance=progress.add,
         )  # fmt: skip
     progress.finish()
-    status = 0
-    for source in sources:
+    status, written = 0, set[Path]()
+    for source, shards in zip(sources, files):
         summary = summarise(open_source(source, digest=digest), sizes)
-        status = max(
-            status, _report(summary, files[source.name][0].parent / f"{source.name}.summary.json", words.max_bad)
-        )
+        file = _summary_file(shards[0].parent, source.name, written)
+        status = max(status, _report(summary, file, words.max_bad))
     return status
+
+
+def _summary_file(folder: Path, name: str, written: set[Path]) -> Path:
+    """Where a source's summary goes; training and held-out sets may share names, and a folder."""
+    names = (f"{name}{number}.summary.json" for number in chain([""], (f".{n}" for n in count(2))))
+    file = next(folder / file for file in names if (folder / file).absolute() not in written)
+    written.add(file.absolute())
+    return file
 
 
 def _records_of(folder: Path, prompt: str) -> Path:
@@ -112,8 +126,10 @@ def _records_of(folder: Path, prompt: str) -> Path:
 
     report = records_of_folder(folder, prompt=prompt)
     print(f"wrote {report.path}: {report.num_records} records")
-    for reason, count in report.rejected.most_common():
-        print(f"  left out ({reason}): {count}")
+    if report.kept is not None:
+        print(f"  what was there before is kept as {report.kept}")
+    for reason, number in report.rejected.most_common():
+        print(f"  left out ({reason}): {number}")
     for message in report.messages:
         print(f"  {message}")
     return report.path
@@ -136,7 +152,7 @@ def _report(summary: dict[str, Any], file: Path, max_bad: float) -> int:
     os.replace(partial, file)
     bad = summary["records"] - summary["usable"]
     if not summary["usable"]:
-        print(f"error: no record of {summary['source']} can be used", file=sys.stderr)
+        print(f"error: none of the {bad} records of {summary['source']} can be used", file=sys.stderr)
         return 2
     if bad > max_bad * summary["records"]:
         print(f"error: {bad} of {summary['records']} records of {summary['source']} cannot be used, more than --max-bad "

@@ -6,9 +6,12 @@ and audio that a sample holds, else text), and every class gives equally many sa
 a class the sources keep the proportions they would have had. Both ask the index.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_omni.config.data import DataConfig, SourceConfig
 from megatron_omni.data.index import HAS_ANSWER, HOLDS
@@ -18,6 +21,10 @@ from megatron_omni.data.sources import Source
 from megatron_omni.data.summary import mean_tokens
 
 CLASSES = ("video", "image", "audio", "text")
+_BLOCK = 1 << 10
+"""Rows of which one number is kept in memory, for each class."""
+_SLAB = 1 << 22
+"""Rows that are counted at once."""
 
 
 def components(
@@ -52,14 +59,12 @@ def _component(config: SourceConfig, name: str, num_rows: int, scale: float) -> 
 
 def _by_class(config: SourceConfig, source: Source, number: int, scale: float) -> list[Component]:
     """One component for each class of samples that a source holds; rows that no recipe can use are in none."""
-    flags = source.holds()
+    flags = source.flags()
     if flags is None:
         raise _no_index(source, "data.balance = 'modality'")
-    found, taken = [], (flags & HAS_ANSWER) == 0
+    found = []
     for name in CLASSES:
-        held = ~taken if name == "text" else (flags & HOLDS[name] > 0) & ~taken
-        taken = taken | held
-        rows = np.flatnonzero(held)
+        rows = ClassRows(flags, name)
         if len(rows):
             part = _component(config, f"{config.name}/{name}", len(rows), scale * len(rows) / len(source))
             found.append(
@@ -68,6 +73,41 @@ def _by_class(config: SourceConfig, source: Source, number: int, scale: float) -
     if not found:
         raise ValueError(f"data source {config.name!r}: no record of it can be used; see its summary")
     return found
+
+
+class ClassRows(Sequence[int]):
+    """The row numbers of one class of a source in ascending order, without a list of them.
+
+    Kept is one count for each ``_BLOCK`` rows; inside a block the rows are found in the mapped index.
+    """
+
+    def __init__(self, flags: Sequence[NDArray[np.uint8]], name: str) -> None:
+        """``flags``: [rows] of each file of the source."""
+        higher = CLASSES[: CLASSES.index(name)]
+        self._flags, self._wanted = flags, HAS_ANSWER | HOLDS.get(name, 0)
+        self._compared = self._wanted | sum(HOLDS[other] for other in higher)
+        self._first_rows = [0, *accumulate(len(file) for file in flags)]
+        self._first_blocks = [0, *accumulate(-(-len(file) // _BLOCK) for file in flags)]
+        counts = [self._counts(file[start : start + _SLAB]) for file in flags for start in range(0, len(file), _SLAB)]
+        self._ends = np.concatenate([np.zeros(0, np.int64), *counts]).cumsum()  # [blocks] rows up to the end of each
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, place: int) -> int:  # type: ignore[override]
+        """Row number of the ``place``-th row of the class."""
+        block = int(np.searchsorted(self._ends, place, side="right"))
+        before = int(self._ends[block - 1]) if block else 0
+        file = bisect_right(self._first_blocks, block) - 1
+        start = (block - self._first_blocks[file]) * _BLOCK
+        rows = np.flatnonzero(self._is_here(self._flags[file][start : start + _BLOCK]))
+        return self._first_rows[file] + start + int(rows[place - before])
+
+    def _is_here(self, flags: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        return (flags & self._compared) == self._wanted
+
+    def _counts(self, flags: NDArray[np.uint8]) -> NDArray[np.int64]:
+        return np.add.reduceat(self._is_here(flags), range(0, len(flags), _BLOCK), dtype=np.int64)
 
 
 def _scaled(weight: float, scale: float) -> float:

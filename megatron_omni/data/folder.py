@@ -8,12 +8,14 @@ the file; one to a folder is not followed (it may lead in a circle), and named.
 """
 
 import csv
+import filecmp
 import io
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 from megatron_omni.data.assemble import assemble, media_kind
@@ -32,6 +34,8 @@ class FolderReport:
 
     path: Path
     """The JSONL file that was written."""
+    kept: Path | None = None
+    """Where the file went that was there before, if it said anything else: somebody's work, perhaps."""
     num_records: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     messages: list[str] = field(default_factory=list)
@@ -40,6 +44,8 @@ class FolderReport:
 
 def records_of_folder(folder: Path, *, prompt: str = "", most_messages: int = 20) -> FolderReport:
     """Write ``folder/records.jsonl``: a record for every medium with a caption, in the order of their names.
+
+    Another file of that name is kept under the next free one (``records.jsonl.1``).
 
     ValueError when the folder is none, or nothing in it can be used.
     """
@@ -70,6 +76,10 @@ def records_of_folder(folder: Path, *, prompt: str = "", most_messages: int = 20
         if not report.num_records:
             first = f"; the first: {report.messages[0]}" if report.messages else ""
             raise ValueError(f"{str(folder)!r} holds no medium with a caption{first}")
+        if report.path.exists() and not filecmp.cmp(partial, report.path, shallow=False):
+            numbered = (report.path.with_name(f"{RECORDS}.{number}") for number in count(1))
+            report.kept = next(path for path in numbered if not os.path.lexists(path))
+            os.rename(report.path, report.kept)
         os.replace(partial, report.path)
     finally:
         partial.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ compared, and of a JSONL row its checksum when it is read, so a changed row is f
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_omni.data.descriptors import mapped
 from megatron_omni.data.record import KINDS, RecordError
 from megatron_omni.data.sizes import MediaFacts, RecordFacts
 from megatron_omni.foreign import parse_json
@@ -53,7 +54,7 @@ MEDIA = np.dtype(
         ("start", "<u8"), ("num_bytes", "<u8"),  # in the tar
     ]
 )  # fmt: skip
-_ARRAYS = {"records": RECORD, "media": MEDIA, "rows": np.dtype("u1"), "rejections": np.dtype("u1")}
+ARRAYS = {"records": RECORD, "media": MEDIA, "rows": np.dtype("u1"), "rejections": np.dtype("u1")}
 
 
 class RejectedRecord(RecordError):
@@ -160,6 +161,11 @@ def index_path(data: Path) -> Path:
     return data.with_name(data.name + ".index")
 
 
+def index_setting_of(data: Path) -> str:
+    """The setting of a source that the index of one of its files depends on: ``prompt`` or ``root``."""
+    return "prompt" if data.suffix == ".tar" else "root"
+
+
 def open_index(data: Path, *, tokenizer: str, prompt: str = "", root: str = "") -> Index | None:
     """The index of ``data`` for the tokenizer with this digest; None where there is none, ValueError for a stale one.
 
@@ -175,7 +181,8 @@ def open_index(data: Path, *, tokenizer: str, prompt: str = "", root: str = "") 
         raise ValueError(f"{path}: stale, {data.name!r} has changed since it was made; {again}")
     if index.header["tokenizer"] != tokenizer:
         raise ValueError(f"{path}: stale, its tokens were counted with another tokenizer; {again}")
-    name, value = ("prompt", prompt) if data.suffix == ".tar" else ("root", root)
+    name = index_setting_of(data)
+    value = {"prompt": prompt, "root": root}[name]
     if index.header[name] != value:
         raise ValueError(f"{path}: stale, it was made with {name} = {index.header[name]!r}, not {value!r}; {again}")
     return index
@@ -185,21 +192,21 @@ def read_index(path: Path) -> Index:
     """An index as it lies there, whatever it belongs to; ValueError for a damaged one or one of another version."""
     again = f"run tools/prepare_data.py again, or remove {str(path)!r}"
     try:
-        with path.open("rb") as file:
-            if file.readline(len(_MAGIC)) != _MAGIC:
-                raise ValueError("it does not start like an index")
-            header = parse_json(file.readline(1 << 16), "its header")
-            offset = file.tell()
+        contents = mapped(path)
+        first, _, rest = contents[: len(_MAGIC) + (1 << 16)].tobytes().partition(b"\n")
+        if first + b"\n" != _MAGIC:
+            raise ValueError("it does not start like an index")
+        line, _, _ = rest.partition(b"\n")
+        header, offset = parse_json(line, "its header"), len(_MAGIC) + len(line) + 1
         if header["version"] != VERSION:
             raise ValueError(f"it has version {header['version']}, not {VERSION}")
         arrays = {}
-        for name, dtype in _ARRAYS.items():
+        for name, dtype in ARRAYS.items():
             count, offset = int(header["lengths"][name]), _aligned(offset)
             end = offset + count * dtype.itemsize
-            if count < 0 or end > path.stat().st_size:
+            if count < 0 or end > len(contents):
                 raise ValueError("it is cut off")
-            shape = (count,)
-            arrays[name] = np.memmap(path, dtype, "r", offset, shape) if count else np.zeros(shape, dtype)
+            arrays[name] = contents[offset:end].view(dtype)
             offset = end
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no usable index ({error}); {again}") from error
@@ -207,25 +214,38 @@ def read_index(path: Path) -> Index:
 
 
 def write_index(
-    data: Path, arrays: IndexArrays, *, fingerprint: Fingerprint, tokenizer: str, prompt: str = "", root: str = ""
+    data: Path,
+    lengths: Mapping[str, int],
+    pieces: Callable[[str], Iterable[NDArray[Any]]],
+    *,
+    fingerprint: Fingerprint,
+    tokenizer: str,
+    prompt: str = "",
+    root: str = "",
 ) -> Path:
-    """Put the index of ``data`` in its place, whole or not at all."""
+    """Put the index of ``data`` in its place, whole or not at all.
+
+    ``lengths`` are those of ARRAYS, ``pieces`` gives the parts of each in order: one is in memory at a time.
+    """
     header = {
         "version": VERSION,
         "data": asdict(fingerprint),
         "tokenizer": tokenizer,
         "prompt": prompt,
         "root": root,
-        "lengths": {name: len(getattr(arrays, name)) for name in _ARRAYS},
+        "lengths": {name: lengths[name] for name in ARRAYS},
     }
     path = index_path(data)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
             file.write(_MAGIC + json.dumps(header).encode() + b"\n")
-            for name, dtype in _ARRAYS.items():
+            for name, dtype in ARRAYS.items():
                 file.write(b"\0" * (_aligned(file.tell()) - file.tell()))
-                np.ascontiguousarray(getattr(arrays, name), dtype).tofile(file)
+                start = file.tell()
+                for piece in pieces(name):
+                    np.ascontiguousarray(piece, dtype).tofile(file)
+                assert file.tell() == start + lengths[name] * dtype.itemsize, f"the parts of {name} do not add up"
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

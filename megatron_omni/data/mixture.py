@@ -20,6 +20,7 @@
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -58,7 +59,7 @@ class Component:
     """Components of a group share one part of the mixture, equal to every other group's."""
     source: int | None = None
     """Number of the source that its rows belong to; None: the component's own number."""
-    rows: NDArray[np.int64] | None = field(default=None, compare=False)
+    rows: Sequence[int] | None = field(default=None, compare=False)
     """[num_rows] row numbers in that source; None: all of them."""
 
     def weight_at(self, item: int, *, samples_per_item: int) -> float:
@@ -178,7 +179,7 @@ class Mixture:
         key = permutation_key(self.seed, component.name, epoch)
         block, within = divmod(position, _ROWS_AT_ONCE)
         row = _permuted_block(block, component.num_rows, key)[within]
-        return row if component.rows is None else int(component.rows[row])
+        return row if component.rows is None else component.rows[row]
 
 
 class _Phase:

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -21,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_omni.data import assemble
 from megatron_omni.data.decode.media import MediaError
 from megatron_omni.data.index import (
+    ARRAYS,
     HAS_ANSWER,
     HAS_SYSTEM,
     HOLDS,
@@ -82,7 +85,7 @@ def index_files(
     that were done. ValueError for a file that is no data, ChildProcessError when a process was killed; what was done
     stays.
     """
-    digest, units, waiting = tokenizer_digest(tokenizer), list[_Unit](), dict[Path, int]()
+    digest, units, waiting = tokenizer_digest(tokenizer), dict[Path, list[_Unit]](), dict[Path, int]()
     fingerprints = {}
     for data in files:
         if again:
@@ -92,17 +95,22 @@ def index_files(
             continue
         fingerprints[data] = Fingerprint.of(data)
         key = f"{VERSION} {fingerprints[data]} {digest} {prompt} {root}"
-        parts_of_it = _units(data, Path(tokenizer), prompt, root, key=key)
-        units += parts_of_it
-        waiting[data] = len(parts_of_it)
-    for unit in _worked(units, workers):
+        units[data] = _units(data, Path(tokenizer), prompt, root, key=key)
+        waiting[data] = len(units[data])
+    for unit in _worked([unit for parts in units.values() for unit in parts], workers):
         advance(unit.stop - unit.start)
         waiting[unit.data] -= 1
         if not waiting[unit.data]:
             data = unit.data
-            parts = [_read_part(other.part) for other in units if other.data == data]
+            parts = _Parts([other.part for other in units[data]])
             write_index(
-                data, _joined(parts), fingerprint=fingerprints[data], tokenizer=digest, prompt=prompt, root=root
+                data,
+                parts.lengths,
+                parts.pieces,
+                fingerprint=fingerprints[data],
+                tokenizer=digest,
+                prompt=prompt,
+                root=root,
             )
             shutil.rmtree(unit.part.parent, ignore_errors=True)
 
@@ -168,7 +176,9 @@ def _work(unit: _Unit) -> None:
     else:
         _read_lines(unit, tokenizer, rows)
     partial = unit.part.with_name(f"{unit.part.stem}.{os.getpid()}.partial.npz")
-    np.savez(partial, num_lines=rows.num_lines, **vars(rows.arrays()))
+    arrays = vars(rows.arrays())
+    lengths = np.array([rows.num_lines, *(len(arrays[name]) for name in ARRAYS)])
+    np.savez(partial, lengths=lengths, **arrays)
     os.replace(partial, unit.part)
 
 
@@ -306,26 +316,27 @@ def _text(member: TarMember, suffix: str, where: str) -> object:
 # ------------------------------------------------------------------------------------------------ parts to an index
 
 
-def _read_part(path: Path) -> tuple[int, IndexArrays]:
-    with np.load(path, allow_pickle=False) as part:
-        return int(part["num_lines"]), IndexArrays(**{name: part[name] for name in part.files if name != "num_lines"})
+class _Parts:
+    """The parts of one file in order, of which one is in memory at a time."""
 
+    def __init__(self, paths: list[Path]) -> None:
+        self._paths, self._lengths = paths, []
+        for path in paths:
+            with np.load(path, allow_pickle=False) as part:
+                self._lengths.append(dict(zip(("lines", *ARRAYS), part["lengths"].tolist(), strict=True)))
+        self.lengths = {name: sum(lengths[name] for lengths in self._lengths) for name in ARRAYS}
 
-def _joined(parts: list[tuple[int, IndexArrays]]) -> IndexArrays:
-    """Parts in order, their places counted from the start of the whole."""
-    lines = media = text = rejections = 0
-    for num_lines, part in parts:
-        records = part.records
-        records["number"] += lines
-        records["media"] += media
-        records["rejection"][records["rejection"] > 0] += rejections
-        if len(part.rows):
-            records["start"] += text
-        lines, media, text = lines + num_lines, media + len(part.media), text + len(part.rows)
-        rejections += len(part.rejections)
-    return IndexArrays(
-        *(
-            np.concatenate([getattr(part, name) for _, part in parts])
-            for name in ("records", "media", "rows", "rejections")
-        )
-    )
+    def pieces(self, name: str) -> Iterator[NDArray[Any]]:
+        """One of the index's arrays, part by part, its places counted from the start of the whole."""
+        before = Counter[str]()
+        for path, lengths in zip(self._paths, self._lengths):
+            with np.load(path, allow_pickle=False) as part:
+                piece = part[name]
+            if name == "records":
+                piece["number"] += before["lines"]
+                piece["media"] += before["media"]
+                piece["rejection"][piece["rejection"] > 0] += before["rejections"]
+                if lengths["rows"]:
+                    piece["start"] += before["rows"]
+            yield piece
+            before.update(lengths)

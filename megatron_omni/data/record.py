@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from megatron_omni.data.decode.media import MediaBytes, MediaError
 from megatron_omni.data.tar import TarMember
-from megatron_omni.foreign import printable
+from megatron_omni.foreign import is_exhausted, printable
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +76,11 @@ _told: set[tuple[str, int | None]] = set()
 def internal_error(where: str, error: Exception) -> RecordError:
     """The skip for what a record raised and nobody foresaw: one record never ends a run.
 
-    The traceback is logged, once for each place in the code.
+    The traceback is logged, once for each place in the code. What is no record's fault is raised again: a process that
+    has no file descriptor left would skip all that follows.
     """
+    if is_exhausted(error):
+        raise error
     frames = traceback.extract_tb(error.__traceback__)
     place = (frames[-1].filename, frames[-1].lineno) if frames else ("", None)
     if place not in _told:
@@ -97,6 +100,8 @@ def loaded(file: MediaFile) -> str | MediaBytes:
     try:
         return file.load()
     except (OSError, EOFError) as error:
+        if is_exhausted(error):
+            raise
         raise MediaError(str(file), error) from error
 
 

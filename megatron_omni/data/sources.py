@@ -7,6 +7,7 @@ sequential pass; without an index (index.py) it looks once where the rows lie (t
 
 import functools
 import os
+import re
 import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -20,13 +21,17 @@ from numpy.typing import NDArray
 
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.shards import shard_paths
-from megatron_omni.data.index import Index, open_index, tokenizer_digest
+from megatron_omni.data.descriptors import DataFile, raise_limit
+from megatron_omni.data.index import Index, index_setting_of, open_index, tokenizer_digest
 from megatron_omni.data.record import KINDS, LIST_FIELD, MediaFile, Record, RecordError, parse_record
 from megatron_omni.data.sizes import RecordFacts
 from megatron_omni.data.tar import TarMember
 from megatron_omni.data.text_rows import find_rows, is_array
 from megatron_omni.data.tokenizer import Tokenizer
-from megatron_omni.foreign import ForeignError, parse_json
+from megatron_omni.foreign import ForeignError, is_exhausted, parse_json
+
+_MOST_NAME = 100
+_NAME = re.compile(rf"(?!\.)[^/\\\x00-\x1f\x7f]{{1,{_MOST_NAME}}}")
 
 
 class Source(Protocol):
@@ -48,8 +53,8 @@ class Source(Protocol):
         """What the index says of a row, None without an index; RecordError for a row that cannot be used."""
         ...
 
-    def holds(self) -> NDArray[np.uint8] | None:
-        """[rows] kinds of media (bits of index.HOLDS), None without an index."""
+    def flags(self) -> list[NDArray[np.uint8]] | None:
+        """[rows] of each file: what a row holds (HAS_ANSWER and HOLDS of index.py); None where a file has no index."""
         ...
 
 
@@ -75,7 +80,7 @@ class JsonlSource:
             self._lines = index.arrays.records["number"]
         if not len(self._lines):
             raise ValueError(f"data source {name!r}: path = {str(path)!r} holds no rows; give a file with records")
-        self._file = os.open(self.path, os.O_RDONLY)
+        self._file = DataFile(self.path)
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -91,10 +96,10 @@ class JsonlSource:
         where = self.where(index)
         if self.index is None:
             start, end = self._ranges[index].tolist()
-            line = os.pread(self._file, end - start, start)  # no shared file position: safe from several threads
+            line = self._line(start, end - start, where)
         else:
             start, length, crc = self.index.byte_range(index)
-            line = os.pread(self._file, length, start)
+            line = self._line(start, length, where)
             if zlib.crc32(line) != crc:
                 raise RecordError(
                     where, field="row", value=line[:60], problem="has changed since the index was made",
@@ -106,19 +111,20 @@ class JsonlSource:
         """What the index says of a row."""
         return self.index.facts(index, where=self.where) if self.index is not None else None
 
-    def holds(self) -> NDArray[np.uint8] | None:
-        """[rows] kinds of media."""
-        return self.index.arrays.records["flags"] if self.index is not None else None
+    def flags(self) -> list[NDArray[np.uint8]] | None:
+        """[rows] what a row holds."""
+        return [self.index.arrays.records["flags"]] if self.index is not None else None
 
-    def close(self) -> None:
-        """Close the file."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-
-    def __del__(self) -> None:
-        if getattr(self, "_file", -1) >= 0:
-            self.close()
+    def _line(self, start: int, num_bytes: int, where: str) -> bytes:
+        try:
+            return self._file.read_at(start, num_bytes)
+        except (OSError, ForeignError) as error:
+            if is_exhausted(error):
+                raise
+            raise RecordError(
+                where, field="row", value=start, problem=f"cannot be read any more ({error})",
+                fix="leave the data alone while a run reads it", reason="unreadable_data",
+            ) from error  # fmt: skip
 
 
 class TarSource:
@@ -152,9 +158,9 @@ class TarSource:
         """What the index says of a sample."""
         return self.index.facts(index, where=self.where)
 
-    def holds(self) -> NDArray[np.uint8]:
-        """[rows] kinds of media."""
-        return self.index.arrays.records["flags"]
+    def flags(self) -> list[NDArray[np.uint8]]:
+        """[rows] what a row holds."""
+        return [self.index.arrays.records["flags"]]
 
 
 class ShardedSource:
@@ -187,11 +193,10 @@ class ShardedSource:
         shard, row = self._locate(index)
         return shard.facts(row)
 
-    def holds(self) -> NDArray[np.uint8] | None:
-        """[rows] kinds of media, None when a file has no index."""
-        parts = [shard.holds() for shard in self.shards]
-        found = [part for part in parts if part is not None]
-        return np.concatenate(found) if len(found) == len(parts) else None
+    def flags(self) -> list[NDArray[np.uint8]] | None:
+        """[rows] of each file: what a row holds, None when a file has no index."""
+        parts = [shard.flags() for shard in self.shards]
+        return [file for part in parts for file in part or ()] if all(part is not None for part in parts) else None
 
 
 def parse_line(line: bytes, *, where: str, source: str, root: Path) -> Record:
@@ -259,6 +264,7 @@ def open_sources(
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{field}: name = {name!r} is used {names.count(name)} times; names must differ")
+    raise_limit()
     digest = tokenizer_digest(tokenizer.path) if tokenizer is not None else ""
     return [open_source(config, digest=digest) for config in configs]
 
@@ -268,8 +274,29 @@ def index_settings(config: SourceConfig) -> dict[str, str]:
     return {"prompt": config.prompt, "root": config.root}
 
 
+def check_name(config: SourceConfig) -> None:
+    """ValueError for a name that is a path: files and metrics are called after it."""
+    if not _NAME.fullmatch(config.name):
+        raise ValueError(
+            f"data source name = {config.name!r}: give a name and no path: 1 to {_MOST_NAME} characters without slashes, "
+            "not starting with a dot"
+        )
+
+
+def check_shared(file: Path, one: SourceConfig, other: SourceConfig) -> None:
+    """ValueError for a file of two sources that would need two indexes."""
+    setting = index_setting_of(file)
+    mine, theirs = index_settings(one)[setting], index_settings(other)[setting]
+    if mine != theirs:
+        raise ValueError(
+            f"{str(file)!r} is in two sources, {one.name!r} with {setting} = {mine!r} and {other.name!r} with {theirs!r}, and "
+            f"has one index; give both the same {setting}, or the second a copy (or a link) of the file"
+        )
+
+
 def open_source(config: SourceConfig, *, digest: str) -> Source:
     """One source, with the indexes made for the tokenizer of this digest ("": none is used)."""
+    check_name(config)
     root = config.root
     if root and not Path(root).is_dir():
         raise ValueError(

@@ -4,10 +4,10 @@
 """
 
 from collections import Counter
+from collections.abc import Set
 from typing import Any
 
-from megatron_omni.data.index import HOLDS
-from megatron_omni.data.record import RecordError, internal_error
+from megatron_omni.data.record import Kind, RecordError, internal_error
 from megatron_omni.data.sizes import RecordFacts, SampleSize, SizeRule
 from megatron_omni.data.sources import Source
 from megatron_omni.positions import SAMPLE_RATE
@@ -16,17 +16,16 @@ EXAMPLES = 5
 """Rejected rows that are named, of each reason."""
 
 
-def modality_class(holds: int) -> str:
+def modality_class(kinds: Set[Kind]) -> str:
     """Class of a sample for balancing: the first of video, image and audio that it holds, else text."""
-    return next((kind for kind in ("video", "image", "audio") if holds & HOLDS[kind]), "text")
+    return next((kind for kind in ("video", "image", "audio") if kind in kinds), "text")
 
 
 def summarise(source: Source, sizes: SizeRule) -> dict[str, Any]:
     """Counts, tokens and lengths of a source with an index."""
-    holds = source.holds()
-    assert holds is not None, f"source {source.name!r} has no index"
+    assert source.flags() is not None, f"source {source.name!r} has no index"
     tokens, classes, media, rejected = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
-    lengths, examples = list[int](), dict[str, list[str]]()
+    lengths, examples = Counter[int](), dict[str, list[str]]()
     seconds = {"audio": 0.0, "video": 0.0}
     tiles = chunks = 0
     for row in range(len(source)):
@@ -41,22 +40,21 @@ def summarise(source: Source, sizes: SizeRule) -> dict[str, Any]:
             if len(shown := examples.setdefault(bad.reason, [])) < EXAMPLES:
                 shown.append(str(bad) if str(bad).startswith(where) else f"{where}: {bad}")
             continue
-        lengths.append(size.tokens)
+        lengths[size.tokens] += 1
         tokens.update(text=size.text, image=size.image, video=size.video, audio=size.audio)
         tiles, chunks = tiles + size.tiles, chunks + size.chunks
-        classes[modality_class(int(holds[row]))] += 1
+        classes[modality_class({item.kind for item in facts.media})] += 1
         _add_media(facts, media, seconds)
+    usable, total = lengths.total(), sum(length * count for length, count in lengths.items())
     return {
         "source": source.name,
         "records": len(source),
-        "usable": len(lengths),
+        "usable": usable,
         "rejected": dict(rejected.most_common()),
         "rejected_examples": examples,
         "samples_by_class": dict(classes),
-        "tokens": {"all": sum(lengths), **tokens},
-        "tokens_per_sample": {
-            "mean": round(sum(lengths) / max(len(lengths), 1), 1), "longest": max(lengths, default=0),
-        },
+        "tokens": {"all": total, **tokens},
+        "tokens_per_sample": {"mean": round(total / max(usable, 1), 1), "longest": max(lengths, default=0)},
         "length_histogram": histogram(lengths),
         "media": dict(media),
         "media_seconds": {kind: round(value, 1) for kind, value in seconds.items() if value},
@@ -72,15 +70,18 @@ def _add_media(facts: RecordFacts, media: Counter[str], seconds: dict[str, float
             seconds[item.kind] += item.seconds if item.kind == "video" else item.samples / SAMPLE_RATE
 
 
-def histogram(lengths: list[int]) -> dict[str, int]:
-    """Samples by tokens: "64" counts lengths of 64 to 127."""
-    counts = Counter(1 << (length.bit_length() - 1) for length in lengths if length)
+def histogram(lengths: Counter[int]) -> dict[str, int]:
+    """Samples by tokens, from samples of each length: "64" counts lengths of 64 to 127."""
+    counts = Counter[int]()
+    for length, count in lengths.items():
+        if length:
+            counts[1 << (length.bit_length() - 1)] += count
     return {str(start): counts[start] for start in sorted(counts)}
 
 
 def mean_tokens(source: Source, sizes: SizeRule, *, most_rows: int = 1 << 16) -> float | None:
     """Mean tokens of a usable sample; of a larger source, of rows spread evenly over it. None without an index."""
-    if source.holds() is None:
+    if source.flags() is None:
         return None
     found: list[SampleSize] = []
     count = min(len(source), most_rows)

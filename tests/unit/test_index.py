@@ -245,10 +245,12 @@ def test_several_files_are_one_source(tmp_path):
     config.path = str(tmp_path / "part_{0..2}.jsonl")
     source = open_source(config, digest="")
     assert len(source) == 15 and source[4].messages[0].content == "q10" and source[14].messages[0].content == "q25"
-    assert source.where(9).endswith("part_2.jsonl:1") and source.facts(0) is None and source.holds() is None
+    assert source.where(9).endswith("part_2.jsonl:1") and source.facts(0) is None and source.flags() is None
     index_files([tmp_path / f"part_{i}.jsonl" for i in range(3)], tokenizer_file(tmp_path))
     quick = open_source(config, digest=tokenizer_digest(tokenizer_file(tmp_path)))
-    assert [quick[i] for i in range(15)] == [source[i] for i in range(15)] and len(quick.holds()) == 15
+    assert [quick[i] for i in range(15)] == [source[i] for i in range(15)] and [
+        len(file) for file in quick.flags()
+    ] == [4, 5, 6]
     with pytest.raises(IndexError, match="has 15 rows, asked for row 15"):
         quick[15]
 

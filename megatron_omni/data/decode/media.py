@@ -6,7 +6,6 @@ Video        sampled frames with their true times, and the sound that goes with 
 MediaError   whatever is wrong with a file (missing, cut off, wrong bytes, no such stream, absurd size), named
 """
 
-import errno
 import io
 import re
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_omni.config.data import FrameChoice
-from megatron_omni.foreign import ForeignError, open_regular
+from megatron_omni.foreign import ForeignError, is_exhausted, open_regular
 from megatron_omni.positions import frame_count
 
 MAX_PIXELS = 64_000_000
@@ -69,9 +68,9 @@ def open_media(file: Media) -> BinaryIO:
         return open_regular(file)
     except ForeignError as error:
         cause = error.__cause__
+        if is_exhausted(error):
+            raise
         if isinstance(cause, OSError):
-            if is_exhausted(cause):
-                raise cause from None
             if url := _URL.search(str(file)):
                 raise MediaError(file, _not_a_file(url[1] or url[2]), reason="missing_media") from error
             if isinstance(cause, FileNotFoundError):
@@ -85,11 +84,6 @@ def _not_a_file(scheme: str) -> str:
     return f"is a URL ({scheme}://...); media are read from files: download it"
 
 
-def is_exhausted(error: OSError) -> bool:
-    """Whether the process or the machine has no file descriptor left: not the file's fault, and no reason to skip it."""
-    return error.errno in (errno.EMFILE, errno.ENFILE)
-
-
 @contextmanager
 def named(file: Media) -> Iterator[None]:
     """Turn whatever a decoding library raises into a MediaError of this file.
@@ -101,7 +95,7 @@ def named(file: Media) -> Iterator[None]:
     except MediaError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and is_exhausted(error):
+        if is_exhausted(error):  # no reason to skip the file
             raise
         said = getattr(error, "strerror", None) or str(error)
         raise MediaError(file, f"{type(error).__name__}: {_ADDRESS.sub('the file', said)}") from error
