@@ -29,7 +29,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("recipe", help="YAML recipe")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change")
     p.add_argument("--samples", type=int, default=6, help="records shown per source, spread over it (default 6)")
-    p.add_argument("--steps", type=int, default=20, help="steps planned for lengths and packing (default 20)")
+    p.add_argument(
+        "--steps",
+        type=int,
+        default=20,
+        help="of a run too long to plan whole: steps planned of each phase of its mixture (default 20)",
+    )
     p.add_argument("--out", type=Path, default=Path("preflight.html"), help="default preflight.html")
     return p
 
@@ -84,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.write_text(page(preflight, title=options.recipe), encoding="utf-8")
     for source in preflight.sources:
         print(
-            f"{source.name}: {source.rows} rows, {source.share:.1%} of the run, {source.epochs:.2f} epochs, "
+            f"{source.name}: {source.rows} records, {source.share:.1%} of the run, {source.epochs:.2f} epochs, "
             f"{len(source.bad)} of {source.tried} records bad"
         )
     print(f"tokens that are no padding: {preflight.packing.efficiency:.1%}")

@@ -107,6 +107,11 @@ class Mixture:
         self.num_samples = self._lay_out_phases()
         """Samples until every source has used its epochs; None for an order without end."""
 
+    @property
+    def phase_starts(self) -> list[int]:
+        """Samples at which the set of sources or their weights change, from 0 on."""
+        return [phase.start * self.samples_per_item for phase in self._phases]
+
     def _lay_out_phases(self) -> int | None:
         """Fill ``_phases``; where the order ends."""
         parts = self.components

@@ -1,25 +1,36 @@
 """What a run will train on, before it starts: samples of every source as the model gets them, and what is wrong with them.
 
-``inspect`` decodes some records of each source through the run's own ``SampleBuilder``, plans the run's first steps through
-its own ``StepLoader``, and collects what a person should look at: tokens with their loss mask, tiles, spectrograms, 3D
-positions, placeholders against encoder rows, lengths, packing, epochs, and records that cannot be used with the reason.
+``inspect`` decodes some records of each source through the run's own ``SampleBuilder``, plans the run through its own
+``StepLoader``, and collects what a person should look at: tokens with their loss mask, tiles, spectrograms, 3D positions,
+placeholders against encoder rows, lengths, packing, epochs, and records that cannot be used with the reason.
 preflight_page.py draws it. Nothing is trained and no weight is needed.
+
+A run of up to ``WHOLE_RUN`` samples is planned step by step to its end. Of a longer one, some steps of each phase of the
+mixture (between two changes of weights) are planned, at places spread over the phase; a step of a phase holds as many
+samples as they do, on average, which says how many steps the phase takes.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_omni.batch import IGNORE_LABEL, Modality
 from megatron_omni.config.run import Recipe
 from megatron_omni.data.decode.media import MediaError
-from megatron_omni.data.loader import Cursor, StepLoader
+from megatron_omni.data.loader import Cursor, Plan, StepLoader
 from megatron_omni.data.mixture import DataEnded
 from megatron_omni.data.record import Record, RecordError
 from megatron_omni.data.sample import Sample
 
 PLACES = 20_000
 """Places of the order that are looked at to find each source's share of the run."""
+WHOLE_RUN = 200_000
+"""Samples up to which every step is planned (50 us a sample on one core of a Zen 3)."""
+FULL_ENOUGH = 0.95
+"""Packing efficiency below which something is to be gained (docs/preflight.md)."""
 PLACEHOLDERS = {Modality.IMAGE: "tiles", Modality.VIDEO: "tiles", Modality.AUDIO: "chunks"}
 
 EncoderRows = Callable[[Sample], tuple[int, int]]
@@ -65,7 +76,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class BadRecord:
-    """A record that a run would pass over."""
+    """A record that a run would skip."""
 
     reason: str
     message: str
@@ -92,18 +103,25 @@ class SourceReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """How full the first steps are."""
+    """How full the run's steps are. Sums over the run: of planned steps, each standing for those around it."""
 
-    steps: int
-    samples: int
-    tokens: int
-    slots: int
-    """Tokens that the rows have room for: ``seq_length`` each when packed, else the longest row of their micro-batch."""
+    planned_steps: int
+    run_steps: float
+    """Steps of the whole run; fewer than ``train_iters`` where the sources have used their epochs before."""
+    samples: float
+    tokens: float
+    slots: float
+    """Tokens there is room for: ``seq_length`` a packed sequence, else the longest sample of the micro-batch for each."""
 
     @property
     def efficiency(self) -> float:
         """Part of the computed tokens that are no padding."""
         return self.tokens / self.slots if self.slots else 0.0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every step was planned."""
+        return self.planned_steps == self.run_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,12 +131,15 @@ class Preflight:
     recipe: Recipe
     sources: list[SourceReport]
     packing: Packing
-    total_samples: float
-    """Expected samples of the whole run."""
     planned_skips: dict[str, int]
-    """Records that the first steps pass over because of what their headers show, by reason."""
+    """Records that the planned steps skip because of what their headers show, by reason."""
     last_sample: int | None
     """Samples until every source has used its epochs; None where they have none."""
+
+    @property
+    def total_samples(self) -> float:
+        """Samples of the whole run."""
+        return self.packing.samples
 
     @property
     def problems(self) -> list[str]:
@@ -139,16 +160,20 @@ class Preflight:
                 )
             if not source.share:
                 found.append(f"{source.name}: never drawn in this run")
-        if self.last_sample is not None and self.last_sample < self.total_samples:
+        if self.recipe.data.packing and self.packing.efficiency < FULL_ENOUGH:
+            found.append(
+                f"packed sequences are {self.packing.efficiency:.1%} full; another data.seq_length may fit the samples better"
+            )
+        if self.packing.run_steps < self.recipe.train_iters:
             found.append(
                 f"the sources have used their epochs after {self.last_sample:,} samples: the run ends there, at about step "
-                f"{int(self.recipe.train_iters * self.last_sample / self.total_samples)} of {self.recipe.train_iters}"
+                f"{self.packing.run_steps:.0f} of {self.recipe.train_iters}"
             )
         return found
 
 
 def inspect(recipe: Recipe, *, num_samples: int, num_steps: int, encoder_rows: EncoderRows) -> Preflight:
-    """Look at ``num_samples`` records of each source and at the plans of the first ``num_steps`` steps.
+    """Look at ``num_samples`` records of each source and plan the run; of a long one, ``num_steps`` steps of each phase.
 
     ValueError for a recipe whose data cannot be opened at all.
     """
@@ -158,9 +183,9 @@ def inspect(recipe: Recipe, *, num_samples: int, num_steps: int, encoder_rows: E
         reports = [
             SourceReport(name=c.name, path=c.path, rows=len(s)) for c, s in zip(configs, loader.sources, strict=True)
         ]
-        packing, skips = _plan_steps(loader, reports, num_steps)
-        total = packing.samples / packing.steps * recipe.train_iters
-        _count_epochs(loader, reports, total)
+        planner = _Planner(loader, reports)
+        packing = planner.plan_run(recipe.train_iters, num_steps)
+        _count_epochs(loader, reports, packing.samples)
         for number, report in enumerate(reports):
             _look_at(loader, number, report, num_samples=num_samples, encoder_rows=encoder_rows)
     finally:
@@ -169,27 +194,58 @@ def inspect(recipe: Recipe, *, num_samples: int, num_steps: int, encoder_rows: E
         recipe=recipe,
         sources=reports,
         packing=packing,
-        total_samples=total,
-        planned_skips=dict(skips.most_common()),
+        planned_skips=dict(planner.skips.most_common()),
         last_sample=loader.mixture.num_samples,
     )
 
 
-def _plan_steps(loader: StepLoader, reports: list[SourceReport], num_steps: int) -> tuple[Packing, Counter[str]]:
-    """Plans from headers alone, exactly as the run will make them."""
-    data = loader.data
-    cursor, skips = Cursor(0), Counter[str]()
-    steps = samples = tokens = slots = 0
-    for _ in range(num_steps):
-        try:
-            plan = loader.plan(cursor)
-        except DataEnded:
-            if not steps:
-                raise
-            break
-        steps += 1
-        cursor = plan.after
-        skips.update(skip.reason for skip in plan.skips)
+class _Planner:
+    """Plans from headers alone, exactly as the run will make them; notes lengths in the reports and what is skipped."""
+
+    def __init__(self, loader: StepLoader, reports: list[SourceReport]) -> None:
+        self.loader, self.reports = loader, reports
+        self.skips: Counter[str] = Counter()
+
+    def plan_run(self, train_iters: int, num_steps: int) -> Packing:
+        """The run's steps: all of them, or ``num_steps`` of each phase of the mixture."""
+        if self.loader.plan(Cursor(0)).num_samples * train_iters <= WHOLE_RUN:
+            return self._whole(train_iters)
+        starts, last = self.loader.mixture.phase_starts, self.loader.mixture.num_samples
+        planned, run_steps, sums = 0, 0.0, np.zeros(3)
+        for start, end in zip(starts, [*starts[1:], last], strict=True):
+            # As long as the run lasts, by the samples of the phase's first step, but not behind its end.
+            reach = int(self.loader.plan(Cursor(start)).num_samples * (train_iters - run_steps))
+            length = reach if end is None else min(end - start, reach)
+            of_phase = [self._note(plan) for plan in self._spread(start, length, num_steps)]
+            mean = sum(of_phase) / len(of_phase)
+            steps = min((length if end is None else end - start) / mean[0], train_iters - run_steps)
+            sums, planned, run_steps = sums + steps * mean, planned + len(of_phase), run_steps + steps
+            if run_steps >= train_iters:
+                break
+        return self._packing(planned, run_steps, sums)
+
+    def _whole(self, train_iters: int) -> Packing:
+        cursor, sums, steps = Cursor(0), np.zeros(3), 0
+        while steps < train_iters:
+            try:
+                plan = self.loader.plan(cursor)
+            except DataEnded:
+                break
+            sums += self._note(plan)
+            cursor, steps = plan.after, steps + 1
+        return self._packing(steps, steps, sums)
+
+    def _spread(self, start: int, length: int, count: int) -> Iterator[Plan]:
+        for i in range(count):
+            try:
+                yield self.loader.plan(Cursor(start + i * length // count))
+            except DataEnded:  # less than a step before the end
+                return
+
+    def _note(self, plan: Plan) -> NDArray[np.float64]:
+        data = self.loader.data
+        self.skips.update(skip.reason for skip in plan.skips)
+        samples = tokens = slots = 0
         for rows in plan.micro_batches:
             lengths = [sum(place.length for place in row) for row in rows]
             multiple = data.pad_to_multiple_of
@@ -198,8 +254,13 @@ def _plan_steps(loader: StepLoader, reports: list[SourceReport], num_steps: int)
             slots += width * len(rows)
             for place in (place for row in rows for place in row):
                 samples += 1
-                reports[place.draw.source].lengths.append(place.length)
-    return Packing(steps=steps, samples=samples, tokens=tokens, slots=slots), skips
+                self.reports[place.draw.source].lengths.append(place.length)
+        return np.array([samples, tokens, slots], dtype=np.float64)
+
+    @staticmethod
+    def _packing(planned: int, run_steps: float, sums: NDArray[np.float64]) -> Packing:
+        samples, tokens, slots = sums.tolist()
+        return Packing(planned_steps=planned, run_steps=run_steps, samples=samples, tokens=tokens, slots=slots)
 
 
 def _count_epochs(loader: StepLoader, reports: list[SourceReport], total: float) -> None:

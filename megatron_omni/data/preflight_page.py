@@ -1,4 +1,4 @@
-"""The page of a preflight: one HTML file without scripts and without links, everything drawn inside it.
+"""The page of a preflight: one HTML file without scripts, everything drawn inside it.
 
 Records come from anywhere: every text goes through ``text_of``, which escapes it and shows control and direction-changing
 characters by their numbers, and the page's content security policy forbids scripts and loading of any kind.
@@ -57,7 +57,7 @@ def page(preflight: Preflight, *, title: str) -> str:
         f"<h1>Preflight of {text_of(title)}</h1>",
         _problems(preflight),
         _overview(preflight),
-        *(_source(report) for report in preflight.sources),
+        *(_source(i, report) for i, report in enumerate(preflight.sources)),
         "</body></html>",
     ]
     return "\n".join(parts)
@@ -71,23 +71,26 @@ def _problems(preflight: Preflight) -> str:
 
 def _overview(preflight: Preflight) -> str:
     recipe, packing = preflight.recipe, preflight.packing
-    rows = "packed rows" if recipe.data.packing else "samples"
+    unit = "packed sequences" if recipe.data.packing else "samples"
     name = "packing efficiency" if recipe.data.packing else "part of the computed tokens that are no padding"
+    how = (
+        f"all {packing.planned_steps:,} steps planned"
+        if packing.is_whole
+        else f"{packing.planned_steps:,} steps planned, spread over the run"
+    )
     lines = [
-        f"<p>{recipe.train_iters:,} steps of {recipe.data.global_batch_size} {rows} of at most {recipe.data.seq_length:,} "
-        f"tokens: about {preflight.total_samples:,.0f} samples. Expected {name}, from the plans of the first "
-        f"{packing.steps} steps ({packing.samples} samples): <b>{packing.efficiency:.1%}</b>.</p>"
+        f"<p>{recipe.train_iters:,} steps of {recipe.data.global_batch_size} {unit} of at most {recipe.data.seq_length:,} "
+        f"tokens: {'' if packing.is_whole else 'about '}{preflight.total_samples:,.0f} samples. {name.capitalize()}: "
+        f"<b>{packing.efficiency:.1%}</b> ({how}).</p>"
     ]
     if preflight.planned_skips:
         skips = ", ".join(f"{text_of(reason)}: {count}" for reason, count in preflight.planned_skips.items())
-        lines.append(f"<p class=bad>Records that these plans pass over: {skips}</p>")
-    head = (
-        "<tr><th>source<th class=n>rows<th class=n>share<th class=n>epochs<th class=n>mean tokens<th class=n>bad</tr>"
-    )
+        lines.append(f"<p class=bad>Records that these plans skip: {skips}</p>")
+    head = "<tr><th>source<th class=n>records<th class=n>share<th class=n>epochs<th class=n>mean tokens<th class=n>bad</tr>"
     body = "".join(
-        f"<tr><td>{text_of(r.name)}<td class=n>{r.rows:,}<td class=n>{r.share:.1%}<td class=n>{r.epochs:.2f}"
+        f"<tr><td><a href='#source{i}'>{text_of(r.name)}</a><td class=n>{r.rows:,}<td class=n>{r.share:.1%}<td class=n>{r.epochs:.2f}"
         f"<td class=n>{np.mean(r.lengths) if r.lengths else 0:.0f}<td class=n>{len(r.bad)} of {r.tried}</tr>"
-        for r in preflight.sources
+        for i, r in enumerate(preflight.sources)
     )
     legend = (
         "<p class=note>In the samples: <span class='t l'>learned</span> <span class=t>read only</span> "
@@ -97,13 +100,14 @@ def _overview(preflight: Preflight) -> str:
     return "\n".join([*lines, f"<table>{head}{body}</table>", legend])
 
 
-def _source(report: SourceReport) -> str:
+def _source(number: int, report: SourceReport) -> str:
+    drawn: set[bytes] = set()  # positions that this source has shown already
     parts = [
-        f"<h2>{text_of(report.name)}</h2><p class=note>{text_of(report.path)}</p>",
+        f"<h2 id=source{number}>{text_of(report.name)}</h2><p class=note>{text_of(report.path)}</p>",
         f"<h3>Tokens of {len(report.lengths)} planned samples</h3>{histogram(report.lengths)}"
         if report.lengths
         else "",
-        *(_example(example) for example in report.examples),
+        *(_example(example, drawn) for example in report.examples),
         _bad(report.bad),
     ]
     return "\n".join(parts)
@@ -113,10 +117,10 @@ def _bad(records: Sequence[BadRecord]) -> str:
     if not records:
         return ""
     rows = "".join(f"<tr><td class=bad>{text_of(r.reason)}<td>{text_of(r.message)}</tr>" for r in records)
-    return f"<h3>Records that a run passes over</h3><table>{rows}</table>"
+    return f"<h3>Records that a run skips</h3><table>{rows}</table>"
 
 
-def _example(example: Example) -> str:
+def _example(example: Example, drawn: set[bytes]) -> str:
     sample = example.sample
     tiles = 0 if sample.tiles is None else len(sample.tiles)
     chunks = 0 if sample.chunks is None else len(sample.chunks)
@@ -127,10 +131,13 @@ def _example(example: Example) -> str:
         counts.append(f"{chunks} chunks give {example.audio_rows} rows for {example.audio_placeholders} placeholders")
     verdict = "<span class=good>agree</span>" if example.agrees else "<span class=bad>DISAGREE</span>"
     media = _tiles(sample.tiles) + _chunks(sample.chunks)
+    key = sample.position_ids.numpy().tobytes()
+    where = "<div class=note>3D positions: as above</div>" if key in drawn else positions(sample.position_ids)
+    drawn.add(key)
     return (
         f"<div class=card><h3>{text_of(example.where)}</h3><div>{'; '.join(counts)}"
         f"{': ' + verdict if tiles or chunks or not example.agrees else ''}</div><div class=media>{media}</div>"
-        f"<div class=tokens>{''.join(map(_piece, example.pieces))}</div>{positions(sample.position_ids)}</div>"
+        f"<div class=tokens>{''.join(map(_piece, example.pieces))}</div>{where}</div>"
     )
 
 
@@ -213,7 +220,15 @@ def positions(position_ids: Tensor) -> str:
     key = " ".join(f"<span style='color:{colour}'>{name}</span>" for name, colour in CHANNELS)
     return (
         f"<div class=note>3D positions, 0 to {largest}, over {length} tokens: {key}</div>"
-        f"<svg width={width} height={height} role=img>{''.join(lines)}</svg>"
+        f"<svg width={width} height={height} role=img>{''.join(lines)}{_axes(width, height, 'token', largest)}</svg>"
+    )
+
+
+def _axes(width: int, height: int, across: str, top: int) -> str:
+    """What goes across, and the value at the top of the left side."""
+    style = "font-size=10 fill='#5b6577'"
+    return (
+        f"<text x=2 y=10 {style}>{top}</text><text x={width - 4} y={height - 2} text-anchor=end {style}>{across}</text>"
     )
 
 
@@ -231,6 +246,6 @@ def histogram(lengths: Iterable[int]) -> str:
         for i, count in enumerate(counts.tolist())
     )
     return (
-        f"<svg width={width} height={height} role=img>{drawn}</svg>"
+        f"<svg width={width} height={height} role=img>{drawn}{_axes(width, height, 'tokens of a sample', tallest)}</svg>"
         f"<div class=note>{low} to {high} tokens, mean {values.mean():.0f}, median {np.median(values):.0f}</div>"
     )
