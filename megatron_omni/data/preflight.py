@@ -6,8 +6,8 @@ placeholders against encoder rows, lengths, packing, epochs, and records that ca
 preflight_page.py draws it. Nothing is trained and no weight is needed.
 
 A run of up to ``WHOLE_RUN`` samples is planned step by step to its end. Of a longer one, some steps of each phase of the
-mixture (between two changes of weights) are planned, at places spread over the phase; a step of a phase holds as many
-samples as they do, on average, which says how many steps the phase takes.
+mixture (between two changes of weights) are planned; a step of the phase holds as many samples as they do, on average,
+which says how many steps the phase takes.
 """
 
 from collections import Counter
@@ -213,34 +213,39 @@ class _Planner:
         starts, last = self.loader.mixture.phase_starts, self.loader.mixture.num_samples
         planned, run_steps, sums = 0, 0.0, np.zeros(3)
         for start, end in zip(starts, [*starts[1:], last], strict=True):
-            # As long as the run lasts, by the samples of the phase's first step, but not behind its end.
-            reach = int(self.loader.plan(Cursor(start)).num_samples * (train_iters - run_steps))
-            length = reach if end is None else min(end - start, reach)
-            of_phase = [self._note(plan) for plan in self._spread(start, length, num_steps)]
-            mean = sum(of_phase) / len(of_phase)
-            steps = min((length if end is None else end - start) / mean[0], train_iters - run_steps)
-            sums, planned, run_steps = sums + steps * mean, planned + len(of_phase), run_steps + steps
+            stretch_steps, stretch = self._stretch(start, num_steps)
+            if not stretch_steps:  # less than a step before the end of the data
+                break
+            steps = train_iters - run_steps
+            if end is not None:
+                steps = min(steps, (end - start) * stretch_steps / stretch[0])
+            planned, run_steps, sums = (
+                planned + stretch_steps,
+                run_steps + steps,
+                sums + stretch * steps / stretch_steps,
+            )
             if run_steps >= train_iters:
                 break
         return self._packing(planned, run_steps, sums)
 
     def _whole(self, train_iters: int) -> Packing:
-        cursor, sums, steps = Cursor(0), np.zeros(3), 0
-        while steps < train_iters:
+        steps, sums = self._stretch(0, train_iters)
+        return self._packing(steps, steps, sums)
+
+    def _stretch(self, start: int, count: int) -> tuple[int, NDArray[np.float64]]:
+        """``count`` steps in a row from sample ``start`` on, or as many as there are; samples, tokens and slots of them.
+
+        In a row, because the first steps take what fits and leave the long samples waiting for the next ones.
+        """
+        cursor, sums = Cursor(start), np.zeros(3)
+        for done in range(count):
             try:
                 plan = self.loader.plan(cursor)
             except DataEnded:
-                break
+                return done, sums
             sums += self._note(plan)
-            cursor, steps = plan.after, steps + 1
-        return self._packing(steps, steps, sums)
-
-    def _spread(self, start: int, length: int, count: int) -> Iterator[Plan]:
-        for i in range(count):
-            try:
-                yield self.loader.plan(Cursor(start + i * length // count))
-            except DataEnded:  # less than a step before the end
-                return
+            cursor = plan.after
+        return count, sums
 
     def _note(self, plan: Plan) -> NDArray[np.float64]:
         data = self.loader.data

@@ -76,7 +76,7 @@ def _overview(preflight: Preflight) -> str:
     how = (
         f"all {packing.planned_steps:,} steps planned"
         if packing.is_whole
-        else f"{packing.planned_steps:,} steps planned, spread over the run"
+        else f"{packing.planned_steps:,} steps planned, some of each phase of the mixture"
     )
     lines = [
         f"<p>{recipe.train_iters:,} steps of {recipe.data.global_batch_size} {unit} of at most {recipe.data.seq_length:,} "
@@ -88,8 +88,9 @@ def _overview(preflight: Preflight) -> str:
         lines.append(f"<p class=bad>Records that these plans skip: {skips}</p>")
     head = "<tr><th>source<th class=n>records<th class=n>share<th class=n>epochs<th class=n>mean tokens<th class=n>bad</tr>"
     body = "".join(
-        f"<tr><td><a href='#source{i}'>{text_of(r.name)}</a><td class=n>{r.rows:,}<td class=n>{r.share:.1%}<td class=n>{r.epochs:.2f}"
-        f"<td class=n>{np.mean(r.lengths) if r.lengths else 0:.0f}<td class=n>{len(r.bad)} of {r.tried}</tr>"
+        f"<tr><td><a href='#source{i}'>{text_of(r.name)}</a><td class=n>{r.rows:,}<td class=n>{r.share:.1%}"
+        f"<td class=n>{r.epochs:.2f}<td class=n>{np.mean(r.lengths) if r.lengths else 0:.0f}"
+        f"<td class=n>{len(r.bad)} of {r.tried}</tr>"
         for i, r in enumerate(preflight.sources)
     )
     legend = (

@@ -11,7 +11,7 @@ from megatron_omni.batch import IGNORE_LABEL
 from megatron_omni.cli.preflight import encoder_rows, main
 from megatron_omni.config.load import recipe_to_yaml
 from megatron_omni.config.run import Recipe
-from megatron_omni.data.loader import StepLoader
+from megatron_omni.data.loader import Cursor, StepLoader
 from megatron_omni.data.preflight import Preflight, inspect
 from megatron_omni.data.preflight_page import page, positions, text_of
 from tests.unit.tiny_data import row, tiny_recipe, write_image, write_sound, write_source
@@ -85,8 +85,9 @@ def test_a_disagreement_is_a_problem(recipe: Recipe) -> None:
     assert "DISAGREE" in page(deaf, title="x")
 
 
-def test_packing_and_lengths_are_those_of_the_loader(recipe: Recipe, seen: Preflight) -> None:
-    lenient = replace(recipe, data=replace(recipe.data, max_bad_fraction=1.0))
+def test_packing_and_lengths_are_those_of_the_loader(recipe: Recipe) -> None:
+    lenient = replace(recipe, data=replace(recipe.data, max_bad_fraction=1.0), train_iters=6)
+    seen = inspect(lenient, num_samples=1, num_steps=1, encoder_rows=encoder_rows(recipe))
     loader = StepLoader(lenient, data_rank=0, data_size=1)
     real = computed = samples = 0
     for _ in range(6):
@@ -95,9 +96,40 @@ def test_packing_and_lengths_are_those_of_the_loader(recipe: Recipe, seen: Prefl
             computed += recipe.data.seq_length * batch.input_ids.shape[0]
             samples += batch.num_samples
     loader.close()
+    assert seen.packing.is_whole and seen.packing.planned_steps == 6
     assert seen.packing.efficiency == pytest.approx(real / computed, rel=0.02)  # headers may differ from decoding
     assert seen.packing.samples == pytest.approx(samples, rel=0.05)
     assert sum(len(report.lengths) for report in seen.sources) == seen.packing.samples
+
+
+def test_a_curriculum_is_planned_to_its_end_and_a_long_one_estimated_phase_by_phase(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text alone in the first steps, then pictures and sound: what the first steps show holds for them alone."""
+    text, image, audio, _ = recipe.data.sources
+    sources = [
+        replace(text, weight=1.0, reweight={300: 0.2}),
+        replace(image, weight=1.0, from_sample=300, reweight={600: 0.5}),
+        replace(audio, weight=1.0, from_sample=600),
+    ]
+    long = replace(recipe, data=replace(recipe.data, sources=sources), train_iters=120)
+    rows = encoder_rows(recipe)
+    whole = inspect(long, num_samples=1, num_steps=10, encoder_rows=rows)
+    monkeypatch.setattr("megatron_omni.data.preflight.WHOLE_RUN", 0)
+    guess = inspect(long, num_samples=1, num_steps=10, encoder_rows=rows)
+    assert whole.packing.is_whole and not guess.packing.is_whole
+    assert whole.packing.planned_steps == 120 and guess.packing.planned_steps == 30
+    assert guess.packing.run_steps == 120
+    first = StepLoader(long, data_rank=0, data_size=1)
+    naive = 120 * first.plan(Cursor(0)).num_samples
+    first.close()
+    assert naive > 1.3 * whole.total_samples  # what the first step alone would say
+    assert guess.total_samples == pytest.approx(whole.total_samples, rel=0.05)
+    assert guess.packing.efficiency == pytest.approx(whole.packing.efficiency, abs=0.05)
+    for exact, estimate in zip(whole.sources, guess.sources, strict=True):
+        assert estimate.share == pytest.approx(exact.share, abs=0.02)
+        assert estimate.lengths and min(exact.lengths) <= min(estimate.lengths) <= max(exact.lengths)
+        assert exact.share == pytest.approx(len(exact.lengths) / whole.total_samples, abs=0.03)
 
 
 def test_epochs_follow_the_mixture(seen: Preflight) -> None:
@@ -109,7 +141,8 @@ def test_epochs_follow_the_mixture(seen: Preflight) -> None:
 
 def test_epochs_that_end_before_the_run_are_a_problem(seen: Preflight) -> None:
     assert seen.last_sample is None and not any("epochs" in problem for problem in seen.problems)
-    ended = replace(seen, last_sample=round(seen.total_samples / 2))
+    half = replace(seen.packing, run_steps=seen.recipe.train_iters // 2)
+    ended = replace(seen, last_sample=round(seen.total_samples / 2), packing=half)
     said = f"after {ended.last_sample:,} samples: the run ends there, at about step {seen.recipe.train_iters // 2} of"
     assert any(said in problem for problem in ended.problems)
 
@@ -137,7 +170,7 @@ def test_records_cannot_write_html(seen: Preflight) -> None:
     assert "script" not in parsed.tags and "onerror" not in {name for name, _ in parsed.attributes}
     assert "\u202e" not in text and "\\u202e" in parsed.words
     sources = [value or "" for name, value in parsed.attributes if name in ("src", "href")]
-    assert sources and all(value.startswith("data:image/png;base64,") for value in sources)
+    assert sources and all(value.startswith(("data:image/png;base64,", "#source")) for value in sources)
     assert "default-src 'none'" in text
     assert text_of("a<b>&'\"\x00") == "a&lt;b&gt;&amp;&#x27;&quot;\\u0000"
 
@@ -156,7 +189,7 @@ def test_command(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[s
     out = tmp_path / "page.html"
     arguments = [str(tmp_path / "recipe.yaml"), "--samples", "1", "--steps", "2", "--out", str(out)]
     assert main([*arguments, "data.max_bad_fraction=1"]) == 0
-    assert out.read_text().count("<h2>") == 4
+    assert out.read_text().count("<h2 id=source") == 4
     assert "tokens that are no padding" in capsys.readouterr().out
     assert main([*arguments, "--samples", "3"]) == 1
     assert main([*arguments, "data.tokenizer=nowhere"]) == 2
