@@ -1,6 +1,7 @@
 # Read by every job script after env.sh: starts the ranks of a job, and requeues it when training stopped on a signal.
 #
 #   train RECIPE [key=value ...]    train, continuing from the run's newest checkpoint if there is one (load=auto)
+#   train RECIPE ... --dry-run      say what that would be on the ranks of this job, and whether its files would do
 #   launch FILE|-m MODULE ARGS      run Python on every rank, by $LAUNCH
 #   each_node FILE|-m MODULE ARGS   run Python once on every node
 
@@ -22,6 +23,8 @@ on_nodes() { srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --cpus-
   --kill-on-bad-exit=1 ${SRUN_OPTIONS[@]+"${SRUN_OPTIONS[@]}"} "$@"; }
 python=(${CONTAINER[@]+"${CONTAINER[@]}"} "$OMNI_PYTHON")
 
+one_rank() { srun --nodes=1 --ntasks=1 ${SRUN_OPTIONS[@]+"${SRUN_OPTIONS[@]}"} "${python[@]}" "$@"; }
+
 each_node() { on_nodes "${python[@]}" "$@"; }
 
 launch() {
@@ -39,8 +42,14 @@ launch() {
 }
 
 train() {
-  local run_dir status stopped
-  run_dir=$(srun --nodes=1 --ntasks=1 ${SRUN_OPTIONS[@]+"${SRUN_OPTIONS[@]}"} "${python[@]}" -c \
+  local run_dir status stopped word
+  for word in "$@"; do
+    if [ "$word" = --dry-run ]; then
+      one_rank -m megatron_omni.cli.train "$@" load=auto # WORLD_SIZE tells it of the others
+      return
+    fi
+  done
+  run_dir=$(one_rank -c \
     'import sys; from megatron_omni.config.load import load_recipe; print(load_recipe(sys.argv[1], sys.argv[2:]).run_dir)' \
     "$@")
   status=$?

@@ -106,7 +106,7 @@ def test_preempted_and_requeued_equals_undisturbed(cluster: Cluster, tmp_path: P
     assert f"over {len(shapes)} start(s)" in text  # goodput
 
 
-def test_preflight_looks_at_every_node_and_all_ranks(cluster: Cluster, tmp_path: Path) -> None:
+def test_preflight_looks_at_every_node_and_a_dry_run_at_the_recipe(cluster: Cluster, tmp_path: Path) -> None:
     place = site(tmp_path / "site", ("srun",))
     job = cluster.submit(*RANKS, "--output=log.txt", "examples/slurm/preflight.sbatch", cwd=place)
     state = cluster.wait_for(job, {"COMPLETED", "FAILED"})
@@ -114,6 +114,13 @@ def test_preflight_looks_at_every_node_and_all_ranks(cluster: Cluster, tmp_path:
     assert state["JobState"] == "COMPLETED", text
     assert text.count("ok   kernels: compiled extension loads") == len(NODES)
     assert "ok   4 ranks on 1 machines sum up" in text and "FAIL" not in text
+    recipe = tiny(make_corpus(tmp_path / "corpus"), tmp_path / "run")
+    (place / "recipes" / "3_sft.yaml").write_text(recipe_to_yaml(recipe))
+    job = cluster.submit(*RANKS, "--output=dry.txt", "examples/slurm/3_sft.sbatch", "seed=5", "--dry-run", cwd=place)
+    state = cluster.wait_for(job, {"COMPLETED", "FAILED"})
+    text = (place / "dry.txt").read_text()
+    assert state["JobState"] == "COMPLETED" and "fullest of 4 rank(s):" in text and "\nseed: 5\n" in text, text
+    assert not (tmp_path / "run").exists()
 
 
 def _stop_while_it_starts(cluster: Cluster, job: str) -> None:
