@@ -12,6 +12,7 @@ on kernel efficiencies that are stated, not measured: see docs/parallelism.md. E
 
 import argparse
 import sys
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,12 @@ def plan_of(options: argparse.Namespace) -> tuple[Plan, list[Plan]]:
     """The plan and the layouts that would fit; ValueError for bad input."""
     for name in ("gpus", "tokens", "mean_k", "imbalance", "fill"):
         value = getattr(options, name)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < inf:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be positive")
+    for name in ("tiles", "chunks", "reserve"):
+        value = getattr(options, name)
+        if value is not None and not 0 <= value < inf:
+            raise ValueError(f"--{name} {value}: must not be negative")
     if not 0 <= options.label_share <= 1:
         raise ValueError(f"--label-share {options.label_share}: must lie in [0, 1]")
     recipe = load_recipe(options.recipe, options.overrides)

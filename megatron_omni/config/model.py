@@ -39,7 +39,7 @@ class MoEConfig:
     """How the gate learns from the choice that it made: the paper's estimator (appendix A.4), GRIN's (the published
     code), or through the mixing weights alone."""
     max_routed: int | None = number(None, at_least=1, at_most=4096)
-    """Cap on real experts per token; None leaves the count to the rule."""
+    """Cap on real experts per token; null leaves the count to the rule."""
     fp32_gate: bool = True
     """Gate in fp32, in training and evaluation alike."""
     input_jitter: float = number(0.01, at_least=0, below=1)
@@ -59,7 +59,7 @@ class MoEConfig:
     aux_loss_label_weight: float = number(10.0, above=0, at_most=10**6)
     """Weight of tokens that carry a label, against 1 for other real tokens."""
     capacity_factor: float | None = number(None, above=0, at_most=10**6, fix="null is dropless")
-    """Training only: cap per real expert, keeping the tokens of largest logit; None is dropless."""
+    """Training only: cap per real expert, keeping the tokens of largest logit; null is dropless."""
     min_capacity: int = number(8, at_least=0)
     """Tokens that a real expert may always take, whatever ``capacity_factor`` says."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"

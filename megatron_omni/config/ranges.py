@@ -6,7 +6,7 @@ slip of some zeros is an error at the start and not an overflow in a kernel.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,10 @@ def short(value: object, most: int = 60) -> str:
 
 def _numbers(value: object, name: str, allowed: Range | None) -> Iterator[tuple[str, float, Range | None]]:
     """(dotted name, value, range) of every number in a tree; items of a list go by their name, as in overrides."""
-    inside: Callable[[object], str] = lambda key: f"{name}.{key}" if name else str(key)  # noqa: E731
+
+    def inside(key: object) -> str:
+        return f"{name}.{key}" if name else str(key)
+
     if isinstance(value, bool):
         return
     if isinstance(value, int | float):

@@ -91,14 +91,17 @@ class Plan:
         return tokens / self.tokens_per_second / SECONDS_PER_DAY
 
 
-def expected_mean_k(moe: MoEConfig, *, draws: int = 4000) -> float:
+def expected_mean_k(moe: MoEConfig, *, draws: int = 4000, most_logits: int = 500_000) -> float:
     """Real experts per token before training has shaped the gate: independent N(0, 1) logits, drawn by the rule.
+
+    ``draws`` tokens, fewer where there are so many slots that these were more than ``most_logits``.
 
     The paper's shape gives 2.34 (2.92 slots with the null, of 5). A trained gate will differ: a log has ``moe/mean_k``.
     """
     slots = moe.num_routed_experts + moe.num_null_experts
     if moe.top_k is not None:
         return moe.top_k * moe.num_routed_experts / slots
+    draws = max(1, min(draws, most_logits // slots))
     rng, real = random.Random(0), 0
     for _ in range(draws):
         logits = [rng.gauss(0.0, 1.0) for _ in range(slots)]

@@ -214,6 +214,8 @@ def test_rates_agree_with_those_that_a_run_divides_by() -> None:
         (["recipes/3_sft.yaml", "--gpus", "8"], 1, "DOES NOT FIT"),
         (["recipes/3_sft.yaml", "--gpus", "6"], 2, "parallel.tensor_model_parallel_size=4"),
         (["recipes/3_sft.yaml", "--gpus", "0"], 2, "--gpus 0: must be positive"),
+        (["recipes/3_sft.yaml", "--gpus", "32", "--mean-k", "nan"], 2, "--mean-k nan: must be positive"),
+        (["recipes/3_sft.yaml", "--gpus", "32", "--tiles=-1"], 2, "--tiles -1.0: must not be negative"),
     ],
 )
 def test_plan_command(arguments: list[str], status: int, said: str) -> None:

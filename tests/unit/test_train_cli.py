@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_omni.checkpoint import commit
 from megatron_omni.cli.train import main
 from megatron_omni.config.load import load_recipe, recipe_to_yaml
 from megatron_omni.data.prepare import index_files
@@ -104,6 +105,16 @@ def test_dry_run_refuses_what_the_run_would_refuse(
     assert main([str(recipe_file), *words, "--dry-run"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and all(text in error for text in expected), error
+
+
+def test_dry_run_finds_the_checkpoint_of_a_run(recipe_file: Path, tmp_path: Path) -> None:
+    root = tmp_path / "other" / commit.CHECKPOINTS
+    (commit.begin(root, 3) / "run_config.yaml").write_text(recipe_file.read_text())
+    commit.publish(root, 3, keep=1)
+    for path in (tmp_path / "other", root, commit.iteration_dir(root, 3)):
+        assert main([str(recipe_file), f"init_from={path}", "--dry-run"]) == 0
+    commit.iteration_dir(root, 3).rename(tmp_path / "away")
+    assert main([str(recipe_file), f"init_from={tmp_path / 'other'}", "--dry-run"]) == 2
 
 
 def test_dry_run_refuses_a_stale_index(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
