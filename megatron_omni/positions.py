@@ -8,7 +8,8 @@ used so far (all three channels), s the pooled side of a tile and theta position
                            T = start, H = start + pa s + r, W = start + pb s + c; order: tiles row-major, then r, then c
 * video frame i, token (r, c):  T = start + floor(t_i theta + 0.5), H = start + r, W = start + c;
                            t_i = true time of the frame in seconds after the first sampled frame
-* audio token j of a clip: g = j // 20, T = H = W = start + floor(g u theta + 0.5), u = seconds that 20 tokens stand for
+* audio token j of a clip: g = j // n, T = H = W = start + floor(g u theta + 0.5), u = seconds that n tokens stand for,
+                           n = 20 unless ``model.audio.tokens_per_position`` says otherwise
 
 So audio and video advance at the same rate. The published code rounds halves to the even step, which
 ``half_even_positions`` reproduces, and picks other frames (:func:`select_frames`). Pure functions of sizes and times, used
@@ -28,8 +29,6 @@ from torch import Tensor
 from megatron_omni.config.data import FrameChoice
 from megatron_omni.config.model import ModelConfig
 
-TOKENS_PER_AUDIO_GROUP = 20
-"""Audio tokens that share one position."""
 SAMPLE_RATE = 16_000
 """Hz; the only rate the audio encoder knows."""
 _TIE_SECONDS = 1e-9
@@ -76,7 +75,10 @@ class PositionRule:
     pooled_side: int
     num_query_tokens: int
     audio_group_seconds: float
+    """Seconds that the audio tokens of one position stand for."""
     theta: float
+    tokens_per_position: int = 20
+    """Neighbouring audio tokens that share one position."""
     audio_only_1d: bool = False
     """Audio without any picture gets plain positions start, start + 1, ... (released weights only)."""
     half_even: bool = False
@@ -89,12 +91,16 @@ class PositionRule:
     @classmethod
     def from_config(cls, model: ModelConfig) -> "PositionRule":
         """The rule of a model; a modality that the model lacks gets sizes of zero and may not appear in its spans."""
-        queries = model.audio.num_query_tokens if model.audio else 0
+        audio = model.audio
+        of_audio = {} if audio is None else {"tokens_per_position": audio.tokens_per_position}
         return cls(
             pooled_side=model.vision.pooled_side if model.vision else 0,
-            num_query_tokens=queries,
-            audio_group_seconds=model.audio.chunk_seconds * TOKENS_PER_AUDIO_GROUP / queries if model.audio else 0.0,
+            num_query_tokens=audio.num_query_tokens if audio else 0,
+            audio_group_seconds=audio.chunk_seconds * audio.tokens_per_position / audio.num_query_tokens
+            if audio
+            else 0.0,
             theta=model.rope_theta_seconds,
+            **of_audio,
             audio_only_1d=model.audio_only_1d,
             half_even=model.half_even_positions,
         )
@@ -265,9 +271,9 @@ def _offsets(span: Span, rule: PositionRule) -> Tensor:
             return torch.stack([t, r, c]).flatten(1)
         case AudioSpan(num_chunks):
             num_tokens = audio_tokens(num_chunks, num_query_tokens=rule.num_query_tokens)
-            groups = range(ceil(num_tokens / TOKENS_PER_AUDIO_GROUP))
+            groups = range(ceil(num_tokens / rule.tokens_per_position))
             steps = _time_steps((g * rule.audio_group_seconds for g in groups), rule)
-            return _line(steps.repeat_interleave(TOKENS_PER_AUDIO_GROUP)[:num_tokens])
+            return _line(steps.repeat_interleave(rule.tokens_per_position)[:num_tokens])
 
 
 def _time_steps(seconds: Iterable[float], rule: PositionRule) -> Tensor:

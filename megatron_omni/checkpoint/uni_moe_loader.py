@@ -64,6 +64,8 @@ def _vision(vision: VisionConfig) -> Iterator[str]:
 
 
 def _audio(audio: AudioConfig) -> Iterator[str]:
+    if audio.tokens_per_position != AudioConfig().tokens_per_position:
+        yield f"model.audio.tokens_per_position={audio.tokens_per_position} (always {AudioConfig().tokens_per_position} there)"
     if not audio.causal_queries:
         yield "model.audio.causal_queries=false (always causal there)"
     if audio.chunk_seconds != CHUNK_SECONDS:

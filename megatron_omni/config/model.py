@@ -121,6 +121,9 @@ class AudioConfig:
     """Attention heads of a layer of either; they divide ``hidden_size``."""
     num_query_tokens: int = number(200, at_least=1, at_most=10**6)
     """Tokens per chunk; 20 tokens stand for 3 seconds."""
+    tokens_per_position: int = number(20, at_least=1, at_most=10**6)
+    """Neighbouring audio tokens that share one position: 20 (3 s) in the paper. A clip within one position has no order
+    that the trunk can see from positions, so a model of short clips that is trained from scratch needs fewer."""
     max_target_positions: int = number(448, at_least=1, at_most=10**6)
     """Positions that the Q-former has embeddings for; at least ``num_query_tokens``."""
     causal_queries: bool = True

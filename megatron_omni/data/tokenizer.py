@@ -233,7 +233,9 @@ def train_sentencepiece(
         raise ValueError("train_sentencepiece: the corpus has no text")
     smallest = 256 + 1 + len(specials) + len(whole)
     if vocab_size <= smallest:
-        raise ValueError(f"train_sentencepiece: vocab_size = {vocab_size} must exceed {smallest} (bytes, specials and whole pieces)")
+        raise ValueError(
+            f"train_sentencepiece: vocab_size = {vocab_size} must exceed {smallest} (bytes, specials and whole pieces)"
+        )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -120,6 +120,7 @@ RELEASED = ModelConfig(
         ("model", {"kv_channels": 64}, "model.kv_channels=64 (always hidden_size / num_attention_heads there, 128"),
         ("audio", {"chunk_seconds": 3.0}, "model.audio.chunk_seconds=3 (always 30 there)"),
         ("audio", {"num_query_tokens": 100}, "model.audio.num_query_tokens=100"),
+        ("audio", {"tokens_per_position": 10}, "model.audio.tokens_per_position=10 (always 20 there)"),
         ("audio", {"causal_queries": False}, "model.audio.causal_queries=false"),
         ("moe", {"capacity_factor": 3.0}, "model.moe.capacity_factor=3.0 (token_drop is on, in its evaluation too)"),
         ("moe", {"max_routed": 2}, "model.moe.max_routed=2"),

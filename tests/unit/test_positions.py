@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_omni.config.load import load_recipe
 from megatron_omni.config.model import ModelConfig
 from megatron_omni.positions import (
     AudioSpan,
@@ -29,17 +31,29 @@ from megatron_omni.positions import (
     video_tokens,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def rule(
-    side: int, theta: float = 2.0, *, queries: int = 200, chunk: float = 30.0, plain: bool = False
+    side: int, theta: float = 2.0, *, queries: int = 200, chunk: float = 30.0, plain: bool = False, shared: int = 20
 ) -> PositionRule:
     return PositionRule(
         pooled_side=side,
         num_query_tokens=queries,
-        audio_group_seconds=chunk * 20 / queries,
+        audio_group_seconds=chunk * shared / queries,
         theta=theta,
+        tokens_per_position=shared,
         audio_only_1d=plain,
     )
+
+
+def test_fewer_audio_tokens_may_share_a_position() -> None:
+    """The quickstart's clips last 2.1 s, 14 tokens: 20 to a position would leave them all at one."""
+    at = [row[0] for row in position_ids([AudioSpan(1)], rule(4, queries=14, chunk=2.1, shared=2))[0].T.tolist()]
+    assert at == [p for p in (0, 1, 1, 2, 2, 3, 4) for _ in range(2)]  # 0.3 s a pair, 2 positions a second, halves up
+    assert set(position_ids([AudioSpan(1)], rule(4, queries=14, chunk=2.1))[0].flatten().tolist()) == {0}
+    recipe = load_recipe(ROOT / "recipes/tiny/quickstart.yaml")
+    assert len(set(position_ids([AudioSpan(1)], PositionRule.from_config(recipe.model))[0][0].tolist())) > 1
 
 
 def test_worked_example_of_text_video_and_audio() -> None:
@@ -176,7 +190,9 @@ def reference(spans: list[Span], r: PositionRule) -> tuple[list[tuple[int, int, 
                         out.append((begin + step, begin + row, begin + col))
         else:
             for token in range(span.num_chunks * r.num_query_tokens):
-                p = begin + nearest_step((token // 20) * Fraction(r.audio_group_seconds), r)
+                p = begin + nearest_step(
+                    (token // r.tokens_per_position) * Fraction(r.audio_group_seconds).limit_denominator(10**6), r
+                )
                 out.append((p, p, p))
     return out, after()
 
@@ -197,9 +213,12 @@ span_strategy = st.one_of(
     theta=st.sampled_from([0.5, 0.7, 1.0, 2.0, 12.5]),
     queries=st.sampled_from([10, 20, 30, 200]),
     chunk=st.sampled_from([1.0, 3.0, 30.0]),
+    shared=st.sampled_from([1, 3, 20]),
 )
-def test_positions_equal_the_reference(spans: list[Span], side: int, theta: float, queries: int, chunk: float) -> None:
-    r = rule(side, theta, queries=queries, chunk=chunk)
+def test_positions_equal_the_reference(
+    spans: list[Span], side: int, theta: float, queries: int, chunk: float, shared: int
+) -> None:
+    r = rule(side, theta, queries=queries, chunk=chunk, shared=shared)
     expected, following = reference(spans, r)
     ids, got_following = position_ids(spans, r)
     assert [tuple(c) for c in ids.T.tolist()] == expected
