@@ -15,8 +15,8 @@ constexpr int64_t kBlock = 128;  // columns of gate and of up in one task
 
 // Tasks over [rows, F]: experts of little width in one piece.
 template <class RowsOf>
-std::vector<Task> cut_ffn(int64_t E, int64_t F, int64_t threads, const RowsOf& rows_of) {
-  return cut_tasks(E, F, threads, F <= 2 * kBlock ? 2 * kBlock : kBlock, rows_of);
+std::vector<Task> cut_ffn(int64_t E, int64_t F, int64_t threads, const RowsOf& rows_of, int64_t few = 0) {
+  return cut_tasks(E, F, threads, F <= 2 * kBlock ? 2 * kBlock : kBlock, rows_of, few);
 }
 
 template <class Acc>
@@ -42,9 +42,8 @@ void expert_mlp(const void* x, const void* w1, const void* w2, const int64_t* of
       using E_ = typename G::Element;
       using Acc = typename G::Acc;
       const E_* weights = static_cast<const E_*>(w1);
-      const auto tasks = cut_ffn(E, F, parallel.threads, [&](int64_t e) {
-        return std::pair<int64_t, int64_t>(offsets[e], offsets[e + 1]);
-      });
+      const auto rows_of = [&](int64_t e) { return std::pair<int64_t, int64_t>(offsets[e], offsets[e + 1]); };
+      const auto tasks = cut_ffn(E, F, parallel.threads, rows_of, G::kFewRows);
       run_tasks(parallel, tasks, 4 * offsets[E] * H * F, [&](const Task& t, const Task* next) {
         Acc* tile = ThreadScratch::mine().d.get<Acc>(2 * t.rows * t.cols);
         const MatrixA<E_> a_matrix{static_cast<const E_*>(x) + t.row * H, H, false};

@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <vector>
 
@@ -24,6 +25,7 @@ namespace omni::cpu {
 
 constexpr int64_t kMaxRows = 384;     // of C in one task
 constexpr int64_t kMaxCols = 256;     // of C in one task
+constexpr int64_t kWider = 16;       // times kMaxCols for few rows
 constexpr int64_t kFewRows = 12;      // up to here packing fp32 weights costs more than it brings;
 constexpr int64_t kFewRowsOfRun = 64; // if they are one run of memory, to here
 constexpr int64_t kNarrow = 8;        // a result of fewer columns is summed up from many short sums: as accurate as the
@@ -115,6 +117,20 @@ void multiply(const MatrixA<typename G::Element>& a, const MatrixB<typename G::E
   using Acc = typename G::Acc;
   constexpr int64_t kElement = sizeof(E);
   ThreadScratch& scratch = ThreadScratch::mine();
+  if constexpr (G::kFewRows > 0) {
+    if (m <= G::kFewRows && !a.columns && !b.transposed && !c.accumulate && l > 0 && width >= kNarrow) {
+      const int64_t ld_sums = n + 16;  // no power of two: all rows find room in the first-level cache
+      float* sums = scratch.c.get<float>(m * ld_sums);
+      G::multiply_few(a.data, a.ld, b.data, b.ld, m, n, l, b.next, sums, ld_sums);
+      for (int64_t i = 0; i < m; ++i) {
+        if (c.narrow)
+          G::write_row(sums + i * ld_sums, n, static_cast<E*>(c.data) + i * c.ld);
+        else
+          std::memcpy(static_cast<float*>(c.data) + i * c.ld, sums + i * ld_sums, n * sizeof(float));
+      }
+      return;
+    }
+  }
   const int64_t all_units = ceil_div(l, G::kPair);
   const int64_t blocks = ceil_div(all_units, width < kNarrow ? kNarrowUnits : G::kUnits);
   const int64_t max_units = std::min(ceil_div(ceil_div(all_units, blocks), 4) * 4, all_units);
@@ -122,9 +138,8 @@ void multiply(const MatrixA<typename G::Element>& a, const MatrixB<typename G::E
   const bool b_in_place =
       G::kBInPlace && !b.transposed && m <= (b.ld == n ? kFewRowsOfRun : kFewRows) && n % 16 == 0;
   const bool a_in_place = G::kAInPlace && !a.columns && l % G::kPair == 0;
-  // With A in place every tile of columns takes the whole contraction at once, unless tiles share a block of A (which is
-  // so where A is packed).
-  const int64_t stripe = a_in_place && !G::kTilesShareA ? G::kTile : n;
+  // With A in place every tile of columns takes the whole contraction at once; packed A is shared by all tiles.
+  const int64_t stripe = a_in_place ? G::kTile : n;
   const int64_t ld_rows = max_units + 16;  // of packed rows: no power of two
   Acc* packed_b = b_in_place ? nullptr : scratch.b.get<Acc>(max_units * G::kTile);
   Acc* packed_a = a_in_place ? nullptr
@@ -140,7 +155,7 @@ void multiply(const MatrixA<typename G::Element>& a, const MatrixB<typename G::E
   if (whole_rows && b.next && !a.columns)
     run.step = std::min<int64_t>(128, n * l * kElement / (ceil_div(n, G::kTile) * cuts_of_all * all_units));
   for (int64_t s = 0; s < n; s += stripe) {
-    if (b.transposed && a_in_place && !G::kTilesShareA) {
+    if (b.transposed && a_in_place) {
       const E* next = s + stripe < n ? b.data + (s + stripe) * b.ld : b.next;
       run = {reinterpret_cast<const char*>(next), 0, 64};
       if (next) run.step = std::min<int64_t>(128, G::kTile * l * kElement / (cuts_of_all * all_units));
@@ -219,14 +234,16 @@ struct Task {
   int64_t expert, row, rows, col, cols;
 };
 
-// Cuts [rows, cols] results, rows by expert, into tasks. `rows_of(e)` is the range of expert e.
+// Cuts [rows, cols] results, rows by expert, into tasks. `rows_of(e)` is the range of expert e. Experts of up to `few`
+// rows, whose weights only pass by, are cut wider.
 template <class RowsOf>
-std::vector<Task> cut_tasks(int64_t E, int64_t cols, int64_t threads, int64_t max_cols, const RowsOf& rows_of) {
-  const auto cut = [&](int64_t width, std::vector<Task>* tasks) {
+std::vector<Task> cut_tasks(int64_t E, int64_t cols, int64_t threads, int64_t max_cols, const RowsOf& rows_of,
+                            int64_t few = 0) {
+  const auto cut = [&](int64_t usual_width, std::vector<Task>* tasks) {
     int64_t count = 0;
     for (int64_t e = 0; e < E; ++e) {
       const auto [begin, end] = rows_of(e);
-      const int64_t rows = end - begin, chunks = ceil_div(rows, kMaxRows);
+      const int64_t rows = end - begin, width = rows <= few ? kWider * usual_width : usual_width, chunks = ceil_div(rows, kMaxRows);
       if (rows == 0) continue;
       const int64_t chunk = ceil_div(ceil_div(rows, chunks), 48) * 48;
       count += ceil_div(rows, chunk) * ceil_div(cols, width);

@@ -24,14 +24,18 @@ template <>
 struct Shape<Avx512> {  // 24 of 32 registers accumulate; 10 loads for 24 products
   static constexpr int64_t kLanes = 16, kRows = 6, kVectors = 4;
   static constexpr int64_t kUnits = 768;          // of the contraction in one block
-  static constexpr bool kTilesShareA = false;     // of a block, or each tile of columns takes the whole contraction
+  static constexpr bool kInPlace = true;          // fp32 rows, and fp32 weights that few rows use, are not packed
+  static constexpr bool kFetchesSums = false;     // before a microkernel
+  static constexpr int64_t kFewRows = 0;          // for which multiply_few is faster: here the microkernel, B in place
 };
 
 template <>
 struct Shape<Avx2> {  // 12 of 16 registers accumulate; 8 loads for 12 products; packed B takes half of a first-level cache
   static constexpr int64_t kLanes = 8, kRows = 6, kVectors = 2;
   static constexpr int64_t kUnits = 256;
-  static constexpr bool kTilesShareA = true;
+  static constexpr bool kInPlace = false;
+  static constexpr bool kFetchesSums = true;
+  static constexpr int64_t kFewRows = 8;
 };
 
 // How elements E become units of Isa and are multiplied: widened here, pairs where an instruction set has such products.
@@ -72,9 +76,9 @@ struct Simd {
   static constexpr int64_t kRows = Shape<Isa>::kRows, kTile = Shape<Isa>::kLanes * Shape<Isa>::kVectors;
   static constexpr int64_t kGroup = 8 * kRows;  // rows of A packed side by side
   static constexpr int64_t kUnits = Shape<Isa>::kUnits;
-  static constexpr bool kTilesShareA = Shape<Isa>::kTilesShareA;
-  static constexpr bool kAInPlace = Pairs || std::is_same_v<E, float>;
-  static constexpr bool kBInPlace = std::is_same_v<E, float>;
+  static constexpr int64_t kFewRows = Shape<Isa>::kFewRows;
+  static constexpr bool kAInPlace = Pairs || (std::is_same_v<E, float> && Shape<Isa>::kInPlace);
+  static constexpr bool kBInPlace = std::is_same_v<E, float> && Shape<Isa>::kInPlace;
   static constexpr bool kPacks = true;  // B in a microkernel
 
   // columns n of src[l][ld] -> out[group of W columns][unit][W], zero-filled to whole groups and units; W kGroup for A,
@@ -91,6 +95,13 @@ struct Simd {
   // For a tile of so many rows and columns; `packed_a`: A lies packed by columns; `packs`: B does not lie packed yet, and
   // is left so (kTile columns and whole units of it).
   OMNI_TARGET static Micro micro(bool packed_a, bool packs, int64_t rows, int64_t cols);
+
+  // sums[m][ld_sums] = A B for a few rows: A[m][l], B[l][n] as they lie. B streams by once, unpacked: what memory gives is
+  // the bound. `next`: of B, what follows. Sums past n are overwritten, up to ld_sums.
+  OMNI_TARGET static void multiply_few(const E* a, int64_t ld_a, const E* b, int64_t ld_b, int64_t m, int64_t n,
+                                       int64_t l, const E* next, float* sums, int64_t ld_sums);
+  // n sums rounded to E
+  OMNI_TARGET static void write_row(const float* sums, int64_t n, E* out);
 
   // SwiGLU on a row of accumulators; swiglu.h has the formulas.
   OMNI_TARGET static void swiglu_row(const Acc* g, const Acc* u, int64_t n, Acc weight, E* h_gate, E* h_up, E* a);

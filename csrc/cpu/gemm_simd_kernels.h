@@ -2,6 +2,7 @@
 // includes this after its vectors: every height, width, element type and layout of A, compiled once for all ops.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 #include <utility>
@@ -99,6 +100,10 @@ OMNI_TARGET void multiply_tile(int64_t units, const char* a, int64_t row, int64_
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) acc[i][j] = V::zero();
+  if constexpr (Shape<Isa>::kFetchesSums) {
+    for (int i = 0; i < Rows; ++i)
+      __builtin_prefetch(static_cast<const char*>(t.out) + i * t.ld_out * (t.narrow ? sizeof(E) : sizeof(float)), 0, 3);
+  }
   if (PackedA) row = 4; else step = 4;
   const char* ahead = t.fetch.at;
   [[maybe_unused]] const E* elements = reinterpret_cast<const E*>(b);
@@ -186,6 +191,92 @@ OMNI_TARGET typename Simd<Isa, E, Pairs>::Micro Simd<Isa, E, Pairs>::micro(bool 
   constexpr int64_t lanes = Shape<Isa>::kLanes;
   const int64_t column = packs ? Shape<Isa>::kVectors : (cols + lanes - 1) / lanes - 1;
   return packed_a ? by_columns.of[rows - 1][column] : by_rows.of[rows - 1][column];
+}
+
+constexpr int kDepth = 8;       // rows of B that pass together
+constexpr int kSumsAtOnce = 4;  // rows of A whose sums are in registers
+
+// sums[i][j] += the products of Rows rows of A with `depth` <= kDepth rows of B, over n columns, two vectors at a time.
+// The rows of B that come after these are fetched meanwhile: as one run of memory where they are that (the processor's own
+// prefetcher then runs ahead of ours), else row by row.
+template <class Isa, class E, int Rows>
+OMNI_TARGET void add_few(const E* a, int64_t ld_a, const E* b, int64_t ld_b, int64_t n, const E* next, int64_t depth,
+                         float* sums, int64_t ld_sums) {
+  using V = Vector<Isa, float>;
+  using type = typename V::type;
+  float factors[kDepth][Rows];
+  const E* row[kDepth];
+  for (int64_t u = 0; u < kDepth; ++u) {
+    row[u] = b + (u < depth ? u : 0) * ld_b;  // past the last: times zero
+    for (int i = 0; i < Rows; ++i) factors[u][i] = u < depth ? to_float(a[i * ld_a + u]) : 0.0f;
+  }
+  constexpr int64_t two = 2 * V::width;
+  const bool one_run = ld_b == n;
+  const int64_t gap = one_run ? two : ld_b, step = one_run ? kDepth * two : two;
+  int64_t j = 0;
+  for (; j + two <= n; j += two, next += step) {
+#pragma GCC unroll 8
+    for (int u = 0; u < kDepth; ++u) __builtin_prefetch(next + u * gap, 0, 2);
+    const float(*factor_of)[Rows] = factors;
+    __asm__("" : "+r"(factor_of));  // or the compiler keeps every factor as a vector on the stack, at twice the loads
+#pragma GCC unroll 2
+    for (int begin = 0; begin < Rows; begin += kSumsAtOnce) {
+      type acc[kSumsAtOnce][2];
+      const int rows = Rows - begin < kSumsAtOnce ? Rows - begin : kSumsAtOnce;
+#pragma GCC unroll 4
+      for (int i = 0; i < rows; ++i) {
+        acc[i][0] = V::load(sums + (begin + i) * ld_sums + j);
+        acc[i][1] = V::load(sums + (begin + i) * ld_sums + j + V::width);
+      }
+#pragma GCC unroll 8
+      for (int u = 0; u < kDepth; ++u) {
+        const type first = V::load(row[u] + j), second = V::load(row[u] + j + V::width);
+#pragma GCC unroll 4
+        for (int i = 0; i < rows; ++i) {
+          const type factor = V::broadcast(factor_of[u][begin + i]);
+          acc[i][0] = V::fma(factor, first, acc[i][0]);
+          acc[i][1] = V::fma(factor, second, acc[i][1]);
+        }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < rows; ++i) {
+        V::template store<false>(sums + (begin + i) * ld_sums + j, acc[i][0]);
+        V::template store<false>(sums + (begin + i) * ld_sums + j + V::width, acc[i][1]);
+      }
+    }
+  }
+  for (; j < n; j += V::width) {
+    const typename V::Part part = V::part(n - j);
+    for (int i = 0; i < Rows; ++i) {
+      type sum = V::load_part(sums + i * ld_sums + j, part);
+      for (int u = 0; u < kDepth; ++u)
+        sum = V::fma(V::broadcast(factors[u][i]), V::load_part(row[u] + j, part), sum);
+      V::store_part(sums + i * ld_sums + j, sum, part);
+    }
+  }
+}
+
+template <class Isa, class E, bool Pairs>
+OMNI_TARGET void Simd<Isa, E, Pairs>::multiply_few(const E* a, int64_t ld_a, const E* b, int64_t ld_b, int64_t m,
+                                                   int64_t n, int64_t l, const E* next, float* sums, int64_t ld_sums) {
+  static constexpr decltype(&add_few<Isa, E, 1>) add[] = {
+      add_few<Isa, E, 1>, add_few<Isa, E, 2>, add_few<Isa, E, 3>, add_few<Isa, E, 4>,
+      add_few<Isa, E, 5>, add_few<Isa, E, 6>, add_few<Isa, E, 7>, add_few<Isa, E, 8>};
+  static_assert(kFewRows <= 8);
+  std::memset(sums, 0, m * ld_sums * sizeof(float));
+  for (int64_t u = 0; u < l; u += kDepth) {
+    const E* after = u + 2 * kDepth <= l ? b + (u + kDepth) * ld_b : next ? next : b;
+    add[m - 1](a + u, ld_a, b + u * ld_b, ld_b, n, after, std::min<int64_t>(kDepth, l - u), sums, ld_sums);
+  }
+}
+
+template <class Isa, class E, bool Pairs>
+OMNI_TARGET void Simd<Isa, E, Pairs>::write_row(const float* sums, int64_t n, E* out) {
+  using V = Vector<Isa, float>;
+  for (int64_t j = 0; j < n; j += V::width) {
+    const typename V::Part part = V::part(n - j);
+    Units<Isa, E, Pairs>::store_part(out + j, V::load_part(sums + j, part), part);
+  }
 }
 
 template <class V>

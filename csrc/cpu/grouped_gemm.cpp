@@ -19,9 +19,9 @@ void grouped_gemm(const void* x, const void* w, const int64_t* offsets, int64_t 
   with_engine(dtype, [&](auto engine) {
     using G = decltype(engine);
     using E_ = typename G::Element;
-    const auto tasks = cut_tasks(E, width, parallel.threads, kMaxCols, [&](int64_t e) {
-      return std::pair<int64_t, int64_t>(offsets[e], offsets[e + 1]);
-    });
+    const auto rows_of = [&](int64_t e) { return std::pair<int64_t, int64_t>(offsets[e], offsets[e + 1]); };
+    const auto tasks =
+        cut_tasks(E, width, parallel.threads, kMaxCols, rows_of, transpose_w ? 0 : G::kFewRows);
     const E_* weights = static_cast<const E_*>(w);
     const auto at = [&](const Task& t) { return weights + t.expert * K * N + (transpose_w ? t.col * N : t.col); };
     const bool stream = streams(y, filled, width, bytes);

@@ -50,6 +50,7 @@ Engine engine() {
 void set_engine(const std::string& name) {
   if (name.empty()) {
     chosen = kUnset;
+    forced = false;
     engine();
     return;
   }

@@ -1,9 +1,5 @@
 """Which engine the CPU kernels run on: the fastest that there is, the one that is asked for, or an error."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -13,24 +9,25 @@ from megatron_omni.ops.extension import use_cpu_engine
 from megatron_omni.ops.grouped_gemm import grouped_gemm
 from tests.ops.ragged import ENGINES
 
-PROGRAM = """
-import torch
-from megatron_omni.ops import extension
-from megatron_omni.ops.grouped_gemm import grouped_gemm
-try:
-    y = grouped_gemm(torch.ones(2, 3), torch.ones(1, 3, 4), torch.tensor([0, 2]))
-    print(extension.cpu_engine(), extension.cpu_engine_is_forced(), bool((y == 3).all()))
-except ValueError as error:
-    print(error)
-"""
+
+@pytest.fixture
+def choose(monkeypatch):
+    """A function that sets OMNI_CPU_KERNELS as if the process had started with it; None unsets it."""
+
+    def start_with(choice):
+        if choice is None:
+            monkeypatch.delenv("OMNI_CPU_KERNELS", raising=False)
+        else:
+            monkeypatch.setenv("OMNI_CPU_KERNELS", choice)
+        extension.op("set_cpu_engine")("")  # reads the variable again
+
+    yield start_with
+    monkeypatch.undo()
+    extension.op("set_cpu_engine")("")
 
 
-def run_with(choice: str | None) -> str:
-    """What PROGRAM prints under OMNI_CPU_KERNELS=choice."""
-    environment = {name: value for name, value in os.environ.items() if name != "OMNI_CPU_KERNELS"}
-    environment |= {} if choice is None else {"OMNI_CPU_KERNELS": choice}
-    command = [sys.executable, "-W", "ignore", "-c", PROGRAM]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+def multiply():
+    return grouped_gemm(torch.ones(2, 3), torch.ones(1, 3, 4), torch.tensor([0, 2]))
 
 
 def processor_flags() -> set[str]:
@@ -45,16 +42,19 @@ def test_engines_are_those_of_the_processor():
     assert [*expected, "portable"] == ENGINES
 
 
-def test_the_variable_chooses_and_an_absent_or_unknown_engine_is_an_error():
+def test_the_variable_chooses_and_an_absent_or_unknown_engine_is_an_error(choose):
     """An op stops with the variable, its value and what there is; nothing runs on another engine instead."""
-    assert run_with(None) == f"{ENGINES[0]} False True"
-    assert run_with("portable") == "portable True True"
-    names = ", ".join(ENGINES)
+    for choice, runs in ((None, ENGINES[0]), ("", ENGINES[0]), ("portable", "portable")):
+        choose(choice)
+        assert (extension.cpu_engine(), extension.cpu_engine_is_forced()) == (runs, bool(choice))
+        assert torch.equal(multiply(), torch.full((2, 4), 3.0))
     absent = next((name for name in ("avx512", "avx2") if name not in ENGINES), "neon64")
     for choice in (absent, "AVX2"):
-        assert run_with(choice) == (
-            f"OMNI_CPU_KERNELS={choice}: this machine can run {names}; name one of these, or none for the fastest"
-        )
+        message = f"^OMNI_CPU_KERNELS={choice}: this machine can run {', '.join(ENGINES)}; name one of these, or none"
+        with pytest.raises(ValueError, match=message):
+            choose(choice)
+        with pytest.raises(ValueError, match=message):
+            multiply()
 
 
 def test_an_engine_is_named_for_a_while():
@@ -81,5 +81,3 @@ def test_plain_cpp_runs_only_when_it_is_asked_for(monkeypatch):
     with use_cpu_engine("portable"):
         assert kernels.backend_of("omni") == "omni(portable)"
         assert kernels.load_kernels.__wrapped__("omni").expert_mlp is kernels.omni_expert_mlp
-        x, w = torch.ones(2, 3), torch.ones(1, 3, 4)
-        assert torch.equal(grouped_gemm(x, w, torch.tensor([0, 2])), torch.full((2, 4), 3.0))

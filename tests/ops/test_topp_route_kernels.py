@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_omni.ops.extension import use_cpu_engine
 from megatron_omni.ops.topp_route import topp_route, topp_route_reference
-from tests.ops.ragged import ENGINES
+from tests.ops.ragged import ENGINES, examples
 
 KEEP = {"paper": 5 / 8, "grin": 1 / 4}
 
@@ -75,7 +75,7 @@ SETTINGS = {
 }
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@examples(80)
 @given(**SETTINGS)
 def test_float64_token_by_token(
     num_tokens, num_routed, num_null, num_shared, rule, sampled, padded, capped, ties, estimator, seed
