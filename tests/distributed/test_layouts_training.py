@@ -117,13 +117,13 @@ def test_lm_loss_does_not_depend_on_the_partition_into_micro_batches(corpus: Pat
                     assert mine[name] == pytest.approx(theirs[name], rel=1e-5), f"step {theirs['step']}: {name}"
 
 
-PACKED = {"data__packing": True, "data__micro_batch_size": 1, "data__global_batch_size": 4}
+PACKED = {"data__packing": True, "data__micro_batch_size": 1, "data__global_batch_size": 4, "train_iters": 5}
 
 
 def test_packed_rows_give_the_same_curve_on_every_layout(corpus: Path, tmp_path: Path) -> None:
     one = curve(corpus, tmp_path / "one", 1, **PACKED)
     per_step = [record["consumed samples"] for record in one if "lm loss" in record]
-    assert per_step[-1] > 8 * 4  # several samples a row
+    assert per_step[-1] > 5 * 4  # several samples a row
     for world_size, layout in ((2, TP), (2, PP), (4, TP | EP)):
         assert_same_curve(curve(corpus, tmp_path / f"{world_size}-{len(layout)}", world_size, **layout, **PACKED), one)
     assert_same_curve(curve(corpus, tmp_path / "dp2", 2, **PACKED), one)
