@@ -2,13 +2,13 @@
 
 import dataclasses
 import re
-import runpy
 import typing
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from megatron_omni.cli import convert, upcycle
 from megatron_omni.config.run import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,8 +55,8 @@ def test_every_field_that_is_named_exists(section: str) -> None:
 
 def test_every_option_of_the_tools_exists() -> None:
     known: set[str] = set()
-    for tool in ("convert", "upcycle"):
-        top = runpy.run_path(str(ROOT / "tools" / f"{tool}.py"))["parser"]()
+    for tool in (convert, upcycle):
+        top = tool.parser()
         commands = next((a.choices.values() for a in top._actions if isinstance(a.choices, dict)), [top])
         known |= {option for command in commands for action in command._actions for option in action.option_strings}
     ours = [cell for section in ("Files", "Flags of the fine-tuning script") for cell in rows(section)]
