@@ -20,7 +20,7 @@ error in one surfaces in ``next_step``.
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from math import lcm
@@ -39,6 +39,7 @@ from megatron_omni.data.record import RecordError, internal_error
 from megatron_omni.data.sample import Sample, SampleBuilder
 from megatron_omni.data.sizes import SampleSize, measure
 from megatron_omni.data.sources import open_sources
+from megatron_omni.data.stalls import Key, Stalls
 from megatron_omni.data.tokenizer import Tokenizer
 from megatron_omni.data.workers import Workers, working_on
 from megatron_omni.estimate import encoder_flops
@@ -130,8 +131,9 @@ class StepLoader:
         consumed_samples: int = 0,
         sources: list[SourceConfig] | None = None,
         tokenizer: Tokenizer | None = None,
+        agree: Callable[[list[Key]], list[Key]] | None = None,
     ) -> None:
-        """``sources`` defaults to the recipe's mixture; an evaluation passes a held-out source instead."""
+        """``sources``: of an evaluation; by default the recipe's. ``agree``: as in stalls.py, over the data ranks."""
         data = recipe.data
         per_round = data.micro_batch_size * data_size
         if data.global_batch_size % per_round or data.global_batch_size < 1:
@@ -160,6 +162,8 @@ class StepLoader:
         self._undecodable: Lru[Skip] = Lru(_KNOWN_SIZES)
         self._seen: dict[int, Place] = {}
         """Places that the last plan left waiting: the next one asks for them again."""
+        reads_headers = any(source.flags() is None for source in self.sources)
+        self._stalls = Stalls[Skip](agree if reads_headers else None, self._stalled)
         self._samples: Lru[PackedSample] = Lru(int(data.cache_gib * 2**30))
         self._workers = Workers[Cursor, Plan, _Step](
             self.plan,
@@ -185,10 +189,17 @@ class StepLoader:
 
     def next_step(self) -> list[OmniBatch]:
         """This rank's micro-batches of the next step."""
-        step = self._workers.take(self._cursor) if self.data.num_workers else self._load(self.plan(self._cursor))
+        step = self._stalls.agreed(self._prepared, forget=self._forget)
         self._count(step)
         self._cursor = step.plan.after
         return step.batches
+
+    def _prepared(self) -> _Step:
+        return self._workers.take(self._cursor) if self.data.num_workers else self._load(self.plan(self._cursor))
+
+    def _forget(self) -> None:
+        self._seen.clear()
+        self._workers.forget()
 
     def plan(self, cursor: Cursor) -> Plan:
         """The step that starts at ``cursor``; DataEnded where too few samples are left for its rows."""
@@ -291,7 +302,7 @@ class StepLoader:
 
     def _size(self, draw: Draw) -> SampleSize | Skip:
         key = draw.source, draw.row
-        if (known := self._sizes.get(key)) is not None:
+        if (known := self._stalls.get(key) or self._sizes.get(key)) is not None:
             return known
         try:
             source = self.sources[draw.source]
@@ -353,14 +364,19 @@ class StepLoader:
         return self._skip(draw, error)
 
     def _give_up(self, record: object) -> bool:
-        """Pass over a record that stalled twice while it was decoded; a plan must be the same on every rank."""
-        if not isinstance(record, tuple) or record[-1] != "sample":
+        """Pass over a record that stalled twice."""
+        if not isinstance(record, tuple):
             return False
-        number, row, _ = record
-        source = self.sources[number]
-        message = f"{source.where(row)}: takes longer than data.stall_seconds = {self.data.stall_seconds:g}"
-        self._undecodable.put((number, row), Skip(source.name, "stalled", message), cost=1)
+        number, row, what = record
+        if what == "header":
+            self._stalls.add((number, row))
+        else:
+            self._undecodable.put((number, row), self._stalled((number, row)), cost=1)
         return True
+
+    def _stalled(self, key: Key) -> Skip:
+        source, limit = self.sources[key[0]], f"data.stall_seconds = {self.data.stall_seconds:g}"
+        return Skip(source.name, "stalled", f"{source.where(key[1])}: takes longer than {limit}")
 
     def _skip(self, draw: Draw, error: Exception) -> Skip:
         source, where = self.sources[draw.source], self.sources[draw.source].where(draw.row)
@@ -482,15 +498,3 @@ class StepLoader:
                 for c in self.mixture.components
             ],
         }
-
-
-def joined_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The state of a run from those of its data ranks, in order: what each found while decoding is added up."""
-    skips: Counter[tuple[str, str]] = Counter()
-    for state in states:
-        skips.update({(source, reason): number for source, reason, number in state["skips"]["decoded"]})
-    first = states[0]
-    return first | {
-        "skips": first["skips"] | {"decoded": [[*key, number] for key, number in skips.items()]},
-        "tried": first["tried"] | {"decoded": sum(state["tried"]["decoded"] for state in states)},
-    }

@@ -70,6 +70,19 @@ def sum_over_ranks(values: Sequence[int], *, device: torch.device) -> list[int]:
     return [int(value) for value in total.tolist()]
 
 
+def gathered[T](found: Sequence[T], *, group: dist.ProcessGroup, device: torch.device) -> list[T]:
+    """What the ranks of ``group`` found, each thing once, in the same order on all; one integer where none found any."""
+    if group.size() == 1:
+        return list(found)
+    total = torch.tensor([len(found)], dtype=torch.int64, device=device)
+    dist.all_reduce(total, group=group)
+    if not total.item():
+        return []
+    everyone: list[list[T]] = [[] for _ in range(group.size())]
+    dist.all_gather_object(everyone, list(found), group=group)
+    return list(dict.fromkeys(item for items in everyone for item in items))
+
+
 def _shapes(batch: OmniBatch) -> list[int]:
     shapes = list(batch.input_ids.shape)
     for name in MEDIA:

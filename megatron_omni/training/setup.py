@@ -6,6 +6,7 @@ optimizer copies its fp32 master weights from them.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from megatron_omni.checkpoint.saving import PendingSave, start_save
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.load import load_recipe
 from megatron_omni.config.run import Recipe
-from megatron_omni.data.loader import StepLoader, joined_state
+from megatron_omni.data.loader import StepLoader
+from megatron_omni.data.loader_state import joined_state
 from megatron_omni.data.tokenizer import (
     ALL_SPECIALS,
     ENDOFTEXT,
@@ -38,6 +40,7 @@ from megatron_omni.data.tokenizer import (
 from megatron_omni.models.build import build_model
 from megatron_omni.models.parts import apply_freeze, part_of, train_adapters_only
 from megatron_omni.parallel.groups import Layout, initialize, layout
+from megatron_omni.parallel.sharing import gathered
 from megatron_omni.parallel.wrap import unwrap_model, wrap_model
 from megatron_omni.platform.device import device
 from megatron_omni.platform.seeds import seed_everything
@@ -104,8 +107,8 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
         model=wrapped,
         optimizer=optimizer,
         scheduler=scheduler,
-        loader=_loader(recipe, place),
-        eval_loaders={s.name: _loader(recipe, place, [s]) for s in recipe.data.eval_sources},
+        loader=_loader(recipe, place, pg),
+        eval_loaders={s.name: _loader(recipe, place, pg, [s]) for s in recipe.data.eval_sources},
     )
     if directory is not None:
         resume(run, directory)
@@ -214,7 +217,10 @@ def _differences(now: object, then: object, *, name: str) -> Iterator[tuple[str,
         yield name, now, then
 
 
-def _loader(recipe: Recipe, place: Layout, sources: list[SourceConfig] | None = None) -> StepLoader | None:
+def _loader(
+    recipe: Recipe, place: Layout, pg: ProcessGroupCollection, sources: list[SourceConfig] | None = None
+) -> StepLoader | None:
     if not place.is_data_reader:
         return None
-    return StepLoader(recipe, data_rank=place.dp_rank, data_size=place.dp_size, sources=sources)
+    agree = partial(gathered, group=pg.dp, device=device())
+    return StepLoader(recipe, data_rank=place.dp_rank, data_size=place.dp_size, sources=sources, agree=agree)

@@ -12,7 +12,8 @@ import pytest
 
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.data import loader as loader_module
-from megatron_omni.data.loader import StepLoader, joined_state
+from megatron_omni.data.loader import StepLoader
+from megatron_omni.data.loader_state import joined_state
 from megatron_omni.data.prepare import index_files
 from megatron_omni.data.tokenizer import Tokenizer
 from tests.unit.test_decode_damage import png_header

@@ -14,7 +14,7 @@ from megatron_omni.data import loader as loader_module
 from megatron_omni.data.loader import StepLoader
 from megatron_omni.data.mixture import Component, Mixture
 from megatron_omni.data.sample import SampleBuilder
-from megatron_omni.data.sizes import MediaFacts
+from megatron_omni.data.sizes import MediaFacts, measure
 from tests.unit.tiny_data import (
     indexed,
     row,
@@ -449,6 +449,54 @@ def test_a_stalled_decode_costs_its_record_and_nothing_else(tmp_path, monkeypatc
     assert sorted(i for step in steps for i in step) == list(range(16))
     assert loader.report() == {"stalled": 1} and loader.num_skipped == 1
     assert loader.worker_restarts == 2
+
+
+def test_a_header_that_stalls_on_one_rank_is_skipped_by_all(tmp_path, monkeypatch):
+    """Rank 0 cannot read one header in time, rank 1 can: their micro-batches still are the parts of one step."""
+    rows = [row("what?", f"a{i}") for i in range(32)]
+    settings = dict(stall_seconds=1.5, max_bad_fraction=1.0)
+    recipe = tiny_recipe(tmp_path, [write_source(tmp_path, "text", rows)], num_workers=1, **settings)
+    told, meet, released = [[], []], threading.Barrier(2, timeout=60), threading.Event()
+
+    def agree(rank):
+        def exchange(found):
+            told[rank] = list(found)
+            meet.wait()
+            everything = [*told[0], *told[1]]
+            meet.wait()
+            return everything
+
+        return exchange
+
+    ranks = [StepLoader(recipe, data_rank=rank, data_size=2, agree=agree(rank)) for rank in range(2)]
+    alone = StepLoader(tiny_recipe(tmp_path, recipe.data.sources, **settings), data_rank=0, data_size=1)
+
+    def hanging(record, tokenizer):
+        if record.answer == "a5" and tokenizer is ranks[0].builder.tokenizer:
+            released.wait()
+        return measure(record, tokenizer)
+
+    monkeypatch.setattr("megatron_omni.data.loader.measure", hanging)
+    steps = [[], []]
+
+    def run(rank):
+        for _ in range(4):
+            steps[rank].append(rows_of(ranks[rank].next_step()))
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    released.set()
+    for rank in ranks:
+        rank.close()
+    alone._stalls.add((0, 5))
+    for first, second in zip(*steps, strict=True):
+        assert first | second == rows_of(alone.next_step())
+    assert ranks[0]._cursor == ranks[1]._cursor == alone._cursor
+    assert [rank.report() for rank in ranks] == [alone.report()] * 2 == [{"stalled": 1}] * 2
+    assert [rank.num_skipped for rank in ranks] == [1, 0]  # counted once over all ranks
 
 
 def test_a_file_longer_than_its_header_said_does_not_overfill_a_packed_row(tmp_path, monkeypatch):
