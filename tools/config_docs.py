@@ -109,7 +109,14 @@ def render() -> str:
     lines = [INTRO]
     for name, schema in GROUPS:
         summary = (schema.__doc__ or "").strip().splitlines()[0]
-        lines += [f"## {name}", "", summary, "", "| field | type | default | range | meaning |", "|---|---|---|---|---|"]
+        lines += [
+            f"## {name}",
+            "",
+            summary,
+            "",
+            "| field | type | default | range | meaning |",
+            "|---|---|---|---|---|",
+        ]
         docs, hints = field_docs(schema), typing.get_type_hints(schema)
         for item in dataclasses.fields(schema):
             kind = type_name(hints[item.name]).replace("|", "\\|")
