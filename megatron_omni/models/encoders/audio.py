@@ -35,7 +35,7 @@ FRAMES_PER_SECOND = 50
 """Encoder positions; the log-mel input has twice as many."""
 ALIGNED_QUERY_SIZE, ALIGNED_SHARPNESS, ALIGNED_VALUE_GAIN = 0.3, 2.0, 3.0
 ALIGNED_CONVOLUTION_GAIN, ALIGNED_BRANCH_GAIN = 2.0, 0.05
-"""Of ``query_init: aligned``; chosen on spoken words (docs/quickstart.md)."""
+"""Of ``query_init: aligned``; chosen on spoken words (docs/log.md)."""
 
 
 def whisper_config(config: AudioConfig) -> WhisperConfig:

@@ -32,7 +32,7 @@ class ConvStem(nn.Sequential):
     """Patch embedding for training from scratch: 3 x 3 convolutions of stride 2 down to one position a patch.
 
     [N, 3, p, p] to [N, D, g, g]; log2(patch_size) of them, the first D / 2 wide, the others D, GELU between. Neighbouring
-    pixels share weights at every shift, which one large patch matrix has to learn from data (docs/quickstart.md).
+    pixels share weights at every shift, which one large patch matrix has to learn from data (docs/log.md).
     """
 
     GAIN = 2.0
