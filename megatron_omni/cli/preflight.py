@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_omni.cli.starting import say_starting
+
 if TYPE_CHECKING:
     from megatron_omni.config.run import Recipe
     from megatron_omni.data.preflight import EncoderRows
@@ -77,6 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         recipe = load_recipe(options.recipe, options.overrides)
         validate(recipe, world_size=fewest_ranks(recipe.parallel))
+        say_starting("preflight", options.recipe)
         from megatron_omni.data.preflight import inspect
         from megatron_omni.data.preflight_page import page
 

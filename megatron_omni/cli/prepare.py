@@ -20,7 +20,12 @@ import signal
 import sys
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from megatron_omni.cli.starting import say_starting
+
+if TYPE_CHECKING:
+    from megatron_omni.config.data import SourceConfig
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,34 +71,35 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _prepare(words: argparse.Namespace) -> int:
-    from megatron_omni.checkpoint.progress import ByteProgress
-    from megatron_omni.config.data import SourceConfig
     from megatron_omni.config.load import load_recipe
     from megatron_omni.config.shards import shard_paths
+    from megatron_omni.data.tokenizer import load_tokenizer
+
+    # What is missing is said before the imports below, which take seconds.
+    recipe = load_recipe(words.recipe, words.overrides)
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    sources = [*recipe.data.sources, *recipe.data.eval_sources]
+    if words.data or words.folder is not None:
+        sources = [_source(path, words) for path in words.data]
+    elif not sources:
+        raise ValueError(f"{words.recipe} has no data.sources; add some, or name files with --data")
+    files = [shard_paths(source.path) for source in sources]
+    say_starting("prepare", words.folder or words.recipe)
+    if words.folder is not None:
+        sources.append(_source(str(_records_of(words.folder, words.prompt)), words))
+        files.append(shard_paths(sources[-1].path))
+    from megatron_omni.checkpoint.progress import ByteProgress
     from megatron_omni.data.index import tokenizer_digest
     from megatron_omni.data.prepare import index_files
     from megatron_omni.data.sizes import SizeRule
     from megatron_omni.data.sources import check_name, check_shared, index_settings, open_source
     from megatron_omni.data.summary import summarise
-    from megatron_omni.data.tokenizer import load_tokenizer
 
-    recipe = load_recipe(words.recipe, words.overrides)
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
     digest, sizes = tokenizer_digest(tokenizer.path), SizeRule(recipe, tokenizer)
-    sources = [*recipe.data.sources, *recipe.data.eval_sources]
-    if words.folder is not None:
-        words.data.append(str(_records_of(words.folder, words.prompt)))
-    if words.data:
-        sources = [
-            SourceConfig(name=_name(path), path=path, prompt=words.prompt, root=words.root) for path in words.data
-        ]
-    if not sources:
-        raise ValueError(f"{words.recipe} has no data.sources; add some, or name files with --data")
     for source in sources:
         check_name(source)
-    files = [shard_paths(source.path) for source in sources]
     progress = ByteProgress("index", sum(os.path.getsize(file) for shards in files for file in shards))
-    indexed = dict[Path, SourceConfig]()
+    indexed: dict[Path, SourceConfig] = {}
     for source, shards in zip(sources, files):
         new = [file for file in shards if indexed.setdefault(file.absolute(), source) is source]
         for file in set(shards) - set(new):
@@ -133,6 +139,13 @@ def _records_of(folder: Path, prompt: str) -> Path:
     for message in report.messages:
         print(f"  {message}")
     return report.path
+
+
+def _source(path: str, words: argparse.Namespace) -> "SourceConfig":
+    """A source for files named on the command line."""
+    from megatron_omni.config.data import SourceConfig
+
+    return SourceConfig(name=_name(path), path=path, prompt=words.prompt, root=words.root)
 
 
 def _name(path: str) -> str:

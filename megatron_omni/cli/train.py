@@ -14,6 +14,8 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
+from megatron_omni.cli.starting import say_starting
+
 if TYPE_CHECKING:
     from megatron_omni.config.run import Recipe
 
@@ -58,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    return run(recipe)
+    return run(recipe, origin=options.recipe)
 
 
 def dry_run(recipe: "Recipe", ranks: int | None) -> int:
@@ -78,8 +80,9 @@ def dry_run(recipe: "Recipe", ranks: int | None) -> int:
     return 0
 
 
-def run(recipe: "Recipe") -> int:
-    """Train; a failure on any rank ends every rank soon, and its first cause is printed once."""
+def run(recipe: "Recipe", *, origin: str) -> int:
+    """Train the recipe of the file ``origin``; a failure on any rank ends every rank soon, and its first cause is printed once."""
+    say_starting("train", origin)
     from megatron_omni.platform.device import install
 
     quiet()
