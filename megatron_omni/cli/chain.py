@@ -1,6 +1,6 @@
 """Run a chain of stages: ``python -m megatron_omni.cli.chain recipes/chain.yaml [key=value ...]``.
 
-The plan is printed first. Finished stages are passed over, one that was stopped goes on at its last checkpoint; each runs as
+The plan is printed first. Finished stages are skipped, one that was stopped goes on at its last checkpoint; each runs as
 ``torchrun --standalone --nproc-per-node N`` or behind ``launcher=...`` (``launcher="srun torchrun --nnodes 8 ..."``). Started
 under torchrun itself, rank 0 runs the chain with that torchrun's number of processes and the others leave.
 

@@ -1,7 +1,7 @@
 """Is this machine fit for training? One line a check: ``ok``, ``warn`` (works, with a loss that is named) or ``FAIL``.
 
     megatron-omni doctor [--dir runs]             # this machine: packages, kernels, decoders, GPUs, disk, clock
-    torchrun ... -m megatron_omni.cli.doctor --ranks # the ranks of a job: reach each other, clocks agree, who is slow
+    torchrun ... -m megatron_omni.cli.doctor --ranks # the ranks of a job: reach each other, clocks agree, the slowest
 
 Exit status 0 unless a check failed. examples/slurm/preflight.sbatch runs both on the nodes of a job.
 """

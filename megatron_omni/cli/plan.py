@@ -45,11 +45,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--gpu", default="H100-80GB", choices=tuple(GPUS), help="default H100-80GB")
     p.add_argument("--tokens", type=float, help="token budget for the days (default: train_iters full steps)")
     p.add_argument("--mean-k", type=float, help="real experts per token (a log's moe/mean_k; default: untrained gate)")
-    p.add_argument("--imbalance", type=float, default=IMBALANCE, help="rows of the fullest rank over the mean")
+    p.add_argument("--imbalance", type=float, default=IMBALANCE, help="tokens of the fullest rank's experts over the mean")
     p.add_argument("--label-share", type=float, default=0.5, help="share of tokens that carry a label (default 0.5)")
-    p.add_argument("--tiles", type=float, help="picture tiles of the heaviest row (default: data.max_frames)")
-    p.add_argument("--chunks", type=float, help="audio chunks of the heaviest row (default 8)")
-    p.add_argument("--fill", type=float, help="tokens in a row over seq_length (default 0.97 packed, else 1)")
+    p.add_argument("--tiles", type=float, help="picture tiles of the heaviest sequence (default: data.max_frames)")
+    p.add_argument("--chunks", type=float, help="audio chunks of the heaviest sequence (default 8)")
+    p.add_argument("--fill", type=float, help="share of a sequence that is filled (default 0.97 packed, else 1)")
     p.add_argument("--reserve", type=float, default=RESERVE_GIB, metavar="GIB", help="memory left free (default 6)")
     p.add_argument("--measured", type=Path, metavar="FILE", help="JSON of tools/bench_moe.py on the GPU in question")
     return p
@@ -94,7 +94,7 @@ def report(plan: Plan, others: list[Plan], *, tokens: float | None) -> str:
     """What is printed."""
     recipe, batch = plan.recipe, plan.batch
     lines = [
-        f"{layout(plan)} on {plan.world_size} x {plan.gpu.name}; {recipe.data.global_batch_size} rows of "
+        f"{layout(plan)} on {plan.world_size} x {plan.gpu.name}; {recipe.data.global_batch_size} sequences of "
         f"{recipe.data.seq_length} tokens a step",
         f"heaviest micro-batch: {batch.tokens} tokens, {batch.label_tokens:.0f} with labels, {batch.tiles:.0f} tiles, "
         f"{batch.chunks:.0f} audio chunks; {batch.mean_k:.2f} experts a token, fullest rank {batch.imbalance:.2f} x the mean",

@@ -4,7 +4,7 @@ megatron-omni preflight recipes/tiny/quickstart.yaml --out preflight.html
 megatron-omni preflight RECIPE --samples 16 --steps 50 data.packing=false
 
 Tiles and spectrograms as the encoders get them, tokens with the loss mask, 3D positions, placeholders against encoder
-rows, lengths, packing efficiency of the first steps, epochs per source, records that cannot be used with reasons. The page
+tokens, lengths, packing efficiency of the first steps, epochs per source, records that cannot be used with reasons. The page
 needs no server and loads nothing. Exit status: 0, 1 when something on the page needs attention, 2 for bad input.
 """
 

@@ -4,9 +4,9 @@
     megatron-omni prepare RECIPE --data 'shards/*.tar' more.jsonl           # these files instead
     megatron-omni prepare RECIPE --folder pictures [--prompt "What is it?"] # makes pictures/records.jsonl first
 
-JSONL rows (messages or ShareGPT) and WebDataset tars, also ones prepared for Energon, get an index beside them
+JSONL records (messages or ShareGPT) and WebDataset tars, also ones prepared for Energon, get an index beside them
 (docs/data.md). A recipe gives the tokenizer, and the sizes that the printed summary counts in; the index serves any
-recipe with the same tokenizer. Interrupted, it goes on where it was; a current index is left alone. Rows that cannot be
+recipe with the same tokenizer. Interrupted, it goes on where it was; a current index is left alone. Records that cannot be
 used are counted, with reasons, in the summary and in SOURCE.summary.json beside the data, and are skipped in training.
 
 Exit status: 0 done, 2 for data or settings that do not fit, a source without any usable record, or with --max-bad F
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: cores)"
     )
     made.add_argument("--again", action="store_true", help="make current indexes anew (media files were replaced)")
-    made.add_argument("--max-bad", type=float, default=1.0, metavar="F", help="share of unusable rows that is an error")
+    made.add_argument("--max-bad", type=float, default=1.0, metavar="F", help="share of unusable records that is an error")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="recipe fields, such as data.tokenizer=DIR")
     return made
 
