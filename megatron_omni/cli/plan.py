@@ -45,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--gpu", default="H100-80GB", choices=tuple(GPUS), help="default H100-80GB")
     p.add_argument("--tokens", type=float, help="token budget for the days (default: train_iters full steps)")
     p.add_argument("--mean-k", type=float, help="real experts per token (a log's moe/mean_k; default: untrained gate)")
-    p.add_argument("--imbalance", type=float, default=IMBALANCE, help="tokens of the fullest rank's experts over the mean")
+    p.add_argument(
+        "--imbalance", type=float, default=IMBALANCE, help="tokens of the fullest rank's experts over the mean"
+    )
     p.add_argument("--label-share", type=float, default=0.5, help="share of tokens that carry a label (default 0.5)")
     p.add_argument("--tiles", type=float, help="picture tiles of the heaviest sequence (default: data.max_frames)")
     p.add_argument("--chunks", type=float, help="audio chunks of the heaviest sequence (default 8)")

@@ -46,7 +46,9 @@ def parser() -> argparse.ArgumentParser:
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: cores)"
     )
     made.add_argument("--again", action="store_true", help="make current indexes anew (media files were replaced)")
-    made.add_argument("--max-bad", type=float, default=1.0, metavar="F", help="share of unusable records that is an error")
+    made.add_argument(
+        "--max-bad", type=float, default=1.0, metavar="F", help="share of unusable records that is an error"
+    )
     made.add_argument("overrides", nargs="*", metavar="key=value", help="recipe fields, such as data.tokenizer=DIR")
     return made
 
