@@ -2,7 +2,7 @@
 # release with Python 3.12 and torch 2.11 to 2.13 will do.
 #   docker build -t megatron_omni --build-arg BASE=.../nvidia/pytorch:26.06-py3 .   # ...: the host of the vendor's catalogue, or of your mirror
 #   enroot import -o omni.sqsh dockerd://megatron_omni                # for pyxis; apptainer: apptainer build omni.sif docker-daemon://megatron_omni:latest
-# Not built where this project is tested (docs/verification.yaml): `python tools/doctor.py` inside says whether it is sound.
+# Not built where this project is tested (docs/verification.yaml): `megatron-omni doctor` inside says whether it is sound.
 ARG BASE
 FROM ${BASE}
 
@@ -21,4 +21,4 @@ RUN PIP_CONSTRAINT= pip list --format=freeze | grep -iE '^(torch|numpy|transform
     pip install --no-cache-dir --no-deps nvidia-cutlass==4.2.0.0 && \
     pip install --no-cache-dir --no-build-isolation --editable .
 
-CMD ["python", "tools/doctor.py"]
+CMD ["megatron-omni", "doctor"]
