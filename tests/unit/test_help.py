@@ -40,7 +40,7 @@ def test_examples_of_help_fit_the_command(name: str, capsys: pytest.CaptureFixtu
         assert not unknown, f"{name}: --help shows {unknown}, which it does not take"
         files = [word for word in words if re.match(r"(recipes|tools|examples|docs)/", word)]
         assert all((ROOT / file).exists() for file in files), files
-        settings = [word for word in words if re.fullmatch(r"[a-z_.0-9]+=[^A-Z]*", word) and "NAME" not in word]
+        settings = [word for word in words if re.fullmatch(r"[a-z_.0-9]+=[^A-Z]*", word) and word != "key=value"]
         recipe = next((f for f in files if not f.endswith("chain.yaml")), "recipes/tiny/quickstart.yaml")
         load_recipe(ROOT / recipe, settings)
 
