@@ -16,7 +16,7 @@ class SourceConfig:
     """What logs, metrics (``loss/source/NAME``) and overrides (``data.sources.NAME.weight=2``) call it."""
     path: str = file_path()
     """A file, ``shards/{000..127}.tar``, a pattern such as ``shards/*.tar``, or a folder prepared by Energon (``DIR``:
-    its split ``train``; ``DIR#val``). Tars need an index (tools/prepare_data.py); JSONL files gain from one."""
+    its split ``train``; ``DIR#val``). Tars need an index (megatron-omni prepare); JSONL files gain from one."""
     root: str = file_path("")
     """Folder that media paths in JSONL files are relative to and must lie under; empty: the folder of the file. Tars
     hold their media."""

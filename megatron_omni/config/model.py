@@ -1,6 +1,6 @@
 """Shape of the model: Qwen2.5 language trunk, dynamic-capacity MoE, SigLIP vision, Whisper audio (spec: docs/model.md).
 
-Plain dataclasses: no torch and no megatron here, so that ``--help`` and ``tools/plan.py`` answer at once.
+Plain dataclasses: no torch and no megatron here, so that ``--help`` and ``megatron-omni plan`` answer at once.
 Field names are Megatron-Core's (``hidden_size``, ``ffn_hidden_size``, ``num_query_groups``, ...) wherever Megatron has one.
 The defaults are the full Uni-MoE-2.0-Omni on Qwen2.5-7B; ``recipes/tiny/`` overrides the sizes and nothing else.
 """

@@ -58,7 +58,7 @@ class Recipe:
     """Optimizer steps of the run."""
     init_from: str | None = file_path(None)
     """Run directory or checkpoint whose weights start the run. A dense one starts a model with experts by upcycling:
-    every routed expert is its feed-forward part (experts from several checkpoints: tools/upcycle.py)."""
+    every routed expert is its feed-forward part (experts from several checkpoints: megatron-omni upcycle)."""
     init_allow_missing: list[str] = field(default_factory=list)
     """Tensors (shell-style patterns of their names) that ``init_from`` may lack; they keep their initial values."""
     init_allow_extra: list[str] = field(default_factory=list)

@@ -23,7 +23,7 @@ _NOT_READ = {
     (".parquet", ".arrow", ".feather", ".orc", ".tfrecord", ".lance"): "write its rows as JSONL (Dataset.to_json of "
     "Hugging Face datasets; media into files that the rows name), or as WebDataset tars",
     (".csv", ".tsv", ".xlsx"): "write one JSON object a row; a folder of media with a metadata.csv becomes records with "
-    "tools/prepare_data.py --folder",
+    "megatron-omni prepare --folder",
     (".gz", ".zst", ".xz", ".bz2", ".tgz", ".zip", ".7z"): "unpack it: records are read in place",
 }  # fmt: skip
 """Ends of names of data that people have, and what to do with it."""
@@ -52,7 +52,7 @@ def _shard_paths(path: str) -> list[Path]:
     if Path(path).is_dir():
         raise ValueError(
             f"{path!r} is a folder without .nv-meta; name its files ({path}/*.tar), or make records of the media in it "
-            "with tools/prepare_data.py --folder"
+            "with megatron-omni prepare --folder"
         )
     files = []
     for name in expand_braces(path):

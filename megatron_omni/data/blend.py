@@ -115,4 +115,4 @@ def _scaled(weight: float, scale: float) -> float:
 
 
 def _no_index(source: Source, setting: str) -> ValueError:
-    return ValueError(f"{setting}: source {source.name!r} has no index; run tools/prepare_data.py")
+    return ValueError(f"{setting}: source {source.name!r} has no index; run megatron-omni prepare")

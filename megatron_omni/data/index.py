@@ -175,7 +175,7 @@ def open_index(data: Path, *, tokenizer: str, prompt: str = "", root: str = "") 
     path = index_path(data)
     if not path.is_file():
         return None
-    again = f"run tools/prepare_data.py again, or remove {str(path)!r}"
+    again = f"run megatron-omni prepare again, or remove {str(path)!r}"
     index = read_index(path)
     if index.header["data"] != asdict(Fingerprint.of(data)):
         raise ValueError(f"{path}: stale, {data.name!r} has changed since it was made; {again}")
@@ -190,7 +190,7 @@ def open_index(data: Path, *, tokenizer: str, prompt: str = "", root: str = "") 
 
 def read_index(path: Path) -> Index:
     """An index as it lies there, whatever it belongs to; ValueError for a damaged one or one of another version."""
-    again = f"run tools/prepare_data.py again, or remove {str(path)!r}"
+    again = f"run megatron-omni prepare again, or remove {str(path)!r}"
     try:
         contents = mapped(path)
         first, _, rest = contents[: len(_MAGIC) + (1 << 16)].tobytes().partition(b"\n")

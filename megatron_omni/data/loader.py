@@ -359,7 +359,7 @@ class StepLoader:
     def _longer_than_promised(self, draw: Draw, sample: Sample, room: int) -> Skip:
         error = RecordError(
             "", field="length", value=sample.length, problem=f"the headers promised less, and its row has {room} left",
-            fix="repair the file, or run tools/prepare_data.py --again", reason="wrong_header",
+            fix="repair the file, or run megatron-omni prepare --again", reason="wrong_header",
         )  # fmt: skip
         return self._skip(draw, error)
 

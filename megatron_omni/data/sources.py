@@ -103,7 +103,7 @@ class JsonlSource:
             if zlib.crc32(line) != crc:
                 raise RecordError(
                     where, field="row", value=line[:60], problem="has changed since the index was made",
-                    fix="run tools/prepare_data.py again", reason="stale_index",
+                    fix="run megatron-omni prepare again", reason="stale_index",
                 )  # fmt: skip
         return parse_line(line, where=where, source=self.name, root=self.root)
 
@@ -314,5 +314,5 @@ def open_source(config: SourceConfig, *, digest: str) -> Source:
         elif index is not None:
             shards.append(TarSource(file, name=config.name, index=index))
         else:
-            raise ValueError(f"data source {config.name!r}: {str(file)!r} has no index; run tools/prepare_data.py")
+            raise ValueError(f"data source {config.name!r}: {str(file)!r} has no index; run megatron-omni prepare")
     return shards[0] if len(shards) == 1 else ShardedSource(config.name, shards)

@@ -3,7 +3,7 @@
 Rates of ``GPUS`` are the makers' (dense bf16, one direction of a link, network of 400 Gb/s a GPU). Shares of
 ``STATED`` are not ours: no figure of this project was measured on a GPU. They are what published measurements of the
 same kind of kernel reach on Hopper: cuBLAS 0.6 to 0.8 of the sheet, grouped products of mixtures 0.55 (SonicMoE, arXiv
-2512.14080: over 550 TFLOP/s), flash attention of forward and backward together 0.35 to 0.45. Give ``tools/plan.py
+2512.14080: over 550 TFLOP/s), flash attention of forward and backward together 0.35 to 0.45. Give ``megatron-omni plan
 --measured`` the JSON of ``tools/bench_moe.py`` to replace the share of the experts by your own.
 """
 

@@ -1,7 +1,7 @@
 """Every parameter of the model, in the order in which the model registers them, as one rank of a layout holds them.
 
 This one list gives the counts by part (the paper's Table 1), the bytes of a rank (memory.py) and, through both, what
-``tools/plan.py`` says. The order matters to the byte: the distributed optimizer lays parameters out from the last to
+``megatron-omni plan`` says. The order matters to the byte: the distributed optimizer lays parameters out from the last to
 the first, each starting at a multiple of 64. Shapes follow models/ and docs/model.md; tests/distributed/test_plan.py
 holds the list against the real model on every layout.
 

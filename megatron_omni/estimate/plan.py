@@ -1,4 +1,4 @@
-"""Does a recipe fit on so many GPUs, how long does a step take, and what would fit better: what ``tools/plan.py`` prints.
+"""Does a recipe fit on so many GPUs, how long does a step take, and what would fit better: what ``megatron-omni plan`` prints.
 
 Memory of a rank of each pipeline stage, at its peak: weights, gradients and optimizer state (memory.py), what the
 micro-batches in flight keep (activations.py; 1F1B holds ``stages - stage`` of them), and what the backward of one layer

@@ -1,4 +1,4 @@
-"""What tools/plan.py says of a rank's memory, against what the rank really holds: on every layout of {TP, PP, EP} x
+"""What megatron-omni plan says of a rank's memory, against what the rank really holds: on every layout of {TP, PP, EP} x
 {1, 2} on four ranks, on two data-parallel ranks, with and without the distributed optimizer, in bf16 and fp32.
 
 Weights, gradients and optimizer state to the byte. Activations within 5 % of what autograd saves: each storage once,

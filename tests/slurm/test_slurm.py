@@ -123,17 +123,6 @@ def test_preflight_looks_at_every_node_and_a_dry_run_at_the_recipe(cluster: Clus
     assert not (tmp_path / "run").exists()
 
 
-def test_a_dry_run_of_a_job_plans_its_ranks_and_trains_nothing(cluster: Cluster, tmp_path: Path) -> None:
-    corpus = make_corpus(tmp_path / "corpus")
-    place = site(tmp_path / "site", ("srun",))
-    (place / "recipes" / "3_sft.yaml").write_text(recipe_to_yaml(tiny(corpus, tmp_path / "run")))
-    job = cluster.submit(*RANKS, "--output=log.txt", "examples/slurm/3_sft.sbatch", "--dry-run", cwd=place)
-    state = cluster.wait_for(job, {"COMPLETED", "FAILED"})
-    text = (place / "log.txt").read_text()
-    assert state["JobState"] == "COMPLETED", text
-    assert "fullest of 4 rank(s)" in text and not (tmp_path / "run").exists()
-
-
 def _stop_while_it_starts(cluster: Cluster, job: str) -> None:
     """Signal a job that has just begun, when no rank is there yet to take the signal; until it is requeued."""
     deadline = time.monotonic() + 120

@@ -199,7 +199,7 @@ def test_a_stale_index_is_refused(tmp_path, mixed):
     index_of(tmp_path, "mixed.jsonl")
     digest = tokenizer_digest(tokenizer_file(tmp_path))
     assert open_index(path, tokenizer=digest) is not None
-    with pytest.raises(ValueError, match=r"mixed.jsonl.index: stale, .*another tokenizer; run tools/prepare_data.py"):
+    with pytest.raises(ValueError, match=r"mixed.jsonl.index: stale, .*another tokenizer; run megatron-omni prepare"):
         open_index(path, tokenizer="f" * 64)
     text = path.read_text()
     path.write_text(text.replace("p3", "p7"))
@@ -208,7 +208,7 @@ def test_a_stale_index_is_refused(tmp_path, mixed):
     index_of(tmp_path, "mixed.jsonl")  # made anew
     assert open_index(path, tokenizer=digest) is not None
     moved = replace(mixed, root=str(tmp_path))
-    with pytest.raises(ValueError, match=r"stale, it was made with root = '', not '.*run tools/prepare_data.py"):
+    with pytest.raises(ValueError, match=r"stale, it was made with root = '', not '.*run megatron-omni prepare"):
         StepLoader(tiny_recipe(tmp_path, [moved]), data_rank=0, data_size=1)
     index_of(tmp_path, "mixed.jsonl", root=str(tmp_path))
     assert StepLoader(tiny_recipe(tmp_path, [moved]), data_rank=0, data_size=1).sources[0].facts(20).media
@@ -216,7 +216,7 @@ def test_a_stale_index_is_refused(tmp_path, mixed):
     data = index_path(path).read_bytes()
     for damaged in (data[:-10], b"hello", data.replace(b'"version": 2', b'"version": 9'), data[:40], b""):
         index_path(path).write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"no usable index \(.*\); run tools/prepare_data.py again"):
+        with pytest.raises(ValueError, match=r"no usable index \(.*\); run megatron-omni prepare again"):
             open_index(path, tokenizer=digest)
     index_of(tmp_path, "mixed.jsonl")
     assert index_path(path).read_bytes() == data

@@ -24,7 +24,7 @@ def test_weights_by_tokens_are_shares_of_the_tokens(tmp_path, sources):
         tokens[draw.source] += size.tokens
     assert tokens / tokens.sum() == pytest.approx([0.5, 0.25, 0.25], abs=0.01)  # the weights are 2 : 1 : 1
     with pytest.raises(
-        ValueError, match=r"data.weight_by = 'tokens': source 'bare' has no index; run tools/prepare_data"
+        ValueError, match=r"data.weight_by = 'tokens': source 'bare' has no index; run megatron-omni prepare"
     ):
         StepLoader(
             tiny_recipe(tmp_path, [write_source(tmp_path, "bare", [row("x")])], weight_by="tokens"),

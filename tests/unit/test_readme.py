@@ -25,7 +25,7 @@ from megatron_omni.config.run import Recipe
 from tests.distributed.harness import Rank, run_ranks
 from tests.distributed.tiny_run import make_corpus
 from tests.distributed.tiny_run import tiny_recipe as small_recipe
-from tests.parity import foreign
+from tests.unit.dense_checkpoints import write_dense
 from tests.unit.tiny_data import row, tokenizer_file, write_clip, write_image, write_sound
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,9 +70,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_image(media / "000000.png", size=(64, 64))
     words = ["train", "recipes/tiny/quickstart.yaml"]
     assert run(place, shorter(words)) == [(0, "")]
-    for name in ("hf_model", "hf_vision"):
-        foreign.qwen2(place / name)
-        (place / name / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+    base = write_dense(place / "hf_model")
+    write_dense(place / "hf_vision", like=base, seed=1)
     corpus = make_corpus(place / "corpus")
     (place / "mine.yaml").write_text(recipe_to_yaml(own_recipe(corpus, place / "own_run")))
     return place

@@ -256,7 +256,7 @@ def test_a_tar_that_is_cut_off_keeps_what_is_whole(tmp_path, media):
     with pytest.raises(ValueError, match=r"data source 'tars': .*stale"):
         open_source(SourceConfig(name="tars", path=str(tar)), digest=tokenizer_digest(tokenizer_file(tmp_path)))
     index_path(tar).unlink()
-    with pytest.raises(ValueError, match=r"data source 'tars': .*s.tar' has no index; run tools/prepare_data.py"):
+    with pytest.raises(ValueError, match=r"data source 'tars': .*s.tar' has no index; run megatron-omni prepare"):
         open_source(SourceConfig(name="tars", path=str(tar)), digest=tokenizer_digest(tokenizer_file(tmp_path)))
 
 

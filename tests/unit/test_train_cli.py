@@ -88,7 +88,7 @@ def test_dry_run_shows_parts_and_memory_and_trains_nothing(
         (["data.seq_length=8"], ["data source 'text': 20 records in a row cannot be used"]),
         (["init_from=none"], ["init_from='none': no checkpoint there"]),
         (["load=nothing"], ["load='nothing': no checkpoint there"]),
-        (["data.weight_by=tokens"], ["run tools/prepare_data.py"]),
+        (["data.weight_by=tokens"], ["run megatron-omni prepare"]),
         (["data.eval_sources.a.path=EMPTY", "data.eval_sources.b.path=UNUSABLE", "log.eval_interval=5"], ["EMPTY", "UNUSABLE"]),
         (["model.num_layers=1000000"], ["model.num_layers=1000000: must be at least 1 and at most 1,000"]),
         (["--ranks=3"], ["data.global_batch_size=8 is no multiple of micro_batch_size x data-parallel ranks = 2 x 3"]),
