@@ -53,7 +53,7 @@ def _memory(recipe: Recipe, world_size: int) -> Iterator[str]:
     for name, size in {**sizes, "held": held, "activations": peak - held, "peak": peak}.items():
         yield f"{name:<16}{size / GIB:>15.2f} GiB"
     here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
-    yield f"(activations of the heaviest micro-batch, estimated: megatron-omni plan; this machine has {here:.1f} GiB of main memory)"
+    yield f"(activations of the heaviest micro-batch, estimated; this machine has {here:.1f} GiB of main memory)"
 
 
 def missing(recipe: Recipe, *, world_size: int) -> list[str]:
