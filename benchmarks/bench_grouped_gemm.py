@@ -1,7 +1,10 @@
-"""Grouped matrix products and the experts' MLP on CPU against ``torch.nn.functional.grouped_mm``, one line a direction.
+"""Grouped matrix products and the experts' MLP on CPU against torch's two ways, one line a direction and contender.
 
     MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 \\
         python -m benchmarks.bench_grouped_gemm [--threads 1] [--rounds 9] [--json FILE]
+
+torch's ways are ``F.grouped_mm`` and one ``torch.mm`` per expert into its part of the result. Of few rows an expert a plain
+read of the weights is timed as well (``read``): what memory gives is the bound there, for torch and for us.
 
 The allocator settings keep large tensors on a warm heap for both sides (docs/kernels.md). All contenders run in turn,
 round after round, on the clock of measure.py; printed are medians and, as the ratio, the other side's time over ours:
@@ -26,6 +29,7 @@ from torch import Tensor
 
 from benchmarks.measure import clock_name, gemm_ceiling, on_warm_heap, seconds
 from megatron_omni.ops.expert_mlp import expert_mlp
+from megatron_omni.ops.extension import cpu_engine
 from megatron_omni.ops.grouped_gemm import grouped_gemm
 
 CPU = torch.device("cpu")
@@ -35,6 +39,8 @@ SHAPES = {
     "8 rows": (128, 8, 512, 256),
     "tiny recipe": (4, 160, 128, 512),
 }
+FEW_ROWS = {f"{rows} of few": (16, rows, 1024, 2048) for rows in (1, 2, 4, 8)}
+"""As in decoding: 128 MB of fp32 weights for these rows an expert, forward only."""
 MLP_SHAPES = {
     "coarse mlp": (4, 768, 1024, 2 * 2816),
     "fine mlp": (128, 96, 512, 2 * 192),
@@ -51,23 +57,51 @@ def torch_mlp(x: Tensor, w1: Tensor, w2: Tensor, ends: Tensor, row_weight: Tenso
     return torch.nn.functional.grouped_mm(a, w2, offs=ends)
 
 
-def products(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[dict[str, tuple[Run, Run]], float]:
-    """(ours, torch's) of forward, dgrad and wgrad, and the FLOPs of each."""
+def products(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[dict[str, dict[str, Run]], float]:
+    """Everyone's forward, dgrad and wgrad, and the FLOPs of each."""
     experts, rows, k, n = shape
     x, w = torch.randn(experts * rows, k).to(dtype), torch.randn(experts, k, n).to(dtype)
     dy = torch.randn(experts * rows, n).to(dtype)
     offsets = torch.arange(experts + 1) * rows
-    ends, mm, ops = offsets[1:].int(), torch.nn.functional.grouped_mm, torch.ops.megatron_omni
-    runs: dict[str, tuple[Run, Run]] = {
-        "fwd": (lambda: grouped_gemm(x, w, offsets), lambda: mm(x, w, offs=ends)),
-        "dgrad": (lambda: ops.grouped_gemm_dgrad(dy, w, offsets), lambda: mm(dy, w.transpose(1, 2), offs=ends)),
-        "wgrad": (lambda: ops.grouped_gemm_wgrad(x, dy, offsets), lambda: mm(x.t(), dy, offs=ends)),
+    ends, grouped, ops = offsets[1:].int(), torch.nn.functional.grouped_mm, torch.ops.megatron_omni
+
+    def each(out: Callable[[], Tensor], a: Tensor, b: Tensor) -> Run:
+        """One product of a and b per expert, into the expert's part of a new result."""
+
+        def run() -> Tensor:
+            whole = out()
+            for part, one, other in zip(whole.view(experts, -1, whole.shape[-1]), a, b, strict=True):
+                torch.mm(one, other, out=part)
+            return whole
+
+        return run
+
+    by_expert, dy_by_expert = x.view(experts, rows, k), dy.view(experts, rows, n)
+    runs: dict[str, dict[str, Run]] = {
+        "fwd": {
+            "omni": lambda: grouped_gemm(x, w, offsets),
+            "grouped_mm": lambda: grouped(x, w, offs=ends),
+            "torch.mm": each(lambda: x.new_empty(experts * rows, n), by_expert, w),
+        },
+        "dgrad": {
+            "omni": lambda: ops.grouped_gemm_dgrad(dy, w, offsets),
+            "grouped_mm": lambda: grouped(dy, w.transpose(1, 2), offs=ends),
+            "torch.mm": each(lambda: x.new_empty(experts * rows, k), dy_by_expert, w.transpose(1, 2)),
+        },
+        "wgrad": {
+            "omni": lambda: ops.grouped_gemm_wgrad(x, dy, offsets),
+            "grouped_mm": lambda: grouped(x.t(), dy, offs=ends),
+            "torch.mm": each(lambda: x.new_empty(experts, k, n), by_expert.transpose(1, 2), dy_by_expert),
+        },
     }
+    if shape in FEW_ROWS.values():
+        bits = w.view(torch.int32)
+        runs = {"fwd": {**runs["fwd"], "read": lambda: bits.max()}}
     return runs, 2.0 * experts * rows * k * n
 
 
-def mlps(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[dict[str, tuple[Run, Run]], float]:
-    """(ours, torch's) of the MLP's forward + backward with all gradients, and its FLOPs."""
+def mlps(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[dict[str, dict[str, Run]], float]:
+    """Ours and torch's forward + backward of the MLP with all gradients, and its FLOPs."""
     experts, rows, hidden, width = shape
     x = torch.randn(experts * rows, hidden).to(dtype).requires_grad_()
     w1 = (torch.randn(experts, hidden, width) / hidden**0.5).to(dtype).requires_grad_()
@@ -83,7 +117,7 @@ def mlps(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[dict[str
     def theirs() -> tuple[Tensor, ...]:
         return torch.autograd.grad(torch_mlp(x, w1, w2, ends, row_weight), leaves, grad)
 
-    return {"f+b": (ours, theirs)}, 9.0 * experts * rows * hidden * width
+    return {"f+b": {"omni": ours, "grouped_mm": theirs}}, 9.0 * experts * rows * hidden * width
 
 
 def at_precision(precision: str, run: Run) -> Run:
@@ -121,11 +155,12 @@ def measure(
     make = mlps if name.endswith("mlp") else products
     runs, flops = make(shape, DTYPES[dtype])
     rows = []
-    for direction, (ours, theirs) in runs.items():
-        contenders = {"omni": ours, "grouped_mm": theirs}
+    for direction, contenders in runs.items():
         if dtype == "fp32":
-            contenders["grouped_mm medium"] = at_precision("medium", theirs)
-        check(ours(), theirs(), DTYPES[dtype])
+            contenders["grouped_mm medium"] = at_precision("medium", contenders["grouped_mm"])
+        for who, run in contenders.items():
+            if who != "read":
+                check(contenders["omni"](), run(), DTYPES[dtype])
         repeat = max(1, round(2e8 / flops))  # small shapes several times: the clock is coarse
         times: dict[str, list[float]] = {label: [] for label in contenders}
         for label, run in list(contenders.items()) * (rounds + 1):
@@ -142,6 +177,7 @@ def measure(
                     "dtype": dtype,
                     "direction": direction,
                     "threads": threads,
+                    "engine": cpu_engine(),
                     "contender": label,
                     "median_ms": median * 1e3,
                     "best_ms": min(samples) * 1e3,
@@ -157,6 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--shapes", nargs="+", help="only these")
     parser.add_argument("--json", type=Path, help="also write the rows there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -170,7 +207,9 @@ def main() -> None:
         f"{'dtype':5} {'shape':12} {'E, M, K, N':22} {'pass':5} {'contender':18} {'ms':>9} {'GFLOP/s':>8} {'ratio':>6}"
     )
     rows = []
-    for name, shape in {**SHAPES, **MLP_SHAPES}.items():
+    for name, shape in {**SHAPES, **FEW_ROWS, **MLP_SHAPES}.items():
+        if args.shapes and name not in args.shapes:
+            continue
         for dtype in DTYPES:
             for row in measure(name, shape, dtype, threads=args.threads, rounds=args.rounds):
                 rows.append(row)

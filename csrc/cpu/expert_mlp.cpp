@@ -11,12 +11,10 @@
 namespace omni::cpu {
 namespace {
 
-constexpr int64_t kBlock = 128;  // columns of gate and of up in one task
-
-// Tasks over [rows, F]: experts of little width in one piece.
-template <class RowsOf>
+// Tasks over [rows, F], each with so many columns of gate and of up; experts of little width in one piece.
+template <class G, class RowsOf>
 std::vector<Task> cut_ffn(int64_t E, int64_t F, int64_t threads, const RowsOf& rows_of, int64_t few = 0) {
-  return cut_tasks(E, F, threads, F <= 2 * kBlock ? 2 * kBlock : kBlock, rows_of, few);
+  return cut_tasks(E, F, threads, F <= G::kMaxCols ? G::kMaxCols : G::kMaxCols / 2, rows_of, few);
 }
 
 template <class Acc>
@@ -43,7 +41,7 @@ void expert_mlp(const void* x, const void* w1, const void* w2, const int64_t* of
       using Acc = typename G::Acc;
       const E_* weights = static_cast<const E_*>(w1);
       const auto rows_of = [&](int64_t e) { return std::pair<int64_t, int64_t>(offsets[e], offsets[e + 1]); };
-      const auto tasks = cut_ffn(E, F, parallel.threads, rows_of, G::kFewRows);
+      const auto tasks = cut_ffn<G>(E, F, parallel.threads, rows_of, G::kFewRows);
       run_tasks(parallel, tasks, 4 * offsets[E] * H * F, [&](const Task& t, const Task* next) {
         Acc* tile = ThreadScratch::mine().d.get<Acc>(2 * t.rows * t.cols);
         const MatrixA<E_> a_matrix{static_cast<const E_*>(x) + t.row * H, H, false};
@@ -82,7 +80,7 @@ void expert_mlp_backward(const void* dy, const void* x, const void* h, const voi
       using E_ = typename G::Element;
       using Acc = typename G::Acc;
       const E_* weights = static_cast<const E_*>(w2);
-      const auto tasks = cut_ffn(E, F, parallel.threads, rows_of);
+      const auto tasks = cut_ffn<G>(E, F, parallel.threads, rows_of);
       int64_t width = F;  // of a block of columns: where the second one begins
       for (const Task& t : tasks) width = t.col > 0 ? std::min(width, t.col) : width;
       const int64_t blocks = ceil_div(F, width);

@@ -24,8 +24,7 @@
 namespace omni::cpu {
 
 constexpr int64_t kMaxRows = 384;     // of C in one task
-constexpr int64_t kMaxCols = 256;     // of C in one task
-constexpr int64_t kWider = 16;       // times kMaxCols for few rows
+constexpr int64_t kWider = 4;         // times the columns of a task, for few rows
 constexpr int64_t kFewRows = 12;      // up to here packing fp32 weights costs more than it brings;
 constexpr int64_t kFewRowsOfRun = 64; // if they are one run of memory, to here
 constexpr int64_t kNarrow = 8;        // a result of fewer columns is summed up from many short sums: as accurate as the
@@ -88,8 +87,9 @@ struct MatrixC {
 };
 
 // Whether a contiguous result [rows, columns] is stored past the caches: if it is large, and of whole aligned tiles.
-inline bool streams(const void* data, int64_t rows, int64_t columns, int64_t element_bytes) {
-  return rows * columns * element_bytes >= kStreamOutput && columns % 64 == 0 &&
+template <class G>
+bool streams(const void* data, int64_t rows, int64_t columns, int64_t element_bytes) {
+  return G::kStreams && rows * columns * element_bytes >= kStreamOutput && columns % 64 == 0 &&
          reinterpret_cast<uintptr_t>(data) % 64 == 0;
 }
 
@@ -103,6 +103,39 @@ Fetch lines(const typename G::Element* p, int64_t ld, int64_t call) {
   const int64_t row = ld * static_cast<int64_t>(sizeof(*p));
   if (G::kPair == 2) return {at + call * 64, 2 * row, row};
   return {at + call * 128, row, 64};
+}
+
+// C (+)= A B for a short contraction, as of the weights' gradient of an expert with few rows: the result is what moves, so
+// it is written row by row, each from end to end, while all of B stays packed.
+template <class G>
+void multiply_short(const MatrixA<typename G::Element>& a, const MatrixB<typename G::Element>& b,
+                    const MatrixC<typename G::Acc>& c, int64_t m, int64_t n, int64_t l) {
+  using E = typename G::Element;
+  using Acc = typename G::Acc;
+  ThreadScratch& scratch = ThreadScratch::mine();
+  Acc* packed_a = scratch.a.get<Acc>(ceil_div(m, G::kGroup) * l * G::kGroup);
+  Acc* packed_b = scratch.b.get<Acc>(ceil_div(n, G::kTile) * l * G::kTile);
+  G::pack_a(a.data, a.ld, l, m, packed_a);
+  G::pack_b(b.data, b.ld, l, n, packed_b);
+  Tile<Acc> tile{};
+  tile.ld_init = tile.ld_out = c.ld;
+  tile.narrow = c.narrow;
+  tile.stream = c.stream;
+  const int64_t item = c.narrow ? sizeof(E) : sizeof(Acc), row_bytes = c.ld * item;
+  for (int64_t i = 0; i < m; i += G::kRows) {
+    const int64_t height = std::min(G::kRows, m - i);
+    const char* ai = reinterpret_cast<const char*>(packed_a + i / G::kGroup * G::kGroup * l + i % G::kGroup);
+    for (int64_t j = 0; j < n; j += G::kTile) {
+      tile.cols = std::min(G::kTile, n - j);
+      tile.fetch = {static_cast<const char*>(c.data) + (i + G::kRows) * row_bytes + j * item, l > 16 ? 0 : 2 * row_bytes,
+                    row_bytes};  // what is written next
+      tile.out = c.narrow ? static_cast<void*>(static_cast<E*>(c.data) + i * c.ld + j)
+                          : static_cast<void*>(static_cast<Acc*>(c.data) + i * c.ld + j);
+      tile.init = c.accumulate ? static_cast<const Acc*>(c.data) + i * c.ld + j : nullptr;
+      G::micro(true, false, height, tile.cols)(l, ai, sizeof(Acc), G::kGroup * sizeof(Acc), packed_b + j * l, G::kTile,
+                                               tile);
+    }
+  }
 }
 
 // C (+)= A B as above, for a task's m rows and n of the result's `width` columns. The width decides how sums are cut: a
@@ -130,6 +163,11 @@ void multiply(const MatrixA<typename G::Element>& a, const MatrixB<typename G::E
       }
       return;
     }
+  }
+  if constexpr (G::kResidentB > 0) {
+    if (a.columns && ceil_div(n, G::kTile) * G::kTile * l * int64_t{sizeof(Acc)} <= G::kResidentB && l <= G::kUnits &&
+        width >= kNarrow)
+      return multiply_short<G>(a, b, c, m, n, l);
   }
   const int64_t all_units = ceil_div(l, G::kPair);
   const int64_t blocks = ceil_div(all_units, width < kNarrow ? kNarrowUnits : G::kUnits);

@@ -19,7 +19,8 @@ struct Portable {
   static constexpr int64_t kRows = 4, kTile = 64 / sizeof(Acc);
   static constexpr int64_t kGroup = 8 * kRows;
   static constexpr int64_t kUnits = 256;
-  static constexpr int64_t kFewRows = 0;
+  static constexpr int64_t kMaxCols = 256, kFewRows = 0, kResidentB = 0;
+  static constexpr bool kStreams = true;
   static constexpr bool kAInPlace = std::is_same_v<E, Acc>;
   static constexpr bool kBInPlace = false;
   static constexpr bool kPacks = false;

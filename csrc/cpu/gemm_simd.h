@@ -22,18 +22,24 @@ struct Shape;
 
 template <>
 struct Shape<Avx512> {  // 24 of 32 registers accumulate; 10 loads for 24 products
-  static constexpr int64_t kLanes = 16, kRows = 6, kVectors = 4;
+  static constexpr int64_t kLanes = 16, kRows = 6, kVectors = 4, kGroup = 48;
   static constexpr int64_t kUnits = 768;          // of the contraction in one block
   static constexpr bool kInPlace = true;          // fp32 rows, and fp32 weights that few rows use, are not packed
+  static constexpr int64_t kMaxCols = 256;        // of a result in one task
+  static constexpr int64_t kResidentB = 0;
+  static constexpr bool kStreams = true;          // stores past the caches are fast
   static constexpr bool kFetchesSums = false;     // before a microkernel
   static constexpr int64_t kFewRows = 0;          // for which multiply_few is faster: here the microkernel, B in place
 };
 
 template <>
 struct Shape<Avx2> {  // 12 of 16 registers accumulate; 8 loads for 12 products; packed B takes half of a first-level cache
-  static constexpr int64_t kLanes = 8, kRows = 6, kVectors = 2;
+  static constexpr int64_t kLanes = 8, kRows = 6, kVectors = 2, kGroup = 24;
   static constexpr int64_t kUnits = 256;
   static constexpr bool kInPlace = false;
+  static constexpr int64_t kMaxCols = 1024;       // rows are packed once for all of these
+  static constexpr bool kStreams = false;
+  static constexpr int64_t kResidentB = 1 << 18;  // bytes of packed B that stay in the second-level cache beside the rest
   static constexpr bool kFetchesSums = true;
   static constexpr int64_t kFewRows = 8;
 };
@@ -74,9 +80,11 @@ struct Simd {
   using Acc = float;
   static constexpr int64_t kPair = Pairs ? 2 : 1;  // elements in a unit
   static constexpr int64_t kRows = Shape<Isa>::kRows, kTile = Shape<Isa>::kLanes * Shape<Isa>::kVectors;
-  static constexpr int64_t kGroup = 8 * kRows;  // rows of A packed side by side
+  static constexpr int64_t kGroup = Shape<Isa>::kGroup;  // rows of A packed side by side
   static constexpr int64_t kUnits = Shape<Isa>::kUnits;
-  static constexpr int64_t kFewRows = Shape<Isa>::kFewRows;
+  static constexpr int64_t kResidentB = Shape<Isa>::kResidentB;
+  static constexpr bool kStreams = Shape<Isa>::kStreams;
+  static constexpr int64_t kMaxCols = Shape<Isa>::kMaxCols, kFewRows = Shape<Isa>::kFewRows;
   static constexpr bool kAInPlace = Pairs || (std::is_same_v<E, float> && Shape<Isa>::kInPlace);
   static constexpr bool kBInPlace = std::is_same_v<E, float> && Shape<Isa>::kInPlace;
   static constexpr bool kPacks = true;  // B in a microkernel

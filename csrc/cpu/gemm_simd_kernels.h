@@ -56,9 +56,14 @@ OMNI_TARGET void Simd<Isa, E, Pairs>::pack_transposed(const E* src, int64_t ld, 
     float* to = out + c / kTile * units * kTile + c % kTile;
     for (int64_t u = 0; u < units; u += W) {
       typename V::type r[W];
+      if (!Pairs && c + W <= n && u + W <= l) {
 #pragma GCC unroll 16
-      for (int i = 0; i < W; ++i)
-        r[i] = c + i < n ? Units<Isa, E, Pairs>::load_run(src + (c + i) * ld, u, l) : V::zero();
+        for (int i = 0; i < W; ++i) r[i] = V::load(src + (c + i) * ld + u);
+      } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i)
+          r[i] = c + i < n ? Units<Isa, E, Pairs>::load_run(src + (c + i) * ld, u, l) : V::zero();
+      }
       V::transpose(r);
       if (units - u >= W) {
 #pragma GCC unroll 16
@@ -82,9 +87,14 @@ template <class Isa, class E, bool Pairs>
 OMNI_TARGET void Simd<Isa, E, Pairs>::pack_rows(const E* src, int64_t ld, int64_t m, int64_t l, Acc* out, int64_t ld_out) {
   using V = Vector<Isa, float>;
   const int64_t units = (l + kPair - 1) / kPair;
-  for (int64_t i = 0; i < m; ++i)
-    for (int64_t u = 0; u < units; u += V::width)
+  for (int64_t i = 0; i < m; ++i) {
+    int64_t u = 0;
+    if constexpr (!Pairs)
+      for (; u + V::width <= units; u += V::width)
+        V::template store<false>(out + i * ld_out + u, V::load(src + i * ld + u));
+    for (; u < units; u += V::width)
       V::store_part(out + i * ld_out + u, Units<Isa, E, Pairs>::load_run(src + i * ld, u, l), V::part(units - u));
+  }
 }
 
 // A (first unit of the tile's first row; `row` bytes to the next row, `step` bytes to the next unit) times B

@@ -21,10 +21,10 @@ void grouped_gemm(const void* x, const void* w, const int64_t* offsets, int64_t 
     using E_ = typename G::Element;
     const auto rows_of = [&](int64_t e) { return std::pair<int64_t, int64_t>(offsets[e], offsets[e + 1]); };
     const auto tasks =
-        cut_tasks(E, width, parallel.threads, kMaxCols, rows_of, transpose_w ? 0 : G::kFewRows);
+        cut_tasks(E, width, parallel.threads, G::kMaxCols, rows_of, transpose_w ? 0 : G::kFewRows);
     const E_* weights = static_cast<const E_*>(w);
     const auto at = [&](const Task& t) { return weights + t.expert * K * N + (transpose_w ? t.col * N : t.col); };
-    const bool stream = streams(y, filled, width, bytes);
+    const bool stream = streams<G>(y, filled, width, bytes);
     run_tasks(parallel, tasks, 2 * offsets[E] * K * N, [&](const Task& t, const Task* next) {
       const MatrixA<E_> a{static_cast<const E_*>(x) + t.row * length, length, false};
       const MatrixB<E_> b{at(t), N, transpose_w, next ? at(*next) : nullptr};
@@ -47,12 +47,12 @@ void grouped_wgrad(const void* x, const void* dy, const int64_t* offsets, int64_
     using G = decltype(engine);
     using E_ = typename G::Element;
     using Acc = typename G::Acc;
-    const auto tasks = cut_tasks(E, N, parallel.threads, kMaxCols, [&](int64_t e) {
+    const auto tasks = cut_tasks(E, N, parallel.threads, G::kMaxCols, [&](int64_t e) {
       return std::pair<int64_t, int64_t>(0, offsets[e] == offsets[e + 1] ? 0 : K);
     });
     const bool narrow = dtype_out == dtype && !std::is_same_v<E_, Acc>;
     const int64_t row_bytes = N * size_of(dtype_out);
-    const bool stream = !accumulate && streams(dw, E * K, N, size_of(dtype_out));
+    const bool stream = !accumulate && streams<G>(dw, E * K, N, size_of(dtype_out));
     const auto rows_at = [&](const Task& t) { return static_cast<const E_*>(x) + offsets[t.expert] * K + t.row; };
     const auto columns_at = [&](const Task& t) { return static_cast<const E_*>(dy) + offsets[t.expert] * N + t.col; };
     run_tasks(parallel, tasks, 2 * offsets[E] * K * N, [&](const Task& t, const Task* next) {
