@@ -222,7 +222,7 @@ void multiply(const MatrixA<typename G::Element>& a, const MatrixB<typename G::E
         else if (!b_in_place && !packs)
           G::pack_b(b.data + l0 * b.ld + j, b.ld, length, tile.cols, packed_b);
         const E* next = last ? (j + G::kTile < n ? b.data + j + G::kTile : b.next) : b.data + (l0 + block) * b.ld + j;
-        if (run.step || b.transposed) next = nullptr;
+        if (run.step || b.transposed || cuts_of_all > G::kFetchingCuts) next = nullptr;
         const E* next_a = last ? a.next : a.data + (l0 + block) * a.ld;
         if (!a.columns || j > 0) next_a = nullptr;
         // The rows in groups (one if A is not packed by columns), each cut into tiles of nearly equal height.

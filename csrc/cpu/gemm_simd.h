@@ -27,6 +27,7 @@ struct Shape<Avx512> {  // 24 of 32 registers accumulate; 10 loads for 24 produc
   static constexpr bool kInPlace = true;          // fp32 rows, and fp32 weights that few rows use, are not packed
   static constexpr int64_t kMaxCols = 256;        // of a result in one task
   static constexpr int64_t kResidentB = 0;
+  static constexpr int64_t kFetchingCuts = 1 << 30;  // of rows, up to which the next tile of B is fetched meanwhile
   static constexpr bool kStreams = true;          // stores past the caches are fast
   static constexpr bool kFetchesSums = false;     // before a microkernel
   static constexpr int64_t kFewRows = 0;          // for which multiply_few is faster: here the microkernel, B in place
@@ -38,6 +39,7 @@ struct Shape<Avx2> {  // 12 of 16 registers accumulate; 8 loads for 12 products;
   static constexpr int64_t kUnits = 256;
   static constexpr bool kInPlace = false;
   static constexpr int64_t kMaxCols = 1024;       // rows are packed once for all of these
+  static constexpr int64_t kFetchingCuts = 16;
   static constexpr bool kStreams = false;
   static constexpr int64_t kResidentB = 1 << 18;  // bytes of packed B that stay in the second-level cache beside the rest
   static constexpr bool kFetchesSums = true;
@@ -84,6 +86,7 @@ struct Simd {
   static constexpr int64_t kUnits = Shape<Isa>::kUnits;
   static constexpr int64_t kResidentB = Shape<Isa>::kResidentB;
   static constexpr bool kStreams = Shape<Isa>::kStreams;
+  static constexpr int64_t kFetchingCuts = Shape<Isa>::kFetchingCuts;
   static constexpr int64_t kMaxCols = Shape<Isa>::kMaxCols, kFewRows = Shape<Isa>::kFewRows;
   static constexpr bool kAInPlace = Pairs || (std::is_same_v<E, float> && Shape<Isa>::kInPlace);
   static constexpr bool kBInPlace = std::is_same_v<E, float> && Shape<Isa>::kInPlace;
