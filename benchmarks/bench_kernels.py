@@ -43,6 +43,18 @@ PERMUTE_GOAL, LINEAR_GOAL, NULL_GOAL = 2.0, 0.05, (0.45, 0.55)
 SLOW = ("hf qwen3_moe eager",)  # an order of magnitude behind, and half of the run
 
 
+def with_engine(rows: list[Row], peaks: dict[tuple[str, int], float]) -> list[Row]:
+    """The rows with ``engine`` and, where products are counted, ``share_of_peak``: of the multipliers, measured here."""
+    from megatron_omni.ops.extension import cpu_engine
+
+    engine, named = cpu_engine(), []
+    for row in rows:
+        peak = peaks.get((row["dtype"], row["threads"]), 0.0)
+        share = row["gflops"] / peak if peak and row["gflops"] and "permute" not in row.get("op", "") else None
+        named.append({**row, "engine": engine, "share_of_peak": share})
+    return named
+
+
 @dataclass
 class Found:
     """What the pieces left behind."""
@@ -91,7 +103,7 @@ def pieces(found: Found, *, repeats: int) -> list[tuple[str, Callable[[int], Non
     cpu = torch.device("cpu")
 
     def products(threads: int) -> None:
-        for name, sizes in bench_grouped_gemm.SHAPES.items():
+        for name, sizes in {**bench_grouped_gemm.SHAPES, **bench_grouped_gemm.FEW_ROWS}.items():
             for dtype in bench_grouped_gemm.DTYPES:
                 found.products += bench_grouped_gemm.measure(name, sizes, dtype, threads=threads, rounds=repeats + 2)
 
@@ -286,7 +298,10 @@ def main() -> int:
             command = "python -m benchmarks.bench_kernels " + shlex.join(sys.argv[1:])
             options.out.write_text(page(found, command=command, loads=now, minutes=minutes), encoding="utf-8")
             if options.json:
-                options.json.write_text(json.dumps([*found.products, *found.layers], indent=1) + "\n", encoding="utf-8")
+                options.json.write_text(
+                    json.dumps(with_engine([*found.products, *found.layers], found.peaks), indent=1) + "\n",
+                    encoding="utf-8",
+                )
     print(f"wrote {options.out}")
     return int(bool(found.wrong))
 

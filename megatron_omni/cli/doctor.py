@@ -70,6 +70,21 @@ def check_packages() -> Iterator[Finding]:
     yield OK, "imports: " + ", ".join(found)
 
 
+def processor_name() -> str:
+    """The CPU as the kernel of the operating system names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return f"{next(named, platform.processor() or 'unnamed')} ({platform.machine()})"
+
+
+def memory_gib() -> float:
+    """Physical memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
 def check_kernels() -> Iterator[Finding]:
     """The compiled extension loads with this torch: the same ABI."""
     import torch
@@ -82,6 +97,14 @@ def check_kernels() -> Iterator[Finding]:
         return
     names = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("megatron_omni::")}
     yield OK, f"kernels: compiled extension loads with torch {torch.__version__} ({len(names)} ops)"
+    engine, can_run = extension.cpu_engine(), ", ".join(extension.cpu_engines())
+    yield OK, f"processor: {processor_name()}, {os.cpu_count()} threads, {memory_gib():.0f} GiB; engines: {can_run}"
+    if extension.cpu_engine_is_forced():
+        yield OK, f"kernels: the CPU side runs on {engine} (OMNI_CPU_KERNELS)"
+    elif engine == "portable":
+        yield WARN, "kernels: none of ours for this processor; model.moe.kernels=omni runs on torch's products"
+    else:
+        yield OK, f"kernels: the CPU side runs on {engine}"
     if extension.CUDA_ERROR is None:
         yield OK, "kernels: CUDA side loads"
     else:
