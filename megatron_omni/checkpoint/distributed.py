@@ -69,8 +69,8 @@ def load_weights(
     pg: ProcessGroupCollection,
     allow_missing: Sequence[str] = (),
     allow_extra: Sequence[str] = (),
-) -> None:
-    """Restore the weights alone, strictly: the same tensors with the same shapes and dtypes.
+) -> set[str]:
+    """Restore the weights alone, strictly: the same tensors with the same shapes and dtypes. The names that are absent.
 
     ``directory`` as :func:`find_checkpoint` returned it, so verified. Tensors whose names match a shell-style pattern of
     ``allow_missing`` may be absent from it and then stay as they are; those of ``allow_extra`` may be in it unused.
@@ -84,6 +84,7 @@ def load_weights(
     left = model.load_state_dict(state, strict=not absent)
     # Non-tensors (extra states) have no entry of their own in a checkpoint; of the tensors, only the absent may be left.
     assert not left.unexpected_keys and not set(left.missing_keys) & set(present), left
+    return absent
 
 
 def _read(action: Callable[[], dict[str, Any]], directory: Path) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def check_same(first: Vocabulary, second: Vocabulary) -> None:
     if first.digest != second.digest:
         raise ValueError(
             f"{second.path}: another tokenizer than {first.path}: found vocabulary {second.digest[:12]}, expected "
-            f"{first.digest[:12]}; weights trained on different vocabularies cannot be merged"
+            f"{first.digest[:12]}; their rows mean different tokens"
         )
 
 

@@ -152,6 +152,10 @@ class LoraConfig:
         """Factor of the adapters' product."""
         return self.alpha / self.rank
 
+    def computes_as(self, other: "LoraConfig") -> bool:
+        """Whether adapters of one mean the same in the other; dropout is training's own affair."""
+        return (self.rank, self.alpha, set(self.targets)) == (other.rank, other.alpha, set(other.targets))
+
 
 @dataclass(kw_only=True)
 class ModelConfig:

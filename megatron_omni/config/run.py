@@ -63,8 +63,14 @@ class Recipe:
     """Tensors (shell-style patterns of their names) that ``init_from`` may lack; they keep their initial values."""
     init_allow_extra: list[str] = field(default_factory=list)
     """Tensors (shell-style patterns of their names) of ``init_from`` that this model does not have."""
+    init_allow_changed: list[str] = field(default_factory=list)
+    """Fields (``model.rotary_base``, ``data.tokenizer``) that may differ from those that the weights of ``init_from`` were
+    made with, although they give them their meaning."""
     load: str | None = file_path(None)
     """Run directory or checkpoint to resume; ``auto`` resumes ``run_dir`` when it holds a checkpoint."""
+    overwrite: bool = False
+    """Start anew in a ``run_dir`` that holds checkpoints: they, metrics and records of the earlier run are deleted when the
+    new one is ready for its first step. Without it, and without ``load``, such a directory is refused."""
     freeze: list[str] = field(default_factory=list)
     """Named parts that are not trained: vision, audio, projectors, attention, norms, experts, shared_experts, gate,
     ffn, embeddings, output, new_token_rows (docs/config.md)."""

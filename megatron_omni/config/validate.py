@@ -226,8 +226,17 @@ def _run(recipe: Recipe) -> Iterator[str]:
         yield f"freeze={recipe.freeze}: nothing is left to train; take a part out"
     yield from _best(recipe)
     yield from _profile(recipe.log.profile_steps)
-    if (recipe.init_allow_missing or recipe.init_allow_extra) and not recipe.init_from:
-        yield "init_allow_missing, init_allow_extra: no effect without init_from; set it or take them out"
+    if (recipe.init_allow_missing or recipe.init_allow_extra or recipe.init_allow_changed) and not recipe.init_from:
+        yield (
+            "init_allow_missing, init_allow_extra, init_allow_changed: no effect without init_from; set it or take them out"
+        )
+    for name in recipe.init_allow_changed:
+        if name not in all_fields():
+            yield f"init_allow_changed: {name!r} is no field of a recipe; write model.rotary_base or the like"
+    if recipe.model.lora is not None and recipe.freeze:
+        yield f"freeze={recipe.freeze}: no effect with model.lora, which trains the adapters alone; set freeze=[]"
+    if recipe.overwrite and recipe.load == "auto":
+        yield "overwrite=true, load=auto: one deletes what is in run_dir, the other continues it; keep one"
     if recipe.load and recipe.init_from and recipe.load != "auto":
         yield "load and init_from are both set: load resumes everything, init_from takes weights only; keep one"
 

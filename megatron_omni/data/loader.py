@@ -35,6 +35,7 @@ from megatron_omni.data.collate import collate
 from megatron_omni.data.decode.cpu import MediaError
 from megatron_omni.data.mixture import DataEnded, Draw, Mixture
 from megatron_omni.data.packing import deal, fill_rows
+from megatron_omni.data.past import check_past, describe_order
 from megatron_omni.data.record import RecordError, internal_error
 from megatron_omni.data.sample import Sample, SampleBuilder
 from megatron_omni.data.sizes import SampleSize, measure
@@ -64,6 +65,8 @@ class Place(NamedTuple):
     attempt: int
     """0: the row drawn; n: its n-th stand-in."""
     size: SampleSize
+    is_filler: bool = False
+    """Only fills the last step of an order that ends: read like any other, nothing of it is learned or counted."""
 
     @property
     def length(self) -> int:
@@ -133,7 +136,9 @@ class StepLoader:
         tokenizer: Tokenizer | None = None,
         agree: Callable[[list[Key]], list[Key]] | None = None,
     ) -> None:
-        """``sources``: of an evaluation; by default the recipe's. ``agree``: as in stalls.py, over the data ranks."""
+        """``sources``: of an evaluation, whose last step is filled up where epochs end inside it; by default the recipe's.
+        ``agree``: as in stalls.py, over the data ranks.
+        """
         data = recipe.data
         per_round = data.micro_batch_size * data_size
         if data.global_batch_size % per_round or data.global_batch_size < 1:
@@ -144,13 +149,13 @@ class StepLoader:
         assert 0 <= data_rank < data_size
         self.data, self.data_rank, self.data_size = data, data_rank, data_size
         self.builder = SampleBuilder(recipe, tokenizer)
-        configs = data.sources if sources is None else sources
+        configs, self._fills = (data.sources, False) if sources is None else (sources, True)
         self.sources = open_sources(configs, tokenizer=self.builder.tokenizer)
-        blended = data if sources is None else replace(data, weight_by="samples", balance="none")
+        blended = data if sources is None else replace(data, weight_by="samples", balance="none", batch_by="mixed")
         self.mixture = Mixture(
             components(configs, self.sources, data=blended, sizes=self.builder.sizes),
             seed=recipe.seed,
-            batch_by=data.batch_by,
+            batch_by=blended.batch_by,
             global_batch_size=data.global_batch_size,
         )
         self._length_multiple = lcm(data.pad_to_multiple_of, recipe.parallel.tensor_model_parallel_size)
@@ -202,7 +207,9 @@ class StepLoader:
         self._workers.forget()
 
     def plan(self, cursor: Cursor) -> Plan:
-        """The step that starts at ``cursor``; DataEnded where too few samples are left for its rows."""
+        """The step that starts at ``cursor``; DataEnded where too few samples are left for its rows (of a held-out source:
+        where none is left).
+        """
         data = self.data
         skips: list[Skip] = []
         ended: list[DataEnded] = []
@@ -215,7 +222,10 @@ class StepLoader:
             rows = [[place] for place in (*waiting[:num_rows], *islice(coming, max(num_rows - len(waiting), 0)))]
             left_over = waiting[num_rows:]
         if len(rows) < num_rows:
-            raise ended[0]
+            if not (rows and self._fills):
+                raise ended[0]
+            lightest = min((row[0] for row in rows), key=lambda place: place.length)
+            rows += [[lightest._replace(is_filler=True)]] * (num_rows - len(rows))
         self._seen = {place.sample_id: place for place in left_over}
         seen = [place.sample_id for row in (*rows, left_over) for place in row]
         after = Cursor(max(seen) + 1, tuple(place.sample_id for place in left_over))
@@ -261,7 +271,7 @@ class StepLoader:
                 sample = self._sample(place, skips, room=place.length + spare)
                 if sample is not None:
                     spare -= sample.length - place.length
-                    samples.append(sample)
+                    samples.append(sample.without_labels() if place.is_filler else sample)
                     places.append(place)
                     row_of.append(number)
         if not samples:
@@ -456,7 +466,7 @@ class StepLoader:
                 stage: [[*key, number] for key, number in found.items()] for stage, found in self._skipped.items()
             },
             "tried": dict(self._tried),
-            "order": self._order(),
+            "order": describe_order(self.mixture),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -470,14 +480,9 @@ class StepLoader:
                 f"consumed_samples = {consumed} is no whole number of steps of data.global_batch_size = "
                 f"{self.data.global_batch_size}; with data.batch_by = 'source' keep the batch size when resuming"
             )
-        for key, mine in self._order().items():
-            saved = state.get("order", {}).get(key, mine)
-            if saved != mine:
-                raise ValueError(
-                    f"the data changed since this state was saved: {key} was {saved}, is {mine}; restore it, or start "
-                    "a new run from the weights with init_from"
-                )
         waiting = tuple(state.get("waiting", ()))
+        if (saved := state.get("order")) is not None:
+            check_past(self.mixture, saved, consumed + len(waiting))
         self._cursor = Cursor(consumed + len(waiting), waiting)
         self._workers.forget()
         for stage in self._skipped:
@@ -486,15 +491,3 @@ class StepLoader:
             self._skipped[stage] = Counter({(source, reason): number for source, reason, number in found})
             self._tried[stage] = state.get("tried", {}).get(stage, 0) if mine else 0
 
-    def _order(self) -> dict[str, Any]:
-        """Everything that the order of samples depends on."""
-        return {
-            "seed": self.mixture.seed,
-            "batch_by": self.data.batch_by,
-            "samples_per_item": self.mixture.samples_per_item,
-            "sources": [
-                [c.name, c.num_rows, c.weight, c.from_sample, *map(list, c.reweight)]
-                + ([f"epochs {c.epochs}"] if c.epochs is not None else [])
-                for c in self.mixture.components
-            ],
-        }

@@ -100,7 +100,7 @@ class Mixture:
     ) -> None:
         _validate(components)
         self.components = components
-        self.seed = seed
+        self.seed, self.batch_by = seed, batch_by
         self.samples_per_item = global_batch_size if batch_by == "source" else 1
         self._block = BLOCK_STEPS if batch_by == "source" else BLOCK_SAMPLES
         self._phases: list[_Phase] = []
@@ -151,6 +151,24 @@ class Mixture:
             )
         return items
 
+    def past(self, num_samples: int) -> list[tuple[int, list[tuple[str, int, int]]]]:
+        """What the first ``num_samples`` samples follow from: the first sample of every phase, and of each source that
+        it draws from the name, the rows and the share (items of a period). Equal pasts have equal samples.
+        """
+        return [
+            (
+                phase.start * self.samples_per_item,
+                [(part.name, part.num_rows, share) for part, share in zip(self.components, phase.shares) if share],
+            )
+            for phase in self._phases
+            if phase.start * self.samples_per_item < num_samples
+        ]
+
+    def phase_at(self, index: int) -> int:
+        """Number of the stretch with one set of sources and weights that sample ``index`` lies in."""
+        item = index // self.samples_per_item
+        return sum(phase.start <= item for phase in self._phases) - 1
+
     def sample_at(self, index: int) -> Draw:
         """The ``index``-th sample of the run, counted from 0."""
         if index < 0:
@@ -161,7 +179,7 @@ class Mixture:
                 "what they last for, or raise data.sources[].epochs"
             )
         item, within = divmod(index, self.samples_per_item)
-        phase = next(phase for phase in reversed(self._phases) if phase.start <= item)
+        phase = self._phases[self.phase_at(index)]
         source, rank = phase.item(item - phase.start)
         return self.draw(source, rank * self.samples_per_item + within)
 
@@ -198,6 +216,7 @@ class _Phase:
         self._block = block
         self._key = key
         self._cumulative = block_counts(weights, block=block)  # [blocks of a period + 1, sources]
+        self.shares: list[int] = self._cumulative[-1].tolist()
         self._slots = lru_cache(maxsize=64)(self._shuffled_block)
 
     def item(self, index: int) -> tuple[int, int]:

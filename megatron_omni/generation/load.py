@@ -66,6 +66,7 @@ def open_checkpoint(
     recipe = load_recipe(directory / RUN_CONFIG, list(overrides))
     recipe.parallel = parallel
     recipe.load = recipe.init_from = None
+    recipe.init_allow_missing, recipe.init_allow_extra, recipe.init_allow_changed, recipe.freeze = [], [], [], []
     # Batches are the caller's here; these two only have to pass the checks of the layout.
     recipe.data.micro_batch_size, recipe.data.global_batch_size = 1, data_parallel_size(parallel, dist.get_world_size())
     recipe.data.tokenizer = str(tokenizer_path(directory))

@@ -1,15 +1,16 @@
 """Weights that a run starts from: another stage's checkpoint, of the same shape or one that can be made into it.
 
     same model              loaded as it is; what is missing or extra must be named by the recipe
-    adapters -> none        adapters that this model has not are merged into the weights they stand beside
+    adapters -> same        taken as they are, where rank, alpha and targets are equal
+    adapters -> others      merged into the weights they stand beside; where this model has some, fresh ones follow
     none -> adapters        fresh ones, which change nothing (models/lora.py)
     dense -> experts        upcycled first (checkpoint/upcycle.py): every routed expert is the dense feed-forward part,
                             shared experts are slices of it, gates are drawn
 
+What gives the weights their meaning (checkpoint/meaning.py) must be the same, or be named by ``init_allow_changed``.
 Counters, optimizer state and data position start anew; ``load`` is what resumes.
 """
 
-import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.checkpoint.distributed import RUN_CONFIG, find_checkpoint, load_weights
+from megatron_omni.checkpoint.meaning import check_handover
+from megatron_omni.checkpoint.tokenizer_files import find_tokenizer
 from megatron_omni.checkpoint.upcycle import upcycle
 from megatron_omni.config.load import load_recipe
 from megatron_omni.config.model import UPCYCLED_SHAPE, MoEConfig
@@ -29,36 +32,54 @@ from megatron_omni.models.omni import OmniModel
 UPCYCLED = "upcycled"
 """Directory in the run directory, removed once its weights are loaded."""
 
-logger = logging.getLogger(__name__)
+def load_initial_weights(model: OmniModel, recipe: Recipe, directory: Path, *, pg: ProcessGroupCollection) -> str:
+    """Fill this rank's ``model`` from the verified checkpoint ``directory``; all ranks call this together. What was done
+    to the weights on their way, for the log.
 
-
-def load_initial_weights(model: OmniModel, recipe: Recipe, directory: Path, *, pg: ProcessGroupCollection) -> None:
-    """Fill this rank's ``model`` from the verified checkpoint ``directory``; all ranks call this together.
-
-    ValueError for a tensor that does not fit, is missing or extra, naming it.
+    ValueError for a tensor that does not fit, is missing or extra, and for a field or tokenizer that makes the weights mean
+    something else, naming it.
     """
+    theirs, made, told = load_recipe(directory / RUN_CONFIG), None, [str(directory)]
+    check_handover(
+        recipe.model,
+        theirs.model,
+        tokenizers=(Path(recipe.data.tokenizer), find_tokenizer(directory)),
+        origin=directory,
+        allowed=recipe.init_allow_changed,
+    )
+    if recipe.init_allow_changed:
+        told.append(f"{', '.join(recipe.init_allow_changed)} may differ")
     if recipe.optim.precision == "bf16":  # as the wrapper will: a checkpoint must have this run's dtype
         model.bfloat16()
-    theirs, made = load_recipe(directory / RUN_CONFIG), None
     if theirs.model.moe is None and recipe.model.moe is not None:
         directory = made = upcycled_copies(directory, recipe, recipe.model.moe)
-    merging = theirs.model.lora is not None and recipe.model.lora is None and made is None
+        told.append(f"upcycled from a dense model to {recipe.model.moe.num_routed_experts} equal routed experts")
+    old, new = None if made is not None else theirs.model.lora, recipe.model.lora
+    merging = old is not None and not (new is not None and old.computes_as(new))
     if merging:
-        add_lora(model.language, replace(recipe.model, lora=theirs.model.lora), seed=recipe.seed, pg=pg)
-    fresh = recipe.model.lora is not None and (theirs.model.lora is None or made is not None)
-    load_weights(
+        merge_lora(model.language)  # fresh ones, which add nothing, make room
+        add_lora(model.language, replace(recipe.model, lora=old), seed=recipe.seed, pg=pg)
+        told.append("its low-rank adapters merged")
+    left = load_weights(
         directory,
         model=model,
         pg=pg,
-        allow_missing=[*recipe.init_allow_missing, *["*.lora_*"] * fresh],
+        allow_missing=[*recipe.init_allow_missing, *["*.lora_*"] * (old is None and new is not None)],
         allow_extra=recipe.init_allow_extra,
     )
     if merging:
         merge_lora(model.language)
+        if new is not None:
+            add_lora(model.language, recipe.model, seed=recipe.seed, pg=pg)
+    if initial := sorted(key for key in left if ".lora_" not in key):
+        told.append(f"{len(initial)} tensors that it lacks keep their initial values, {initial[0]} the first")
+    if new is not None and (old is None or merging):
+        told.append("low-rank adapters start anew")
     if made is not None:
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(Path(recipe.run_dir) / UPCYCLED)
+    return "; ".join(told)
 
 
 def upcycled_copies(dense: Path, recipe: Recipe, moe: MoEConfig) -> Path:
@@ -83,5 +104,4 @@ def upcycled_copies(dense: Path, recipe: Recipe, moe: MoEConfig) -> Path:
         raise ValueError(problem[0])
     found = find_checkpoint(out)
     assert found is not None, out
-    logger.info("init_from is dense: upcycled, %d equal routed experts", moe.num_routed_experts)
     return found

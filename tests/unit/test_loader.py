@@ -12,7 +12,7 @@ from PIL import Image
 from megatron_omni.batch import OmniBatch
 from megatron_omni.data import loader as loader_module
 from megatron_omni.data.loader import StepLoader
-from megatron_omni.data.mixture import Component, Mixture
+from megatron_omni.data.mixture import Component, DataEnded, Mixture
 from megatron_omni.data.sample import SampleBuilder
 from megatron_omni.data.sizes import MediaFacts, measure
 from tests.unit.tiny_data import (
@@ -161,10 +161,12 @@ def test_the_state_is_small_and_plain(tmp_path, sources):
 
 
 def test_a_state_of_other_data_is_refused(tmp_path, sources):
-    state = StepLoader(tiny_recipe(tmp_path, sources), data_rank=0, data_size=1).state_dict()
+    loader = StepLoader(tiny_recipe(tmp_path, sources), data_rank=0, data_size=1)
+    loader.next_step()
+    state = loader.state_dict()
     for recipe, key in [
         (tiny_recipe(tmp_path, sources, seed=12), "seed was 11, is 12"),
-        (tiny_recipe(tmp_path, sources[:2]), "sources was"),
+        (tiny_recipe(tmp_path, sources[:2]), "its sources were"),
         (tiny_recipe(tmp_path, sources, batch_by="source"), "batch_by was mixed, is source"),
     ]:
         with pytest.raises(ValueError, match=f"data changed since this state was saved: {key}"):
@@ -513,3 +515,28 @@ def test_a_file_longer_than_its_header_said_does_not_overfill_a_packed_row(tmp_p
     for _ in range(4):
         assert all(batch.input_ids.shape[1] <= 120 for batch in loader.next_step())
     assert loader.report().keys() == {"wrong_header"}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_last_step_of_a_held_out_set_is_filled_up_without_labels(tmp_path, sources, packing):
+    """12 records in steps of 8 rows (unpacked): all of them are given once, the rest of the rows counts nothing."""
+    recipe = tiny_recipe(tmp_path, sources, packing=packing)
+    held_out = recipe.data.sources[0]
+    held_out.epochs = 12 / sum(1 for _ in open(held_out.path))
+    whole = StepLoader(recipe, data_rank=0, data_size=1, sources=[held_out])
+    answers = {i: whole.builder.build_sample(whole.sources[0][whole.mixture.sample_at(i).row]) for i in range(12)}
+    ranks = [StepLoader(recipe, data_rank=i, data_size=2, sources=[held_out]) for i in range(2)]
+    labels, steps = 0, 0
+    while True:
+        try:
+            batches = [batch for loader in ranks for batch in loader.next_step()]
+        except DataEnded:
+            break
+        steps += 1
+        labels += sum(batch.num_label_tokens for batch in batches)
+    assert labels == sum(int((sample.labels != -100).sum()) for sample in answers.values())
+    assert steps == (1 if packing else 2)
+    with pytest.raises(DataEnded):  # training's own order has no such rows
+        trained = StepLoader(tiny_recipe(tmp_path, [held_out], packing=packing), data_rank=0, data_size=1)
+        for _ in range(steps):
+            trained.next_step()
