@@ -20,9 +20,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from megatron_omni.checkpoint import commit
+from megatron_omni.checkpoint.meaning import check_handover
+from megatron_omni.checkpoint.run_dir import ENDED_MARKER, RESOLVED
+from megatron_omni.checkpoint.tokenizer_files import find_tokenizer
 from megatron_omni.config.load import load_config, load_recipe, read_mapping
 from megatron_omni.config.model import UPCYCLED_SHAPE, ModelConfig, MoEConfig
 from megatron_omni.config.ranges import file_path, number, out_of_range
@@ -32,15 +35,8 @@ from megatron_omni.evaluation import stages as reading
 from megatron_omni.foreign import read_json
 
 UPCYCLE_REPORT = "upcycle.json"
-RESOLVED = "resolved.yaml"
-ENDED_MARKER = "data_ended"
-"""In a stage's directory: the step after which its sources had used their epochs (training/logger.py)."""
 REPORT = "held_out.md"
 """In the chain's directory: what its stages show on held-out data."""
-TRUNK_FIELDS = (
-    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size", "add_qkv_bias",
-    "untie_embeddings_and_output_weights", "rotary_base", "vision", "audio",
-)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -242,7 +238,8 @@ def _with_shape(stage: Stage, stages: Sequence[Stage]) -> Stage:
 def _check(chain: Chain, stage: Stage) -> None:
     """The typed hand-off: what arrives has the shape of what is made of it."""
     where = f"stage {stage.name}"
-    models = {role: _model_of(chain.source(word), chain) for role, word in stage.sources.items()}
+    sources = {role: _made_with(chain.source(word), chain) for role, word in stage.sources.items()}
+    models = {role: source.model if source is not None else None for role, source in sources.items()}
     if stage.recipe is not None:
         try:
             validate(stage.recipe, world_size=stage_ranks(chain, stage.recipe), check_files=False)
@@ -250,9 +247,9 @@ def _check(chain: Chain, stage: Stage) -> None:
             raise ValueError(f"{where}: {error}") from error
         if stage.hand_on == "best" and stage.recipe.checkpoint.keep_best is None:
             raise ValueError(f"{where}: hand_on=best needs checkpoint.keep_best in its recipe; set it, or hand_on=last")
-        if (theirs := models.get("init_from")) is not None:
-            strict = not (stage.recipe.init_allow_missing or stage.recipe.init_allow_extra)
-            _same_trunk(where, stage.recipe.model, theirs, stage.sources["init_from"], strict=strict)
+        if (source := sources.get("init_from")) is not None:
+            theirs = source.model
+            _check_handover(where, stage.recipe, source, stage.sources["init_from"])
             if theirs.moe is not None and stage.recipe.model.moe is None:
                 raise ValueError(
                     f"{where}: is dense but starts from {stage.sources['init_from']}, a mixture of experts; start it "
@@ -277,24 +274,45 @@ def _check(chain: Chain, stage: Stage) -> None:
         )
 
 
-def _same_trunk(where: str, ours: ModelConfig, theirs: ModelConfig, word: str, *, strict: bool) -> None:
-    for name in TRUNK_FIELDS:
-        if getattr(ours, name) != getattr(theirs, name) and (strict or name not in ("vision", "audio")):
+def _check_handover(where: str, ours: Recipe, source: "MadeWith", word: str) -> None:
+    parts = () if ours.init_allow_missing or ours.init_allow_extra else ("vision", "audio")
+    for part in parts:
+        if (getattr(ours.model, part) is None) != (getattr(source.model, part) is None):
             raise ValueError(
-                f"{where}: model.{name} is {getattr(ours, name)}, but it starts from {word} with {getattr(theirs, name)}; "
-                "make them equal"
+                f"{where}: only one of it and {word}, from which it starts, has model.{part}; make them equal, or name "
+                "its tensors in init_allow_missing or init_allow_extra"
             )
+    ours_read = Path(ours.data.tokenizer)
+    there = ours_read.exists() and source.tokenizer is not None and source.tokenizer.exists()
+    try:
+        check_handover(
+            ours.model,
+            source.model,
+            tokenizers=(ours_read, source.tokenizer) if there else (None, None),
+            origin=word,
+            allowed=ours.init_allow_changed,
+        )
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
-def _model_of(source: Stage | Path, chain: Chain) -> ModelConfig | None:
-    """Shape of the model that a stage or path hands on; None where nothing says yet."""
+class MadeWith(NamedTuple):
+    """What weights were made with: the model that they are of, and the tokenizer where it is known."""
+
+    model: ModelConfig
+    tokenizer: Path | None
+
+
+def _made_with(source: Stage | Path, chain: Chain) -> MadeWith | None:
+    """Of the weights that a stage or path hands on; None where nothing says yet."""
     if isinstance(source, Path):
-        file = _checkpoint(source) / "run_config.yaml"
-        return load_recipe(file).model if file.is_file() else None
+        checkpoint = _checkpoint(source)
+        file = checkpoint / "run_config.yaml"
+        return MadeWith(load_recipe(file).model, find_tokenizer(checkpoint)) if file.is_file() else None
     if source.recipe is not None:
-        return source.recipe.model
-    base = _model_of(chain.source(source.sources["base"]), chain)
-    return None if base is None else replace(base, moe=source.moe)
+        return MadeWith(source.recipe.model, Path(source.recipe.data.tokenizer))
+    base = _made_with(chain.source(source.sources["base"]), chain)
+    return None if base is None else base._replace(model=replace(base.model, moe=source.moe))
 
 
 def check_paths(chain: Chain) -> None:

@@ -221,4 +221,6 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         rank, (inner, _) = next(iter(error.failures.items()))
         return f"on rank {rank}: {inner}"
+    if isinstance(error, CheckpointError):
+        return str(error)
     return f"{type(error).__name__}: {error}"

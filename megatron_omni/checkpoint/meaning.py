@@ -85,8 +85,8 @@ def check_handover(
     for field, ours, theirs in changes(now, then):
         if field not in allowed:
             raise ValueError(
-                f"{field}={ours}: the weights of {origin} were made with {theirs} and mean something else otherwise; set "
-                f"it back, or name {field} in init_allow_changed"
+                f"{field}={ours}: the weights of {origin} were made with {theirs}, which gives them their meaning; set it "
+                f"back, or name {field} in init_allow_changed"
             )
     if TOKENIZER not in allowed:
         check_tokenizers(*tokenizers, way_out=f"name {TOKENIZER} in init_allow_changed")

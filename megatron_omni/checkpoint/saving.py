@@ -61,6 +61,8 @@ class PendingSave:
         request: AsyncRequest,
     ) -> None:
         self.root, self.step = root, step
+        self.retires = True
+        """Whether publishing it may retire older checkpoints."""
         self._recipe, self._score, self._strategy, self._request = recipe, score, strategy, request
         self._digests: dict[str, str] = {}
         self._errors: list[str] = []
@@ -128,7 +130,7 @@ class PendingSave:
             raise self._strategy.failure
 
     def _publish(self, digests: dict[str, str]) -> None:
-        keep = self._recipe.checkpoint.keep
+        keep = self._recipe.checkpoint.keep if self.retires else 0
         commit.publish(self.root, self.step, keep=keep, digests=digests, score=self._score)
 
     def _sweep(self) -> None:
@@ -163,11 +165,12 @@ def start_save(
     ``common`` is plain values, equal on every rank; ``score`` as :func:`commit.publish` takes it. ``background``: the
     files are written while training goes on; else before this returns. ``memory`` is reused from save to save, and
     belongs to this one until it is finished. Raises CheckpointError on every rank when any
-    rank fails; the previous checkpoint stays what it was.
+    rank fails, or has a weight that is not finite; the previous checkpoint stays what it was.
     """
     pending: list[PendingSave] = []
 
     def plan() -> None:
+        _check_finite(model)
         gathered = memory or GatheredState()
         with gathered.used_by(optimizer):
             sharded = _state(model, optimizer, common, pg, check=not gathered.is_known)
@@ -191,6 +194,29 @@ def start_save(
     return pending[0]
 
 
+def plan_save(model: MegatronModule, optimizer: MegatronOptimizer, pg: ProcessGroupCollection) -> None:
+    """Name every tensor that a save will write, without copying or writing one; all ranks call this together.
+
+    ValueError on every rank where that fails on any: no checkpoint of such a model could be made.
+    """
+    try:
+        _together(lambda: _state(model, optimizer, {}, pg, check=True, only_names=True), what="planning a checkpoint")
+    except CheckpointError as error:
+        raise ValueError(f"no checkpoint of this model could be saved: {error}") from error
+
+
+def _check_finite(model: MegatronModule) -> None:
+    """CheckpointError for a weight that is not finite."""
+    parameters = dict(model.named_parameters())
+    finite = torch.stack([parameter.detach().isfinite().all() for parameter in parameters.values()]).tolist()
+    if not all(finite):
+        raise CheckpointError(
+            f"{list(parameters)[finite.index(False)]} is not finite; weights that have diverged are not saved, and the "
+            "checkpoints before them stay. Lower optim.lr, or look at the samples in incidents.jsonl, and go on from one "
+            "of them"
+        )
+
+
 def _state(
     model: MegatronModule,
     optimizer: MegatronOptimizer,
@@ -198,15 +224,16 @@ def _state(
     pg: ProcessGroupCollection,
     *,
     check: bool,
+    only_names: bool = False,
 ) -> dict[str, Any]:
     """What is saved, by Megatron's names. ``check``: all ranks compare what each says it has, which stays the same from
-    save to save.
+    save to save. ``only_names``: the optimizer's state is not gathered, as before a load.
     """
     metadata = sharding_metadata(pg) | {"views": True}  # models/moe/experts.py
     weights = model.sharded_state_dict(prefix="", metadata=metadata)
     state: dict[str, Any] = {
         "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, metadata=metadata),
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=only_names, metadata=metadata),
         "rng": rng_shard(),
         "common": common,
         "layout": {"world_size": dist.get_world_size()},

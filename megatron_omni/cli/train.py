@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     rank, world_size = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
     try:
+        from megatron_omni.checkpoint.run_dir import check_start
         from megatron_omni.config.load import load_recipe
         from megatron_omni.config.validate import validate
 
@@ -56,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.dry_run:
             return dry_run(recipe, options.ranks) if rank == 0 else 0
         validate(recipe, world_size=world_size)
+        check_start(recipe)
     except ValueError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -87,6 +89,7 @@ def run(recipe: "Recipe", *, origin: str) -> int:
 
     quiet()
     install()
+    from megatron_omni.checkpoint.run_dir import take
     from megatron_omni.parallel.groups import destroy
     from megatron_omni.tasks.supervised import SupervisedTask
     from megatron_omni.training.failure import leave, report_failure
@@ -94,8 +97,9 @@ def run(recipe: "Recipe", *, origin: str) -> int:
     from megatron_omni.training.setup import setup
 
     try:
-        write_resolved(recipe)
         prepared = setup(recipe, SupervisedTask(recipe.data.sources))
+        if int(os.environ.get("RANK", "0")) == 0:
+            take(recipe)
         status = train(prepared)
     except BaseException as error:
         # Not sys.exit: a rank that unwinds politely waits for peers that are waiting for it.
@@ -115,16 +119,6 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", module=rf"{module}\.")
 
 
-def write_resolved(recipe: "Recipe") -> None:
-    """Leave the recipe that is being run, defaults included, in its run directory."""
-    from pathlib import Path
-
-    from megatron_omni.config.load import recipe_to_yaml
-
-    if int(os.environ.get("RANK", "0")) == 0:
-        directory = Path(recipe.run_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "resolved.yaml").write_text(recipe_to_yaml(recipe), encoding="utf-8")
 
 
 if __name__ == "__main__":

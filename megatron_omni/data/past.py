@@ -50,9 +50,7 @@ def _described(saved: dict[str, Any]) -> Mixture:
     parts = [
         Component(**part | {"reweight": tuple(map(tuple, part.get("reweight", ())))}) for part in saved["components"]
     ]
-    return Mixture(
-        parts, seed=saved["seed"], batch_by=saved["batch_by"], global_batch_size=saved["samples_per_item"]
-    )
+    return Mixture(parts, seed=saved["seed"], batch_by=saved["batch_by"], global_batch_size=saved["samples_per_item"])
 
 
 def _other_sources(then: Mixture, now: Mixture, num_samples: int) -> str | None:

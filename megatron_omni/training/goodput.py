@@ -16,9 +16,10 @@ from typing import Any
 
 import psutil
 
+from megatron_omni.checkpoint.run_dir import GOODPUT
 from megatron_omni.foreign import ForeignError, parse_json, read_text
 
-FILE = "goodput.jsonl"
+FILE = GOODPUT
 STEP_PARTS = ("forward", "backward", "communication", "optimizer")
 """Parts that are training; waiting for data, evaluation and checkpoints are not."""
 
@@ -35,12 +36,15 @@ class Goodput:
         self._from_step = step
         self._setup = now - self._began
 
-    def note(self, step: int, seconds: Mapping[str, float]) -> dict[str, Any]:
-        """Append where the time of this start went up to ``step``; ``seconds`` by part since the loop began."""
+    def note(self, step: int, seconds: Mapping[str, float], *, finished: bool = False) -> dict[str, Any]:
+        """Append where the time of this start went up to ``step``; ``seconds`` by part since the loop began. ``finished``:
+        nothing is left to do, so whatever comes later is an extension.
+        """
         wall = time.time() - self._began
         parts = {"setup": self._setup, **seconds}
         parts["other"] = max(0.0, wall - sum(parts.values()))
         line = {"began": self._began, "from_step": self._from_step, "step": step, "wall": wall, "parts": parts}
+        line |= {"finished": True} if finished else {}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         return line
@@ -59,20 +63,23 @@ class Goodput:
 def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Seconds by part over all starts, ``wall`` (first start to the last line), ``training`` (steps that count) and their
     quotient ``goodput``. ``lost`` is what starts did after the checkpoint that the next one continued from, and the time
-    between starts.
+    between starts; time between a finished run and its extension is no part of ``wall``.
     """
     starts: dict[float, list[Mapping[str, Any]]] = {}
     for line in lines:
         starts.setdefault(line["began"], []).append(line)
     ordered = [starts[began] for began in sorted(starts)]
     total: dict[str, float] = {}
+    idle = 0.0
     for number, own in enumerate(ordered):
         if number + 1 < len(ordered):
+            if own[-1].get("finished"):
+                idle += max(0.0, ordered[number + 1][0]["began"] - own[-1]["began"] - own[-1]["wall"])
             own = [line for line in own if line["step"] <= ordered[number + 1][0]["from_step"]]
         if own:
             for part, seconds in own[-1]["parts"].items():
                 total[part] = total.get(part, 0.0) + seconds
-    wall = ordered[-1][-1]["began"] + ordered[-1][-1]["wall"] - ordered[0][0]["began"]
+    wall = ordered[-1][-1]["began"] + ordered[-1][-1]["wall"] - ordered[0][0]["began"] - idle
     total["lost"] = max(0.0, wall - sum(total.values()))
     training = sum(total.get(part, 0.0) for part in STEP_PARTS)
     return {**total, "training": training, "wall": wall, "goodput": training / wall if wall > 0 else 0.0}

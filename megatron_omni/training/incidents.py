@@ -2,9 +2,10 @@
 
 Two kinds: *non-finite gradients* (the step changed nothing) and *loss spike* (the loss of a step is far above that of
 the steps before it: above the median of the last ``WINDOW`` by more than ``DEVIATIONS`` times their spread, the median
-absolute deviation, and by a tenth of the median). A line names the step and, for every sample of it, its number in the
-run's order and the file and line that were drawn there (a record that cannot be used has a stand-in: the loader's
-warnings name it).
+absolute deviation, and by a tenth of the median). Where the mixture changes, a source joins or a weight moves, the loss
+moves with it: only steps of one phase of the mixture are compared. A streak of such steps is told once. A line names
+the step and, for every sample of it, its number in the run's order and the file and line that were drawn there (a record
+that cannot be used has a stand-in: the loader's warnings name it).
 
 Which samples a step took follows from the data cursor before and after it, the same on every rank and layout, so rank
 0 can tell alone. A step that is run again after a resume may be reported again.
@@ -17,9 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_omni.checkpoint.run_dir import INCIDENTS
 from megatron_omni.data.loader import StepLoader
 
-FILE = "incidents.jsonl"
+FILE = INCIDENTS
 WINDOW = 64
 FEWEST = 16
 """Losses needed before one can be unusual."""
@@ -41,14 +43,25 @@ class SpikeDetector:
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=WINDOW)
+        self._phase = 0
+        self._streak = 0
+        """Unusual losses in a row."""
 
-    def add(self, loss: float) -> float | None:
-        """The usual loss when ``loss`` is far above it, else None. An unusual one does not become usual."""
+    def add(self, loss: float, *, phase: int = 0) -> float | None:
+        """The usual loss when ``loss`` is far above it and the one before was not, else None. ``phase``: of the mixture.
+
+        An unusual loss does not become usual, unless ``WINDOW`` of them come in a row.
+        """
+        if phase != self._phase or self._streak >= WINDOW:
+            self._recent.clear()
+            self._phase, self._streak = phase, 0
         if len(self._recent) >= FEWEST:
             usual = statistics.median(self._recent)
             spread = 1.4826 * statistics.median(abs(value - usual) for value in self._recent)
             if loss > usual + max(DEVIATIONS * spread, FLOOR * abs(usual)):
-                return usual
+                self._streak += 1
+                return usual if self._streak == 1 else None
+        self._streak = 0
         self._recent.append(loss)
         return None
 
@@ -67,6 +80,11 @@ class Incidents:
         before, self._cursor = self._cursor, _cursor(self._loader)
         self._samples[step] = before, self._cursor
         self._samples.pop(step - KEPT_STEPS, None)
+
+    def phase_of(self, step: int) -> int:
+        """Phase of the mixture that the last sample of ``step`` was drawn in."""
+        _, after = self._samples[step]
+        return self._loader.mixture.phase_at(after["consumed_samples"] + len(after["waiting"]) - 1)
 
     def report(self, kind: str, step: int, facts: Mapping[str, float]) -> None:
         """Append a line about ``step``."""

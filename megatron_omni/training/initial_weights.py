@@ -21,6 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.checkpoint.distributed import RUN_CONFIG, find_checkpoint, load_weights
 from megatron_omni.checkpoint.meaning import check_handover
+from megatron_omni.checkpoint.run_dir import UPCYCLED
 from megatron_omni.checkpoint.tokenizer_files import find_tokenizer
 from megatron_omni.checkpoint.upcycle import upcycle
 from megatron_omni.config.load import load_recipe
@@ -29,8 +30,6 @@ from megatron_omni.config.run import Recipe
 from megatron_omni.models.lora import add_lora, merge_lora
 from megatron_omni.models.omni import OmniModel
 
-UPCYCLED = "upcycled"
-"""Directory in the run directory, removed once its weights are loaded."""
 
 def load_initial_weights(model: OmniModel, recipe: Recipe, directory: Path, *, pg: ProcessGroupCollection) -> str:
     """Fill this rank's ``model`` from the verified checkpoint ``directory``; all ranks call this together. What was done

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_omni.checkpoint.ledger import converted_directory, recorded_loss
+from megatron_omni.checkpoint.run_dir import ENDED_MARKER, STOP_MARKER
 from megatron_omni.models.moe.balance import reduce_stats, routing_metrics
 from megatron_omni.models.moe.context import RoutingStats
 from megatron_omni.models.parts import parameter_table
@@ -33,10 +34,6 @@ from megatron_omni.training.optimizer import learning_rate
 from megatron_omni.training.profile import StepProfiler
 from megatron_omni.training.setup import Run
 
-STOP_MARKER = "requeue"
-"""File in the run directory that says: stopped on a signal, checkpoint whole, start me again."""
-ENDED_MARKER = "data_ended"
-"""File in the run directory that holds the step after which the data ended, before ``train_iters``."""
 PARTS = ("data", "forward", "backward", "communication", "optimizer")
 OWN_PARTS = PARTS[:3]
 SLOW, SLOW_RECORDS = 1.25, 3
@@ -84,6 +81,8 @@ class RunLogger:
                 (self._directory / marker).unlink(missing_ok=True)
             for line in describe(run):
                 self.say(line)
+            if (dropped := self._writer.num_dropped) and not run.state.step:
+                self.say(f"metrics.jsonl: {dropped} records of a start that left no checkpoint are replaced")
 
     def due(self, step: int) -> bool:
         """Whether ``step`` is recorded."""
@@ -170,7 +169,7 @@ class RunLogger:
         return metrics | {f"data/skipped/{name}": number for name, number in zip(names, skipped) if number}
 
     def _look_for_spike(self, step: int, loss: float) -> None:
-        usual = self._spikes.add(loss)
+        usual = self._spikes.add(loss, phase=self._incidents.phase_of(step))
         if usual is not None:
             self._incidents.report("loss spike", step, {"lm loss": loss, "usual lm loss": usual})
             where = self._directory / incidents.FILE
@@ -257,10 +256,10 @@ class RunLogger:
         if self._writes:
             self._progress.say(text)
 
-    def note_time(self) -> None:
+    def note_time(self, *, finished: bool = False) -> None:
         """Account for the time up to here: a later start may continue from this step."""
         if self._writes:
-            self._goodput.note(self.run.state.step, self.timer.total())
+            self._goodput.note(self.run.state.step, self.timer.total(), finished=finished)
 
     def mark_stopped(self) -> None:
         """Tell the job script that a whole checkpoint waits for the next start."""
@@ -278,9 +277,9 @@ class RunLogger:
             f"finished after step {step} of {planned}: {reason}. The learning rate was planned for {planned} steps"
         )
 
-    def summarize(self) -> None:
-        """Say where the time of the run went, and what its data cost."""
-        self.note_time()
+    def summarize(self, *, finished: bool) -> None:
+        """Say where the time of the run went, and what its data cost; ``finished``: no step of it is left."""
+        self.note_time(finished=finished)
         data = describe_data(self.run)
         if self._writes:
             self.say(goodput.describe(self._goodput.lines()))
@@ -351,7 +350,8 @@ def describe(run: Run) -> list[str]:
     step = (
         f"{data.global_batch_size} {rows}; {run.num_micro_batches} micro-batches of {data.micro_batch_size} a replica"
     )
-    lines = [f"layout: {sizes}, on {run.device.type}", f"step: {step}", f"trained on this rank: {trained}"]
+    lines = [f"layout: {sizes}, on {run.device.type}", f"step: {step}", f"weights: {run.origin}"]
+    lines.append(f"trained on this rank: {trained}")
     if frozen:
         lines.append(f"frozen on this rank: {frozen}")
     if state.step:

@@ -8,6 +8,8 @@ readers, stop requests, finished background saves), the gradient reduction, and 
 device and are reduced when they are logged.
 
 A step whose gradients are not finite changes nothing, on any rank; ``NON_FINITE_LIMIT`` of them in a row end the run.
+Such a streak may mean that the weights have diverged before it: until a step succeeds again nothing is saved at the
+interval, and no older checkpoint is retired.
 Where every source has used its epochs before ``train_iters``, the run ends there as if that step had been the last.
 """
 
@@ -113,13 +115,16 @@ def _train(run: Run, signals: StopSignals, logger: RunLogger) -> int:
         if state.skipped_in_a_row >= NON_FINITE_LIMIT:
             raise RuntimeError(
                 f"{NON_FINITE_LIMIT} steps in a row had non-finite gradients (step {state.step}: norm {grad_norm}; "
-                f"{samples}); lower optim.lr or look at these samples, then resume from the last checkpoint"
+                f"{samples}); lower optim.lr or look at these samples, then resume from the last checkpoint, or where "
+                "its weights have diverged already, from the one before it"
             )
         evaluated = _evaluate(run, logger) if eval_due(run.recipe, state.step) else {}
-        if stopping or save_due(run.recipe, state.step):
-            saver.save(evaluated, wait=stopping or state.step >= run.recipe.train_iters)
-    logger.summarize()
-    if stopping and state.step < run.recipe.train_iters:
+        last = stopping or state.step >= run.recipe.train_iters
+        if last or saver.is_due():
+            saver.save(evaluated, wait=last)
+    stopped = stopping and state.step < run.recipe.train_iters
+    logger.summarize(finished=not stopped)
+    if stopped:
         logger.mark_stopped()
         status = EXIT_REQUEUE
     else:
@@ -150,7 +155,7 @@ def _end_with_the_data(
             evaluated = _evaluate(run, logger)
         saver.save(evaluated, wait=True)
     logger.mark_ended(str(end))
-    logger.summarize()
+    logger.summarize(finished=True)
 
 
 class _Saver:
@@ -160,12 +165,19 @@ class _Saver:
         self._run, self._logger = run, logger
         self.step = run.state.step
         """Of the last checkpoint; a run that continues starts from one."""
+        self._put_off = False
         self._pending: PendingSave | None = None
         self._memory = GatheredState() if run.recipe.checkpoint.async_save else None
 
     def is_written(self) -> bool:
         """Whether this rank's files of a pending checkpoint are on disk."""
         return self._pending is not None and self._pending.written
+
+    def is_due(self) -> bool:
+        """Whether a checkpoint follows this step; during a streak of skipped steps it is put off until one succeeds."""
+        due = self._put_off or save_due(self._run.recipe, self._run.state.step)
+        self._put_off = due and self._run.state.skipped_in_a_row > 0
+        return due and not self._put_off
 
     def save(self, evaluated: Mapping[str, float], *, wait: bool) -> None:
         """Save the run as it stands; in the background if the recipe says so, unless ``wait``."""
@@ -182,6 +194,7 @@ class _Saver:
         """Make the pending checkpoint, if there is one, the latest; all ranks at the same step."""
         if self._pending is None:
             return
+        self._pending.retires = not self._run.state.skipped_in_a_row
         with self._logger.paused("checkpoint"):
             path = self._pending.finish()
         self._pending = None
@@ -256,8 +269,8 @@ def aux_loss_scale(run: Run, step: int) -> float:
 def evaluate(run: Run) -> dict[str, float]:
     """Mean loss over the label tokens of each held-out set: the same samples every time, deterministic routing.
 
-    ``eval_iters`` steps of each, or what a set with ``epochs`` holds.
-    ``eval/loss`` is the mean over the sets, each counting the same.
+    ``eval_iters`` steps of each, or what a set with ``epochs`` holds, to its last record.
+    ``eval/loss`` is the mean over the sets, each counting the same. ValueError for a set without a label token.
     """
     losses = {}
     with evaluation_mode(run.model), torch.no_grad():
@@ -275,5 +288,9 @@ def evaluate(run: Run) -> dict[str, float]:
                 for report in run_step(forward, batches, run.model, pg=run.pg, recipe=run.recipe, forward_only=True):
                     total = report[0] if total is None else total + report[0]
             loss, count = sum_reports(run, total if total is not None else torch.zeros(2)).tolist()
-            losses[f"eval/loss/{name}"] = loss / max(count, 1.0)
+            if not count:
+                raise ValueError(
+                    f"data.eval_sources[{name}]: no token of it carries a label; give it records with answers"
+                )
+            losses[f"eval/loss/{name}"] = loss / count
     return losses if not losses else losses | {"eval/loss": sum(losses.values()) / len(losses)}

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_omni.checkpoint.run_dir import METRICS, TENSORBOARD
 from megatron_omni.config.run import Recipe
 from megatron_omni.estimate import flops_per_token
 from megatron_omni.foreign import ForeignError, parse_json, read_text
@@ -30,15 +31,15 @@ class MetricsWriter:
 
     def __init__(self, run_dir: Path, *, tensorboard: bool, after_step: int = 0) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / "metrics.jsonl"
-        if path.exists():
-            drop_lines_after(path, after_step)
+        path = run_dir / METRICS
+        self.num_dropped = drop_lines_after(path, after_step) if path.exists() else 0
+        """Records of an earlier start whose steps are run again."""
         self._file = path.open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=after_step + 1, flush_secs=30)
+            self._board = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=after_step + 1, flush_secs=30)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line and one TensorBoard point per metric; what is not finite is left out, JSON has no word for it."""
@@ -56,10 +57,10 @@ class MetricsWriter:
             self._board.close()
 
 
-def drop_lines_after(path: Path, step: int) -> None:
-    """Remove the records of later steps and a torn last line; the file is replaced whole."""
-    kept = []
-    for line in read_text(path).splitlines():
+def drop_lines_after(path: Path, step: int) -> int:
+    """Remove the records of later steps and a torn last line; the file is replaced whole. How many lines went."""
+    kept, lines = [], read_text(path).splitlines()
+    for line in lines:
         try:
             record = parse_json(line, str(path))
         except ForeignError:
@@ -69,6 +70,7 @@ def drop_lines_after(path: Path, step: int) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     os.replace(partial, path)
+    return len(lines) - len(kept)
 
 
 def throughput(

@@ -9,13 +9,15 @@ from pathlib import Path
 
 from torch import profiler
 
+from megatron_omni.checkpoint.run_dir import PROFILE
+
 
 class StepProfiler:
     """Traces the steps ``first`` to ``last``, both included; none when ``steps`` is empty."""
 
     def __init__(self, run_dir: Path, steps: Sequence[int]) -> None:
         self._first, self._last = steps if steps else (0, -1)
-        self._directory = run_dir / "profile"
+        self._directory = run_dir / PROFILE
         self._profile: profiler.profile | None = None
 
     def before(self, step: int) -> None:

@@ -4,8 +4,9 @@ The order matters: parts are frozen and weights loaded before the wrapper moves 
 optimizer copies its fp32 master weights from them.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_omni.checkpoint.commit import CHECKPOINTS, nothing_at
-from megatron_omni.checkpoint.distributed import find_checkpoint, load_checkpoint
+from megatron_omni.checkpoint.distributed import RUN_CONFIG, find_checkpoint, load_checkpoint
 from megatron_omni.checkpoint.gathering import GatheredState
-from megatron_omni.checkpoint.saving import PendingSave, start_save
+from megatron_omni.checkpoint.meaning import check_tokenizers, differences
+from megatron_omni.checkpoint.saving import PendingSave, plan_save, start_save
+from megatron_omni.checkpoint.tokenizer_files import find_tokenizer
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.load import load_recipe
 from megatron_omni.config.run import Recipe
-from megatron_omni.data.loader import StepLoader
+from megatron_omni.data.loader import Cursor, StepLoader
 from megatron_omni.data.loader_state import joined_state
 from megatron_omni.data.tokenizer import (
     ALL_SPECIALS,
@@ -40,7 +43,7 @@ from megatron_omni.data.tokenizer import (
 from megatron_omni.models.build import build_model
 from megatron_omni.models.parts import apply_freeze, part_of, train_adapters_only
 from megatron_omni.parallel.groups import Layout, initialize, layout
-from megatron_omni.parallel.sharing import gathered
+from megatron_omni.parallel.sharing import gathered, sum_over_ranks
 from megatron_omni.parallel.wrap import unwrap_model, wrap_model
 from megatron_omni.platform.device import device
 from megatron_omni.platform.seeds import seed_everything
@@ -71,6 +74,8 @@ class Run:
     scheduler: OptimizerParamScheduler
     loader: StepLoader | None
     """On data-reader ranks."""
+    origin: str = "random"
+    """Where its weights come from, for the log."""
     eval_loaders: dict[str, StepLoader | None] = field(default_factory=dict)
     state: TrainState = field(default_factory=TrainState)
 
@@ -87,15 +92,19 @@ class Run:
 
 
 def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = None) -> Run:
-    """Build the run of ``recipe`` on this rank, resumed when ``load`` says so; ``pg`` when the groups exist already."""
+    """Build the run of ``recipe`` on this rank, resumed when ``load`` says so; ``pg`` when the groups exist already.
+
+    What would end the run at its first save or evaluation is looked for here, so that it ends it before the first step.
+    """
     pg = pg if pg is not None else initialize(recipe.parallel)
     place = layout(pg)
     seed_everything(recipe.seed, tp_rank=place.tp_rank, ep_rank=place.ep_rank, expert_tp_rank=place.expert_tp_rank)
     model = build_model(recipe, pg)
     freeze(model, recipe, pg)
-    directory = _resume_from(recipe)
+    _check_parameters(model, recipe)
+    directory, origin = _resume_from(recipe), "random"
     if recipe.init_from is not None and directory is None:
-        load_initial_weights(model, recipe, _checkpoint(recipe.init_from, field="init_from"), pg=pg)
+        origin = load_initial_weights(model, recipe, _checkpoint(recipe.init_from, field="init_from"), pg=pg)
     wrapped = wrap_model(model, recipe, pg)
     optimizer, scheduler = build_optimizer(wrapped, recipe, pg)
     run = Run(
@@ -108,11 +117,30 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
         optimizer=optimizer,
         scheduler=scheduler,
         loader=_loader(recipe, place, pg),
+        origin=origin,
         eval_loaders={s.name: _loader(recipe, place, pg, [s]) for s in recipe.data.eval_sources},
     )
     if directory is not None:
-        resume(run, directory)
+        resume(run, directory)  # which asks for the same tensors as a save
+    else:
+        plan_save(unwrap_model(wrapped), optimizer, pg)
+    for loader in run.eval_loaders.values():
+        if loader is not None:
+            loader.plan(Cursor(0))  # ValueError for a set of which no record can be used
     return run
+
+
+def _check_parameters(model: torch.nn.Module, recipe: Recipe) -> None:
+    """ValueError for a part of no size, and where nothing is trained on any rank."""
+    for name, parameter in model.named_parameters():
+        if parameter.numel() == 0:
+            raise ValueError(
+                f"{name} has the shape {list(parameter.shape)}: a width of the model is 0; to leave a part out set "
+                "model.moe.num_shared_experts=0, or model.moe, model.vision or model.audio to null"
+            )
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if not sum_over_ranks([trained], device=device())[0]:
+        raise ValueError(f"freeze={recipe.freeze}: every part of this model is frozen; leave out what is to be trained")
 
 
 def freeze(model: torch.nn.Module, recipe: Recipe, pg: ProcessGroupCollection) -> None:
@@ -157,6 +185,8 @@ def begin_save(
     data = joined_state([state for state in states if state is not None])
     common = {"train_state": run.state.state_dict(), "data": data}
     value = (evaluated or {}).get(metric) if (metric := run.recipe.checkpoint.keep_best) is not None else None
+    if value is not None and not math.isfinite(value):
+        value = None  # no comparison would ever call another checkpoint better
     return start_save(
         run.checkpoints,
         run.state.step,
@@ -173,13 +203,14 @@ def begin_save(
 
 def resume(run: Run, directory: Path) -> None:
     """Continue from a checkpoint: weights, optimizer, schedule, counters, data cursor, random state."""
-    _check_same_run(run.recipe, load_recipe(directory / "run_config.yaml"), directory)
+    _check_same_run(run.recipe, load_recipe(directory / RUN_CONFIG), directory)
     common = load_checkpoint(directory, model=unwrap_model(run.model), optimizer=run.optimizer, pg=run.pg)
     run.state.load_state_dict(common["train_state"])
     run.scheduler.num_steps = 0
     run.scheduler.step(run.state.updates)
     if run.loader is not None:
         run.loader.load_state_dict(common["data"])
+    run.origin = f"{directory}, continued after step {run.state.step}"
 
 
 def _resume_from(recipe: Recipe) -> Path | None:
@@ -200,21 +231,13 @@ def _checkpoint(path: str, *, field: str) -> Path:
 
 def _check_same_run(now: Recipe, then: Recipe, directory: Path) -> None:
     for group in FIXED_ON_RESUME:
-        for name, new, old in _differences(getattr(now, group), getattr(then, group), name=group):
+        for name, new, old in differences(getattr(now, group), getattr(then, group), name=group):
             if name not in FREE_ON_RESUME:
                 raise ValueError(
                     f"{name}={new!r}: the checkpoint {directory} was made with {old!r}, to which its optimizer state "
                     "belongs; set it back, or start a new run with init_from"
                 )
-
-
-def _differences(now: object, then: object, *, name: str) -> Iterator[tuple[str, object, object]]:
-    """(dotted field, value now, value then) of the fields that differ."""
-    if is_dataclass(now) and type(now) is type(then):
-        for field_ in fields(now):
-            yield from _differences(getattr(now, field_.name), getattr(then, field_.name), name=f"{name}.{field_.name}")
-    elif now != then:
-        yield name, now, then
+    check_tokenizers(Path(now.data.tokenizer), find_tokenizer(directory), way_out="start a new run with init_from")
 
 
 def _loader(

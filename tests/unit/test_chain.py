@@ -75,10 +75,19 @@ def test_warm_ups_keep_attention_frozen_and_sft_trains_what_table_2_says() -> No
         ({"2_vision": {"init_from": "3_sft"}}, "2_vision: init_from: '3_sft' comes later"),
         ({"2_vision": {"name": "1_pretrain"}}, "two stages are called '1_pretrain'"),
         ({"2_vision": {"upcycle": {"base": "0_base"}}}, "2_vision: has both of recipe and upcycle"),
-        ({"2_vision": {"overrides": ["model.hidden_size=192"]}}, "model.hidden_size is 192, but it starts from 1_pretrain"),
+        (
+            {"2_vision": {"overrides": ["model.hidden_size=192"]}},
+            "stage 2_vision: model.hidden_size=192: the weights of 1_pretrain were made with 96",
+        ),
+        ({"2_vision": {"overrides": ["model.rope_theta_seconds=7"]}}, "2_vision: model.rope_theta_seconds=7.0: the weights"),
+        ({"2_vision": {"overrides": ["model.audio=null"]}}, "only one of it and 1_pretrain, from which it starts, has model.audio"),
+        ({"3_sft": {"overrides": ["model.layernorm_epsilon=0.1"]}}, "3_sft: model.layernorm_epsilon=0.1: the weights of upcycle"),
         ({"2_vision": {"overrides": ["optim.lrr=1"]}}, "stage 2_vision: override 'optim.lrr=1': unknown field"),
         ({"4_anneal": {"overrides": ["model.moe=null"]}}, "4_anneal: is dense but starts from 3_sft"),
-        ({"2_vision": {"overrides": ["model.ffn_hidden_size=96"]}}, "2_vision has a feed-forward part 96 wide"),
+        (
+            {"2_vision": {"overrides": ["model.ffn_hidden_size=96", "init_allow_changed=[model.ffn_hidden_size]"]}},
+            "2_vision has a feed-forward part 96 wide",
+        ),
         ({"upcycle": {"upcycle": {"base": "1_pretrain"}}}, "1 sources make as many routed experts"),
         ({"upcycle": {"upcycle": {"base": "3_sft"}}}, "upcycle: base: '3_sft' comes later"),
         ({"1_pretrain": {"hand_on": "best", "overrides": ["checkpoint.keep_best=null"]}}, "hand_on=best needs"),
@@ -125,7 +134,8 @@ def test_stages_hand_on_their_checkpoints_and_stale_ones_are_refused(tmp_path: P
 
 
 def test_upcycling_takes_the_shape_of_its_consumer_and_remembers_its_sources(tmp_path: Path) -> None:
-    chain = load_chain(write_chain(tmp_path, **{"3_sft": {"overrides": ["model.moe.num_shared_experts=1"]}}))
+    one = {"overrides": ["model.moe.num_shared_experts=1"]}
+    chain = load_chain(write_chain(tmp_path, **dict.fromkeys(["3_sft", "4_anneal"], one)))
     stage = next(stage for stage in chain.stages if stage.name == "upcycle")
     assert stage.moe is not None and stage.moe.num_shared_experts == 1
     assert list(stage.sources) == ["vision", "speech1", "speech2", "base"]  # the order of the routed experts

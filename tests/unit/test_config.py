@@ -121,6 +121,10 @@ def test_missing_file_loop_and_non_mapping(tmp_path: Path) -> None:
         ({"optim": {"lr_wsd_decay_iters": 5}}, 1, "lr_wsd_decay_iters=5: no effect with lr_decay_style=cosine"),
         ({"load": "x", "init_from": "y"}, 1, "load and init_from"),
         ({"init_allow_extra": ["audio.*"]}, 1, "no effect without init_from"),
+        ({"init_allow_changed": ["model.rotary_base"]}, 1, "no effect without init_from"),
+        ({"init_from": "x", "init_allow_changed": ["rotary_base"]}, 1, "init_allow_changed: 'rotary_base' is no field"),
+        ({"load": "auto", "overwrite": True}, 1, "overwrite=true, load=auto: one deletes"),
+        ({"model": {"lora": {}}, "freeze": ["vision"]}, 1, r"freeze=\['vision'\]: no effect with model.lora"),
         ({"checkpoint": {"keep_best": "eval/loss"}}, 1, "keep_best=eval/loss: nothing is evaluated"),
         (
             {

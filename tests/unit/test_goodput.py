@@ -31,6 +31,17 @@ def test_what_was_run_again_and_the_time_between_starts_are_lost() -> None:
     assert "goodput 31.5%" in describe(lines) and "2 start(s)" in describe(lines)
 
 
+def test_the_time_between_a_finished_run_and_its_extension_is_not_lost() -> None:
+    lines = [
+        line(0.0, 0, 10, 20.0, setup=4.0, forward=16.0) | {"finished": True},
+        line(9000.0, 10, 20, 30.0, setup=4.0, forward=26.0),
+    ]
+    found = summary(lines)
+    assert found["wall"] == 50.0 and found["lost"] == 0.0 and found["goodput"] == pytest.approx(42.0 / 50.0)
+    lines[1]["from_step"] = 5  # rolled back: all of the first start is run again, the pause is still no part of it
+    assert summary(lines)["wall"] == 50.0 and summary(lines)["lost"] == 20.0
+
+
 def test_a_start_that_kept_nothing_counts_nothing() -> None:
     lines = [line(0.0, 0, 5, 10.0, forward=9.0), line(20.0, 0, 5, 10.0, forward=9.0)]
     assert summary(lines)["training"] == 9.0

@@ -3,7 +3,7 @@
 import random
 from typing import Any
 
-from megatron_omni.training.incidents import FEWEST, SpikeDetector, sample_ids
+from megatron_omni.training.incidents import FEWEST, WINDOW, SpikeDetector, sample_ids
 
 
 def noisy(count: int, *, level: float, spread: float) -> list[float]:
@@ -17,14 +17,26 @@ def test_noise_and_a_falling_loss_are_usual() -> None:
         assert all(detector.add(loss) is None for loss in losses)
 
 
-def test_a_spike_is_found_again_and_again_and_does_not_become_usual() -> None:
+def test_a_streak_is_told_once_and_does_not_become_usual_before_it_is_a_level() -> None:
     detector = SpikeDetector()
     for loss in noisy(100, level=2.0, spread=0.05):
         detector.add(loss)
-    for _ in range(50):
-        usual = detector.add(3.0)
-        assert usual is not None and abs(usual - 2.0) < 0.05
-    assert detector.add(2.05) is None
+    for length in (1, 50):
+        usual, *others = [detector.add(3.0) for _ in range(length)]
+        assert usual is not None and abs(usual - 2.0) < 0.05 and others == [None] * (length - 1)
+        assert detector.add(2.05) is None
+    assert [detector.add(3.0) is not None for _ in range(WINDOW + 100)] == [True] + [False] * (WINDOW + 99)
+    assert detector.add(4.0) == 3.0  # against the new level
+
+
+def test_another_phase_of_the_mixture_is_compared_with_itself_alone() -> None:
+    """A source that joins raises the loss for hundreds of steps: nothing to tell, but a spike among them is."""
+    detector = SpikeDetector()
+    losses = [*noisy(100, level=2.0, spread=0.02), *noisy(100, level=5.0, spread=0.02)]
+    told = [i for i, loss in enumerate(losses) if detector.add(loss, phase=i // 100) is not None]
+    assert told == [] and detector.add(9.0, phase=1) is not None
+    detector = SpikeDetector()
+    assert [i for i, loss in enumerate(losses) if detector.add(loss) is not None] == [100]
 
 
 def test_a_constant_loss_has_no_spread_but_small_changes_are_not_spikes() -> None:

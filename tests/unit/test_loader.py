@@ -3,6 +3,7 @@
 import logging
 import random
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -522,7 +523,7 @@ def test_the_last_step_of_a_held_out_set_is_filled_up_without_labels(tmp_path, s
     """12 records in steps of 8 rows (unpacked): all of them are given once, the rest of the rows counts nothing."""
     recipe = tiny_recipe(tmp_path, sources, packing=packing)
     held_out = recipe.data.sources[0]
-    held_out.epochs = 12 / sum(1 for _ in open(held_out.path))
+    held_out.epochs = 12 / len(Path(held_out.path).read_text().splitlines())
     whole = StepLoader(recipe, data_rank=0, data_size=1, sources=[held_out])
     answers = {i: whole.builder.build_sample(whole.sources[0][whole.mixture.sample_at(i).row]) for i in range(12)}
     ranks = [StepLoader(recipe, data_rank=i, data_size=2, sources=[held_out]) for i in range(2)]

@@ -1,0 +1,78 @@
+"""Whose files a run directory holds, and who may write there.
+
+A run directory belongs to one run: its checkpoints, metrics and records tell of the same weights. A start either goes on
+(``load``), or takes a directory without checkpoints, or says ``overwrite``; then what the earlier run left is deleted, and
+not before the new one is ready for its first step. Files that no run writes (a corpus, notes) are never touched.
+
+Needs neither torch nor megatron.
+"""
+
+import shutil
+from pathlib import Path
+
+from megatron_omni.checkpoint import commit
+from megatron_omni.config.load import recipe_to_yaml
+from megatron_omni.config.run import Recipe
+
+METRICS, TENSORBOARD, INCIDENTS, GOODPUT, PROFILE = (
+    "metrics.jsonl", "tensorboard", "incidents.jsonl", "goodput.jsonl", "profile",
+)  # fmt: skip
+RESOLVED = "resolved.yaml"
+STOP_MARKER = "requeue"
+"""Stopped on a signal, the checkpoint is whole: start me again."""
+ENDED_MARKER = "data_ended"
+"""Holds the step after which the data ended, before ``train_iters``."""
+UPCYCLED = "upcycled"
+"""A mixture made of dense weights, there while they are loaded."""
+WRITTEN = (
+    commit.CHECKPOINTS, METRICS, TENSORBOARD, INCIDENTS, GOODPUT, PROFILE, RESOLVED, STOP_MARKER, ENDED_MARKER, UPCYCLED,
+)  # fmt: skip
+"""Everything that a run writes into its directory."""
+
+
+def check_start(recipe: Recipe) -> None:
+    """ValueError for a start that would write over another run, or train beside weights that nobody has trained."""
+    run_dir = Path(recipe.run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"run_dir={recipe.run_dir!r}: is a file; give a directory, which is made where there is none")
+    used = _holds_checkpoints(run_dir / commit.CHECKPOINTS)
+    goes_on = recipe.load is not None and (recipe.load == "auto" or _lies_in(Path(recipe.load), run_dir))
+    if used and goes_on and recipe.overwrite:
+        raise ValueError(f"load={recipe.load!r}: overwrite=true would delete it; keep one of them")
+    if used and not goes_on and not recipe.overwrite:
+        raise ValueError(
+            f"run_dir={recipe.run_dir!r}: holds the checkpoints of a run; load=auto goes on with it, overwrite=true deletes "
+            "it and starts anew, or give another run_dir"
+        )
+    if recipe.init_from is None and (recipe.load is None or (recipe.load == "auto" and not used)):
+        _check_random(recipe)
+
+
+def _check_random(recipe: Recipe) -> None:
+    for what, is_set in (("model.lora", recipe.model.lora is not None), (f"freeze={recipe.freeze}", recipe.freeze)):
+        if is_set:
+            raise ValueError(
+                f"{what}: the weights that are not trained would stay random; name the checkpoint that they come from in "
+                "init_from (load for a run that goes on), or train the whole model"
+            )
+
+
+def _holds_checkpoints(root: Path) -> bool:
+    return bool(commit.steps(root)) or commit.tracked_step(root) is not None
+
+
+def _lies_in(path: Path, directory: Path) -> bool:
+    return path.resolve().is_relative_to(directory.resolve())
+
+
+def take(recipe: Recipe) -> None:
+    """Make the directory this run's, once it is ready to begin: delete what it overwrites, write the resolved recipe."""
+    run_dir = Path(recipe.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if recipe.overwrite:
+        for name in WRITTEN:
+            if (path := run_dir / name).is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    commit.write_text(run_dir / RESOLVED, recipe_to_yaml(recipe))
