@@ -30,7 +30,9 @@ FREE = frozenset(
 )  # fmt: skip
 """Fields of the model that a later stage may choose anew: limits, training's own settings, what may change on any day.
 Low-rank adapters are merged where they differ (training/initial_weights.py)."""
-MEDIA_POSITIONS = frozenset({"model.mrope_section", "model.rope_theta_seconds", "model.audio_only_1d"})
+MEDIA_POSITIONS = frozenset(
+    {"model.mrope_section", "model.rope_theta_seconds", "model.audio_only_1d", "model.half_even_positions"}
+)
 """Text alone has the same position on all three axes: weights that never saw media know nothing of these."""
 TOKENIZER = "data.tokenizer"
 

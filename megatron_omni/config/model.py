@@ -72,6 +72,7 @@ class MoEConfig:
 
 UPCYCLED_SHAPE = (
     "num_null_experts", "num_shared_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
+    "routing_weight_mode", "gradient_estimator",
 )  # fmt: skip
 """What a recipe decides about a mixture that is made of dense weights; the rest follows from those."""
 

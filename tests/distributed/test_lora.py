@@ -98,6 +98,11 @@ def test_the_merged_model_is_the_model_with_adapters(corpus: Path, tmp_path: Pat
     merged = run_ranks(logits, 1, tiny_recipe(corpus, tmp_path / "c", **source))[0]
     assert not torch.allclose(with_adapters, untouched, rtol=1e-3, atol=1e-3)
     assert torch.allclose(merged, with_adapters, rtol=1e-4, atol=1e-5)
+    # Adapters of another kind: the old ones are merged, fresh ones change nothing.
+    others = {"model__lora": {"rank": 2, "alpha": 800.0, "dropout": 0.0, "targets": ["attention"]}}
+    anew = run_ranks(logits, 1, tiny_recipe(corpus, tmp_path / "anew", **source, **others))[0]
+    assert torch.allclose(anew, with_adapters, rtol=1e-4, atol=1e-5)
+    assert adapter_shapes(run_ranks(weights, 1, tiny_recipe(corpus, tmp_path / "anew", **source, **others))[0]) == {2}
     for layout in ("tp2", "ep2"):
         split = run_ranks(weights, 2, tiny_recipe(corpus, tmp_path / layout, **source, **LAYOUTS[layout]))
         whole = run_ranks(weights, 1, tiny_recipe(corpus, tmp_path / layout, **source))[0]
@@ -120,6 +125,13 @@ def test_the_merged_model_is_the_model_with_adapters(corpus: Path, tmp_path: Pat
 
 def weights(rank: Rank, recipe: Recipe) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in unwrap_model(prepare(rank, recipe).model).named_parameters()}
+
+
+def adapter_shapes(found: dict[str, torch.Tensor]) -> set[int]:
+    """Ranks of the adapters, all of which add nothing yet."""
+    adapters = {name: value for name, value in found.items() if ".lora_" in name}
+    assert all(not value.any() for name, value in adapters.items() if name.endswith(".b"))
+    return {value.shape[0] for name, value in adapters.items() if name.endswith(".a")}
 
 
 def check_shares(split: list[dict[str, torch.Tensor]], whole: dict[str, torch.Tensor]) -> None:

@@ -18,10 +18,12 @@ from megatron_omni.checkpoint import commit
 from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.config.load import load_recipe
 from megatron_omni.config.run import Recipe
-from megatron_omni.data.tokenizer import load_tokenizer
+from megatron_omni.config.validate import PARTS
+from megatron_omni.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_omni.parallel.wrap import unwrap_model
+from megatron_omni.tasks.supervised import SupervisedTask
 from megatron_omni.training.loop import train
-from megatron_omni.training.setup import Run, begin_save, save
+from megatron_omni.training.setup import Run, begin_save, save, setup
 from tests.distributed import tiny_run
 from tests.distributed.harness import COLLECTIVE_TIMEOUT_SECONDS, Rank
 from tests.distributed.tiny_run import make_corpus, prepare, records, run_ranks, run_tiny, train_rank
@@ -162,10 +164,14 @@ def test_a_checkpoint_is_complete_and_describes_itself(corpus: Path, tmp_path: P
 # ---------------------------------------------------------------------------------------------------- refusals
 
 
-def refusal(rank: Rank, recipe: Recipe) -> str:
-    with pytest.raises(ValueError) as caught:
-        prepare(rank, recipe)
-    return str(caught.value)
+def refusals(rank: Rank, recipes: list[Recipe]) -> list[str]:
+    """Why each of them cannot start, one after the other in one process."""
+    pg, messages = rank.initialize(recipes[0].parallel), []
+    for recipe in recipes:
+        with pytest.raises(ValueError) as caught:
+            setup(recipe, SupervisedTask(recipe.data.sources), pg=pg)
+        messages.append(str(caught.value))
+    return messages
 
 
 @pytest.fixture(scope="module")
@@ -176,38 +182,64 @@ def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"model__moe__moe_ffn_hidden_size": 40}, ("experts.linear_fc1.weight", "64]", "80]")),
+def test_weights_of_another_model_are_refused_by_name(corpus: Path, tmp_path: Path, finished: Path) -> None:
+    other = make_other_tokenizer(tmp_path)
+    changed = {"init_allow_changed": ["model.moe.moe_ffn_hidden_size", "model.num_layers"]}
+    cases: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+        # By what gives weights their meaning: of the first, a tensor's shape would tell, of the others nothing.
+        (
+            {"model__moe__moe_ffn_hidden_size": 40},
+            ("model.moe.moe_ffn_hidden_size=40", "made with 32", "allow_changed"),
+        ),
+        ({"model__rotary_base": 500.0}, ("model.rotary_base=500.0", f"{finished}", "made with 1000000.0")),
+        ({"model__mrope_section": [1, 1, 2]}, ("model.mrope_section=[1, 1, 2]", "made with [2, 1, 1]")),
+        ({"model__vision__num_attention_heads": 4}, ("model.vision.num_attention_heads=4", "made with 2")),
+        ({"data__tokenizer": str(other)}, ("data.tokenizer", str(other), "another tokenizer", "init_allow_changed")),
+        # By tensors.
+        (changed | {"model__moe__moe_ffn_hidden_size": 40}, ("experts.linear_fc1.weight", "64]", "80]")),
+        (changed | {"model__num_layers": 3}, ("has no tensor", "layers.4")),
         ({"optim__precision": "bf16"}, ("torch.float32", "torch.bfloat16", "optim.precision")),
         ({"model__vision": None}, ("vision.", "does not have")),
-        ({"model__num_layers": 3}, ("has no tensor", "layers.4")),
-    ],
-)
-def test_weights_of_another_model_are_refused_by_name(
-    corpus: Path, tmp_path: Path, finished: Path, change: dict[str, Any], named: tuple[str, ...]
+    ]
+    recipes = [readable(tiny_recipe(corpus, tmp_path, init_from=str(finished), **change)) for change, _ in cases]
+    for message, (change, named) in zip(run_ranks(refusals, 1, recipes)[0], cases, strict=True):
+        assert all(text in message for text in named), (change, message)
+
+
+def make_other_tokenizer(directory: Path) -> Path:
+    text = "pack my box with five dozen liquor jugs"
+    train_sentencepiece([text] * 20, directory / "other.model", vocab_size=294)
+    return directory / "other.model"
+
+
+def test_a_resumed_run_may_not_change_what_its_optimizer_belongs_to(
+    corpus: Path, tmp_path: Path, finished: Path
 ) -> None:
-    recipe = readable(tiny_recipe(corpus, tmp_path, init_from=str(finished), **change))
-    message = run_ranks(refusal, 1, recipe)[0]
-    assert all(text in message for text in named), message
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"optim__lr": 1e-4}, "optim.lr=0.0001"),
         ({"model__moe__top_p": 0.5}, "model.moe"),
         ({"freeze": ["vision"]}, "freeze"),
         ({"load": "nowhere"}, "load='nowhere'"),
-    ],
-)
-def test_a_resumed_run_may_not_change_what_its_optimizer_belongs_to(
-    corpus: Path, finished: Path, change: dict[str, Any], named: str
-) -> None:
-    recipe = tiny_recipe(corpus, finished, train_iters=2, **{"load": str(finished), **change})
-    message = run_ranks(refusal, 1, recipe)[0]
-    assert (named in message and "init_from" in message) or "run directory" in message
+        ({"data__tokenizer": str(make_other_tokenizer(tmp_path))}, "data.tokenizer"),
+    ]
+    recipes = [tiny_recipe(corpus, finished, train_iters=2, **{"load": str(finished), **change}) for change, _ in cases]
+    for message, (_, named) in zip(run_ranks(refusals, 1, recipes)[0], cases, strict=True):
+        assert (named in message and "init_from" in message) or "run directory" in message
+
+
+def test_what_would_fail_at_the_first_save_or_evaluation_fails_at_the_start(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "unusable.jsonl").write_text("[1]\n" * 5)
+    held_out = [{"name": "held_out", "path": str(tmp_path / "unusable.jsonl")}]
+    everything = [part for part in PARTS if part != "new_token_rows"]
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"model__moe__moe_shared_expert_intermediate_size": 0}, "shared_experts.weight1 has the shape [32, 0]"),
+        ({"model__moe__moe_ffn_hidden_size": 0}, "experts.weight1 has the shape [4, 32, 0]: a width of the model is 0"),
+        ({"freeze": [*everything, "new_token_rows"]}, "every part of this model is frozen"),
+        ({"data__eval_sources": held_out}, "data source 'held_out': 5 records in a row cannot be used"),
+    ]
+    recipes = [tiny_recipe(corpus, tmp_path, **change) for change, _ in cases]
+    for message, (_, named) in zip(run_ranks(refusals, 1, recipes)[0], cases, strict=True):
+        assert named in message
 
 
 def weights(rank: Rank, recipe: Recipe) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """How runs end: stop signals, non-finite gradients, a failure on one rank. No rank is left waiting."""
 
+import json
 import os
 import signal
 import socket
@@ -27,6 +28,7 @@ from tests.distributed.test_resume import exact
 from tests.distributed.tiny_run import make_corpus, prepare, records, run_ranks, run_tiny, tiny_recipe, train_rank
 
 ROOT = Path(__file__).resolve().parents[2]
+EXPERT = "language.decoder.layers.1.mlp.experts.weight1"
 
 
 @pytest.fixture(scope="module")
@@ -223,12 +225,43 @@ def skip_steps(rank: Rank, recipe: Recipe, steps: set[int], value: float) -> tup
 def test_a_non_finite_gradient_on_one_rank_changes_no_weight_on_any(
     corpus: Path, tmp_path: Path, value: float, distributed: bool
 ) -> None:
-    recipe = tiny_recipe(corpus, tmp_path, train_iters=6, optim__use_distributed_optimizer=distributed)
-    for status, changed, updates in run_ranks(skip_steps, 2, recipe, {2, 4}, value):
-        assert status == 0 and changed == [True, False, True, False, True] and updates == 4
+    saving = {"save_interval": 2, "keep": 1, "async_save": distributed}
+    settings = {"optim__use_distributed_optimizer": distributed, "checkpoint": saving}
+    recipe = tiny_recipe(corpus, tmp_path, train_iters=7, **settings)
+    for status, changed, updates in run_ranks(skip_steps, 2, recipe, {2, 4, 7}, value):
+        assert status == 0 and changed == [True, False, True, False, True, True] and updates == 4
     skipped = [record for record in records(recipe) if "lm loss" not in record]
-    assert [(record["step"], record["skipped steps"]) for record in skipped] == [(2, 1), (4, 2)]
+    assert [(record["step"], record["skipped steps"]) for record in skipped] == [(2, 1), (4, 2), (7, 3)]
     assert all("grad-norm" not in record for record in skipped)  # not a number: JSON has no word for it
+    # The save of step 4 waited for step 5; the last one, after a step that was skipped, retired nothing.
+    assert sorted(commit.steps(tmp_path / "checkpoints")) == [6, 7] and 5 in saved_steps(recipe)
+
+
+def saved_steps(recipe: Recipe) -> list[int]:
+    """Steps at which the account of time was written: those of checkpoints, and the last."""
+    return [json.loads(line)["step"] for line in (Path(recipe.run_dir) / "goodput.jsonl").read_text().splitlines()]
+
+
+def diverge(run: Run) -> None:
+    """Rank 1 loses a weight of its experts while step 3 is computed."""
+    inner = run.task.forward_step
+
+    def forward_step(batch: Any, model: Any, *, info: Any) -> Any:
+        if info.step == 3 and dist.get_rank() == 1:
+            unwrap_model(run.model).get_parameter(EXPERT).data[0, 0, 0] = float("inf")
+        return inner(batch, model, info=info)
+
+    run.task.forward_step = forward_step  # type: ignore[method-assign]
+
+
+def test_weights_that_are_not_finite_are_never_saved(corpus: Path, tmp_path: Path) -> None:
+    """The run ends in a streak of skipped steps, too short to end it: an error, and the last good checkpoint stays."""
+    saving = {"save_interval": 2, "keep": 1, "async_save": True}
+    recipe = tiny_recipe(corpus, tmp_path, train_iters=4, checkpoint=saving, parallel__expert_model_parallel_size=2)
+    with pytest.raises(RankFailure, match=rf"CheckpointError: \[rank 1\] saving: {EXPERT} is not finite"):
+        run_ranks(train_rank, 2, recipe, diverge)
+    assert commit.find(tmp_path) == tmp_path / "checkpoints" / "iter_0000002"
+    assert commit.steps(tmp_path / "checkpoints") == [2] and not list((tmp_path / "checkpoints").glob(".tmp*"))
 
 
 def test_too_many_in_a_row_end_the_run(corpus: Path, tmp_path: Path) -> None:

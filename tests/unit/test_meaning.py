@@ -72,7 +72,7 @@ def test_numbers_that_were_written_with_fewer_digits_are_equal() -> None:
 def test_a_handover_names_field_values_and_both_ways_out(tmp_path: Path) -> None:
     texts = {"a": "the quick brown fox jumps over the lazy dog", "b": "pack my box with five dozen liquor jugs"}
     for name, text in texts.items():
-        train_sentencepiece([text] * 20, tmp_path / f"{name}.model", vocab_size=308)
+        train_sentencepiece([text] * 20, tmp_path / f"{name}.model", vocab_size=294)
     a, b = tmp_path / "a.model", tmp_path / "b.model"
     now = dataclasses.replace(MODEL, rotary_base=1e4)
     with pytest.raises(ValueError, match=r"model.rotary_base=10000.0: the weights of run/x were made with 1000000.0.*set "
