@@ -31,10 +31,14 @@ WRITTEN = (
 
 
 def check_start(recipe: Recipe) -> None:
-    """ValueError for a start that would write over another run, or train beside weights that nobody has trained."""
+    """Make the directory where there is none; ValueError for a start that would write over another run, or train beside
+    weights that nobody has trained.
+    """
     run_dir = Path(recipe.run_dir)
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ValueError(f"run_dir={recipe.run_dir!r}: is a file; give a directory, which is made where there is none")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"run_dir={recipe.run_dir!r}: cannot be made ({error.strerror}); give another") from error
     used = _holds_checkpoints(run_dir / commit.CHECKPOINTS)
     goes_on = recipe.load is not None and (recipe.load == "auto" or _lies_in(Path(recipe.load), run_dir))
     if used and goes_on and recipe.overwrite:
@@ -68,7 +72,6 @@ def _lies_in(path: Path, directory: Path) -> bool:
 def take(recipe: Recipe) -> None:
     """Make the directory this run's, once it is ready to begin: delete what it overwrites, write the resolved recipe."""
     run_dir = Path(recipe.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
     if recipe.overwrite:
         for name in WRITTEN:
             if (path := run_dir / name).is_dir():

@@ -119,7 +119,5 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", module=rf"{module}\.")
 
 
-
-
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_omni.checkpoint import commit
+from megatron_omni.checkpoint.meaning import check_handover
+from megatron_omni.checkpoint.tokenizer_files import find_tokenizer
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.load import load_recipe, recipe_to_yaml
 from megatron_omni.config.run import Recipe
@@ -19,6 +22,7 @@ from megatron_omni.estimate.hardware import GPUS
 from megatron_omni.estimate.plan import make_plan
 
 GIB = 2**30
+RUN_CONFIG = "run_config.yaml"
 
 
 def describe(recipe: Recipe, *, world_size: int) -> str:
@@ -72,7 +76,7 @@ def missing(recipe: Recipe, *, world_size: int) -> list[str]:
         for source in recipe.data.eval_sources:
             attempt(lambda source=source: _first_step(recipe, world_size, [source]))  # type: ignore[misc]
     if recipe.init_from is not None:
-        attempt(lambda: _checkpoint(str(recipe.init_from), field="init_from"))
+        attempt(lambda: _check_weights(recipe, _checkpoint(str(recipe.init_from), field="init_from")))
     if recipe.load not in (None, "auto"):
         attempt(lambda: _checkpoint(str(recipe.load), field="load"))
     return found
@@ -92,11 +96,19 @@ def _first_step(recipe: Recipe, world_size: int, sources: list[SourceConfig] | N
         raise ValueError(f"{'data.sources' if sources is None else sources[0].name}: not one step: {ended}") from ended
 
 
-def _checkpoint(path: str, *, field: str) -> None:
-    """Refuse what is no checkpoint; its files are checked against their sums when the run reads them."""
-    from megatron_omni.checkpoint import commit
-    from megatron_omni.checkpoint.distributed import RUN_CONFIG
+def _check_weights(recipe: Recipe, directory: Path) -> None:
+    """Refuse weights that would mean something else in this model."""
+    check_handover(
+        recipe.model,
+        load_recipe(directory / RUN_CONFIG).model,
+        tokenizers=(Path(recipe.data.tokenizer), find_tokenizer(directory)),
+        origin=directory,
+        allowed=recipe.init_allow_changed,
+    )
 
+
+def _checkpoint(path: str, *, field: str) -> Path:
+    """Refuse what is no checkpoint; its files are checked against their sums when the run reads them."""
     place = Path(path)
     root = place / commit.CHECKPOINTS if (place / commit.CHECKPOINTS).is_dir() else place
     step = commit.tracked_step(root)
@@ -105,3 +117,4 @@ def _checkpoint(path: str, *, field: str) -> None:
     if not (directory / commit.MANIFEST).is_file():
         raise ValueError(f"{field}={path!r}: no checkpoint there; give a run directory or an iter_* directory")
     load_recipe(directory / RUN_CONFIG)
+    return directory

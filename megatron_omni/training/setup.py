@@ -125,7 +125,7 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
     else:
         plan_save(unwrap_model(wrapped), optimizer, pg)
     for loader in run.eval_loaders.values():
-        if loader is not None:
+        if loader is not None and recipe.log.eval_interval > 0:
             loader.plan(Cursor(0))  # ValueError for a set of which no record can be used
     return run
 

@@ -235,7 +235,10 @@ def test_what_would_fail_at_the_first_save_or_evaluation_fails_at_the_start(corp
         ({"model__moe__moe_shared_expert_intermediate_size": 0}, "shared_experts.weight1 has the shape [32, 0]"),
         ({"model__moe__moe_ffn_hidden_size": 0}, "experts.weight1 has the shape [4, 32, 0]: a width of the model is 0"),
         ({"freeze": [*everything, "new_token_rows"]}, "every part of this model is frozen"),
-        ({"data__eval_sources": held_out}, "data source 'held_out': 5 records in a row cannot be used"),
+        (
+            {"data__eval_sources": held_out, "log__eval_interval": 5},
+            "data source 'held_out': 5 records in a row cannot be used",
+        ),
     ]
     recipes = [tiny_recipe(corpus, tmp_path, **change) for change, _ in cases]
     for message, (_, named) in zip(run_ranks(refusals, 1, recipes)[0], cases, strict=True):

@@ -58,7 +58,7 @@ def test_a_start_that_goes_on_keeps_everything(used: Path) -> None:
 
 def test_a_file_is_no_run_directory(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(ValueError, match="cannot be made"):
         check_start(Recipe(run_dir=str(tmp_path / "file")))
 
 
