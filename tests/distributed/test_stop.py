@@ -233,8 +233,10 @@ def test_a_non_finite_gradient_on_one_rank_changes_no_weight_on_any(
     skipped = [record for record in records(recipe) if "lm loss" not in record]
     assert [(record["step"], record["skipped steps"]) for record in skipped] == [(2, 1), (4, 2), (7, 3)]
     assert all("grad-norm" not in record for record in skipped)  # not a number: JSON has no word for it
-    # The save of step 4 waited for step 5; the last one, after a step that was skipped, retired nothing.
-    assert sorted(commit.steps(tmp_path / "checkpoints")) == [6, 7] and 5 in saved_steps(recipe)
+    # The save of step 4 waited for step 5; what is published after a step that was skipped (the last, and in the background
+    # perhaps the one before it) retires nothing.
+    kept = set(commit.steps(tmp_path / "checkpoints"))
+    assert {6, 7} <= kept <= ({5, 6, 7} if distributed else {6, 7}) and {3, 5} <= set(saved_steps(recipe))
 
 
 def saved_steps(recipe: Recipe) -> list[int]:

@@ -134,8 +134,8 @@ def test_stages_hand_on_their_checkpoints_and_stale_ones_are_refused(tmp_path: P
 
 
 def test_upcycling_takes_the_shape_of_its_consumer_and_remembers_its_sources(tmp_path: Path) -> None:
-    one = {"overrides": ["model.moe.num_shared_experts=1"]}
-    chain = load_chain(write_chain(tmp_path, **dict.fromkeys(["3_sft", "4_anneal"], one)))
+    stages: dict[str, Any] = {name: {"overrides": ["model.moe.num_shared_experts=1"]} for name in ("3_sft", "4_anneal")}
+    chain = load_chain(write_chain(tmp_path, **stages))
     stage = next(stage for stage in chain.stages if stage.name == "upcycle")
     assert stage.moe is not None and stage.moe.num_shared_experts == 1
     assert list(stage.sources) == ["vision", "speech1", "speech2", "base"]  # the order of the routed experts
