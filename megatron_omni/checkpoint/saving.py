@@ -170,7 +170,6 @@ def start_save(
     pending: list[PendingSave] = []
 
     def plan() -> None:
-        _check_finite(model)
         gathered = memory or GatheredState()
         with gathered.used_by(optimizer):
             sharded = _state(model, optimizer, common, pg, check=not gathered.is_known)
@@ -180,6 +179,8 @@ def start_save(
         request = _plan(strategy, sharded, commit.temporary_dir(root, step), later)
         pending.append(PendingSave(root, step, recipe=recipe, score=score, strategy=strategy, request=request))
 
+    # All ranks hear of it before any of them goes on to gather.
+    _together(lambda: _check_finite(model), what="saving")
     try:
         _on_first_rank(lambda: commit.begin(root, step), what=f"{root}: cannot start a checkpoint")
         _together(plan, what="saving")
