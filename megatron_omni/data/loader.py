@@ -490,4 +490,3 @@ class StepLoader:
             found = state.get("skips", {}).get(stage, []) if mine else []
             self._skipped[stage] = Counter({(source, reason): number for source, reason, number in found})
             self._tried[stage] = state.get("tried", {}).get(stage, 0) if mine else 0
-
