@@ -38,14 +38,14 @@ GROUPS: list[tuple[str, type]] = [
 INTRO = """# Configuration
 
 A recipe is a YAML file with these fields; `extends: other.yaml` starts from another file, and `key=value` words on the
-command line override single fields (`optim.lr=1e-5`, `model.moe=null`). An unknown field, a wrong type, a number outside
-its range or a layout that cannot work is an error that names the field, the value and the fix. Numbers whose range has no
-end in these tables end at 10^12. This page is written by `make docs` from `megatron_omni/config/`; edit the docstrings
-there.
+command line override single fields (`optim.lr=1e-5`, `model.moe=null`). An unknown field, a wrong type, a number
+outside its range or a layout that cannot work is an error that names the field, the value and the fix. Numbers whose
+range has no end in these tables end at 10^12. This page is written by `make docs` from `megatron_omni/config/`; edit
+the docstrings there.
 
-Files and words are read as YAML 1.2: `010` is ten, `1e-5` a number, and `no`, `off` or `1:30` are text. A field that holds
-text keeps what was typed (`run_dir=010`). In paths a leading `~` is the home directory; `$` and `${...}` are refused, so
-that a recipe means the same everywhere. Aliases (`&`, `*`) are refused as well.
+Files and words are read as YAML 1.2: `010` is ten, `1e-5` a number, and `no`, `off` or `1:30` are text. A field that
+holds text keeps what was typed (`run_dir=010`). In paths a leading `~` is the home directory; `$` and `${...}` are
+refused, so that a recipe means the same everywhere. Aliases (`&`, `*`) are refused as well.
 
 ## Sources by name
 

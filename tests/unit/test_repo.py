@@ -42,6 +42,13 @@ def test_documents_name_files_that_exist(page: Path) -> None:
         assert (ROOT / target).exists(), f"{page.name} names {target}"
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_lines_of_documents_are_short(page: Path) -> None:
+    """At most 120 characters, so that a difference shows what changed; tables cannot be wrapped."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert not [n for n, line in enumerate(lines, 1) if len(line) > 120 and not line.lstrip().startswith("|")]
+
+
 def test_no_document_or_source_names_a_path_of_a_machine() -> None:
     for path in [*SOURCES, *PAGES, *RECIPES]:
         assert not re.search(r"(/home/\w|/root/|/mnt/\w)", path.read_text()), path
