@@ -152,8 +152,8 @@ def _colour(slot: str) -> str:
 
 
 def _label(slot: str) -> str:
-    kind, number = slot.split()
-    return kind if kind == "null" else f"E{int(number) + 1}"
+    """As metrics.jsonl numbers them: expert 0 and so on; the null slots are one."""
+    return "null" if slot.startswith("null") else slot
 
 
 def _ticks(layers: list[int]) -> list[int]:

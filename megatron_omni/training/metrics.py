@@ -26,6 +26,12 @@ from megatron_omni.estimate import flops_per_token
 from megatron_omni.foreign import ForeignError, parse_json, read_text
 
 
+def board_tag(name: str) -> str:
+    """TensorBoard makes a group of what stands before the first slash: a rate has none, and names without one share one."""
+    plain = name.replace("tokens/s", "tokens a second").replace("TFLOP/s", "TFLOP a second")
+    return plain if "/" in plain else f"training/{plain}"
+
+
 class MetricsWriter:
     """Writes records under ``run_dir``; only the rank that logs creates one."""
 
@@ -48,7 +54,7 @@ class MetricsWriter:
         self._file.flush()
         if self._board is not None:
             for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
+                self._board.add_scalar(board_tag(name), value, step)
 
     def close(self) -> None:
         """Flush and close."""

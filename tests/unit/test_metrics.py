@@ -36,14 +36,14 @@ def test_a_resumed_run_drops_later_steps_and_a_torn_line(tmp_path: Path) -> None
 
 def test_tensorboard_gets_every_metric(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path, tensorboard=True)
-    writer.write(4, {"lm loss": 2.5, "moe/mean_k": 1.5})
+    writer.write(4, {"lm loss": 2.5, "moe/mean_k": 1.5, "tokens/s": 8.0})
     writer.close()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     seen = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    assert seen == {"lm loss": [(4, 2.5)], "moe/mean_k": [(4, 1.5)]}
+    assert seen == {"training/lm loss": [(4, 2.5)], "moe/mean_k": [(4, 1.5)], "training/tokens a second": [(4, 8.0)]}
 
 
 def test_throughput_counts_measured_experts() -> None:
