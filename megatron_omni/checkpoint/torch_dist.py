@@ -93,6 +93,11 @@ class TorchDistWriter:
         serialization.set_crc32_options(False)  # readers ignore it, and the whole file gets a SHA-256
         try:
             torch.save(value, file)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            # A signal in the middle: torch's writer closes the half-written archive and complains of that instead.
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
+            raise
         finally:
             serialization.set_crc32_options(checked)
         self._storage[index] = _StorageInfo(f"__{rank}_0.distcp", start, file.size - start)

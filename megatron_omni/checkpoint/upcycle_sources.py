@@ -6,7 +6,6 @@ written, by the same plan that an import makes.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.checkpoint.convert import CARRIED
 from megatron_omni.checkpoint.export import Opened, open_ours
 from megatron_omni.checkpoint.families import FAMILIES, Part, open_language, their_name
+from megatron_omni.checkpoint.meaning import Change, changes
 from megatron_omni.checkpoint.names import Entry, expand
 from megatron_omni.checkpoint.plan import make_plan
 from megatron_omni.checkpoint.sources import Source
@@ -144,6 +144,18 @@ def open_dense(name: str, path: Path) -> DenseSource:
     )
 
 
+def _disagreements(now: ModelConfig, then: ModelConfig) -> list[Change]:
+    """What keeps two dense models from being merged. Each may have encoders of its own; where one has none, what only
+    media have (their positions) is unknown of it.
+    """
+    both_ways = {change.field for change in changes(then, now)}
+    return [
+        change
+        for change in changes(now, then)
+        if change.field in both_ways and not change.field.startswith(("model.vision.", "model.audio."))
+    ]
+
+
 def check_sources(sources: Mapping[str, DenseSource], *, trunk: str) -> list[str]:
     """ValueError unless the sources fit together; notes about what could not be checked."""
     notes: list[str] = []
@@ -153,13 +165,11 @@ def check_sources(sources: Mapping[str, DenseSource], *, trunk: str) -> list[str
     if main.vocabulary is None:
         raise ConversionError(f"{main.path}: expected a tokenizer (tokenizer.json or tokenizer.model), found none")
     for other in sources.values():
-        for name in SAME_FIELDS:
-            expected, found = getattr(main.model, name), getattr(other.model, name)
-            if expected != found and not (isinstance(found, float) and math.isclose(found, expected)):
-                raise ConversionError(
-                    f"{other.path}: model.{name}: expected {expected} as in {main.path}, found {found}; only models of "
-                    "one architecture and size can be merged"
-                )
+        for change in _disagreements(other.model, main.model):
+            raise ConversionError(
+                f"{other.path}: {change.field}: expected {change.then} as in {main.path}, found {change.now}; only models "
+                "of one architecture and size, whose weights mean the same, can be merged"
+            )
         if other.vocabulary is None:
             notes.append(f"{other.path}: has no tokenizer, so nothing shows that it was trained with {main.path}'s")
         else:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_omni.checkpoint import commit, convert
 from megatron_omni.checkpoint.commit import CheckpointError
@@ -167,3 +168,18 @@ def test_what_others_put_into_the_directory_stays(tmp_path: Path, hf: Path, monk
     with pytest.raises(KeyboardInterrupt):
         imported(hf, tmp_path / "out")
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/notes.txt"]
+
+
+def test_a_signal_inside_torchs_writer_is_still_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch closes the half-written archive on the way out and complains of that: the signal must not be lost in it."""
+    write = HashedFile.write
+
+    def stopped(self: HashedFile, data: Any) -> int:
+        monkeypatch.setattr(HashedFile, "write", write)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HashedFile, "write", stopped)
+    writer = TorchDistWriter(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        writer.write("a", torch.ones(4), shape=(4,), offsets=(0,), rank=0)
+    writer.close()
