@@ -28,8 +28,8 @@ FREE = frozenset(
         "model.vision.max_tiles_per_side", "model.audio.max_chunks", "model.audio.query_init",
     }
 )  # fmt: skip
-"""Fields of the model that a later stage may choose anew: limits, training's own settings, what may change on any day.
-Low-rank adapters are merged where they differ (training/initial_weights.py)."""
+"""Fields of the model (with all below them) that a later stage may choose anew: limits, training's own settings, what may
+change on any day. Low-rank adapters are merged where they differ (training/initial_weights.py)."""
 MEDIA_POSITIONS = frozenset(
     {"model.mrope_section", "model.rope_theta_seconds", "model.audio_only_1d", "model.half_even_positions"}
 )
@@ -52,12 +52,16 @@ def changes(now: ModelConfig, then: ModelConfig) -> list[Change]:
 
     A part that one side has not (an encoder, the mixture) is no change: its tensors are missing or extra.
     """
-    found = [change for change in differences(now, then, name="model") if change.field not in FREE]
+    found = [change for change in differences(now, then, name="model") if not _is_free(change.field)]
     unknown = set() if then.vision is not None or then.audio is not None else MEDIA_POSITIONS
     if now.moe is not None or then.moe is not None:
         unknown = unknown | {"model.ffn_hidden_size"}  # of a dense model alone
     parts = {f"model.{part}" for part in ("vision", "audio", "moe")}
     return [change for change in found if change.field not in unknown | parts]
+
+
+def _is_free(field: str) -> bool:
+    return field in FREE or field.rpartition(".")[0] in FREE
 
 
 def differences(now: object, then: object, *, name: str) -> Iterator[Change]:

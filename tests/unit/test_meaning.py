@@ -12,7 +12,7 @@ from megatron_omni.config.model import LoraConfig, ModelConfig
 from megatron_omni.data.tokenizer import train_sentencepiece
 
 MODEL = ModelConfig(lora=LoraConfig())
-FIELDS = [name for name in all_fields() if name.startswith("model.") and not name.startswith("model.lora")]
+FIELDS = [name for name in all_fields() if name.startswith("model.")]
 
 
 def another(value: Any) -> Any:
@@ -44,7 +44,8 @@ def field_of(model: ModelConfig, name: str) -> Any:
 def test_every_field_is_compared_or_named_as_free(name: str) -> None:
     changed = with_field(MODEL, name, another(field_of(MODEL, name)))
     found = [change.field for change in changes(changed, MODEL)]
-    assert found == ([] if name in FREE or name == "model.ffn_hidden_size" else [name])
+    free = name in FREE or name.startswith("model.lora.") or name == "model.ffn_hidden_size"
+    assert found == ([] if free else [name])
     dense = [dataclasses.replace(model, moe=None) for model in (changed, MODEL)]
     if name == "model.ffn_hidden_size":
         assert [change.field for change in changes(*dense)] == [name]
