@@ -67,7 +67,8 @@ def test_a_run_reports_spikes_time_and_traces(tmp_path_factory: pytest.TempPathF
     assert all(record["time/slowest_rank"] in (0, 1) and record["time/slowdown"] >= 1 for record in logged)
     # A step is its parts, plus what lies between them.
     assert all(sum(record[f"time/{part}"] for part in PARTS) < 10 * record["step time"] for record in logged)
-    assert [record["step"] for record in logged if "time/checkpoint" in record] == [10, 20]
+    # What begins at steps 8 and 16; a busy machine may finish the first so late that step 15 has a share of it, too.
+    assert {10, 20} <= {record["step"] for record in logged if "time/checkpoint" in record} <= {10, 15, 20}
 
     (trace,) = (tmp_path / "profile").iterdir()
     with gzip.open(trace, "rt") as file:
