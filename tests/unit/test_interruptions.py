@@ -172,11 +172,14 @@ def test_what_others_put_into_the_directory_stays(tmp_path: Path, hf: Path, monk
 
 def test_a_signal_inside_torchs_writer_is_still_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch closes the half-written archive on the way out and complains of that: the signal must not be lost in it."""
-    write = HashedFile.write
+    write, calls = HashedFile.write, 0
 
     def stopped(self: HashedFile, data: Any) -> int:
-        monkeypatch.setattr(HashedFile, "write", write)
-        raise KeyboardInterrupt
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return write(self, data)
 
     monkeypatch.setattr(HashedFile, "write", stopped)
     writer = TorchDistWriter(tmp_path)
