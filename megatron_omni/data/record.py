@@ -77,9 +77,9 @@ def internal_error(where: str, error: Exception) -> RecordError:
     """The skip for what a record raised and nobody foresaw: one record never ends a run.
 
     The traceback is logged, once for each place in the code. What is no record's fault is raised again: a process that
-    has no file descriptor left would skip all that follows.
+    has no file descriptor or no memory left would skip all that follows.
     """
-    if is_exhausted(error):
+    if is_exhausted(error) or isinstance(error, MemoryError):
         raise error
     frames = traceback.extract_tb(error.__traceback__)
     place = (frames[-1].filename, frames[-1].lineno) if frames else ("", None)

@@ -22,7 +22,7 @@ from megatron_omni.parallel import groups
 from megatron_omni.parallel.schedule import run_step
 from tests.distributed.harness import Rank
 
-VOCAB = 250
+VOCAB = 310
 IDS = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(3))
 
 

@@ -190,8 +190,6 @@ def test_answers_with_a_bf16_checkpoint_over_two_stages(tmp_path: Path) -> None:
 def test_bad_files_end_with_status_2_and_write_nothing(trained: Trained, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
     (tmp_path / "empty.wav").touch()
-    (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "config.json").write_text("{}")
     (tmp_path / "empty").mkdir()
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
