@@ -46,6 +46,15 @@ struct Shape<Avx2> {  // 12 of 16 registers accumulate; 8 loads for 12 products;
   static constexpr int64_t kFewRows = 8;
 };
 
+template <>
+struct Shape<Neon> {  // 24 of 32 registers accumulate; 10 loads for 24 products. Nothing here was tuned: none was at hand
+  static constexpr int64_t kLanes = 4, kRows = 6, kVectors = 4;
+  static constexpr int64_t kUnits = 256;
+  static constexpr bool kInPlace = false;
+  static constexpr bool kFetchesSums = true;
+  static constexpr int64_t kFewRows = 8;
+};
+
 // How elements E become units of Isa and are multiplied: widened here, pairs where an instruction set has such products.
 //   load_columns(p, ld, single, part)   one unit of a vector's columns from contraction row p (pairs: and the next one, ld
 //                                       further, unless `single`)

@@ -8,7 +8,7 @@
 namespace omni::cpu {
 namespace {
 
-constexpr Engine kFastestFirst[] = {Engine::Avx512, Engine::Avx2, Engine::Portable};
+constexpr Engine kFastestFirst[] = {Engine::Avx512, Engine::Avx2, Engine::Neon, Engine::Portable};
 constexpr int kUnset = -1;
 
 std::atomic<int> chosen{kUnset};
@@ -16,6 +16,7 @@ std::atomic<bool> forced{false};
 
 bool can_run(Engine engine) {
   if (engine == Engine::Portable) return true;
+  if (engine == Engine::Neon) return OMNI_NEON;
 #if OMNI_X86
   if (engine == Engine::Avx512)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -59,7 +60,12 @@ void set_engine(const std::string& name) {
 }
 
 const char* name_of(Engine engine) {
-  return engine == Engine::Avx512 ? "avx512" : engine == Engine::Avx2 ? "avx2" : "portable";
+  switch (engine) {
+    case Engine::Avx512: return "avx512";
+    case Engine::Avx2: return "avx2";
+    case Engine::Neon: return "neon";
+    default: return "portable";
+  }
 }
 
 std::string names_of_engines() {
