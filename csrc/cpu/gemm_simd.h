@@ -47,10 +47,14 @@ struct Shape<Avx2> {  // 12 of 16 registers accumulate; 8 loads for 12 products;
 };
 
 template <>
-struct Shape<Neon> {  // 24 of 32 registers accumulate; 10 loads for 24 products. Nothing here was tuned: none was at hand
-  static constexpr int64_t kLanes = 4, kRows = 6, kVectors = 4;
+struct Shape<Neon> {  // 24 of 32 registers accumulate; 10 loads for 24 products. Not tuned: no such machine was at hand
+  static constexpr int64_t kLanes = 4, kRows = 6, kVectors = 4, kGroup = 24;
   static constexpr int64_t kUnits = 256;
   static constexpr bool kInPlace = false;
+  static constexpr int64_t kMaxCols = 1024;
+  static constexpr int64_t kFetchingCuts = 16;
+  static constexpr bool kStreams = false;         // vector_neon.h has no store past the caches
+  static constexpr int64_t kResidentB = 1 << 18;
   static constexpr bool kFetchesSums = true;
   static constexpr int64_t kFewRows = 8;
 };

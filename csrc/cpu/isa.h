@@ -1,8 +1,8 @@
 // The engines of the CPU kernels, and the one that runs: chosen here and nowhere else, at run time.
 //
-// An engine is the kernels compiled for one instruction set, or plain C++. Kernels are templates over a tag (Avx512, Avx2,
-// Neon) and the vectors of that tag (vector.h); engine_<tag>.cpp compiles all of them for its instruction set, and is
-// empty where the compiler's target has no such processors.
+// An engine is the kernels compiled for one instruction set, or plain C++. Kernels are templates over a tag (Avx512,
+// Avx2, Neon) and the vectors of that tag (vector.h); engine_<tag>.cpp compiles all of them for its instruction set, and
+// is empty where the compiler's target has no such processors.
 #pragma once
 
 #include <string>

@@ -1,8 +1,8 @@
 // The vectors of AArch64's Advanced SIMD (vector.h says what each function does). For engine_neon.cpp.
 //
-// Compilers for AArch64 use these instructions without being asked, so OMNI_TARGET stays empty. There is no masked access:
-// parts go by way of a few bytes on the stack. Nor is there a store past the caches that every compiler offers: Stream is
-// an ordinary store.
+// Compilers for AArch64 use these instructions without being asked, so OMNI_TARGET stays empty. There is no masked
+// access: parts go by way of a few bytes on the stack. Nor is there a store past the caches that every compiler offers:
+// Stream is an ordinary store.
 #pragma once
 
 #include <arm_neon.h>

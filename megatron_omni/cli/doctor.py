@@ -101,8 +101,8 @@ def check_kernels() -> Iterator[Finding]:
     yield OK, f"processor: {processor_name()}, {os.cpu_count()} threads, {memory_gib():.0f} GiB; engines: {can_run}"
     if extension.cpu_engine_is_forced():
         yield OK, f"kernels: the CPU side runs on {engine} (OMNI_CPU_KERNELS)"
-    elif engine == "portable":
-        yield WARN, "kernels: none of ours for this processor; model.moe.kernels=omni runs on torch's products"
+    elif engine not in extension.MEASURED_ENGINES:
+        yield WARN, "kernels: none of ours was timed on such a processor; model.moe.kernels=omni is torch's products"
     else:
         yield OK, f"kernels: the CPU side runs on {engine}"
     if extension.CUDA_ERROR is None:

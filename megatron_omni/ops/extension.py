@@ -63,8 +63,12 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     return lambda function: function
 
 
+MEASURED_ENGINES = ("avx512", "avx2")
+"""Those that were timed against torch's products: ``model.moe.kernels=omni`` takes no other one unless it is named."""
+
+
 def cpu_engine() -> str:
-    """The engine that CPU ops run on: "avx512", "avx2" or "portable" (plain C++).
+    """The engine that CPU ops run on: "avx512", "avx2", "neon" or "portable" (plain C++).
 
     ValueError where OMNI_CPU_KERNELS names one that this processor cannot run, or that does not exist.
     """

@@ -31,8 +31,9 @@ def compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "c++"))
 
 
-def build(program: Path, folder: Path) -> Path:
-    """Executable of a program with all CPU kernels; objects newer than all of csrc and the program are reused."""
+def build(program: Path, folder: Path, compile_: list[str]) -> Path:
+    """Executable of a program with all CPU kernels, made by a compiler with its flags in a folder of its own; objects
+    newer than all of csrc and the program are reused."""
     newest = max(
         path.stat().st_mtime for path in [*CSRC.rglob("*.h"), *CSRC.glob("cpu/*.cpp"), *program.parent.glob("*.h")]
     )
@@ -41,16 +42,16 @@ def build(program: Path, folder: Path) -> Path:
     for source in [*sorted(CSRC.glob("cpu/*.cpp")), program]:
         target = folder / f"{source.stem}_{source.parent.name}.o"
         if not target.exists() or target.stat().st_mtime < max(newest, source.stat().st_mtime):
-            subprocess.run([*compiler(), *FLAGS, f"-I{CSRC}", "-c", str(source), "-o", str(target)], check=True)
+            subprocess.run([*compile_, f"-I{CSRC}", "-c", str(source), "-o", str(target)], check=True)
         objects.append(str(target))
     executable = folder / program.stem
-    subprocess.run([*compiler(), *FLAGS, *objects, "-o", str(executable)], check=True)
+    subprocess.run([*compile_, *objects, "-o", str(executable)], check=True)
     return executable
 
 
 def run(program: Path, *, quick: bool) -> subprocess.CompletedProcess[str]:
     """Build one program of tests/ops/sanitizer and run it; it goes through every engine that this machine can run."""
-    executable = build(program, ROOT / "build" / "sanitize")
+    executable = build(program, ROOT / "build" / "sanitize", [*compiler(), *FLAGS])
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
     return subprocess.run(
         [str(executable), *(["--quick"] if quick else [])], env=environment, capture_output=True, text=True

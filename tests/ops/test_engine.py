@@ -39,6 +39,7 @@ def test_engines_are_those_of_the_processor():
     flags = processor_flags()
     expected = ["avx512"] if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags else []
     expected += ["avx2"] if {"avx2", "fma"} <= flags else []
+    expected += ["neon"] if "asimd" in flags else []
     assert [*expected, "portable"] == ENGINES
 
 
@@ -48,8 +49,8 @@ def test_the_variable_chooses_and_an_absent_or_unknown_engine_is_an_error(choose
         choose(choice)
         assert (extension.cpu_engine(), extension.cpu_engine_is_forced()) == (runs, bool(choice))
         assert torch.equal(multiply(), torch.full((2, 4), 3.0))
-    absent = next((name for name in ("avx512", "avx2") if name not in ENGINES), "neon64")
-    for choice in (absent, "AVX2"):
+    absent = {"avx512", "avx2", "neon"} - set(ENGINES)  # of other processors
+    for choice in (*absent, "AVX2"):
         message = f"^OMNI_CPU_KERNELS={choice}: this machine can run {', '.join(ENGINES)}; name one of these, or none"
         with pytest.raises(ValueError, match=message):
             choose(choice)
@@ -71,12 +72,16 @@ def test_an_engine_is_named_for_a_while():
 
 
 @pytest.mark.skipif(extension.cpu_engine_is_forced(), reason="OMNI_CPU_KERNELS is set")
-def test_plain_cpp_runs_only_when_it_is_asked_for(monkeypatch):
-    """On a processor that has no engine of ours, omni is torch's composition, and is called so."""
-    assert kernels.backend_of("omni") == f"omni({ENGINES[0] if ENGINES != ['portable'] else 'torch'})"
-    monkeypatch.setattr(extension, "cpu_engine", lambda: "portable")
-    assert kernels.backend_of("omni") == "omni(torch)"
-    assert kernels.load_kernels.__wrapped__("omni") == kernels.load_kernels.__wrapped__("torch")
+def test_unmeasured_engines_run_only_when_they_are_asked_for(monkeypatch):
+    """Where no engine of ours was measured (plain C++, Arm), omni is torch's composition, and is called so."""
+    assert kernels.backend_of("omni") == f"omni({ENGINES[0] if ENGINES[0] in extension.MEASURED_ENGINES else 'torch'})"
+    for unmeasured in ("neon", "portable"):
+        monkeypatch.setattr(extension, "cpu_engine", lambda name=unmeasured: name)
+        assert kernels.backend_of("omni") == "omni(torch)"
+        assert kernels.load_kernels.__wrapped__("omni") == kernels.load_kernels.__wrapped__("torch")
+    monkeypatch.setattr(extension, "cpu_engine_is_forced", lambda: True)
+    monkeypatch.setattr(extension, "cpu_engine", lambda: "neon")
+    assert kernels.backend_of("omni") == "omni(neon)"
     monkeypatch.undo()
     with use_cpu_engine("portable"):
         assert kernels.backend_of("omni") == "omni(portable)"

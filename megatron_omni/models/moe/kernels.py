@@ -3,8 +3,8 @@
 A choice is six functions, each with the meaning of the op of its name (ops/), on the same stacked weights: parameters,
 checkpoints and gradients do not depend on it.
 
-``omni``      the ops of this project: csrc/ kernels on CUDA and on processors that they have an engine for (AVX-512,
-              AVX2); on others the same functions as ``torch``, unless OMNI_CPU_KERNELS=portable asks for plain C++
+``omni``      the ops of this project: csrc/ kernels on CUDA and on processors whose engine was measured (AVX-512,
+              AVX2); on others the same functions as ``torch``, unless OMNI_CPU_KERNELS=neon or =portable asks for ours
 ``torch``     plain PyTorch: the ops' references, and ``F.grouped_mm`` (one product per expert where that function does
               not take the dtype or shape); needs nothing compiled
 ``te``        ours, but the experts run on Transformer Engine's ``GroupedLinear``. It wants weights [out, in], of which
@@ -80,12 +80,12 @@ def backend_of(name: str) -> str:
     """A choice as logs say it: ours on a CPU with the engine that runs."""
     if name != "omni" or accelerator_present():
         return name
-    return f"omni({'torch' if _lacks_engine() else extension.cpu_engine()})"
+    return f"omni({'torch' if _takes_torch() else extension.cpu_engine()})"
 
 
-def _lacks_engine() -> bool:
-    """Whether our CPU kernels would be plain C++ that nobody asked for: slower than torch's products."""
-    return extension.cpu_engine() == "portable" and not extension.cpu_engine_is_forced()
+def _takes_torch() -> bool:
+    """Whether nobody asked for the engine of our CPU kernels, and it may be slower than torch's products."""
+    return extension.cpu_engine() not in extension.MEASURED_ENGINES and not extension.cpu_engine_is_forced()
 
 
 def _main_grads(w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -115,7 +115,7 @@ def _omni() -> Kernels:
     missing = extension.CUDA_ERROR if accelerator_present() else extension.CPU_ERROR
     if missing is not None:
         raise ValueError(f"model.moe.kernels='omni': {missing}; or set model.moe.kernels=torch")
-    if not accelerator_present() and _lacks_engine():
+    if not accelerator_present() and _takes_torch():
         return _torch()
     return Kernels(topp_route, build_permutation, assignment_values, permute, unpermute, omni_expert_mlp)
 

@@ -78,7 +78,8 @@ constexpr double kOps = 16;  // roundings of an elementwise formula, the approxi
 
 template <class T>
 constexpr double unit() {  // largest relative error of one rounding
-  return std::is_same_v<T, double> ? 0x1p-53 : std::is_same_v<T, float> ? 0x1p-24 : std::is_same_v<T, Half> ? 0x1p-11 : 0x1p-8;
+  return std::is_same_v<T, double> ? 0x1p-53 : std::is_same_v<T, float> ? 0x1p-24
+         : std::is_same_v<T, Half> ? 0x1p-11 : 0x1p-8;
 }
 
 template <class T>

@@ -1,5 +1,5 @@
-// The CPU grouped GEMM and expert MLP on odd sizes: every result against float64 loops, stage by stage (what a stage reads
-// is what the one before it wrote). --quick: few sizes.
+// The CPU grouped GEMM and expert MLP on odd sizes: every result against float64 loops, stage by stage (what a stage
+// reads is what the one before it wrote). --quick: few sizes.
 #include "checks.h"
 
 using namespace omni;
@@ -94,12 +94,14 @@ void mlp(DType dtype, DType dtype_dw, bool accumulate, bool weighted, Groups& gr
   const auto before1 = dw1.values(), before2 = dw2.values();
   const void* weights = weighted ? row_weight.data : nullptr;
   cpu::expert_mlp(x.data, w1.data, w2.data, offsets, weights, rows, E, H, F, dtype, h.data, a.data, y.data, parallel);
-  cpu::expert_mlp_backward(grad.data, x.data, h.data, w1.data, w2.data, offsets, weights, rows, E, H, F, dtype, dtype_dw,
-                           accumulate, again.data, dh.data, dx.data, dw1.data, dw2.data, dweight.data, parallel);
-  const auto xs = x.values(), w1s = w1.values(), w2s = w2.values(), hs = h.values(), as = a.values(), ds = grad.values();
-  const auto again_s = again.values(), dhs = dh.values();
+  cpu::expert_mlp_backward(grad.data, x.data, h.data, w1.data, w2.data, offsets, weights, rows, E, H, F, dtype,
+                           dtype_dw, accumulate, again.data, dh.data, dx.data, dw1.data, dw2.data, dweight.data,
+                           parallel);
+  const auto xs = x.values(), w1s = w1.values(), w2s = w2.values(), hs = h.values(), as = a.values();
+  const auto ds = grad.values(), again_s = again.values(), dhs = dh.values();
   groups.for_each([&](int64_t e, int64_t begin, int64_t count) {
-    const View x_e{xs.data() + begin * H, H, 1}, w1_e{w1s.data() + e * H * 2 * F, 2 * F, 1}, w2_e{w2s.data() + e * F * H, H, 1};
+    const View x_e{xs.data() + begin * H, H, 1};
+    const View w1_e{w1s.data() + e * H * 2 * F, 2 * F, 1}, w2_e{w2s.data() + e * F * H, H, 1};
     const View d_e{ds.data() + begin * H, H, 1}, dh_e{dhs.data() + begin * 2 * F, 2 * F, 1};
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = begin + i;
@@ -118,7 +120,8 @@ void mlp(DType dtype, DType dtype_dw, bool accumulate, bool weighted, Groups& gr
         gate = hs[row * 2 * F + f], other = hs[row * 2 * F + F + f], s = sigmoid(gate), act = gate * s * other;
         check(again[row * F + f], w * act, stored<T>(w * act, kOps * u * w * act), "a made again", row, f);
         const double d = down.value[f], d_error = factor * down.size[f];
-        const double slope = w * other * s * (1 + gate * (1 - s)), size = w * other * s * (1 + std::fabs(gate) * (1 - s));
+        const double slope = w * other * s * (1 + gate * (1 - s));
+        const double size = w * other * s * (1 + std::fabs(gate) * (1 - s));
         check(dh[row * 2 * F + f], d * slope, stored<T>(d * slope, std::hypot(kOps * u * size * d, slope * d_error)),
               "dgate", row, f);
         const double silu = w * gate * s;

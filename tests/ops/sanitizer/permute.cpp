@@ -1,5 +1,5 @@
-// The permutation of tokens and back, with its gradients, on odd sizes: indices exactly, sums against float64 loops. And
-// conversions of 16-bit elements, every one of them, exactly.
+// The permutation of tokens and back, with its gradients, on odd sizes: indices exactly, sums against float64 loops.
+// And conversions of 16-bit elements, every one of them, exactly.
 #include <memory>
 
 #include "checks.h"
@@ -89,7 +89,8 @@ void sums(Routed& r, Guarded<In>& rows, int64_t H, const Parallel& parallel) {
       const double f = by_factor ? double(factor[a]) : 1, scale = f * (r.A % 2 ? double(weights[a]) : 1);
       double dot = 0, size = 0;
       for (int64_t i = 0; i < H; ++i) {
-        const double value = scale * cpu::to_float(g[i]), term = f * cpu::to_float(rows[a * H + i]) * cpu::to_float(g[i]);
+        const double grad_y = cpu::to_float(g[i]), value = scale * grad_y;
+        const double term = f * cpu::to_float(rows[a * H + i]) * grad_y;
         if (wanted & 1)
           check(grad_rows[a * H + i], value, stored<In>(value, 2 * u * std::fabs(value)), "grad_rows", a, i);
         dot += term;
@@ -109,7 +110,8 @@ void permutation(int64_t T, int64_t E, int64_t H, double density) {
   const Parallel& parallel = cases++ % 2 ? one : many;
   Guarded<In> x(T * H), rows((r.A + 2) * H);
   fill(x);
-  cpu::permute(x.data, r.token_offsets.data, r.token_rows->data, T, r.A, r.A + 2, H, dtype_of<In>(), rows.data, parallel);
+  cpu::permute(x.data, r.token_offsets.data, r.token_rows->data, T, r.A, r.A + 2, H, dtype_of<In>(), rows.data,
+               parallel);
   for (int64_t a = 0; a < r.A; ++a)
     check_true(!std::memcmp(&rows[a * H], &x[(*r.row_token)[a] * H], H * sizeof(In)), "permute");
   check_zero(rows, r.A * H, "permute past the assignments");
@@ -139,7 +141,8 @@ void conversion(Guarded<In>& x, int64_t T, int64_t H) {
   for (int64_t t = 0; t <= T; ++t) token_offsets[t] = t;
   for (int64_t t = 0; t < T; ++t) token_rows[t] = t;
   Guarded<Out> y(T * H);
-  cpu::unpermute(x.data, nullptr, token_offsets.data, token_rows.data, T, H, dtype_of<In>(), dtype_of<Out>(), y.data, one);
+  cpu::unpermute(x.data, nullptr, token_offsets.data, token_rows.data, T, H, dtype_of<In>(), dtype_of<Out>(), y.data,
+                 one);
   for (int64_t i = 0; i < T * H; ++i) {
     Out right;
     cpu::from_float(cpu::to_float(x[i]), right);

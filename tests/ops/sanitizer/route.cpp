@@ -1,5 +1,5 @@
-// Top-P routing with its gradient, and the counter-based draws, on odd sizes: orders and draws exactly, what follows from
-// them against the formulas of megatron_omni/ops/topp_route.py in float64.
+// Top-P routing with its gradient, and the counter-based draws, on odd sizes: orders and draws exactly, what follows
+// from them against the formulas of megatron_omni/ops/topp_route.py in float64.
 #include <limits>
 #include <random>
 
@@ -70,8 +70,10 @@ void check_token(const cpu::ToppRoute& r, const Token<Real>& t) {
   for (int64_t e = 0; e < n; ++e) {
     check_true(t.mask[e] == mask[e], "mask");
     bool largest = true;  // of what was left when it was drawn
-    for (int64_t other = 0; other < n; ++other)
-      if (t.draw_rank[other] > t.draw_rank[e] && (t.z[other] > t.z[e] || (t.z[other] == t.z[e] && other < e))) largest = false;
+    for (int64_t other = 0; other < n; ++other) {
+      const bool larger = t.z[other] > t.z[e] || (t.z[other] == t.z[e] && other < e);
+      if (larger && t.draw_rank[other] > t.draw_rank[e]) largest = false;
+    }
     const double keep = r.estimator == cpu::Estimator::Paper ? 5.0 / 8 : 1.0 / 4;
     const bool full = r.estimator == cpu::Estimator::None || !t.bernoulli || largest || t.bernoulli[e] < keep;
     const double scale = full ? 1 : 1.0 / 3, weight = mask[e] ? scale * std::exp(t.z[e] - top) / total : 0;
@@ -140,10 +142,10 @@ void routing(int64_t T, int64_t routed, int64_t null, int64_t shared, bool wild)
     cpu::topp_route_backward(r, dtype, grad, by_shared, weights.data, shared_weights.data, scale.data, grad_z.data,
                              parallel);
     for (int64_t t = 0; t < T; ++t) {
-      const Token<Real> token{&z[t * width], draws ? &gumbel[t * slots] : nullptr, steps ? &bernoulli[t * slots] : nullptr,
-                              pads && padding[t], caps ? &keep[t * slots] : nullptr, &mask[t * slots],
-                              &weights[t * slots], &shared_weights[t * shared], &scale[t * slots], &k[t],
-                              &draw_rank[t * slots]};
+      const int64_t at = t * slots;
+      const Token<Real> token{&z[t * width], draws ? &gumbel[at] : nullptr, steps ? &bernoulli[at] : nullptr,
+                              pads && padding[t], caps ? &keep[at] : nullptr, &mask[at], &weights[at],
+                              &shared_weights[t * shared], &scale[at], &k[t], &draw_rank[at]};
       check_token(r, token);
       check_gradient(r, token, grad ? grad + t * slots : nullptr, by_shared ? by_shared + t * shared : nullptr,
                      &grad_z[t * width]);
