@@ -156,10 +156,12 @@ void conversions() {
   Guarded<Half> half(1 << 16);
   for (int64_t i = 0; i < 1 << 16; ++i) bf16[i].bits = half[i].bits = static_cast<uint16_t>(i);
   conversion<Bf16, float>(bf16, 1 << 8, 1 << 8), conversion<Half, float>(half, 1 << 8, 1 << 8);
-  Guarded<float> wide(300 * 67);  // any bits; numbers that fp16 has, or nearly has; halves between its neighbours
+  // Any bits; numbers that fp16 has, or nearly has; halves between its neighbours, and between those of bf16.
+  Guarded<float> wide(300 * 67);
   for (int64_t i = 0; i < wide.count; ++i) {
     const uint32_t bits = draw_bits() ^ draw_bits() >> 16, near = (bits & 0x8FFFFFFF) + 0x30000000 + (bits >> 27 << 23);
-    wide[i] = cpu::bits_to_float(i % 3 == 0 ? bits : i % 3 == 1 ? near : (near & ~0x1FFFu) | 0x1000);
+    const uint32_t kinds[] = {bits, near, (near & ~0x1FFFu) | 0x1000, (bits & ~0xFFFFu) | 0x8000};
+    wide[i] = cpu::bits_to_float(kinds[i % 4]);
   }
   conversion<float, Bf16>(wide, 300, 67), conversion<float, Half>(wide, 300, 67);
 }
