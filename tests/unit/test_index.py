@@ -203,7 +203,9 @@ def test_a_stale_index_is_refused(tmp_path, mixed):
         open_index(path, tokenizer="f" * 64)
     text = path.read_text()
     path.write_text(text.replace("p3", "p7"))
-    with pytest.raises(ValueError, match=r"data source 'mixed': .*stale, 'mixed.jsonl' has changed.*run megatron-omni prepare"):
+    with pytest.raises(
+        ValueError, match=r"data source 'mixed': .*stale, 'mixed.jsonl' has changed.*run megatron-omni prepare"
+    ):
         StepLoader(tiny_recipe(tmp_path, [mixed]), data_rank=0, data_size=1)
     index_of(tmp_path, "mixed.jsonl")  # made anew
     assert open_index(path, tokenizer=digest) is not None
