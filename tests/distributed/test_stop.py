@@ -168,7 +168,7 @@ def unreadable_on_one_rank(rank: Rank, recipe: Recipe) -> tuple[str, int]:
     run = prepare(rank, recipe)
     if rank.index == 1:
         assert run.loader is not None
-        run.loader.next_step = lambda: (_ for _ in ()).throw(ValueError("a bad record"))  # type: ignore[method-assign]
+        run.loader._prepared = lambda: (_ for _ in ()).throw(ValueError("a bad record"))  # type: ignore[method-assign]
     with pytest.raises(Exception) as caught:
         train(run)
     return f"{caught.type.__name__}: {caught.value}", run.state.step
