@@ -179,7 +179,7 @@ def test_blocks_are_those_of_the_layout(tmp_path: Path, directories: dict[str, P
     fc1 = reader.tensors["language.decoder.layers.1.mlp.linear_fc1.weight"]
     assert sorted(offsets[0] for offsets, _ in fc1.blocks) == [0, 48, 96, 144]
     place = {(index.fqn, tuple(index.offset or ())): info.relative_path for index, info in reader._storage.items()}
-    assert place["language.embedding.word_embeddings.weight", (256, 0)] == "__1_0.distcp"
+    assert place["language.embedding.word_embeddings.weight", (192, 0)] == "__1_0.distcp"
     assert place["language.decoder.layers.3.mlp.linear_fc2.weight", (0, 48)] == "__1_0.distcp"
     assert place["language.decoder.layers.4.self_attention.linear_qkv.weight", (0, 0)] == "__2_0.distcp"
     assert place["language.output_layer.weight", (0, 0)] == "__2_0.distcp"
