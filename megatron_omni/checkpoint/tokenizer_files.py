@@ -1,6 +1,6 @@
 """The tokenizer that travels with a checkpoint: compared between sources, completed with our special tokens, copied.
 
-A vocabulary is known by the id of every token after the special tokens of spec section 6 were appended (as
+A vocabulary is known by the id of every token after the special tokens of docs/data.md were appended (as
 ``data/tokenizer.py`` does when it reads one), so that a source that has them in its file already equals one that has not.
 """
 

@@ -1,4 +1,4 @@
-"""Dense checkpoints into one mixture of experts with dynamic capacity, tensor by tensor (paper section 4, spec 2, 11.11).
+"""Dense checkpoints into one mixture of experts with dynamic capacity, tensor by tensor (paper section 4; docs/upcycling.md).
 
     trunk (attention, norms, embeddings, output)   of the source named ``trunk``; where others differ from it, a warning
     routed experts E1 .. En                        the feed-forward parts of the sources, in order (vision, speech, speech, base)

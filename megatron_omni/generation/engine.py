@@ -3,7 +3,7 @@
     prefill    the batch of prompts through the whole model; encoders run here and never again; keys and values of every
                attention layer go into a ``KVCache`` (models/attention.py)
     decode i   the chosen tokens [B, 1] alone; all three position channels of a row are p + i, p = one more than the
-               largest position of its prompt (spec section 3); finished rows are padding and cost no expert
+               largest position of its prompt (docs/model.md 3); finished rows are padding and cost no expert
 
 Pipeline stages hand hidden states to the next by point-to-point messages. The last stage chooses the tokens and
 broadcasts them to its pipeline and tensor groups: every rank of a model replica returns the same answers. Expert

@@ -1,4 +1,4 @@
-"""The straight-through pieces of the routing gradient (paper appendix A.4; spec sections 1.3 and 11.1).
+"""The straight-through pieces of the routing gradient (paper appendix A.4; docs/model.md 2.3).
 
 A selected slot with weight w and expert output E contributes ``o = w E``. Each (token, slot) has a scale
 ``s = 1 if delta or B else 1/3``; delta: the slot was the argmax of what was left when it was drawn.

@@ -13,7 +13,7 @@ Weights (``slot_weights``): softmax of z over the selected dynamic and all share
 Then the estimator's scale s (gradient_estimator.py): ``paper`` multiplies the weight by s (and the caller scales row
 gradients), ``grin`` multiplies the forward value alone.
 
-``mode="release"`` is what the authors' published code computes instead (spec 1.2); see ``release_select``.
+``mode="release"`` is what the authors' published code computes instead (docs/model.md 2.2); see ``release_select``.
 
 Capacity (``capacity_keep``) may remove assignments between the two: route once for the mask, which auxiliary loss and
 statistics want, and again with ``keep``.
@@ -141,7 +141,7 @@ def release_select(
     max_routed: int | None = None,
     padding: Tensor | None = None,
 ) -> Selection:
-    """Published code, steps 3, 4 and 6 of spec 1.2: count by sorted Top-P, identity slot by slot among near ties.
+    """Published code, count by sorted Top-P, identity slot by slot among near ties.
 
     ``gumbel`` [T, E_d, E_d]: noise of slot j in ``[:, j]``; None takes the argmax. ``bernoulli`` [T, E_d] uniform
     draws switch the ``grin`` multiplier on (forward s g_D, gradient of g_D), None leaves plain g_D.
@@ -203,7 +203,7 @@ def capacity_keep(z: Tensor, mask: Tensor, *, num_capped: int, capacity: int) ->
 
 
 def expert_capacity(num_tokens: int, num_slots: int, *, capacity_factor: float, min_capacity: int) -> int:
-    """C = max(min_capacity, ceil(T / E_d * factor)); T counts padding, E_d counts null (spec 1.6)."""
+    """C = max(min_capacity, ceil(T / E_d * factor)); T counts padding, E_d counts null (docs/model.md 2.5)."""
     return max(min_capacity, math.ceil(num_tokens / num_slots * capacity_factor))
 
 

@@ -109,12 +109,12 @@ def bias(estimator, *, argmax_shortcut=True, num_problems=200, num_experts=5, wi
 
 
 def test_third_order_estimator_is_exact_for_cubics():
-    """Spec 1.3, first row: without the argmax shortcut, cosine and norm ratio are 1."""
+    """docs/model.md 2.3: without the argmax shortcut, cosine and norm ratio are 1."""
     assert bias("paper", argmax_shortcut=False) == pytest.approx([1.0, 1.0, 0.0], abs=1e-9)
 
 
 def test_bias_of_the_hybrid_estimators():
-    """Spec 1.3: the hybrid paper form keeps direction and norm; the published code has half the norm, so half the
+    """docs/model.md 2.3: the hybrid paper form keeps direction and norm; the published code has half the norm, so half the
     error.
 
     The spec's own problems are not recorded (cosine 0.994 there); these give 0.9994, ratio 1.03 and 0.9981, ratio 0.52.

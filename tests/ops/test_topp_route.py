@@ -148,7 +148,7 @@ def test_a_fixed_count_that_the_slots_cannot_give_is_refused(mode, route, top_k)
 
 
 def test_counts_on_iid_gaussian_logits():
-    """Spec 1.2 and 11.4: k in 1..4 sorted, mean 2.46; sampled up to 5, mean 2.92 (P = 0.7, five slots)."""
+    """docs/model.md 2.1: k in 1..4 sorted, mean 2.46; sampled up to 5, mean 2.92 (P = 0.7, five slots)."""
     num = 200_000
     z = torch.randn(num, SLOTS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     by_rank = select_slots(z, num_routed=ROUTED, top_p=0.7).mask.sum(1)
@@ -190,7 +190,7 @@ def test_sampled_selection_has_the_law_of_draws_without_replacement():
 
 
 def release_token(z, *, eps=0.01, top_p=0.7, gumbel=None, bernoulli=None):
-    """Spec 1.2 steps 3-5 and 9 for one token, scalars with autograd. Returns (dynamic weights, shared weights,
+    """docs/model.md 2.2, `release`, for one token, scalars with autograd. Returns (dynamic weights, shared weights,
     taken)."""
     plain = z.detach().tolist()
     q = sorted(softmax(plain[:SLOTS]), reverse=True)
@@ -255,7 +255,7 @@ def test_release_mode_token_by_token_with_gradient(stochastic):
 
 
 def test_release_mode_leaves_one_candidate_for_most_tokens():
-    """Spec 1.4: 98.3 % of tokens have a single candidate at the first draw (iid Gaussian logits, five slots)."""
+    """98.3 % of tokens have a single candidate at the first draw (iid Gaussian logits, five slots)."""
     z = torch.randn(100_000, SLOTS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     selection = release_select(z, num_routed=ROUTED, top_p=0.7, eps=0.01)
     first = selection.multiplier.gather(1, (selection.draw_rank == 0).long().argmax(1, keepdim=True))
@@ -263,7 +263,7 @@ def test_release_mode_leaves_one_candidate_for_most_tokens():
 
 
 def test_release_mode_near_tied_pair():
-    """Spec 1.4: two near ties end at 1/3 and 2/3 in evaluation, and scales (1/3, 1) push them to about 1/7 and 6/7."""
+    """Two near ties end at 1/3 and 2/3 in evaluation, and scales (1/3, 1) push them to about 1/7 and 6/7."""
     z = torch.tensor([[2.0, 2.0, -9.0, -9.0, -9.0]], dtype=torch.float64)
     evaluated = topp_route(z, num_routed=ROUTED, num_null=NULL, top_p=0.7, mode="release")
     assert evaluated.weights[0, :2].tolist() == pytest.approx([1 / 3, 2 / 3], abs=1e-5)

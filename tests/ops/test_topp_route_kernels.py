@@ -25,7 +25,7 @@ def gumbel_noise(generator, num_tokens, slots, dtype=torch.float64):
 
 
 def route_token(z, *, slots, num_routed, top_p, top_k, gumbel, bernoulli, max_routed, padding, keep, estimator):
-    """Spec 1.1, 11.1, 11.4, 11.5, 11.10 for the logits of one token (lists): (selected, scale of every slot)."""
+    """docs/model.md 2.1 to 2.3 for the logits of one token (lists): (selected, scale of every slot)."""
     key = z[:slots] if gumbel is None else [a + b for a, b in zip(z, gumbel, strict=False)]
     order = sorted(range(slots), key=lambda e: (-key[e], e))
     top = max(z[:slots])

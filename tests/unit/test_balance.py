@@ -82,7 +82,7 @@ def test_logits_of_padding_reach_neither_loss_nor_gradient(probs, poison):
 
 
 def test_balanced_loss_is_the_mean_count():
-    """Every slot chosen equally often with equal probability: L = mean k (2 of 5 here), spec 1.5."""
+    """Every slot chosen equally often with equal probability: L = mean k (2 of 5 here), docs/model.md 2.5."""
     z = torch.zeros(T, SLOTS, dtype=torch.float64)
     mask = torch.zeros(T, SLOTS, dtype=torch.bool)
     for t in range(T):

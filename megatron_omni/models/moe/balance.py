@@ -5,7 +5,7 @@ Per layer and micro-batch, over the E_d dynamic slots (null included unless ``au
 with a_t = 0 for padding, ``aux_loss_label_weight`` for tokens that carry a label and 1 otherwise; m the selection
 before any capacity drop; q the softmax over the selected slots (``selected``, the published code) or over all dynamic
 ones (``full``). f and P are means over the whole micro-batch: summed over the sequence shards of the TP group, never
-over data parallel, so L does not depend on TP, PP or EP (spec 1.5, 11.7). Balanced, L is the mean number of selected
+over data parallel, so L does not depend on TP, PP or EP (docs/model.md 2.5). Balanced, L is the mean number of selected
 slots; metrics divide by it.
 
 The paper gives no auxiliary loss; this is the authors' code's. T tokens of this rank's shard.

@@ -1,7 +1,7 @@
 """The gate and the routing decision: hidden states [T, H] to a ``Routing`` (ops/topp_route.py) and the auxiliary loss.
 
 Gate: z = x W^T, W [E, H] without bias, rows ordered [routed | null | shared] (paper: one z for all of them), in fp32 in
-training and evaluation alike unless ``fp32_gate`` is off (the published code evaluates in bf16; spec 11.9).
+training and evaluation alike unless ``fp32_gate`` is off (the published code evaluates in bf16).
 
 Training (``ctx.stochastic``) alone: the gate's input, and nothing else, times U(1 - j, 1 + j) element by element;
 slots drawn by Gumbel order; the gradient estimator; capacity. Every draw is a hash of (seed, step, layer, purpose,
