@@ -127,7 +127,8 @@ def train_only_rows(weight: torch.nn.Parameter, rows: Sequence[int], *, first_ro
     local = [row - first_row for row in rows if 0 <= row - first_row < weight.shape[0]]
     mask[local] = 1
     setattr(weight, MASKED_ROWS, len(local))
-    weight.register_hook(lambda grad: grad * mask)
+    # The wrapper may convert the weight to bf16 after this; its gradient has the weight's dtype, and must keep it.
+    weight.register_hook(lambda grad: grad * mask.to(grad.dtype))
 
 
 def update(optimizer: ChainedOptimizer, scheduler: OptimizerParamScheduler, *, clip_grad: float) -> tuple[bool, float]:

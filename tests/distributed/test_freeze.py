@@ -57,10 +57,19 @@ def test_only_what_is_not_frozen_moves(
     assert parts_that_moved(run_ranks(moved, world_size, recipe)) == set(trained)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", [{}, TP], ids=["tp1", "tp2"])
-def test_new_token_rows_of_frozen_matrices(corpus: Path, tmp_path: Path, layout: dict[str, Any]) -> None:
+def test_new_token_rows_of_frozen_matrices(
+    corpus: Path, tmp_path: Path, layout: dict[str, Any], precision: str
+) -> None:
     recipe = tiny_recipe(
-        corpus, tmp_path, train_iters=2, freeze=["embeddings", "output"], optim__weight_decay=0.5, **layout
+        corpus,
+        tmp_path,
+        train_iters=2,
+        freeze=["embeddings", "output"],
+        optim__weight_decay=0.5,
+        optim__precision=precision,
+        **layout,
     )
     ranks = run_ranks(moved, 2 if layout else 1, recipe)
     new = set(new_token_ids(recipe))
