@@ -32,6 +32,8 @@ from megatron_omni.checkpoint.commit import CheckpointError
 
 RUN_CONFIG = "run_config.yaml"
 TOKENIZER = "tokenizer"
+EXTRA_STATE = "_extra_state"
+"""Ending of the names of a module's non-tensor state."""
 
 untrusted.install()
 
@@ -54,8 +56,9 @@ def load_checkpoint(
     layout = _read(lambda: dist_checkpointing.load_common_state_dict(directory), directory)["layout"]
     if layout["world_size"] == dist.get_world_size():
         wanted["rng"] = rng_shard()
+    lacking = _drop_lacking_extra_states(weights, directory)
     state = _read(lambda: dist_checkpointing.load(wanted, str(directory)), directory)
-    model.load_state_dict(state["model"])
+    _load_into(model, state["model"], absent=lacking)
     optimizer.load_state_dict(state["optimizer"])
     if "rng" in state:
         _set_rng_state(state["rng"])
@@ -79,12 +82,36 @@ def load_weights(
     absent = _compare(
         {"model": weights}, directory, prefix="optimizer.", allow_missing=allow_missing, allow_extra=allow_extra
     )
-    present = {name: value for name, value in weights.items() if not _keys(value) & absent}
-    state = _read(lambda: dist_checkpointing.load({"model": present}, str(directory)), directory)["model"]
-    left = model.load_state_dict(state, strict=not absent)
-    # Non-tensors (extra states) have no entry of their own in a checkpoint; of the tensors, only the absent may be left.
-    assert not left.unexpected_keys and not set(left.missing_keys) & set(present), left
+    lacking = {name for name, value in weights.items() if _keys(value) & absent}
+    for name in lacking:
+        del weights[name]
+    lacking |= _drop_lacking_extra_states(weights, directory)
+    state = _read(lambda: dist_checkpointing.load({"model": weights}, str(directory)), directory)["model"]
+    _load_into(model, state, absent=lacking)
     return absent
+
+
+def _drop_lacking_extra_states(weights: dict[str, Any], directory: Path) -> set[str]:
+    """Remove from ``weights`` the ``_extra_state`` entries that the checkpoint lacks; their names.
+
+    Which modules have such an entry depends on the backend that made them: Transformer Engine's norms do, even where they
+    keep nothing in it (without fp8 it is empty), PyTorch's do not. A module without its entry stays as it was built.
+    """
+    stored = untrusted.read_metadata(directory / ".metadata").state_dict_metadata
+    lacking = {
+        name
+        for name, value in weights.items()
+        if name.endswith(EXTRA_STATE) and isinstance(value, ShardedObject) and value.unique_key not in stored
+    }
+    for name in lacking:
+        del weights[name]
+    return lacking
+
+
+def _load_into(model: MegatronModule, state: dict[str, Any], *, absent: set[str]) -> None:
+    """``load_state_dict`` of which nothing may be left but ``absent``."""
+    left = model.load_state_dict(state, strict=False)
+    assert not left.unexpected_keys and set(left.missing_keys) <= absent, left
 
 
 def _read(action: Callable[[], dict[str, Any]], directory: Path) -> dict[str, Any]:

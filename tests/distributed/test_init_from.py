@@ -14,6 +14,7 @@ from megatron_omni.checkpoint import commit
 from megatron_omni.checkpoint.upcycle import GATE_STD
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.run import Recipe
+from megatron_omni.models.language import RMSNorm
 from megatron_omni.parallel.wrap import unwrap_model
 from megatron_omni.training.initial_weights import UPCYCLED
 from tests.distributed import tiny_run
@@ -75,6 +76,33 @@ def test_dense_weights_start_a_mixture_by_upcycling(corpus: Path, tmp_path: Path
         for name, value in made.items():
             expected = value[2 * index : 2 * index + 2] if ".mlp.experts." in name else value
             assert torch.equal(rank[name], expected), name
+
+
+def resumed_step(rank: Rank, recipe: Recipe) -> int:
+    return prepare(rank, recipe).state.step
+
+
+def test_modules_with_an_extra_state_take_checkpoints_without(
+    corpus: Path, tmp_path: Path, dense_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformer Engine's norms have an ``_extra_state`` even where there is nothing in it; checkpoints made without
+    Transformer Engine lack it, and still load. One that is there is given to the module.
+    """
+    plain = start(tiny_recipe(corpus, tmp_path / "plain", init_from=str(dense_run), **DENSE))[0]
+    given: list[Any] = []
+    monkeypatch.setattr(RMSNorm, "get_extra_state", lambda self: torch.empty(0, dtype=torch.uint8), raising=False)
+    monkeypatch.setattr(RMSNorm, "set_extra_state", lambda self, state: given.append(state), raising=False)
+    with_state = start(tiny_recipe(corpus, tmp_path / "te", init_from=str(dense_run), **DENSE))[0]
+    assert plain.keys() == with_state.keys() and all(torch.equal(plain[name], with_state[name]) for name in plain)
+    recipe = tiny_recipe(corpus, dense_run, train_iters=3, load="auto", **DENSE)
+    assert run_ranks(resumed_step, 1, recipe) == [2]
+    run_tiny(recipe, 1)
+
+    def states_given(rank: Rank) -> list[Any]:
+        prepare(rank, tiny_recipe(corpus, dense_run, train_iters=4, load="auto", **DENSE))
+        return given
+
+    assert len(run_ranks(states_given, 1)[0]) == 5  # two norms a block and the final one
 
 
 def test_a_mixture_of_another_width_is_refused(corpus: Path, tmp_path: Path, dense_run: Path) -> None:
