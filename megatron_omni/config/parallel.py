@@ -25,5 +25,19 @@ class ParallelConfig:
     """Gradients are reduced over data-parallel ranks while the backward goes on, in buckets."""
     overlap_param_gather: bool = False
     """Weights that other ranks updated are gathered while the next forward goes on (distributed optimizer)."""
+    bucket_size: int | None = number(None, at_least=1, fix="null chooses one")
+    """Gradient elements that are reduced together, as Megatron's ``ddp_bucket_size``; null: 40 million, or a million a
+    data-parallel rank where that is more, if ``overlap_grad_reduce`` is set, else all of them. Stages after the first
+    reduce all together."""
     distributed_timeout_seconds: float = number(600.0, at_least=1, at_most=604_800)
     """A collective that waits longer ends the run on every rank."""
+
+
+def bucket_size(parallel: ParallelConfig, *, stage: int, dp_size: int) -> int | None:
+    """Elements from which on a gradient bucket of pipeline ``stage`` is full; None: one bucket for all."""
+    if stage > 0:
+        return None  # later stages reduce off the critical path: Megatron gives them one bucket
+    if parallel.bucket_size is not None:
+        return parallel.bucket_size
+    # Larger for many ranks: a rank's part of a message must stay long enough for the links to be used fully.
+    return max(40_000_000, 1_000_000 * dp_size) if parallel.overlap_grad_reduce else None

@@ -168,6 +168,7 @@ def _layout(recipe: Recipe, world_size: int) -> Iterator[str]:
             "for experts (parallel.expert_model_parallel_size), stages (pipeline_model_parallel_size) or data"
         )
     yield from _divides("model.num_layers", model.num_layers, "parallel.pipeline_model_parallel_size", pp)
+    yield from _messages(recipe)
     if model.moe is None:
         yield from _divides("model.ffn_hidden_size", model.ffn_hidden_size, "parallel.tensor_model_parallel_size", tp)
         if ep * etp > 1:
@@ -198,6 +199,26 @@ def _layout(recipe: Recipe, world_size: int) -> Iterator[str]:
         yield (
             f"data.global_batch_size={data.global_batch_size} is no multiple of micro_batch_size x data-parallel ranks = "
             f"{data.micro_batch_size} x {dp} = {per_round}"
+        )
+
+
+def _messages(recipe: Recipe) -> Iterator[str]:
+    """How gradients and weights travel between data-parallel ranks."""
+    parallel, distributed = recipe.parallel, recipe.optim.use_distributed_optimizer
+    if parallel.overlap_param_gather and not distributed:
+        yield (
+            "parallel.overlap_param_gather=True: only with optim.use_distributed_optimizer=true does a rank update a share "
+            "of the weights, which the others gather; set that, or overlap_param_gather=false"
+        )
+    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
+        yield (
+            "parallel.overlap_param_gather=True: no effect without overlap_grad_reduce=true, which cuts gradients and "
+            "weights into the buckets that are gathered one by one; set both or neither"
+        )
+    if parallel.bucket_size is not None and not (distributed or parallel.overlap_grad_reduce):
+        yield (
+            f"parallel.bucket_size={parallel.bucket_size}: no effect without overlap_grad_reduce or "
+            "optim.use_distributed_optimizer; set one of them, or bucket_size=null"
         )
 
 

@@ -5,7 +5,7 @@ Adam moments of what is trained and, for bf16 weights, an fp32 master copy.
 
 With the distributed optimizer trained parameters live in buffers: one for routed experts, cut over the expert
 data-parallel ranks, one for the rest, cut over the data-parallel ranks. A buffer lays parameters out from the last to
-the first, each at a multiple of 64 elements; buckets (one, or of ``BUCKET`` elements where reduction overlaps the backward)
+the first, each at a multiple of 64 elements; buckets (``bucket_size`` of config/parallel.py)
 end at a multiple of 128 and of the ranks. Rank r updates the r-th part of every bucket, whatever parameters lie there.
 """
 
@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from megatron_omni.config.parallel import bucket_size
 from megatron_omni.config.run import Recipe
 from megatron_omni.estimate.parameters import Weight, stage_weights, trained_parts
 
@@ -21,8 +22,6 @@ MOMENT_BYTES = 8
 MASTER_BYTES = 4
 PARAMETER_ALIGNMENT = 64
 BUCKET_ALIGNMENT = 128
-BUCKET = 40_000_000
-"""Elements of a bucket under ``parallel.overlap_grad_reduce``; a million per rank where that is more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +69,10 @@ def static_bytes(
         held = sum(w.numel for w in trained)
         return StaticBytes(weights=(frozen + held) * size, gradients=held * GRADIENT_BYTES, optimizer=held * state)
     buffered = updated = 0
-    bucket_size = _bucket_size(recipe, world_size, stage=stage)
-    places = zip((dense, experts), replicas(recipe, world_size), (dp_rank, expert_dp_rank), strict=True)
-    for group, ranks, rank in places:
-        for bucket in _buckets(group, ranks, bucket_size):
+    dp_sizes = replicas(recipe, world_size)
+    size_of_bucket = bucket_size(recipe.parallel, stage=stage, dp_size=dp_sizes[0])
+    for group, ranks, rank in zip((dense, experts), dp_sizes, (dp_rank, expert_dp_rank), strict=True):
+        for bucket in _buckets(group, ranks, size_of_bucket):
             buffered += bucket.size
             updated += bucket.elements_of(rank, ranks)
     return StaticBytes(
@@ -100,13 +99,7 @@ class _Bucket:
         return sum(max(0, min(end, (rank + 1) * part) - max(start, rank * part)) for start, end in self.spans)
 
 
-def _bucket_size(recipe: Recipe, world_size: int, *, stage: int) -> int | None:
-    if not recipe.parallel.overlap_grad_reduce or stage > 0:
-        return None
-    return max(BUCKET, 1_000_000 * replicas(recipe, world_size)[0])
-
-
-def _buckets(weights: Sequence[Weight], ranks: int, bucket_size: int | None) -> Iterator[_Bucket]:
+def _buckets(weights: Sequence[Weight], ranks: int, size_of_bucket: int | None) -> Iterator[_Bucket]:
     divisor = math.lcm(ranks, BUCKET_ALIGNMENT)
     spans: list[tuple[int, int]] = []
     at = 0
@@ -121,7 +114,7 @@ def _buckets(weights: Sequence[Weight], ranks: int, bucket_size: int | None) -> 
             spans, at = [], 0
         spans.append((at, at + weight.numel))
         at += weight.numel
-        if weight.own_bucket or (bucket_size is not None and at >= bucket_size):
+        if weight.own_bucket or (size_of_bucket is not None and at >= size_of_bucket):
             yield finish()
             spans, at = [], 0
     if spans:

@@ -74,6 +74,8 @@ class _Cut:
     etp: int = 1
     stages: int = 1
     stage: int = 0
+    overlap: bool = False
+    """Messages of data-parallel ranks overlap with computation: encoders are registered first (models/omni.py)."""
 
     @property
     def first(self) -> bool:
@@ -109,6 +111,7 @@ def stage_weights(model: ModelConfig, parallel: ParallelConfig, *, stage: int) -
         etp=parallel.expert_tensor_parallel_size,
         stages=parallel.pipeline_model_parallel_size,
         stage=stage,
+        overlap=parallel.overlap_grad_reduce,
     )
     return list(_weights(model, cut))
 
@@ -130,6 +133,14 @@ def trained_parts(recipe: Recipe) -> frozenset[str]:
 
 
 def _weights(model: ModelConfig, cut: _Cut) -> Iterator[Weight]:
+    if cut.overlap:
+        yield from _encoders(model, cut)
+    yield from _language(model, cut)
+    if not cut.overlap:
+        yield from _encoders(model, cut)
+
+
+def _language(model: ModelConfig, cut: _Cut) -> Iterator[Weight]:
     tied_pipeline = cut.stages > 1 and not model.untie_embeddings_and_output_weights
     vocabulary = padded_vocab_size(model) // cut.tp * model.hidden_size
     if cut.first:
@@ -141,6 +152,9 @@ def _weights(model: ModelConfig, cut: _Cut) -> Iterator[Weight]:
         yield Weight("norms", model.hidden_size)
         if model.untie_embeddings_and_output_weights or not cut.first:
             yield Weight("output", vocabulary, own_bucket=tied_pipeline)
+
+
+def _encoders(model: ModelConfig, cut: _Cut) -> Iterator[Weight]:
     if cut.first and model.vision is not None:
         yield from _vision(model.vision, model.hidden_size)
     if cut.first and model.audio is not None:

@@ -110,7 +110,7 @@ def build_model(recipe: Recipe, pg: ProcessGroupCollection) -> "OmniModel":
         recipe.model,
         seed=recipe.seed,
         pg=pg,
-        run_idle_encoders=recipe.parallel.overlap_grad_reduce,
+        overlap=recipe.parallel.overlap_grad_reduce,
     )
     for encoder in (model.vision, model.audio):
         if encoder is not None:

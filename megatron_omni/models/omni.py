@@ -49,13 +49,14 @@ class OmniModel(MegatronModule):
         *,
         seed: int,
         pg: ProcessGroupCollection,
-        run_idle_encoders: bool = True,
+        overlap: bool = True,
     ) -> None:
         """``language`` decides whether this stage embeds; encoder weights are drawn from ``seed`` and their names.
 
-        ``run_idle_encoders``: a trained encoder without input runs on a small one times zero, so that every parameter
-        takes part in every backward. Gradient reduction that overlaps the backward needs that (a bucket waits for all of
-        its parameters); without overlap their gradient buffers are zero and are reduced all the same.
+        ``overlap``: gradients are reduced while the backward goes on, and weights gathered while the forward does, in
+        buckets. A trained encoder without input then runs on a small one that counts zero times: a bucket waits for all
+        of its parameters. And parameters are registered in the order in which the forward uses them, encoders first:
+        buckets follow that order. Without overlap gradient buffers that nothing wrote are zero and reduced all the same.
         """
         super().__init__(language.config)
         self.model_type = ModelType.encoder_or_decoder
@@ -64,8 +65,9 @@ class OmniModel(MegatronModule):
         self.pre_process = language.pre_process
         self.post_process = language.post_process
         self.share_embeddings_and_output_weights = language.share_embeddings_and_output_weights
-        self.language = language
-        self.run_idle_encoders = run_idle_encoders
+        if not overlap:
+            self.language = language
+        self.overlap = overlap
         self.vision: VisionEncoder | None = None
         self.audio: AudioEncoder | None = None
         if self.pre_process and model.vision is not None:
@@ -74,6 +76,8 @@ class OmniModel(MegatronModule):
         if self.pre_process and model.audio is not None:
             self.audio = AudioEncoder(model.audio, model.hidden_size)
             self.audio.draw_weights(self._generator, prefix="audio.")
+        if overlap:
+            self.language = language
 
     def _generator(self, name: str) -> torch.Generator:
         return named_generator(self.seed, "weights", name)
@@ -108,10 +112,15 @@ class OmniModel(MegatronModule):
 
     def embed(self, batch: OmniBatch) -> Tensor:
         """[S, B, H]: word embeddings with the encoders' rows in place of the placeholders."""
+        idle = self.overlap  # encoders before the embedding: in the order of registration
+        media = [
+            _encode(batch, self.vision, batch.pixel_values, _PICTURES, config="model.vision", idle=idle),
+            _encode(batch, self.audio, batch.audio_features, _SOUND, config="model.audio", idle=idle),
+        ]
         hidden = self.language.embed(batch.input_ids)
-        idle = self.run_idle_encoders
-        hidden = _place(hidden, batch, self.vision, batch.pixel_values, _PICTURES, config="model.vision", idle=idle)
-        hidden = _place(hidden, batch, self.audio, batch.audio_features, _SOUND, config="model.audio", idle=idle)
+        for places, rows in filter(None, media):
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            hidden = flat.index_copy(0, places, rows.to(hidden.dtype)).view_as(hidden)
         if not hidden.requires_grad and any(e is not None and _trains(e) for e in (self.vision, self.audio)):
             # Expert-parallel ranks meet in the backward of every MoE layer. Below a frozen trunk it would end early for a
             # micro-batch without media, and leave the ranks whose micro-batch has some waiting.
@@ -151,8 +160,7 @@ def token_facts(
     )
 
 
-def _place(
-    hidden: Tensor,
+def _encode(
     batch: OmniBatch,
     encoder: VisionEncoder | AudioEncoder | None,
     inputs: Tensor | None,
@@ -160,8 +168,11 @@ def _place(
     *,
     config: str,
     idle: bool,
-) -> Tensor:
-    """``hidden`` [S, B, H] with the encoder's rows at the placeholders of ``modalities``; ``idle``: see OmniModel."""
+) -> tuple[Tensor, Tensor] | None:
+    """Where the placeholders of ``modalities`` lie in the flattened [S, B] grid, [n], and the encoder's rows, [n, H].
+
+    None where there is nothing to place. ``idle``: no rows of a trained encoder instead (``overlap`` of OmniModel).
+    """
     modality = batch.modality
     wanted = modality == modalities[0]
     for other in modalities[1:]:
@@ -175,11 +186,11 @@ def _place(
                 f"the batch has {places.numel()} {names} placeholders but {config} is null; drop those samples or give "
                 "the model the encoder"
             )
-        return hidden
+        return None
     if inputs is None or num_inputs == 0:
         if places.numel():
             raise ValueError(f"the batch has {places.numel()} {names} placeholders and nothing for the encoder to read")
-        return hidden + 0.0 * encoder(encoder.idle_input()).sum() if idle and _trains(encoder) else hidden
+        return (places, encoder(encoder.idle_input()).flatten(0, 1)[:0]) if idle and _trains(encoder) else None
     with torch.set_grad_enabled(_trains(encoder)):
         rows = encoder(inputs).flatten(0, 1)
     if rows.shape[0] != places.numel():
@@ -187,9 +198,8 @@ def _place(
             f"the batch has {places.numel()} {names} placeholders but its {num_inputs} encoder inputs give "
             f"{rows.shape[0]} rows; the sample builder and {config} disagree"
         )
-    length, width = batch.input_ids.shape[1], hidden.shape[-1]
-    places = places % length * batch.input_ids.shape[0] + places // length  # (b, s) of [B, S] to (s, b) of [S, B]
-    return hidden.reshape(-1, width).index_copy(0, places, rows.to(hidden.dtype)).view_as(hidden)
+    num_rows, length = batch.input_ids.shape
+    return places % length * num_rows + places // length, rows  # (b, s) of [B, S] to (s, b) of [S, B]
 
 
 def _trains(encoder: VisionEncoder | AudioEncoder) -> bool:

@@ -7,11 +7,13 @@ of the whole global batch, so the sum of the ranks' gradients is the gradient of
 
 from typing import cast
 
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module, MegatronModule
 
+from megatron_omni.config.parallel import bucket_size
 from megatron_omni.config.run import Recipe
 
 
@@ -23,12 +25,13 @@ def wrap_model(model: MegatronModule, recipe: Recipe, pg: ProcessGroupCollection
     assert model.config.calculate_per_token_loss, "gradients must be summed over data parallel ranks"
     if recipe.optim.precision == "bf16":
         model = Float16Module(model.config, model)
+    size = bucket_size(recipe.parallel, stage=pg.pp.rank(), dp_size=pg.dp.size())
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=recipe.parallel.overlap_grad_reduce,
         overlap_param_gather=recipe.parallel.overlap_param_gather,
         use_distributed_optimizer=recipe.optim.use_distributed_optimizer,
-        bucket_size=max(40_000_000, 1_000_000 * pg.dp.size()) if recipe.parallel.overlap_grad_reduce else None,
+        bucket_size=size,
     )
     layout = None
     if recipe.optim.use_distributed_optimizer:
@@ -37,13 +40,25 @@ def wrap_model(model: MegatronModule, recipe: Recipe, pg: ProcessGroupCollection
             p.grad_added_to_main_grad = False  # type: ignore[attr-defined]
         layout = DistributedOptimizer.compute_full_param_layout(
             trainable,
-            # Later stages reduce off the critical path: Megatron gives them one bucket.
-            ddp_config.bucket_size if pg.pp.rank() == 0 else None,
+            size,
             pg.dp_cp.size(),
             ddp_config,
             expert_data_parallel_world_size=pg.expt_dp.size(),
         )
     return DistributedDataParallel(model.config, ddp_config, model, pg_collection=pg, full_param_layout=layout)
+
+
+@torch.no_grad()
+def gather_weights(model: DistributedDataParallel) -> None:
+    """Make the weights of every rank those of the last update.
+
+    Under ``overlap_param_gather`` an update leaves each rank with new values of the elements that it owns only; the
+    others arrive in the next training step's forward. Whatever reads weights before that, a save or an evaluation, calls
+    this first, on all ranks. An evaluation must not leave it to its forwards: a rank that lacks a modality would skip
+    that encoder's messages, for which the others wait.
+    """
+    if model.ddp_config.overlap_param_gather:
+        model.start_param_sync(force_sync=True)
 
 
 def unwrap_model(model: DistributedDataParallel) -> MegatronModule:

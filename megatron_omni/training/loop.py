@@ -30,6 +30,7 @@ from megatron_omni.models.moe.balance import aux_loss_coefficient
 from megatron_omni.models.moe.context import RoutingStats
 from megatron_omni.parallel.schedule import run_step
 from megatron_omni.parallel.sharing import ReaderFailed, share_step, sum_over_ranks
+from megatron_omni.parallel.wrap import gather_weights
 from megatron_omni.platform.device import synchronize
 from megatron_omni.training.hooks import EXIT_REQUEUE, PartTimer, StopSignals, eval_due, evaluation_mode, save_due
 from megatron_omni.training.logger import RunLogger, sum_reports
@@ -272,6 +273,7 @@ def evaluate(run: Run) -> dict[str, float]:
     ``eval_iters`` steps of each, or what a set with ``epochs`` holds, to its last record.
     ``eval/loss`` is the mean over the sets, each counting the same. ValueError for a set without a label token.
     """
+    gather_weights(run.model)
     losses = {}
     with evaluation_mode(run.model), torch.no_grad():
         for name, loader in run.eval_loaders.items():

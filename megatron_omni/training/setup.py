@@ -44,7 +44,7 @@ from megatron_omni.models.build import build_model
 from megatron_omni.models.parts import apply_freeze, part_of, train_adapters_only
 from megatron_omni.parallel.groups import Layout, initialize, layout
 from megatron_omni.parallel.sharing import gathered, sum_over_ranks
-from megatron_omni.parallel.wrap import unwrap_model, wrap_model
+from megatron_omni.parallel.wrap import gather_weights, unwrap_model, wrap_model
 from megatron_omni.platform.device import device
 from megatron_omni.platform.seeds import seed_everything
 from megatron_omni.training.initial_weights import load_initial_weights
@@ -180,6 +180,7 @@ def begin_save(
     memory: GatheredState | None = None,
 ) -> PendingSave:
     """The same up to the point where training may go on; see checkpoint/saving.py."""
+    gather_weights(run.model)
     states: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(states, run.loader.state_dict() if run.loader is not None else None)
     data = joined_state([state for state in states if state is not None])

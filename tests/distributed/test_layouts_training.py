@@ -18,6 +18,11 @@ from tests.distributed.tiny_run import make_corpus, prepare, run_tiny, tiny_reci
 
 TP, PP = {"parallel__tensor_model_parallel_size": 2}, {"parallel__pipeline_model_parallel_size": 2}
 EP = {"parallel__expert_model_parallel_size": 2}
+OVERLAP = {
+    "parallel__overlap_grad_reduce": True,
+    "parallel__overlap_param_gather": True,
+    "parallel__bucket_size": 3_000,
+}
 ALL_GATHER = {"model__moe__moe_token_dispatcher_type": "allgather"}
 STEPS = 8
 RUN = {"train_iters": STEPS, "optim__lr": 5e-3, "log__eval_interval": STEPS // 2, "log__eval_iters": 1}
@@ -84,9 +89,9 @@ def test_micro_batches_without_a_modality_occur(corpus: Path, tmp_path: Path) ->
         pytest.param(2, PP | {"parallel__recompute": "full"} | ALL_GATHER, id="pp2-recompute-full-allgather"),
         pytest.param(2, EP | {"parallel__recompute": "moe"}, id="ep2-recompute-moe"),
         pytest.param(2, EP | ALL_GATHER | {"optim__use_distributed_optimizer": False}, id="ep2-allgather-plain-adam"),
-        pytest.param(
-            2, {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}, id="dp2-overlap"
-        ),
+        # The held-out set's media differ between the ranks, and every encoder has buckets of its own: an evaluation whose
+        # forwards gathered weights would hang.
+        pytest.param(2, OVERLAP, id="dp2-overlap"),
         pytest.param(2, TP | EP, id="tp2-ep2"),
         pytest.param(4, TP | PP | EP, id="tp2-pp2-ep2"),
     ],

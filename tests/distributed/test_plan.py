@@ -76,8 +76,8 @@ PLAIN = {"optim__use_distributed_optimizer": False}
 FOUR_RANKS = [
     *(layout(tp, pp, ep) for tp, pp, ep in itertools.product((1, 2), repeat=3)),
     layout(2, 2, 2, **PLAIN, optim__precision="fp32"),
-    layout(2, 1, 2, parallel__recompute="full"),
-    layout(1, 2, 1, parallel__recompute="moe", parallel__overlap_grad_reduce=True),
+    layout(2, 1, 2, parallel__recompute="full", parallel__bucket_size=20_000),
+    layout(1, 2, 1, parallel__recompute="moe", parallel__overlap_grad_reduce=True, parallel__bucket_size=20_000),
     layout(1, 1, 2, parallel__expert_tensor_parallel_size=2, freeze=TABLE_2),
     layout(2, 2, 1, model__moe=None, model__untie_embeddings_and_output_weights=False),
     layout(2, 1, 2, model__moe__moe_token_dispatcher_type="allgather", data__packing=True),

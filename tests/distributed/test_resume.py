@@ -39,6 +39,11 @@ DENSE_TEXT = {
     "model__untie_embeddings_and_output_weights": False,
 }
 PLAIN = {"optim__use_distributed_optimizer": False}
+OVERLAP = {
+    "parallel__overlap_grad_reduce": True,
+    "parallel__overlap_param_gather": True,
+    "parallel__bucket_size": 3_000,
+}
 TIMES = ("time/", "step time", "tokens/s", "TFLOP/s")
 
 
@@ -107,6 +112,9 @@ def exact(run: list[dict[str, float]]) -> list[dict[str, float]]:
         pytest.param(2, EP | BF16, id="ep2-bf16"),
         pytest.param(2, PP | BF16 | PLAIN, id="pp2-bf16-plain-adam"),
         pytest.param(2, TP, id="tp2-fp32"),
+        # Without a gather before the save, the weights saved are rank 0's mixture of two steps' weights.
+        pytest.param(2, OVERLAP | BF16, id="dp2-bf16-overlap"),
+        pytest.param(2, OVERLAP | BF16 | EP, id="ep2-bf16-overlap"),
         # The tied matrix gets a gradient bucket of its own: several buckets, with padding between them.
         pytest.param(2, PP | DENSE_TEXT, id="pp2-several-buckets"),
     ],

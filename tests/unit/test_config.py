@@ -43,6 +43,9 @@ def test_resolved_yaml_loads_to_the_same_recipe(tmp_path: Path) -> None:
     assert again.model.audio is None and again.model.moe is not None and again.model.moe.top_p == 0.5
 
 
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -111,6 +114,22 @@ def test_missing_file_loop_and_non_mapping(tmp_path: Path) -> None:
             1,
             "optim.lr_scale.gate=-1.0: must be above 0 and at most 1,000,000; freeze",
         ),
+        (
+            {"parallel": OVERLAP, "optim": {"use_distributed_optimizer": False}},
+            2,
+            "overlap_param_gather=True: only with",
+        ),
+        (
+            {"parallel": {"overlap_param_gather": True}},
+            2,
+            "overlap_param_gather=True: no effect without overlap_grad_red",
+        ),
+        (
+            {"parallel": {"bucket_size": 9}, "optim": {"use_distributed_optimizer": False}},
+            2,
+            "bucket_size=9: no effect",
+        ),
+        ({"parallel": {"bucket_size": 0}}, 2, "parallel.bucket_size=0"),
         ({"optim": {"lr_scale": {"new_token_rows": 2.0}}}, 1, "lr_scale.new_token_rows: no effect"),
         ({"log": {"eval_iters": 0}}, 1, "log.eval_iters=0: must be at least 1"),
         (
