@@ -42,7 +42,7 @@ from examples.quickstart import media
 from examples.quickstart.assets import DIGITS, Assets, load_assets
 
 SIZES = {
-    "image": 10000, "image_two": 14000, "word": 5000, "speech": 16000, "sound": 11000, "video": 5000, "text": 8000,
+    "image": 10000, "image_two": 14000, "word": 5000, "speech": 16000, "sound": 11000, "video": 6000, "text": 8000,
 }  # fmt: skip
 FAST_SHARE = 0.15
 EVAL_SIZE = 240

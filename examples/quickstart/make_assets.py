@@ -4,7 +4,7 @@ Users of the quickstart never run this: its output is committed. It needs `npm` 
 `espeak-ng`, `flite` and `fluidsynth` with the TimGM6mb sound font (Debian packages `espeak-ng flite fluidsynth
 timgm6mb-soundfont`). Run from the repository root:
 
-    python -m examples.quickstart.make_assets [--only digits]
+    python -m examples.quickstart.make_assets [--only digits|notes]
 
 It writes few container files, so that a checkout stays tidy:
 
@@ -80,7 +80,7 @@ INSTRUMENTS = {
     "harp": 46, "timpani": 47, "choir": 52, "trumpet": 56, "tuba": 58, "saxophone": 65, "clarinet": 71,
     "flute": 73, "sitar": 104, "banjo": 105, "bagpipe": 109,
 }  # fmt: skip
-PITCHES = list(range(48, 84))
+PITCHES = list(range(48, 85))  # one more than the last that is held out: those lie between trained ones, none beyond them
 VELOCITIES = [70, 110]
 NOTE_SECONDS = 0.75
 NOTE_SPACING_SECONDS = 2  # in the MIDI file: long enough for the previous note's release to die away
@@ -241,21 +241,23 @@ def write_json(path: Path, value: dict[str, Any] | list[Any]) -> None:
 
 
 def main() -> None:
-    """Make everything under `assets/` anew, or the digits alone."""
+    """Make everything under `assets/` anew, or one part alone."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", choices=("digits",), help="this part alone")
+    parser.add_argument("--only", choices=("digits", "notes"), help="this part alone")
     only = parser.parse_args().only
     ASSETS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        write_digits(scratch)
+        if only != "notes":
+            write_digits(scratch)
+        if only != "digits":
+            write_notes(scratch)
         if only:
             return
         write_concepts(npm_package("emojibase-data", "17.0.0", scratch))
         for style, vendor in STYLES.items():
             write_sheet(style, npm_package(f"emoji-datasource-{vendor}", "16.0.0", scratch))
         write_voices(scratch)
-        write_notes(scratch)
 
 
 if __name__ == "__main__":
