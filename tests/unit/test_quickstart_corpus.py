@@ -102,6 +102,9 @@ def test_voices_and_pitches_are_disjoint():
     assert len(assets.train_voices) == 10 and len(assets.held_out_voices) == 3
     assert not set(assets.train_voices) & set(assets.held_out_voices)
     assert len(assets.held_out_pitches) == 6 and not set(assets.held_out_pitches) & set(assets.train_pitches)
+    assert min(assets.train_pitches) < min(assets.held_out_pitches) and max(assets.held_out_pitches) < max(
+        assets.train_pitches
+    ), "a pitch beyond the trained ones is another question than one between them"
 
 
 def test_two_words_of_any_voice_fit_the_recipes_chunk():
@@ -115,7 +118,8 @@ def test_two_words_of_any_voice_fit_the_recipes_chunk():
 def test_sound_draws_only_the_pitches_of_its_split(split, monkeypatch):
     """Notes replaced by the number of their pitch: what reaches the mixer tells which pitch was drawn."""
     assets = load_assets()
-    marked = {name: np.broadcast_to(np.arange(36.0)[:, None, None], (36, 2, 8)) for name in assets.notes}
+    pitches = len(assets.train_pitches) + len(assets.held_out_pitches)
+    marked = {name: np.broadcast_to(np.arange(float(pitches))[:, None, None], (pitches, 2, 8)) for name in assets.notes}
     drawn = set()
 
     def mixer(_, waves):
