@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv ext ext-cuda quickstart test dali mutants stress lint types layers docs checks clean
+.PHONY: help venv ext ext-cuda quickstart test miniature dali mutants stress lint types layers docs checks clean
 
 # The first Python >= 3.12 that really runs (a pyenv shim may exist and refuse).
 PYTHON := $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python python3.13 python3; do \
@@ -47,7 +47,10 @@ quickstart: venv ## compose a small real corpus, train the tiny recipe, score it
 
 # Whole files go to a worker, in the order of their names: fixtures are made once, and what takes longest is not last.
 test: venv ## run the tests, JOBS=2 processes side by side (CPU, gloo)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not miniature" -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 10
+
+miniature: venv ## every full recipe and layout with its own flags and small sizes on 2 to 4 ranks, 10 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.recipes
 
 dali: venv ## install the DALI decoder (700 MB); `make test` then runs its tests on the CPU
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dali"])') 2>&1 | { grep -v '^WARNING: Location' || true; }

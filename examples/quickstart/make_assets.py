@@ -80,7 +80,9 @@ INSTRUMENTS = {
     "harp": 46, "timpani": 47, "choir": 52, "trumpet": 56, "tuba": 58, "saxophone": 65, "clarinet": 71,
     "flute": 73, "sitar": 104, "banjo": 105, "bagpipe": 109,
 }  # fmt: skip
-PITCHES = list(range(48, 85))  # one more than the last that is held out: those lie between trained ones, none beyond them
+PITCHES = list(
+    range(48, 85)
+)  # one more than the last that is held out: those lie between trained ones, none beyond them
 VELOCITIES = [70, 110]
 NOTE_SECONDS = 0.75
 NOTE_SPACING_SECONDS = 2  # in the MIDI file: long enough for the previous note's release to die away

@@ -119,9 +119,14 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", module=rf"{module}\.")
     if int(os.environ.get("RANK", "0")) == 0:
         # What it says of a run (messages that do not overlap, a slow path taken) is said once; not its deprecations, nor
-        # what it would rather find installed (the log names what is used), nor that it asks views for gradients.
+        # what it would rather find installed (the log names what is used), nor what of it nothing here uses, nor that it
+        # asks views for gradients.
         warnings.filterwarnings("once", category=UserWarning, module=r"megatron\.")
-        for unsaid in (r"(?s).*not installed", r"The \.grad attribute of a Tensor that is not a leaf"):
+        for unsaid in (
+            r"(?s).*not installed",
+            r"(?s).*is experimental",
+            r"The \.grad attribute of a Tensor that is not a leaf",
+        ):
             warnings.filterwarnings("ignore", message=unsaid)
 
 

@@ -39,11 +39,8 @@ DENSE_TEXT = {
     "model__untie_embeddings_and_output_weights": False,
 }
 PLAIN = {"optim__use_distributed_optimizer": False}
-OVERLAP = {
-    "parallel__overlap_grad_reduce": True,
-    "parallel__overlap_param_gather": True,
-    "parallel__bucket_size": 3_000,
-}
+OVERLAP_GRADS = {"parallel__overlap_grad_reduce": True, "parallel__bucket_size": 3_000}
+OVERLAP = OVERLAP_GRADS | {"parallel__overlap_param_gather": True}
 TIMES = ("time/", "step time", "tokens/s", "TFLOP/s")
 
 
@@ -132,6 +129,9 @@ def test_bit_equal_on_the_same_layout(corpus: Path, tmp_path: Path, world_size: 
         pytest.param((2, EP), (1, {}), id="ep2-to-ep1"),
         pytest.param((2, EP | PLAIN), (1, PLAIN), id="ep2-to-ep1-plain-adam"),
         pytest.param((4, TP | PP | EP), (2, {}), id="tp2pp2ep2-to-dp2"),
+        # Parameters are registered in another order: encoders first where messages overlap.
+        pytest.param((2, {}), (2, OVERLAP), id="dp2-to-dp2-overlap"),
+        pytest.param((2, OVERLAP_GRADS | PLAIN), (2, PLAIN), id="dp2-overlap-to-dp2-plain-adam"),
     ],
 )
 def test_equal_to_rounding_on_another_layout(

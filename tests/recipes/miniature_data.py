@@ -1,0 +1,53 @@
+"""Records for recipes in miniature: text, pictures, sound and clips with sound, and a held-out set of which the packed
+sequences of a step have different media.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.distributed.tiny_run import WORDS, chat, make_corpus
+from tests.unit.media_files import tone, write_scenes
+
+TOKENIZER, MIXED, HELD_OUT = "tokenizer.model", "mixed.jsonl", "held_out.jsonl"
+FILLING = " ".join(WORDS)
+"""An answer that fills more than half of a packed sequence with its question: no two such samples share one."""
+
+
+def make_data(directory: Path) -> Path:
+    """Write everything below ``directory``."""
+    make_corpus(directory)
+    for number in range(4):
+        write_scenes(
+            directory / f"{number}.mp4", codec="mpeg4", num_frames=8, rate=4, size=(32, 32), sound=clip_sound()
+        )
+    kinds = {name: _rows(directory / f"{name}.jsonl") for name in ("text", "image", "audio")}
+    clips = [chat("<video> what moves", WORDS[i]) | {"videos": [f"{i}.mp4"]} for i in range(4)]
+    mixed = [row for rows in zip(*kinds.values(), strict=True) for row in rows]
+    _write(directory / MIXED, mixed + clips)
+    media: list[dict[str, Any]] = [{}, {"images": ["0.png"]}, {"audios": ["1.wav"]}, {}]
+    held_out = []
+    for i in range(16):
+        kind = media[i % len(media)]
+        marker = "".join(f"<{name[:-1]}> " for name in kind)
+        held_out.append(chat(f"{marker}repeat {WORDS[i % len(WORDS)]}", FILLING) | kind)
+    _write(directory / HELD_OUT, held_out)
+    return directory
+
+
+def clip_sound() -> Any:
+    return tone(2.0, rate=48000)
+
+
+def question(directory: Path) -> dict[str, Any]:
+    """A prompt with a picture and a sound."""
+    asked = [{"role": "user", "content": "<image> which colour <audio> how high"}]
+    return {"messages": asked, "images": [str(directory / "0.png")], "audios": [str(directory / "1.wav")]}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
