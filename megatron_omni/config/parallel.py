@@ -5,6 +5,10 @@ from typing import Literal
 
 from megatron_omni.config.ranges import number
 
+LOGITS_CHUNK = 2**26
+"""Logits that stand on a rank at a time (256 MiB in fp32, of which three copies stand at the peak); the loss of more of
+them is made in chunks of rows, which the backward makes once more."""
+
 
 @dataclass(kw_only=True)
 class ParallelConfig:

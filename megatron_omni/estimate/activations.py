@@ -15,6 +15,7 @@ this rank sends to experts (mean k times t), R rows that its own experts get (A 
 from dataclasses import dataclass
 
 from megatron_omni.config.model import AudioConfig, VisionConfig
+from megatron_omni.config.parallel import LOGITS_CHUNK
 from megatron_omni.config.run import Recipe
 from megatron_omni.estimate.memory import element_bytes
 from megatron_omni.estimate.parameters import AUDIO_POSITIONS_PER_SECOND, padded_vocab_size, trained_parts
@@ -72,7 +73,12 @@ class Activations:
         return total
 
     def layer(self, *, moe: bool) -> float:
-        """Bytes kept by an attention layer or, with ``moe``, by the feed-forward layer that follows it."""
+        """Bytes kept by an attention layer or, with ``moe``, by the feed-forward layer that follows it.
+
+        ``recompute: full`` replays both together, from the input of the attention layer.
+        """
+        if self.replays and moe:
+            return 0.0
         if self.replays or (self.parallel.recompute == "moe" and moe and self.model.moe is not None):
             return self.shard * self.model.hidden_size * self.w
         return self.feed_forward() if moe else self.attention()
@@ -159,12 +165,28 @@ class Activations:
         return ("embeddings" in self.trained) * self.tokens * INDEX + others
 
     def head(self) -> float:
-        """Labelled rows, log-probabilities, targets, masks: the output layer and its loss."""
-        labels, vocabulary = self.batch.label_tokens, padded_vocab_size(self.model) // self.tp
-        total = labels * vocabulary * FP32 + labels * INDEX + 2 * self.tokens
-        if self.tp > 1:
-            total += labels
-        return total + ("output" in self.trained) * labels * self.model.hidden_size * self.w
+        """Labelled rows, targets, masks and, of one chunk of logits, the log-probabilities: the output layer and its loss."""
+        labels, rows = self.batch.label_tokens, self.batch.label_tokens * self.model.hidden_size * self.w
+        total = labels * INDEX + 2 * self.tokens
+        if self.chunked_logits:
+            return total + rows
+        total += labels * (padded_vocab_size(self.model) // self.tp) * FP32 + (self.tp > 1) * labels
+        return total + ("output" in self.trained) * rows
+
+    @property
+    def chunked_logits(self) -> bool:
+        """Whether the logits are more than a chunk, so that the backward makes them again."""
+        return self.batch.label_tokens * (padded_vocab_size(self.model) // self.tp) > LOGITS_CHUNK
+
+    def media(self) -> float:
+        """Pixels and log-mels of the micro-batch, and of the next, which arrive meanwhile (parallel/sharing.py)."""
+        total = 0.0
+        if (vision := self.model.vision) is not None:
+            total += self.batch.tiles * 3 * vision.image_size**2
+        if (audio := self.model.audio) is not None:
+            frames = audio.chunk_seconds * 2 * AUDIO_POSITIONS_PER_SECOND
+            total += self.batch.chunks * audio.num_mel_bins * frames * self.w
+        return 2 * total
 
     def vision(self) -> float:
         """SigLIP layers where they are trained, projector, pooled rows and their places."""

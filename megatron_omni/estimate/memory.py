@@ -80,6 +80,18 @@ def static_bytes(
     )
 
 
+def tensor_reduced_bytes(recipe: Recipe, *, stage: int) -> int:
+    """fp32 gradients that tensor-parallel ranks add up after the backward: of what is whole on each of them.
+
+    Megatron joins them in one buffer for that (``_allreduce_non_tensor_model_parallel_grads``), beside the gradients.
+    """
+    if recipe.parallel.tensor_model_parallel_size == 1:
+        return 0
+    whole = trained_parts(recipe) & {"norms", "gate", "shared_experts", "vision", "audio", "projectors"}
+    weights = stage_weights(recipe.model, recipe.parallel, stage=stage)
+    return sum(w.numel for w in weights if w.trainable and w.part in whole) * GRADIENT_BYTES
+
+
 def weight_bytes_per_rank(recipe: Recipe, world_size: int) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer state on the fullest rank, without activations."""
     stages = range(recipe.parallel.pipeline_model_parallel_size)

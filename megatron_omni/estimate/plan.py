@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from math import exp, log
 
 from megatron_omni.config.model import MoEConfig
-from megatron_omni.config.parallel import ParallelConfig
+from megatron_omni.config.parallel import LOGITS_CHUNK, ParallelConfig
 from megatron_omni.config.run import Recipe
 from megatron_omni.config.validate import validate
 from megatron_omni.estimate.activations import FP32, Activations, MicroBatch
 from megatron_omni.estimate.flops import flops_per_token
 from megatron_omni.estimate.hardware import STATED, Efficiency, Gpu
-from megatron_omni.estimate.memory import StaticBytes, element_bytes, static_bytes
+from megatron_omni.estimate.memory import StaticBytes, static_bytes, tensor_reduced_bytes
 from megatron_omni.estimate.parameters import padded_vocab_size
 from megatron_omni.estimate.step_time import StepTime, StepTimer
 
@@ -45,11 +45,13 @@ class StageMemory:
     loss: float
     working: float
     """While a layer's backward or the loss runs."""
+    reduced: float
+    """The buffer of gradients that tensor-parallel ranks add up, when all of the above is gone."""
 
     @property
     def total(self) -> float:
         """At the peak."""
-        return self.held.total + self.language + self.encoders + self.loss + self.working
+        return self.held.total + max(self.language + self.encoders + self.loss + self.working, self.reduced)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,11 +245,10 @@ def _stage_memory(recipe: Recipe, world_size: int, batch: MicroBatch, *, stage: 
     return StageMemory(
         held=static_bytes(recipe, world_size, stage=stage),
         language=in_flight * (kept.stage(stage) - encoders - loss + _mask(batch)),
-        encoders=in_flight * encoders,
+        encoders=in_flight * encoders + (kept.media() if first else 0.0),
         loss=loss,
-        working=max(
-            _attention_working(kept), _layer_working(recipe, kept), _loss_working(recipe, batch) if last else 0.0
-        ),
+        working=max(_attention_working(kept), _layer_working(recipe, kept), _loss_working(kept) if last else 0.0),
+        reduced=tensor_reduced_bytes(recipe, stage=stage),
     )
 
 
@@ -268,6 +269,7 @@ def _layer_working(recipe: Recipe, kept: Activations) -> float:
     """A feed-forward layer's backward: what recomputation makes again, gradients of its rows, weight gradients."""
     model, parallel, size = recipe.model, recipe.parallel, kept.w
     replayed = kept.feed_forward() if kept.layer(moe=True) < kept.feed_forward() else 0.0
+    replayed += kept.attention() if kept.replays else 0.0  # of the same block, which its backward needs next
     if model.moe is None:
         width = model.ffn_hidden_size // kept.tp
         return replayed + (4 * kept.tokens * width + 3 * width * model.hidden_size) * size
@@ -278,7 +280,10 @@ def _layer_working(recipe: Recipe, kept: Activations) -> float:
     return replayed + rows + weights + 2 * kept.shard * model.hidden_size * FP32
 
 
-def _loss_working(recipe: Recipe, batch: MicroBatch) -> float:
-    """Logits before and after their conversion to fp32, or their gradient, beside the kept log-probabilities."""
-    vocabulary = padded_vocab_size(recipe.model) // recipe.parallel.tensor_model_parallel_size
-    return batch.label_tokens * vocabulary * (FP32 + element_bytes(recipe))
+def _loss_working(kept: Activations) -> float:
+    """Three copies of a chunk of logits (masked, log-probabilities, gradient), and the gradient of a trained matrix, which
+    chunks add up in fp32."""
+    vocabulary = padded_vocab_size(kept.model) // kept.tp
+    chunk = min(kept.batch.label_tokens * vocabulary, LOGITS_CHUNK)
+    matrix = vocabulary * kept.model.hidden_size * (FP32 + kept.w if kept.chunked_logits else kept.w)
+    return 3 * chunk * FP32 + ("output" in kept.trained) * matrix

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 from megatron_omni.config.run import Recipe
 from megatron_omni.config.validate import num_micro_batches
-from megatron_omni.estimate.activations import Activations, MicroBatch
+from megatron_omni.estimate.activations import FP32, Activations, MicroBatch
 from megatron_omni.estimate.hardware import Efficiency, Gpu
-from megatron_omni.estimate.memory import GRADIENT_BYTES, StaticBytes, element_bytes, replicas
+from megatron_omni.estimate.memory import GRADIENT_BYTES, StaticBytes, element_bytes, replicas, tensor_reduced_bytes
 from megatron_omni.estimate.parameters import (
     AUDIO_POSITIONS_PER_SECOND,
     padded_vocab_size,
@@ -42,7 +42,7 @@ class StepTime:
     """Tensor-, expert- and pipeline-parallel."""
     bubble: float
     gradients: float
-    """Reduction of gradients and gathering of weights that nothing hides."""
+    """Reduction of gradients, over data- and tensor-parallel ranks, and gathering of weights that nothing hides."""
     optimizer: float
 
     @property
@@ -148,8 +148,10 @@ class StepTimer:
     def _head(self) -> float:
         labels = self.batch.label_tokens
         flops = 2 * labels * self.model.hidden_size * padded_vocab_size(self.model) / self.tp
-        products = self._products(flops, self.rates.dense, trained="output" in self.trained)
-        return products + self._traffic(self.written.head())
+        chunked = self.kept.chunked_logits
+        products = self._products(flops, self.rates.dense, trained="output" in self.trained, replayed=chunked)
+        written = chunked * labels * padded_vocab_size(self.model) / self.tp * FP32 + self.written.head()
+        return products + self._traffic(written)
 
     def _encoders(self) -> float:
         """Every rank of the first stage computes all tiles and chunks of its micro-batch."""
@@ -231,7 +233,9 @@ class StepTimer:
             reduce = max(0.0, reduce - one * 2 / 3)
         if self.parallel.overlap_param_gather:
             gather = max(0.0, gather - one / 3)
-        return reduce + gather
+        # Not hidden by anything: gradients of what is whole on every tensor-parallel rank, after the others.
+        across = 2 * tensor_reduced_bytes(self.recipe, stage=stage) * (self.tp - 1) / self.tp / self._bandwidth(self.tp)
+        return reduce + gather + across
 
     def _optimizer(self, held: StaticBytes) -> float:
         return held.optimizer * OPTIMIZER_MOVES / (self.gpu.memory_gb_s * 1e9 * self.rates.memory)

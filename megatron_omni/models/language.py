@@ -4,7 +4,7 @@ A transformer block is two hybrid layers: attention ``*`` and then a dense FFN `
 ``|`` separates pipeline stages (28 MoE blocks on 2 stages: ``*E`` x 14, ``|``, ``*E`` x 14). Against upstream this
 file adds: 3D rotary positions, our core attention, a final norm and layer specs that need no Transformer Engine, the
 token context that MoE layers read, recomputation that replays it, and a loss that computes logits for labelled tokens
-only.
+only, a chunk of them at a time (ops/token_log_probs.py).
 
 Shapes: S sequence, B rows, H width; hidden states are [S, B, H], under sequence parallelism [S / TP, B, H] between
 layers.
@@ -12,22 +12,18 @@ layers.
 
 import functools
 import logging
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import (
-    gather_from_sequence_parallel_region,
-    scatter_to_sequence_parallel_region,
-    vocab_parallel_cross_entropy,
-)
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -40,11 +36,12 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from megatron_omni.batch import IGNORE_LABEL
 from megatron_omni.config.model import ModelConfig
-from megatron_omni.config.parallel import ParallelConfig
+from megatron_omni.config.parallel import LOGITS_CHUNK, ParallelConfig
 from megatron_omni.estimate import padded_vocab_size
 from megatron_omni.models.attention import CoreAttention, packing_mask
 from megatron_omni.models.moe.context import TokenContext, token_context, without_stats
 from megatron_omni.models.rope import rotary_angles
+from megatron_omni.ops.token_log_probs import token_log_probs
 from megatron_omni.platform.device import accelerator_present
 
 logger = logging.getLogger(__name__)
@@ -167,9 +164,12 @@ class OmniStack(HybridStack):
         """
         hidden = hidden_states if self.pre_process else self.input_tensor
         assert hidden is not None, "no hidden states: the previous stage's output was not set"
-        for kind, layer in zip(self.layer_type_list, self.layers):
-            call = functools.partial(_run_layer, layer, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb)
-            replayed = self.recompute == "full" or (self.recompute == "moe" and kind == MOE)
+        layers = list(zip(self.layer_type_list, self.layers))
+        at_once = 2 if self.recompute == "full" else 1  # a block keeps one input, its attention's
+        for start in range(0, len(layers), at_once):
+            kinds, block = zip(*layers[start : start + at_once])
+            call = functools.partial(_run_layers, block, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb)
+            replayed = self.recompute == "full" or (self.recompute == "moe" and MOE in kinds)
             if replayed and self.training and torch.is_grad_enabled():
                 hidden = _checkpointed(call, hidden, ctx)
             else:
@@ -180,10 +180,11 @@ class OmniStack(HybridStack):
         return make_viewless_tensor(hidden, requires_grad=hidden.requires_grad, keep_graph=True)
 
 
-def _run_layer(layer: Any, hidden: Tensor, ctx: TokenContext | None, **inputs: Any) -> Tensor:
+def _run_layers(layers: Sequence[Any], hidden: Tensor, ctx: TokenContext | None, **inputs: Any) -> Tensor:
     with token_context(ctx):
-        output, _ = layer(hidden_states=hidden, **inputs)
-    return output
+        for layer in layers:
+            hidden, _ = layer(hidden_states=hidden, **inputs)
+    return hidden
 
 
 def _checkpointed(call: Any, hidden: Tensor, ctx: TokenContext | None) -> Tensor:
@@ -200,6 +201,8 @@ def _checkpointed(call: Any, hidden: Tensor, ctx: TokenContext | None) -> Tensor
 
 class LanguageModel(HybridModel):
     """Embedding, this stage's blocks, output layer."""
+
+    logits_chunk = LOGITS_CHUNK
 
     def __init__(
         self, config: TransformerConfig, model: ModelConfig, parallel: ParallelConfig, *, pg: ProcessGroupCollection
@@ -296,22 +299,21 @@ class LanguageModel(HybridModel):
         return self._output(rows, gather=True)[..., : self.model_config.vocab_size]
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """[B, S] cross entropy of ``labels`` [B, S]; the output layer sees labelled rows only."""
+        """[B, S] cross entropy of ``labels`` [B, S]; the output layer sees labelled rows only, a chunk at a time."""
         labelled = (labels != IGNORE_LABEL).t()
-        logits = self._output(hidden[labelled].unsqueeze(1), gather=False).float()
-        logits = self._without_padding_columns(logits)
-        targets = labels.t()[labelled].unsqueeze(1)
-        if self.pg_collection.tp.size() == 1:
-            losses = F.cross_entropy(logits.squeeze(1), targets.squeeze(1), reduction="none")
-        else:
-            losses = vocab_parallel_cross_entropy(logits, targets, tp_group=self.pg_collection.tp).squeeze(1)
-        return losses.new_zeros(labelled.shape).masked_scatter(labelled, losses).t()
+        log_probs, _ = token_log_probs(
+            lambda rows: self._output(rows.unsqueeze(1), gather=False).squeeze(1),
+            hidden[labelled],
+            labels.t()[labelled],
+            parameters=self._output_parameters(),
+            num_columns=self.vocab_size // self.pg_collection.tp.size(),
+            vocab_size=self.model_config.vocab_size,
+            group=self.pg_collection.tp,
+            chunk_elements=self.logits_chunk,
+        )
+        return log_probs.new_zeros(labelled.shape).masked_scatter(labelled, -log_probs).t()
 
-    def _without_padding_columns(self, logits: Tensor) -> Tensor:
-        """Logits of vocabulary rows that exist only as padding never take probability."""
-        width = logits.shape[-1]
-        real = self.model_config.vocab_size - width * self.pg_collection.tp.rank()
-        if real >= width:
-            return logits
-        column = torch.arange(width, device=logits.device)
-        return logits.masked_fill(column >= real, torch.finfo(logits.dtype).min)
+    def _output_parameters(self) -> list[Tensor]:
+        """Every parameter that :meth:`_output` computes with."""
+        tied = self.share_embeddings_and_output_weights and self.pre_process
+        return list((self.embedding if tied else self.output_layer).parameters())

@@ -16,6 +16,7 @@ from megatron_omni.config.optim import OptimConfig
 from megatron_omni.config.parallel import ParallelConfig
 from megatron_omni.config.run import Recipe
 from megatron_omni.models.build import build_language_model
+from megatron_omni.models.language import LanguageModel
 from megatron_omni.models.omni import token_facts
 from megatron_omni.parallel import groups
 from megatron_omni.parallel.schedule import run_step
@@ -164,6 +165,18 @@ def test_recompute_with_micro_batches_in_flight_equals_one_rank(recompute: str, 
     for their_losses, their_norms in run_ranks(_train, 4, _recipe(moe=True, recompute=recompute, **sizes), 5):
         assert their_losses == pytest.approx(losses[:5], rel=1e-4)
         assert their_norms == pytest.approx(norms[:5], rel=1e-3)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_loss_in_chunks_of_rows_trains_alike(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rows of logits at a time on one rank and on two; the vocabulary's gradient is the sum over chunks."""
+    whole = _one_rank(tied=tied)
+    monkeypatch.setattr(LanguageModel, "logits_chunk", 3 * 256)
+    losses, norms = _train(None, _recipe(tied=tied))
+    assert losses == pytest.approx(whole[0], rel=1e-6)
+    assert norms == pytest.approx(whole[1], rel=1e-5)
+    assert losses != whole[0], "no chunk was made"
+    _assert_equal_training(_recipe(tied=tied, **LAYOUTS["TP2"]), 2, whole)
 
 
 def test_bf16_follows_fp32() -> None:

@@ -14,11 +14,11 @@ from megatron_omni.config.model import ModelConfig, MoEConfig
 from megatron_omni.config.parallel import ParallelConfig
 from megatron_omni.config.validate import validate
 from megatron_omni.estimate import ParameterCount, count_parameters, flops_per_token, weight_bytes_per_rank
-from megatron_omni.estimate.activations import MicroBatch
+from megatron_omni.estimate.activations import Activations, MicroBatch
 from megatron_omni.estimate.hardware import GPUS, STATED, Efficiency, with_measured_experts
-from megatron_omni.estimate.memory import replicas, static_bytes
+from megatron_omni.estimate.memory import replicas, static_bytes, tensor_reduced_bytes
 from megatron_omni.estimate.parameters import stage_weights
-from megatron_omni.estimate.plan import GIB, Plan, alternatives, expected_mean_k, make_plan
+from megatron_omni.estimate.plan import GIB, Plan, alternatives, expected_mean_k, heaviest_batch, make_plan
 from megatron_omni.platform.peak import PEAK_TFLOPS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,11 +156,38 @@ def test_memory_answers_to_what_should_lower_it() -> None:
         "data.seq_length=32768",
     ):
         assert full_plan("3_sft.yaml", 64, override).peak_bytes > base.peak_bytes, override
-    for override in ("model.vision=null", "parallel.pipeline_model_parallel_size=2", "data.seq_length=8192"):
+    for override in ("model.vision=null", "parallel.pipeline_model_parallel_size=2"):
         assert full_plan("3_sft.yaml", 64, override).peak_bytes < base.peak_bytes, override
+    shorter, stage = full_plan("3_sft.yaml", 64, "data.seq_length=8192").stages[0], base.stages[0]
+    for part in ("language", "encoders", "loss", "working"):
+        assert getattr(shorter, part) < getattr(stage, part) or part == "encoders", part
     stages = full_plan("3_sft.yaml", 64, "parallel.pipeline_model_parallel_size=4").stages
     in_flight = [round(stage.language / stages[-1].language) for stage in stages]
     assert in_flight == [4, 3, 2, 1]  # 1F1B, 4 micro-batches a step
+
+
+def test_gradients_that_tensor_parallel_ranks_sum_are_counted() -> None:
+    """3_sft trains the gate, shared experts and projectors, which are whole on each of its four ranks: an fp32 buffer."""
+    plan = full_plan("3_sft.yaml", 64)
+    counts = count_parameters(plan.recipe.model)
+    stage = plan.stages[0]
+    assert stage.reduced == 4 * (counts.gate + counts.shared_experts + counts.projectors)
+    activations = stage.language + stage.encoders + stage.loss + stage.working
+    assert stage.total == stage.held.total + max(activations, stage.reduced)
+    alone = replace(plan.recipe.parallel, tensor_model_parallel_size=1)
+    assert tensor_reduced_bytes(replace(plan.recipe, parallel=alone), stage=0) == 0
+
+
+def test_a_loss_of_many_labels_keeps_no_logits() -> None:
+    """Twice the labels: twice the rows that are kept, the same chunk of logits."""
+    recipe = full_plan("3_sft.yaml", 64).recipe
+    few, many = (
+        make_plan(recipe, world_size=64, gpu=GPUS["H100-80GB"], batch=heaviest_batch(recipe, label_share=share))
+        for share in (0.5, 1.0)
+    )
+    norm = Activations(recipe, few.batch).norm()
+    assert many.stages[0].loss - norm == pytest.approx(2 * (few.stages[0].loss - norm), rel=0.01)
+    assert few.stages[0].loss < 2**30 and few.stages[0].working == many.stages[0].working
 
 
 def test_step_time_by_hand() -> None:

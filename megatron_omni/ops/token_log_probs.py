@@ -1,0 +1,149 @@
+"""Log-probability of each target token, and on request the entropy of its distribution, from hidden states.
+
+    x [n, V] = logits_of(hidden [n, H])                        in at least fp32
+    log_probs_i = log p_i[t_i]        p_i = softmax(x_i)
+    entropy_i   = -sum_j p_ij log p_ij                         nats
+    d / d x_ij  = (1[j = t_i] - p_ij) g_i - p_ij (log p_ij + entropy_i) h_i
+                                                               g, h: the gradients of the two results
+
+The logits of a packed sequence with 16k labels are 10 GB at 152,064 vocabulary rows, several times over with their
+softmax and gradient. Rows do not depend on each other, so where the logits have more than ``LOGITS_CHUNK`` elements
+they are made a chunk of rows at a time, in the forward and once more in the backward; at most one chunk stands. Weight
+gradients of the chunks are added up in fp32. Fewer logits are made once and their log-probabilities kept.
+
+Vocabulary-parallel: each rank of ``group`` has the logits of V / TP columns for every row. Columns from ``vocab_size``
+on are padding and take no probability.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_omni.config.parallel import LOGITS_CHUNK
+
+PADDING = -1e30
+"""Logit of a padding column: its probability is 0, and a gradient of entropy times it stays finite."""
+
+
+def token_log_probs(
+    logits_of: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    *,
+    parameters: Sequence[Tensor],
+    num_columns: int,
+    vocab_size: int,
+    group: dist.ProcessGroup,
+    with_entropy: bool = False,
+    chunk_elements: int = LOGITS_CHUNK,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability [n] of ``targets`` [n] and entropy [n] (None unless asked for), in at least fp32.
+
+    ``logits_of`` maps rows [m, H] to logits [m, ``num_columns``] by ``parameters`` alone, which get the gradients; it is
+    called again in the backward. ``hidden`` [n, H] and ``targets`` are the same on every rank of ``group``; the gradient
+    of ``hidden`` is what ``logits_of`` makes it.
+    """
+
+    def found(rows: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
+        return _log_probs(logits_of(rows), wanted, vocab_size=vocab_size, group=group, with_entropy=with_entropy)
+
+    rows = max(1, chunk_elements // (num_columns * (1 + with_entropy)))
+    if len(hidden) <= rows:  # noqa: SIM108
+        results = found(hidden, targets)
+    else:
+        results = _InChunks.apply(found, rows, targets, hidden, *parameters)
+    return results[0], results[1] if with_entropy else None
+
+
+def _log_probs(
+    logits: Tensor, targets: Tensor, *, vocab_size: int, group: dist.ProcessGroup, with_entropy: bool
+) -> tuple[Tensor, ...]:
+    """Log-probability and, with it, entropy from this rank's columns ``logits`` [m, V / TP]."""
+    width = logits.shape[1]
+    first = width * group.rank()
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if first + width > vocab_size:
+        padding = torch.arange(first, first + width, device=x.device) >= vocab_size
+        x = x.masked_fill(padding, PADDING)
+    if group.size() > 1:
+        return _VocabParallel.apply(x, targets - first, group, with_entropy)
+    every = torch.log_softmax(x, dim=1)
+    picked = every.gather(1, targets.unsqueeze(1)).squeeze(1)
+    return (picked, -(every.exp() * every).sum(1)) if with_entropy else (picked,)
+
+
+class _VocabParallel(torch.autograd.Function):
+    """The same of columns on several ranks; two reductions forward, none backward. Keeps log p of its columns."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, targets: Tensor, group: dist.ProcessGroup, with_entropy: bool
+    ) -> tuple[Tensor, ...]:
+        mine = (targets >= 0) & (targets < x.shape[1])
+        column = targets.clamp(0, x.shape[1] - 1).unsqueeze(1)
+        top = x.amax(1)
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+        every = x - top.unsqueeze(1)
+        odds = every.exp()
+        sums = [odds.sum(1), every.gather(1, column).squeeze(1).masked_fill(~mine, 0.0)]
+        if with_entropy:
+            sums.append(odds.mul_(every).sum(1))
+        total = torch.stack(sums)
+        dist.all_reduce(total, group=group)
+        log_total = total[0].log()
+        every -= log_total.unsqueeze(1)
+        entropy = [log_total - total[2] / total[0]] if with_entropy else []
+        ctx.save_for_backward(every, column, mine, *entropy)
+        return (total[1] - log_total, *entropy)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
+        every, column, mine, *entropy = ctx.saved_tensors
+        factor = -grads[0].unsqueeze(1)
+        if entropy:
+            factor = factor - (every + entropy[0].unsqueeze(1)) * grads[1].unsqueeze(1)
+        gradient = every.exp().mul_(factor)
+        gradient.scatter_add_(1, column, grads[0].masked_fill(~mine, 0.0).unsqueeze(1))
+        return gradient, None, None, None
+
+
+class _InChunks(torch.autograd.Function):
+    """``found(hidden, targets)``, ``rows`` rows at a time, without keeping anything of a chunk but its results."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        found: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+        rows: int,
+        targets: Tensor,
+        hidden: Tensor,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.found, ctx.rows, ctx.parameters = found, rows, parameters
+        ctx.save_for_backward(targets, hidden)
+        chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+        return tuple(torch.cat(parts) for parts in zip(*(found(*chunk) for chunk in chunks), strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        targets, hidden = ctx.saved_tensors
+        trained = [p for p, wanted in zip(ctx.parameters, ctx.needs_input_grad[4:], strict=True) if wanted]
+        sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
+        hidden_grads = []
+        for chunk, wanted, *given in zip(*(t.split(ctx.rows) for t in (hidden, targets, *grads)), strict=True):
+            leaf = chunk.detach().requires_grad_(ctx.needs_input_grad[3])
+            with torch.enable_grad():
+                results = ctx.found(leaf, wanted)
+            leaves = [*([leaf] if leaf.requires_grad else []), *trained]
+            found = torch.autograd.grad(results, leaves, given, allow_unused=True)
+            if leaf.requires_grad:
+                hidden_grads.append(found[0])
+            for total, part in zip(sums, found[len(found) - len(trained) :], strict=True):
+                if part is not None:
+                    total += part
+        parts = iter(total.to(p.dtype) for total, p in zip(sums, trained, strict=True))
+        by_parameter = [next(parts) if wanted else None for wanted in ctx.needs_input_grad[4:]]
+        return None, None, None, torch.cat(hidden_grads) if hidden_grads else None, *by_parameter
