@@ -228,11 +228,23 @@ def _join(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
 
 
+MEGATRON_ONLY = {
+    "context_parallel_size": "there is no context parallelism; parallel.tensor_model_parallel_size shares long sequences",
+    "num_distributed_optimizer_instances": "optimizer state is always cut over all data-parallel ranks; on few ranks a node "
+    "share its weights by parallel.expert_model_parallel_size instead, and hide messages by parallel.overlap_grad_reduce",
+    "nccl_communicator_config_path": "communicators are made with NCCL's own defaults; it reads NCCL_MIN_CTAS, NCCL_MAX_CTAS and "
+    "NCCL_CGA_CLUSTER_SIZE, for all of them, from the environment (examples/slurm/env.sh)",
+}
+"""Settings of Megatron's launcher that are looked for here -> what there is instead."""
+
+
 def _check_keys(values: dict[Any, Any], schema: type, *, name: str) -> None:
     """Reject keys that the schema does not have, with the nearest one that it has."""
     known = [item.name for item in dataclasses.fields(schema)]
     for key in map(str, values):
         if key not in known:
+            if key in MEGATRON_ONLY:
+                raise ValueError(f"unknown field {_join(name, key)!r}, Megatron's: {MEGATRON_ONLY[key]}")
             near = difflib.get_close_matches(key, known, n=1)
             elsewhere = [p for p in all_fields() if p.rsplit(".", 1)[-1] == key]
             guess = near[0] if near else (elsewhere[0] if elsewhere else None)

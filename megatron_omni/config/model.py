@@ -212,5 +212,5 @@ class ModelConfig:
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of the model; export merges them."""
     megatron: dict[str, Any] = field(default_factory=dict)
-    """Escape hatch: further fields of Megatron-Core's ``TransformerConfig``, which must have them. What another field
-    of a recipe decides is refused here."""
+    """Escape hatch: further fields of Megatron-Core's ``TransformerConfig``, of those that act (config/megatron_fields.py).
+    Any other is refused, and the error says what acts instead."""

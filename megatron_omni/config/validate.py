@@ -3,14 +3,13 @@
 Every violation is one ValueError: field, value, why, fix. All of them are collected, so that one run shows them all.
 """
 
-import difflib
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_omni.config.load import all_fields
-from megatron_omni.config.megatron_fields import OURS, transformer_config_fields
+from megatron_omni.config.megatron_fields import refusal
 from megatron_omni.config.model import ModelConfig
 from megatron_omni.config.parallel import ParallelConfig
 from megatron_omni.config.ranges import out_of_range
@@ -31,7 +30,13 @@ def validate(recipe: Recipe, *, world_size: int = 1, check_files: bool = True) -
     """Raise one ValueError that lists everything wrong with ``recipe`` on ``world_size`` ranks."""
     problems = list(out_of_range(recipe))
     if not problems:  # every other check calculates with these numbers
-        problems = [*_model(recipe.model), *_layout(recipe, world_size), *_run(recipe), *_sources(recipe)]
+        problems = [
+            *_model(recipe.model),
+            *_megatron(recipe),
+            *_layout(recipe, world_size),
+            *_run(recipe),
+            *_sources(recipe),
+        ]
         if check_files:
             problems += _files(recipe)
     if problems:
@@ -70,7 +75,6 @@ def _model(model: ModelConfig) -> Iterator[str]:
             f"model.mrope_section={list(model.mrope_section)}: must be three numbers (time, height, width) whose sum is "
             f"kv_channels / 2 = {model.kv_channels / 2:g}"
         )
-    yield from _megatron(model)
     if model.moe is not None:
         yield from _moe(model)
     if model.lora is not None:
@@ -286,19 +290,10 @@ def _sources(recipe: Recipe) -> Iterator[str]:
         yield "data.sources: no source with weight > 0 starts at sample 0; give one from_sample=0"
 
 
-def _megatron(model: ModelConfig) -> Iterator[str]:
-    if not model.megatron:
-        return
-    known = transformer_config_fields()
-    own = {name.rsplit(".", 1)[-1]: name for name in reversed(all_fields())}
-    for name in model.megatron:
-        if name in own or name in OURS:
-            where = f"set {own[name]}" if name in own else f"it follows from {OURS[name]}"
-            yield f"model.megatron.{name}: decided by another field of the recipe; {where}"
-        elif name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            yield f"model.megatron.{name}: Megatron's TransformerConfig has no such field{hint}"
+def _megatron(recipe: Recipe) -> Iterator[str]:
+    for name, value in recipe.model.megatron.items():
+        if (why := refusal(name, recipe)) is not None:
+            yield f"model.megatron.{name}={value!r}: {why}"
 
 
 def _wsd(recipe: Recipe) -> Iterator[str]:

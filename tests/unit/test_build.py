@@ -143,10 +143,10 @@ def test_dense_blocks_are_the_ffn_part(pg: ProcessGroupCollection) -> None:
 
 def test_megatron_entries_reach_the_configuration_and_unknown_ones_are_refused() -> None:
     recipe = _recipe()
-    recipe.model.megatron = {"attention_softmax_in_fp32": False}
-    assert transformer_config(recipe).attention_softmax_in_fp32 is False
-    recipe.model.megatron = {"atention_softmax_in_fp32": False}
-    with pytest.raises(ValueError, match=r"model\.megatron\.atention.*did you mean attention_softmax_in_fp32"):
+    recipe.model.megatron = {"softmax_scale": 0.5}
+    assert transformer_config(recipe).softmax_scale == 0.5
+    recipe.model.megatron = {"softmax_scal": 0.5}
+    with pytest.raises(ValueError, match=r"model\.megatron\.softmax_scal=0\.5: .*did you mean 'softmax_scale'"):
         transformer_config(recipe)
 
 
