@@ -122,6 +122,12 @@ def _read(action: Callable[[], dict[str, Any]], directory: Path) -> dict[str, An
         raise CheckpointError(f"{directory}: {reason_of(error)}") from error
 
 
+def parameter_names(model: MegatronModule, keys: set[str], *, pg: ProcessGroupCollection) -> set[str]:
+    """Names of this rank's parameters whose tensors are called ``keys`` in a checkpoint."""
+    weights = model.sharded_state_dict(prefix="", metadata=sharding_metadata(pg))
+    return {name for name, value in weights.items() if _keys(value) & keys}
+
+
 def find_checkpoint(path: Path) -> Path | None:
     """The newest whole checkpoint at ``path``, chosen and verified by rank 0 for everyone; None when there is none."""
     answer: list[Any] = [None, None]

@@ -40,9 +40,7 @@ class Checkpoint:
         seed_everything(
             self.recipe.seed, tp_rank=place.tp_rank, ep_rank=place.ep_rank, expert_tp_rank=place.expert_tp_rank
         )
-        model = build_model(self.recipe, self.pg)
-        if self.recipe.optim.precision == "bf16":
-            model = model.bfloat16()  # as training's Float16Module leaves the weights that it saves
+        model = build_model(self.recipe, self.pg, drawn=False)
         load_weights(self.directory, model=model, pg=self.pg)
         return model
 

@@ -1,7 +1,7 @@
 """From a recipe to Megatron's ``TransformerConfig`` and to the model of this rank."""
 
-from dataclasses import fields
-from difflib import get_close_matches
+from collections.abc import Collection
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,17 +9,18 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
+from megatron_omni.config.megatron_fields import refusal
 from megatron_omni.config.run import Recipe
-from megatron_omni.models.init import initialize_weights
+from megatron_omni.models.init import NothingDrawn, initialize_weights
 from megatron_omni.models.language import LanguageModel
-from megatron_omni.platform.device import accelerator_present, device
+from megatron_omni.platform.device import accelerator_present, device, gradient_accumulation_kernel
 
 if TYPE_CHECKING:
     from megatron_omni.models.omni import OmniModel
 
 
 def transformer_config(recipe: Recipe) -> TransformerConfig:
-    """Megatron's configuration of the language trunk. ``model.megatron`` entries go in last and must be its fields."""
+    """Megatron's configuration of the language trunk. ``model.megatron`` goes in last."""
     model, parallel = recipe.model, recipe.parallel
     if parallel.recompute != "none" and (model.hidden_dropout > 0 or model.attention_dropout > 0):
         raise ValueError(
@@ -70,8 +71,9 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         "cuda_graph_modules": [],  # its default asks for what it calls deprecated
         "apply_rope_fusion": False,
         "masked_softmax_fusion": False,
-        "gradient_accumulation_fusion": False,
-        "bias_dropout_fusion": False,
+        # Weight gradients added to Megatron's fp32 buffer by the product itself, where Apex's kernel for it is installed.
+        "gradient_accumulation_fusion": gradient_accumulation_kernel(),
+        "bias_dropout_fusion": not on_cpu,
         "bias_activation_fusion": not on_cpu,
     }
     if model.moe is not None:
@@ -81,37 +83,58 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
             "moe_router_load_balancing_type": "none",
             "moe_aux_loss_coeff": 0.0,
         }
-    known = {f.name for f in fields(TransformerConfig)}
     for name, value in model.megatron.items():
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"model.megatron.{name}={value!r}: Megatron's TransformerConfig has no such field{hint}")
-        settings[name] = value
+        if (why := refusal(name, recipe)) is not None:
+            raise ValueError(f"model.megatron.{name}={value!r}: {why}")
+    settings |= model.megatron
+    if settings["gradient_accumulation_fusion"] and not gradient_accumulation_kernel():
+        raise ValueError(
+            "model.megatron.gradient_accumulation_fusion=True needs a CUDA device and NVIDIA Apex built with --cpp_ext and "
+            "--cuda_ext (its module fused_weight_gradient_mlp_cuda); install it, or leave the field out"
+        )
     return TransformerConfig(**settings)
 
 
-def build_language_model(recipe: Recipe, pg: ProcessGroupCollection) -> LanguageModel:
-    """This rank's part of the language trunk, with its initial weights."""
-    language = LanguageModel(transformer_config(recipe), recipe.model, recipe.parallel, pg=pg)
-    initialize_weights(
-        language, seed=recipe.seed, std=recipe.model.init_method_std, num_blocks=recipe.model.num_layers, pg=pg
-    )
-    return language
+def build_language_model(recipe: Recipe, pg: ProcessGroupCollection, *, drawn: bool = True) -> LanguageModel:
+    """This rank's part of the language trunk, with its initial weights; see :func:`build_model` for ``drawn``."""
+    config = transformer_config(recipe)
+    if drawn:
+        language = LanguageModel(config, recipe.model, recipe.parallel, pg=pg)
+        _draw_language(language, recipe, pg)
+        return language
+    config.params_dtype = config.pipeline_dtype
+    with NothingDrawn():
+        return LanguageModel(config, recipe.model, recipe.parallel, pg=pg)
 
 
-def build_model(recipe: Recipe, pg: ProcessGroupCollection) -> "OmniModel":
-    """This rank's part of the model, on its device, with its initial weights; nothing frozen, not wrapped."""
+def _draw_language(
+    language: LanguageModel, recipe: Recipe, pg: ProcessGroupCollection, only: Collection[str] | None = None
+) -> None:
+    std, num_blocks = recipe.model.init_method_std, recipe.model.num_layers
+    initialize_weights(language, seed=recipe.seed, std=std, num_blocks=num_blocks, pg=pg, only=only)
+
+
+def build_model(recipe: Recipe, pg: ProcessGroupCollection, *, drawn: bool = True) -> "OmniModel":
+    """This rank's part of the model, on its device, with its initial weights; nothing frozen, not wrapped.
+
+    Not ``drawn``: weights are what memory holds (adapters excepted, which are small), in the dtype that they are kept in,
+    and must be loaded or drawn by :func:`draw_weights` before they are used.
+    """
     from megatron_omni.models.lora import add_lora
     from megatron_omni.models.omni import OmniModel
 
-    model = OmniModel(
-        build_language_model(recipe, pg),
-        recipe.model,
-        seed=recipe.seed,
-        pg=pg,
-        overlap=recipe.parallel.overlap_grad_reduce,
-    )
+    language = build_language_model(recipe, pg, drawn=drawn)
+    with nullcontext() if drawn else NothingDrawn():
+        model = OmniModel(
+            language,
+            recipe.model,
+            seed=recipe.seed,
+            pg=pg,
+            overlap=recipe.parallel.overlap_grad_reduce,
+            drawn=drawn,
+        )
+    if not drawn:
+        model.to(language.config.pipeline_dtype)
     for encoder in (model.vision, model.audio):
         if encoder is not None:
             encoder.recompute = recipe.parallel.recompute == "full"
@@ -122,3 +145,10 @@ def build_model(recipe: Recipe, pg: ProcessGroupCollection) -> "OmniModel":
             # Replicated over the tensor-parallel group, with equal gradients up to the order of sums on an accelerator.
             parameter.average_gradients_across_tp_domain = accelerator_present()  # type: ignore[attr-defined]
     return model.to(device())
+
+
+def draw_weights(model: "OmniModel", recipe: Recipe, pg: ProcessGroupCollection, *, only: Collection[str]) -> None:
+    """Give the parameters called as in ``only`` the values that a model built ``drawn`` has; adapters are drawn already."""
+    trunk = {name.removeprefix("language.") for name in only if name.startswith("language.")}
+    _draw_language(model.language, recipe, pg, {name for name in trunk if ".lora_" not in name})
+    model.draw_encoders(only)

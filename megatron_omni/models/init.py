@@ -5,18 +5,21 @@ seeded by the run's seed and the parameter's global name (global layer index, gl
 rank's share. So every tensor, pipeline and expert layout, on any device, starts from the same weights.
 
 Rules: norms 1, biases 0, everything else N(0, init_method_std); matrices that write to the residual stream (attention
-output, second FFN matrix) N(0, init_method_std / sqrt(2 * blocks)). Encoders have drawn theirs already, by rules of
-their own.
+output, second FFN matrix) N(0, init_method_std / sqrt(2 * blocks)). Encoders draw theirs by rules of their own.
+
+Where weights are loaded next nothing is drawn (:class:`NothingDrawn`), but for those that the checkpoint lacks.
 """
 
 import math
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from megatron_omni.models.moe.experts import RoutedExperts
 from megatron_omni.platform.seeds import named_generator
@@ -24,18 +27,45 @@ from megatron_omni.platform.seeds import named_generator
 _RESIDUAL_OUTPUT = re.compile(r"(linear_proj|linear_fc2)\.weight$|experts\.weight2$")
 
 
+class NothingDrawn(TorchFunctionMode):
+    """Modules that are built inside keep what their memory holds instead of the random values of their constructors.
+
+    Memory that nobody writes to costs nothing on the CPU; loading then writes it once.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+_DRAWS = {"normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_", "trunc_normal_"}
+"""Names, since transformers puts functions of its own in the place of torch's."""
+
+
 @torch.no_grad()
-def initialize_weights(model: nn.Module, *, seed: int, std: float, num_blocks: int, pg: ProcessGroupCollection) -> None:
-    """Overwrite every parameter of the language model ``model``."""
+def initialize_weights(
+    model: nn.Module,
+    *,
+    seed: int,
+    std: float,
+    num_blocks: int,
+    pg: ProcessGroupCollection,
+    only: Collection[str] | None = None,
+) -> None:
+    """Overwrite every parameter of the language model ``model``, or those called as in ``only``."""
     done: set[int] = set()
     for prefix, module in model.named_modules():
         if isinstance(module, RoutedExperts):
+            if only is not None and not any(name.startswith(f"{prefix}.weight") for name in only):
+                done.update(id(p) for p in module.parameters())
+                continue
             _draw_experts(module, _global_name(model, prefix), seed=seed, std=std, num_blocks=num_blocks)
             done.update(id(p) for p in module.parameters())
     shared_output = getattr(model, "share_embeddings_and_output_weights", False)
     parameter: Any  # Megatron hangs its partition on parameters as attributes
     for name, parameter in model.named_parameters():
-        if id(parameter) in done:
+        if id(parameter) in done or (only is not None and name not in only):
             continue
         name = _global_name(model, name)
         if shared_output:

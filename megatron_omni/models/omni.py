@@ -16,6 +16,8 @@ nothing idle runs, but the backward still goes down to the embeddings.
 Shapes: B rows, S tokens, H hidden size, N tiles, C chunks.
 """
 
+from collections.abc import Collection
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,8 +52,9 @@ class OmniModel(MegatronModule):
         seed: int,
         pg: ProcessGroupCollection,
         overlap: bool = True,
+        drawn: bool = True,
     ) -> None:
-        """``language`` decides whether this stage embeds; encoder weights are drawn from ``seed`` and their names.
+        """``language`` decides whether this stage embeds; encoder weights are ``drawn`` from ``seed`` and their names.
 
         ``overlap``: gradients are reduced while the backward goes on, and weights gathered while the forward does, in
         buckets. A trained encoder without input then runs on a small one that counts zero times: a bucket waits for all
@@ -72,12 +75,25 @@ class OmniModel(MegatronModule):
         self.audio: AudioEncoder | None = None
         if self.pre_process and model.vision is not None:
             self.vision = VisionEncoder(model.vision, model.hidden_size)
-            self.vision.draw_weights(self._generator, prefix="vision.")
         if self.pre_process and model.audio is not None:
             self.audio = AudioEncoder(model.audio, model.hidden_size)
-            self.audio.draw_weights(self._generator, prefix="audio.")
         if overlap:
             self.language = language
+        if drawn:
+            self.draw_encoders()
+
+    def draw_encoders(self, only: Collection[str] | None = None) -> None:
+        """Initial values of every parameter of the encoders, or of those called as in ``only``."""
+        for prefix, encoder in (("vision.", self.vision), ("audio.", self.audio)):
+            if encoder is None:
+                continue
+            wanted = [name for name, _ in encoder.named_parameters() if only is None or prefix + name in only]
+            if len(wanted) == len(list(encoder.parameters())):
+                encoder.draw_weights(self._generator, prefix=prefix)
+            elif wanted:  # some are drawn from others, which are not to change
+                whole = deepcopy(encoder)
+                whole.draw_weights(self._generator, prefix=prefix)
+                encoder.load_state_dict({name: whole.get_parameter(name) for name in wanted}, strict=False)
 
     def _generator(self, name: str) -> torch.Generator:
         return named_generator(self.seed, "weights", name)

@@ -5,13 +5,16 @@ imports ``megatron.core``: Megatron-Core is written for CUDA, and on a machine w
 ``platform/cpu.py`` redirects the few things it hard-codes. With an accelerator :func:`install` does nothing.
 """
 
+import importlib.util
 import logging
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 
 @cache
@@ -40,10 +43,39 @@ def select_device() -> torch.device:
     return chosen
 
 
+def gradient_accumulation_kernel() -> bool:
+    """Whether Apex's kernel is there that adds weight gradients to an fp32 buffer as it computes them."""
+    return accelerator_present() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
 def synchronize() -> None:
     """Wait until the device of this process has done what it was given."""
     if accelerator_present():
         torch.cuda.synchronize()
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """``tensor`` in memory that a CUDA device copies from by itself; without one as it is."""
+    return tensor.pin_memory() if accelerator_present() else tensor
+
+
+@cache
+def _side_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
+def beside_computation() -> AbstractContextManager[Any]:
+    """Copies and messages started inside run beside what the device computes."""
+    return torch.cuda.stream(_side_stream()) if accelerator_present() else nullcontext()
+
+
+def join_computation(*tensors: Tensor) -> None:
+    """What is computed from here on may use ``tensors``, which were made :func:`beside_computation`."""
+    if accelerator_present():
+        stream = torch.cuda.current_stream()
+        stream.wait_stream(_side_stream())
+        for tensor in tensors:
+            tensor.record_stream(stream)
 
 
 class Gpu(NamedTuple):

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_omni.checkpoint.commit import CheckpointError
-from megatron_omni.checkpoint.distributed import RUN_CONFIG, find_checkpoint, load_weights
+from megatron_omni.checkpoint.distributed import RUN_CONFIG, find_checkpoint, load_weights, parameter_names
 from megatron_omni.checkpoint.meaning import check_handover
 from megatron_omni.checkpoint.run_dir import UPCYCLED
 from megatron_omni.checkpoint.tokenizer_files import find_tokenizer
@@ -27,13 +27,14 @@ from megatron_omni.checkpoint.upcycle import upcycle
 from megatron_omni.config.load import load_recipe
 from megatron_omni.config.model import UPCYCLED_SHAPE, MoEConfig
 from megatron_omni.config.run import Recipe
+from megatron_omni.models.build import draw_weights
 from megatron_omni.models.lora import add_lora, merge_lora
 from megatron_omni.models.omni import OmniModel
 
 
 def load_initial_weights(model: OmniModel, recipe: Recipe, directory: Path, *, pg: ProcessGroupCollection) -> str:
-    """Fill this rank's ``model`` from the verified checkpoint ``directory``; all ranks call this together. What was done
-    to the weights on their way, for the log.
+    """Fill this rank's ``model``, which was built without drawing its weights, from the verified checkpoint ``directory``;
+    all ranks call this together. What was done to the weights on their way, for the log.
 
     ValueError for a tensor that does not fit, is missing or extra, and for a field or tokenizer that makes the weights mean
     something else, naming it.
@@ -48,8 +49,6 @@ def load_initial_weights(model: OmniModel, recipe: Recipe, directory: Path, *, p
     )
     if recipe.init_allow_changed:
         told.append(f"{', '.join(recipe.init_allow_changed)} may differ")
-    if recipe.optim.precision == "bf16":  # as the wrapper will: a checkpoint must have this run's dtype
-        model.bfloat16()
     if theirs.model.moe is None and recipe.model.moe is not None:
         directory = made = upcycled_copies(directory, recipe, recipe.model.moe)
         told.append(f"upcycled from a dense model to {recipe.model.moe.num_routed_experts} equal routed experts")
@@ -66,6 +65,7 @@ def load_initial_weights(model: OmniModel, recipe: Recipe, directory: Path, *, p
         allow_missing=[*recipe.init_allow_missing, *["*.lora_*"] * (old is None and new is not None)],
         allow_extra=recipe.init_allow_extra,
     )
+    draw_weights(model, recipe, pg, only=parameter_names(model, left, pg=pg))
     if merging:
         merge_lora(model.language)
         if new is not None:

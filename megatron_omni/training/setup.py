@@ -99,10 +99,10 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
     pg = pg if pg is not None else initialize(recipe.parallel)
     place = layout(pg)
     seed_everything(recipe.seed, tp_rank=place.tp_rank, ep_rank=place.ep_rank, expert_tp_rank=place.expert_tp_rank)
-    model = build_model(recipe, pg)
+    directory, origin = _resume_from(recipe), "random"
+    model = build_model(recipe, pg, drawn=directory is None and recipe.init_from is None)
     freeze(model, recipe, pg)
     _check_parameters(model, recipe)
-    directory, origin = _resume_from(recipe), "random"
     if recipe.init_from is not None and directory is None:
         origin = load_initial_weights(model, recipe, _checkpoint(recipe.init_from, field="init_from"), pg=pg)
     wrapped = wrap_model(model, recipe, pg)
