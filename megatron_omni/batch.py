@@ -50,9 +50,9 @@ class OmniBatch:
     source_ids: Tensor
     """[B, S] int64: index of the record's source in the recipe's mixture."""
     pixel_values: Tensor | None = None
-    """[N, 3, p, p] float32, normalised."""
+    """[N, 3, p, p] uint8 pixels, which the vision encoder normalises, or floats that are normalised."""
     audio_features: Tensor | None = None
-    """[C, mel bins, frames] float32 log-mel."""
+    """[C, mel bins, frames] log-mel, float32 or what the audio encoder computes in."""
 
     def to(self, device: torch.device | str) -> "OmniBatch":
         """The same batch on another device."""

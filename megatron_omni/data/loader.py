@@ -30,7 +30,7 @@ from megatron_omni.batch import OmniBatch
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.run import Recipe
 from megatron_omni.data.blend import components
-from megatron_omni.data.cache import Lru, PackedSample
+from megatron_omni.data.cache import Lru
 from megatron_omni.data.collate import collate
 from megatron_omni.data.decode.cpu import MediaError
 from megatron_omni.data.mixture import DataEnded, Draw, Mixture
@@ -161,7 +161,7 @@ class StepLoader:
         self._length_multiple = lcm(data.pad_to_multiple_of, recipe.parallel.tensor_model_parallel_size)
         self._tile_flops, self._chunk_flops = encoder_flops(recipe.model)
         vision, audio = recipe.model.vision, recipe.model.audio
-        self._tile_bytes = 12 * vision.image_size**2 if vision else 0
+        self._tile_bytes = 3 * vision.image_size**2 if vision else 0
         self._chunk_bytes = round(400 * audio.num_mel_bins * audio.chunk_seconds) if audio else 0
         self._sizes: Lru[SampleSize | Skip] = Lru(_KNOWN_SIZES)
         self._undecodable: Lru[Skip] = Lru(_KNOWN_SIZES)
@@ -169,7 +169,7 @@ class StepLoader:
         """Places that the last plan left waiting: the next one asks for them again."""
         reads_headers = any(source.flags() is None for source in self.sources)
         self._stalls = Stalls[Skip](agree if reads_headers else None, self._stalled)
-        self._samples: Lru[PackedSample] = Lru(int(data.cache_gib * 2**30))
+        self._samples: Lru[Sample] = Lru(int(data.cache_gib * 2**30))
         self._workers = Workers[Cursor, Plan, _Step](
             self.plan,
             lambda plan: self._load(plan),
@@ -357,13 +357,12 @@ class StepLoader:
 
     def _decoded(self, draw: Draw) -> Sample:
         key = draw.source, draw.row
-        if (packed := self._samples.get(key)) is not None:
-            return packed.unpack()
+        if (known := self._samples.get(key)) is not None:
+            return known
         working_on((*key, "sample"))
         sample = self.builder.build_sample(self.sources[draw.source][draw.row])
         if self._samples.limit:
-            packed = PackedSample.pack(sample)
-            self._samples.put(key, packed, cost=packed.num_bytes)
+            self._samples.put(key, sample, cost=sample.num_bytes)
         return sample
 
     def _longer_than_promised(self, draw: Draw, sample: Sample, room: int) -> Skip:

@@ -162,9 +162,10 @@ def _tiles(tiles: Tensor | None) -> str:
 
 
 def _picture(tile: Tensor) -> Image.Image:
-    """[3, p, p] normalised to mean and deviation 0.5, back to a picture."""
-    pixels = ((tile.permute(1, 2, 0).numpy() * 0.5 + 0.5).clip(0, 1) * 255).round().astype(np.uint8)
-    return Image.fromarray(pixels).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
+    """[3, p, p] uint8."""
+    return Image.fromarray(tile.permute(1, 2, 0).contiguous().numpy()).resize(
+        (THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC
+    )
 
 
 def _chunks(chunks: Tensor | None) -> str:

@@ -1,9 +1,9 @@
-"""From decoded media to encoder inputs: pictures to normalised tiles, sound to log-mel chunks (paper section 2.2).
+"""From decoded media to encoder inputs: pictures to tiles, sound to log-mel chunks (paper section 2.2).
 
 Any-resolution pictures: among grids of (1 x 1) .. (n x n) tiles of p pixels, take the one that keeps most of the
 picture (largest effective resolution, then least waste), resize to fit inside with the aspect kept, centre on black,
 and cut the canvas row by row into tiles [rows * cols, 3, p, p]. No thumbnail, no separator. A video frame is one tile,
-stretched to p x p. Values are (x / 255 - 0.5) / 0.5.
+stretched to p x p. Tiles are 8-bit pixels; the vision encoder normalises them (models/encoders/vision.py).
 
 Sound: mono 16 kHz is cut into chunks of ``chunk_seconds``, the last one zero-padded; each chunk becomes Whisper's
 log-mel [mel bins, 100 frames a second]: STFT (Hann 400, hop 160), power, mel filters, log10 clipped to 8 below the
@@ -73,18 +73,19 @@ def fit_on_canvas(image: Image.Image, *, width: int, height: int) -> Image.Image
 
 
 def image_tiles(image: Image.Image, config: VisionConfig) -> tuple[Tensor, tuple[int, int]]:
-    """Tiles [rows * cols, 3, p, p] float32 in row-major order, and (rows, cols)."""
+    """Tiles [rows * cols, 3, p, p] uint8 in row-major order, and (rows, cols)."""
     image, p = to_rgb(image), config.image_size
     cols, rows = choose_grid(image.width, image.height, tile_size=p, max_tiles_per_side=config.max_tiles_per_side)
     fitted = fit_on_canvas(image, width=cols * p, height=rows * p)
-    canvas = _normalise(np.array(fitted)[None])[0]  # [3, rows p, cols p]
-    tiles = canvas.view(3, rows, p, cols, p).permute(1, 3, 0, 2, 4).reshape(rows * cols, 3, p, p)
+    canvas = torch.from_numpy(np.array(fitted))  # [rows p, cols p, 3]
+    tiles = canvas.view(rows, p, cols, p, 3).permute(0, 2, 4, 1, 3).reshape(rows * cols, 3, p, p)
     return tiles, (rows, cols)
 
 
 def frame_tiles(frames: Sequence[Image.Image | np.ndarray], config: VisionConfig) -> Tensor:
-    """Video frames (pictures or uint8 [height, width, 3]) to one tile each, [F, 3, p, p] float32; aspect not kept."""
-    return _normalise(np.stack([square(frame, config.image_size) for frame in frames]))
+    """Video frames (pictures or uint8 [height, width, 3]) to one tile each, [F, 3, p, p] uint8; aspect not kept."""
+    stretched = np.stack([square(frame, config.image_size) for frame in frames])
+    return torch.from_numpy(stretched).permute(0, 3, 1, 2).contiguous()
 
 
 def square(frame: Image.Image | np.ndarray, side: int) -> np.ndarray:
@@ -93,11 +94,6 @@ def square(frame: Image.Image | np.ndarray, side: int) -> np.ndarray:
         return frame
     picture = frame.convert("RGB") if isinstance(frame, Image.Image) else Image.fromarray(frame)
     return np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
-
-
-def _normalise(pictures: np.ndarray) -> Tensor:
-    """[N, height, width, 3] uint8 -> [N, 3, height, width] float32."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1.0)
 
 
 # ------------------------------------------------------------------------------------------------ sound

@@ -37,7 +37,7 @@ class Sample:
     modality: Tensor
     """[L] int64 of Modality."""
     tiles: Tensor | None
-    """[N, 3, p, p] float32 in placeholder order; None without pictures."""
+    """[N, 3, p, p] uint8 in placeholder order; None without pictures."""
     chunks: Tensor | None
     """[C, mel bins, frames] float32 in placeholder order; None without sound."""
 
@@ -45,6 +45,11 @@ class Sample:
     def length(self) -> int:
         """Tokens."""
         return len(self.input_ids)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its tensors."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
 
     def without_labels(self) -> "Sample":
         """The same input with nothing to learn."""

@@ -6,10 +6,11 @@ Around a step the caller zeroes the gradients (``model.zero_grad_buffer()``, ``o
 groups.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, Protocol
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -24,13 +25,23 @@ from megatron_omni.config.run import Recipe
 
 # (model's loss output) -> (scalar to differentiate, report)
 LossFunction = Callable[[Tensor], tuple[Tensor, Any]]
+
+
+class Batches(Protocol):
+    """A step's micro-batches: a list, or what arrives while the step runs (parallel/sharing.py)."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[OmniBatch]: ...
+
+
 # (next micro-batch, model) -> (model output, loss function)
 ForwardStep = Callable[[OmniBatch, DistributedDataParallel], tuple[Tensor, LossFunction]]
 
 
 def run_step(
     forward_step: ForwardStep,
-    batches: Sequence[OmniBatch],
+    batches: Batches,
     model: DistributedDataParallel,
     *,
     pg: ProcessGroupCollection,
@@ -54,14 +65,17 @@ def run_step(
     config.param_sync_func = None
     pipelined = pg.pp.size() > 1
     schedule = get_forward_backward_func(pp_size=pg.pp.size(), vp_size=None)
+    data = iter(batches)
+    first = next(data)
+    rows, length = first.input_ids.shape
     with torch.set_grad_enabled(not forward_only):
         reports: list[Any] = schedule(
             forward_step_func=partial(_megatron_forward_step, forward_step),
-            data_iterator=iter(batches),
+            data_iterator=chain([first], data),
             model=[model],
             num_microbatches=len(batches),
-            seq_length=int(batches[0].input_ids.shape[1]),  # shapes travel with the tensors: variable_seq_lengths
-            micro_batch_size=int(batches[0].input_ids.shape[0]),
+            seq_length=length,  # shapes travel with the tensors: variable_seq_lengths
+            micro_batch_size=rows,
             forward_only=forward_only,
             p2p_communicator=P2PCommunicator(pp_group=pg.pp, config=config) if pipelined else None,
             pg_collection=pg,

@@ -2,15 +2,17 @@
 
 The data-reader rank of a replica (tensor-parallel rank 0 of the first pipeline stage) loads the micro-batches of a
 step. Their integer tensors go to every rank of the replica (labels are needed on the last stage, positions on all of
-them); pictures and sound only to the tensor-parallel group of the first stage, the only one that embeds. A step costs
-one header, one integer buffer and, on the first stage, one media buffer, whatever the number of micro-batches.
+them), all of a step at once: a header and a buffer. Pictures and sound are a thousand times larger and only go to the
+tensor-parallel group of the first stage, the only one that embeds: a micro-batch at a time, pictures as the 8-bit pixels
+they are and sound in the model's precision. Those of the next micro-batch travel while this one is computed
+(:class:`StepData`), so a device holds two of them.
 
 A reader that fails says so in the header; :func:`sum_over_ranks` then carries the news to the other replicas, so that
 every rank stops at the same step instead of waiting for a timeout.
 """
 
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 
 import torch
 import torch.distributed as dist
@@ -18,47 +20,83 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_omni.batch import OmniBatch
+from megatron_omni.platform.device import beside_computation, join_computation, pinned
 
 MEDIA = ("pixel_values", "audio_features")
 INTEGERS = tuple(f.name for f in fields(OmniBatch) if f.name not in MEDIA)
 _MEDIA_DIMS = {"pixel_values": 4, "audio_features": 3}
-_HEADER = 2 + sum(_MEDIA_DIMS.values())
-"""Numbers per micro-batch: B, S and the shape of each media tensor (-1 in the first place where there is none)."""
+_DTYPES = (torch.uint8, torch.bfloat16, torch.float32)
+_HEADER = 2 + sum(1 + dims for dims in _MEDIA_DIMS.values())
+"""Numbers per micro-batch: B, S and, for each medium, its dtype (-1: there is none) and shape."""
+_ALIGNMENT = 16
+"""Bytes: a tensor begins at a multiple of it in a buffer of bytes."""
+
+MediaSpec = tuple[torch.dtype, tuple[int, ...]] | None
+"""Dtype and shape of a medium's tensor; None where the micro-batch has none."""
 
 
 class ReaderFailed(RuntimeError):
     """Another rank could not load its data; that rank reports why."""
 
 
+class StepData:
+    """A step's micro-batches on the ranks of a replica, in order. Iterate once a step, on all ranks of the first stage."""
+
+    def __init__(self, batches: Sequence[OmniBatch], media: Callable[[int], Callable[[], list[Tensor | None]]]) -> None:
+        """``batches`` without media, on the device; ``media(i)`` sets those of micro-batch i on their way, and what it
+        returns waits for them."""
+        self._batches, self._media = batches, media
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[OmniBatch]:
+        arriving = self._media(0)
+        for index, batch in enumerate(self._batches):
+            pixels, sound = arriving()
+            if index + 1 < len(self._batches):
+                arriving = self._media(index + 1)
+            yield replace(batch, pixel_values=pixels, audio_features=sound)
+
+
 def share_step(
-    batches: Sequence[OmniBatch] | None, *, num_micro_batches: int, pg: ProcessGroupCollection, device: torch.device
-) -> list[OmniBatch] | None:
+    batches: Sequence[OmniBatch] | None,
+    *,
+    num_micro_batches: int,
+    pg: ProcessGroupCollection,
+    device: torch.device,
+    precision: torch.dtype = torch.float32,
+) -> StepData | None:
     """The step's micro-batches on every rank of the replica, media only on the first stage.
 
-    ``batches`` is the reader's list, on the reader; None on the other ranks, and on a reader that failed, in which
-    case every rank of the replica gets None.
+    ``batches`` is the reader's list, on the reader and in host memory; None on the other ranks, and on a reader that
+    failed, in which case every rank of the replica gets None. Sound arrives in ``precision``.
     """
-    on_device = None if batches is None else [batch.to(device) for batch in batches]
-    if pg.mp.size() == 1:
-        return on_device
-    source = dist.get_global_rank(pg.mp, 0)
-    is_reader = dist.get_rank() == source
-    header = torch.full((1 + num_micro_batches * _HEADER,), -1, dtype=torch.int64, device=device)
-    if is_reader and on_device is not None:
-        assert len(on_device) == num_micro_batches, (
-            f"{len(on_device)} micro-batches loaded, {num_micro_batches} expected"
-        )
-        header.copy_(torch.tensor([1, *(n for batch in on_device for n in _shapes(batch))], dtype=torch.int64))
-    dist.broadcast(header, source, group=pg.mp)
-    status, *numbers = header.tolist()
-    if status < 0:
-        return None
-    shapes = [numbers[i : i + _HEADER] for i in range(0, len(numbers), _HEADER)]
-    integers = _broadcast_integers(on_device, shapes, source=source, group=pg.mp, device=device)
-    media: list[dict[str, Tensor | None]] = [dict.fromkeys(MEDIA) for _ in shapes]
-    if pg.pp.rank() == 0:
-        media = _broadcast_media(on_device, shapes, source=source, group=pg.tp, device=device)
-    return [OmniBatch(**i, **m) for i, m in zip(integers, media, strict=True)]  # type: ignore[arg-type]
+    alone, is_reader = pg.mp.size() == 1, pg.mp.rank() == 0
+    if batches is not None:
+        assert len(batches) == num_micro_batches, f"{len(batches)} micro-batches loaded, {num_micro_batches} expected"
+        batches = [_in_precision(batch, precision) for batch in batches]
+    if alone:
+        if batches is None:
+            return None
+        numbers = [n for batch in batches for n in _shapes(batch)]
+    else:
+        header = torch.full((1 + num_micro_batches * _HEADER,), -1, dtype=torch.int64)
+        if is_reader and batches is not None:
+            header = torch.tensor([1, *(n for batch in batches for n in _shapes(batch))], dtype=torch.int64)
+        header = header.to(device)
+        dist.broadcast(header, dist.get_global_rank(pg.mp, 0), group=pg.mp)
+        status, *numbers = header.tolist()
+        if status < 0:
+            return None
+    rows = [numbers[i : i + _HEADER] for i in range(0, len(numbers), _HEADER)]
+    integers = _share_integers(batches, rows, pg=pg, device=device)
+    specs = [_specs(row) for row in rows]
+    if pg.pp.rank() > 0:
+        return StepData(integers, lambda _: lambda: [None, None])
+    return StepData(
+        integers, lambda i: _send_media(None if batches is None else batches[i], specs[i], group=pg.tp, device=device)
+    )
 
 
 def sum_over_ranks(values: Sequence[int], *, device: torch.device) -> list[int]:
@@ -83,58 +121,91 @@ def gathered[T](found: Sequence[T], *, group: dist.ProcessGroup, device: torch.d
     return list(dict.fromkeys(item for items in everyone for item in items))
 
 
+def _in_precision(batch: OmniBatch, precision: torch.dtype) -> OmniBatch:
+    """The encoders compute in ``precision``, so they would convert it there."""
+    sound = batch.audio_features
+    return batch if sound is None else replace(batch, audio_features=sound.to(precision))
+
+
 def _shapes(batch: OmniBatch) -> list[int]:
-    shapes = list(batch.input_ids.shape)
+    numbers = list(batch.input_ids.shape)
     for name in MEDIA:
         tensor = getattr(batch, name)
-        shapes += [-1] * _MEDIA_DIMS[name] if tensor is None else list(tensor.shape)
-    return shapes
+        present = tensor is not None and tensor.numel() > 0
+        numbers += [_DTYPES.index(tensor.dtype), *tensor.shape] if present else [-1] * (1 + _MEDIA_DIMS[name])
+    return numbers
 
 
-def _broadcast_integers(
+def _specs(row: Sequence[int]) -> list[MediaSpec]:
+    specs: list[MediaSpec] = []
+    offset = 2
+    for name in MEDIA:
+        dtype, *shape = row[offset : offset + 1 + _MEDIA_DIMS[name]]
+        specs.append(None if dtype < 0 else (_DTYPES[dtype], tuple(shape)))
+        offset += 1 + _MEDIA_DIMS[name]
+    return specs
+
+
+def _share_integers(
     batches: Sequence[OmniBatch] | None,
-    shapes: Sequence[Sequence[int]],
+    rows: Sequence[Sequence[int]],
     *,
-    source: int,
-    group: dist.ProcessGroup,
+    pg: ProcessGroupCollection,
     device: torch.device,
-) -> list[dict[str, Tensor]]:
-    sizes = [(3, b, s) if name == "position_ids" else (b, s) for b, s, *_ in shapes for name in INTEGERS]
-    flat = torch.empty(sum(_count(size) for size in sizes), dtype=torch.int64, device=device)
+) -> list[OmniBatch]:
+    sizes = [(3, b, s) if name == "position_ids" else (b, s) for b, s, *_ in rows for name in INTEGERS]
     if batches is not None:
-        torch.cat([getattr(batch, name).reshape(-1) for batch in batches for name in INTEGERS], out=flat)
-    dist.broadcast(flat, source, group=group)
+        flat = torch.cat([getattr(batch, name).reshape(-1) for batch in batches for name in INTEGERS])
+        flat = pinned(flat).to(device, non_blocking=True)
+    else:
+        flat = torch.empty(sum(_count(size) for size in sizes), dtype=torch.int64, device=device)
+    if pg.mp.size() > 1:
+        dist.broadcast(flat, dist.get_global_rank(pg.mp, 0), group=pg.mp)
     parts = [part.view(size) for part, size in zip(flat.split([_count(s) for s in sizes]), sizes, strict=True)]
     width = len(INTEGERS)
-    return [dict(zip(INTEGERS, parts[i : i + width], strict=True)) for i in range(0, len(parts), width)]
+    return [
+        OmniBatch(**dict(zip(INTEGERS, parts[i : i + width], strict=True)))  # type: ignore[arg-type]
+        for i in range(0, len(parts), width)
+    ]
 
 
-def _broadcast_media(
-    batches: Sequence[OmniBatch] | None,
-    shapes: Sequence[Sequence[int]],
-    *,
-    source: int,
-    group: dist.ProcessGroup,
-    device: torch.device,
-) -> list[dict[str, Tensor | None]]:
-    sizes: list[tuple[int, ...] | None] = []
-    for shape in shapes:
-        offset = 2
-        for name in MEDIA:
-            size = tuple(shape[offset : offset + _MEDIA_DIMS[name]])
-            sizes.append(size if _count(size) > 0 and size[0] > 0 else None)
-            offset += _MEDIA_DIMS[name]
-    flat = torch.empty(sum(_count(size) for size in sizes if size), dtype=torch.float32, device=device)
-    if batches is not None:
-        present = [getattr(batch, name) for batch in batches for name in MEDIA]
-        tensors = [tensor.reshape(-1).float() for tensor in present if tensor is not None and tensor.numel()]
-        if tensors:
-            torch.cat(tensors, out=flat)
-    if group.size() > 1 and flat.numel():
-        dist.broadcast(flat, source, group=group)
-    parts = iter(flat.split([_count(size) for size in sizes if size])) if flat.numel() else iter(())
-    tensors_or_none = [next(parts).view(size) if size else None for size in sizes]
-    return [dict(zip(MEDIA, tensors_or_none[i : i + 2], strict=True)) for i in range(0, len(sizes), 2)]
+def _send_media(
+    batch: OmniBatch | None, specs: Sequence[MediaSpec], *, group: dist.ProcessGroup, device: torch.device
+) -> Callable[[], list[Tensor | None]]:
+    """Set a micro-batch's media on their way from the reader's host memory to every rank of ``group``."""
+    sizes = [0 if spec is None else _padded(_count(spec[1]) * spec[0].itemsize) for spec in specs]
+    if not any(sizes):
+        return lambda: [None for _ in specs]
+    work = None
+    with beside_computation():
+        if batch is not None:
+            host = torch.empty(sum(sizes), dtype=torch.uint8)
+            for name, spec, part in zip(MEDIA, specs, host.split(sizes), strict=True):
+                if spec is not None:
+                    _as(part, spec).copy_(getattr(batch, name))
+            buffer = pinned(host).to(device, non_blocking=True)
+        else:
+            buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        if group.size() > 1:
+            work = dist.broadcast(buffer, dist.get_global_rank(group, 0), group=group, async_op=True)
+
+    def arrived() -> list[Tensor | None]:
+        if work is not None:
+            work.wait()
+        join_computation(buffer)
+        return [None if s is None else _as(part, s) for s, part in zip(specs, buffer.split(sizes), strict=True)]
+
+    return arrived
+
+
+def _as(part: Tensor, spec: tuple[torch.dtype, tuple[int, ...]]) -> Tensor:
+    """The tensor that bytes are."""
+    dtype, shape = spec
+    return part[: _count(shape) * dtype.itemsize].view(dtype).view(shape)
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _count(shape: Sequence[int]) -> int:

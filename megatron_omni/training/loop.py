@@ -29,7 +29,7 @@ from megatron_omni.data.mixture import DataEnded
 from megatron_omni.models.moe.balance import aux_loss_coefficient
 from megatron_omni.models.moe.context import RoutingStats
 from megatron_omni.parallel.schedule import run_step
-from megatron_omni.parallel.sharing import ReaderFailed, share_step, sum_over_ranks
+from megatron_omni.parallel.sharing import ReaderFailed, StepData, share_step, sum_over_ranks
 from megatron_omni.parallel.wrap import gather_weights
 from megatron_omni.platform.device import synchronize
 from megatron_omni.training.hooks import EXIT_REQUEUE, PartTimer, StopSignals, eval_due, evaluation_mode, save_due
@@ -223,7 +223,7 @@ def next_batches(
     timer: PartTimer | None = None,
     stop: Callable[[], bool] = lambda: False,
     written: Callable[[], bool] = lambda: False,
-) -> tuple[list[OmniBatch], dict[str, int]]:
+) -> tuple[StepData, dict[str, int]]:
     """This rank's micro-batches of the next step and, over all ranks, its label tokens, tokens and samples, and how many
     ranks said ``stop`` (asked to end) and ``written`` (done with the files of a checkpoint).
 
@@ -246,7 +246,13 @@ def next_batches(
         tokens = sum(int((batch.segment_ids >= 0).sum()) for batch in batches)
         samples = sum(batch.num_samples for batch in batches)
     with timer.measure("communication"):
-        shared = share_step(batches, num_micro_batches=run.num_micro_batches, pg=run.pg, device=run.device)
+        shared = share_step(
+            batches,
+            num_micro_batches=run.num_micro_batches,
+            pg=run.pg,
+            device=run.device,
+            precision=torch.bfloat16 if run.recipe.optim.precision == "bf16" else torch.float32,
+        )
         values = [labels, tokens, samples, int(error is not None), int(stop()), int(written()), int(end is not None)]
         labels, tokens, samples, failed, stops, done, ended = sum_over_ranks(values, device=run.device)
     if error is not None:

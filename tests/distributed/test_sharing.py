@@ -21,7 +21,7 @@ def step_of(replica: int) -> list[OmniBatch]:
     def batch(length: int, tiles: int, chunks: int) -> OmniBatch:
         ints = {name: torch.randint(-100, 2**40, (2, length), generator=generator) for name in INTEGERS}
         ints["position_ids"] = torch.randint(0, 99, (3, 2, length), generator=generator)
-        pixels = torch.randn(tiles, 3, 4, 4, generator=generator) if tiles else None
+        pixels = torch.randint(256, (tiles, 3, 3, 3), generator=generator).byte() if tiles else None
         sound = torch.randn(chunks, 8, 5, generator=generator) if chunks else None
         return OmniBatch(**ints, pixel_values=pixels, audio_features=sound)
 
@@ -29,7 +29,7 @@ def step_of(replica: int) -> list[OmniBatch]:
 
 
 def equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    return a is None and b is None if a is None or b is None else torch.equal(a, b)
+    return a is None and b is None if a is None or b is None else a.dtype == b.dtype and torch.equal(a, b)
 
 
 def shared(rank: Rank, tensor: int, pipeline: int) -> bool:
@@ -37,8 +37,14 @@ def shared(rank: Rank, tensor: int, pipeline: int) -> bool:
     place = layout(pg)
     for step in range(2):
         expected = step_of(10 * step + place.dp_rank)
-        got = share_step(expected if place.is_data_reader else None, num_micro_batches=3, pg=pg, device=CPU)
+        precision = (torch.float32, torch.bfloat16)[step]
+        loaded = expected if place.is_data_reader else None
+        got = share_step(loaded, num_micro_batches=3, pg=pg, device=CPU, precision=precision)
         assert got is not None and len(got) == 3
+        expected = [
+            replace(b, audio_features=None if b.audio_features is None else b.audio_features.to(precision))
+            for b in expected
+        ]
         if not place.is_first_stage:
             expected = [replace(batch, pixel_values=None, audio_features=None) for batch in expected]
         for a, b in zip(got, expected, strict=True):

@@ -1,6 +1,7 @@
 """SigLIP tower, MLP projector and 2D pooling: tiles [N, 3, p, p] to language rows [N, s * s, H] (paper section 2.2).
 
     patches [N, g * g, D] = tower(tile), g = p // patch_size      last kept layer, no post-layernorm
+    tile    (x / 255 - 0.5) / 0.5 of 8-bit pixels x
     rows    [N, g * g, H] = Linear -> GELU -> Linear              on every patch
     pooled  [N, s * s, H] = adaptive average over the g x g grid  row-major
 
@@ -82,6 +83,11 @@ class SiglipTower(nn.Module):
         return hidden
 
 
+def normalised(pixels: Tensor) -> Tensor:
+    """uint8 pixels to float32 in [-1, 1]."""
+    return pixels.float().div_(127.5).sub_(1.0)
+
+
 class VisionEncoder(nn.Module):
     """Tower, projector and pooling."""
 
@@ -98,7 +104,9 @@ class VisionEncoder(nn.Module):
         )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """[N, 3, p, p] to [N, s * s, H]. A frozen tower keeps nothing for the backward."""
+        """[N, 3, p, p], uint8 or normalised, to [N, s * s, H]. A frozen tower keeps nothing for the backward."""
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = normalised(pixel_values)
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trainable(self.tower)):
             patches = self.tower(pixel_values, recompute=self.recompute)
         rows = self.projector(patches)
