@@ -19,6 +19,10 @@ CONTAINER=()    # (apptainer exec --nv --bind "$PWD" /images/omni.sif)
 # MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)-ib
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # export NCCL_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5
+# For hundreds of ranks NCCL's own settings of all communicators: how many multiprocessors messages take, and in what groups.
+# export NCCL_MIN_CTAS=8 NCCL_MAX_CTAS=16 NCCL_CGA_CLUSTER_SIZE=2
+# CUDA_DEVICE_MAX_CONNECTIONS=1 and PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True are set by every rank itself, unless
+# set here.
 
 # --- seconds that a checkpoint may take after a stop signal; less than the jobs' --signal=USR1@600
 SAVE_SECONDS=${SAVE_SECONDS:-540}

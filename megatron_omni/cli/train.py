@@ -15,6 +15,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from megatron_omni.cli.starting import say_starting
+from megatron_omni.platform.environment import set_cuda_defaults
 
 if TYPE_CHECKING:
     from megatron_omni.config.run import Recipe
@@ -45,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="ranks of a dry run (default: this launch's, or the fewest of the layout)",
     )
     options = parser.parse_intermixed_args(arguments)
+    set_cuda_defaults()
     rank, world_size = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
     try:
         from megatron_omni.checkpoint.run_dir import check_start

@@ -92,7 +92,7 @@ def initialize(
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_seconds / 60,  # type: ignore[arg-type]
-        create_gloo_process_groups=True,
+        create_gloo_process_groups=False,  # for gathers of state on the CPU, of which checkpoint/ makes none
     )
     return ProcessGroupCollection.use_mpu_process_groups()
 

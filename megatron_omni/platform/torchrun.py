@@ -20,12 +20,15 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from megatron_omni.platform.environment import set_cuda_defaults
+
 STOP_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 REQUEUE = 75
 
 
 def main(words: Sequence[str]) -> int:
     """Run torchrun with ``words``; the status."""
+    set_cuda_defaults()
     try:
         run.main(["--signals-to-handle", STOP_SIGNALS, *words])
     except SignalException as stop:

@@ -12,6 +12,8 @@ RANK = """
 import os, pathlib, signal, sys, time
 place, status = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 rank = os.environ["RANK"]
+names = ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF")
+(place / f"environment{rank}").write_text(" ".join(os.environ.get(name, "-") for name in names))
 if status:
     sys.exit(status)
 def stop(number, frame):
@@ -43,6 +45,8 @@ def test_usr1_reaches_the_ranks_and_ends_it_without_a_traceback(tmp_path: Path) 
     assert process.returncode == 128 + signal.SIGUSR1
     assert {(tmp_path / f"heard{rank}").read_text() for rank in range(2)} == {str(int(signal.SIGUSR1))}
     assert "stopped by SIGUSR1" in said and "Traceback" not in said
+    environments = {(tmp_path / f"environment{rank}").read_text() for rank in range(2)}
+    assert environments == {"1 expandable_segments:True"}, "what overlapping messages on CUDA ask for"
 
 
 @pytest.mark.parametrize(("status", "expected", "is_reported"), [(75, 75, False), (3, 1, True)])

@@ -1,5 +1,8 @@
 """Bad input costs one line and status 2; a dry run says what would be trained, and whether its files would do."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -142,3 +145,28 @@ def test_dry_run_of_a_shipped_stage_needs_neither_ranks_nor_data_to_show_it(
 def test_ranks_are_for_a_dry_run(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(recipe_file), "--ranks", "2"]) == 2
     assert "for --dry-run alone" in capsys.readouterr().err
+
+
+FIRST = """
+import os, sys
+from megatron_omni.cli import train
+assert "torch" not in sys.modules
+train.main(["nowhere.yaml"])
+print(os.environ["CUDA_DEVICE_MAX_CONNECTIONS"], os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, "1 expandable_segments:True"),
+        ({"CUDA_DEVICE_MAX_CONNECTIONS": "8", "PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "8 backend:native"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "1 None"),
+    ],
+)
+def test_what_cuda_reads_is_set_before_torch_is_imported(given: dict[str, str], found: str) -> None:
+    """By every rank itself, so under any launcher; what is set already stays."""
+    names = ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run([sys.executable, "-c", FIRST], env=clean | given, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == found

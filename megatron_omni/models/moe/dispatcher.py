@@ -54,7 +54,11 @@ def _all_to_all(x: Tensor, output_splits: list[int], input_splits: list[int], gr
 
 
 def _gather(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Rows of every rank, in rank order. An all-to-all of copies: sizes may differ, which all-gather does not allow."""
+    """Rows of every rank, in rank order. Where sizes differ, which all-gather does not allow, an all-to-all of copies."""
+    if len(set(sizes)) == 1:
+        out = x.new_empty(sum(sizes), *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+        return out
     return _all_to_all(torch.cat([x] * len(sizes)), sizes, [x.shape[0]] * len(sizes), group)
 
 
