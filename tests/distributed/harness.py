@@ -3,9 +3,10 @@
 ``run_ranks(fn, world_size, *args)`` forks the ranks from the test process (so torch and Megatron are imported once),
 calls ``fn(rank, *args)`` in each with a :class:`Rank`, and returns the results in rank order. When one rank fails all
 are killed and its traceback is raised in the test; when they do not finish in time all are killed and their stacks are
-shown. It never hangs.
+shown. It never hangs, and ranks do not outlive a test process that is killed.
 """
 
+import ctypes
 import faulthandler
 import gc
 import multiprocessing
@@ -29,6 +30,7 @@ from megatron_omni.config.parallel import ParallelConfig
 from megatron_omni.parallel import groups
 
 COLLECTIVE_TIMEOUT_SECONDS = 60.0
+PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when its parent dies
 
 
 class RankFailure(AssertionError):
@@ -116,6 +118,7 @@ def _child(
     fn: Callable[..., Any], index: int, world_size: int, directory: Path, sender: Connection, args: tuple[Any, ...]
 ) -> None:
     """Body of one rank: run, answer, then wait to be killed, so that no peer sees its sockets close early."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     gc.freeze()  # the parent's objects are not this process's to collect
     torch.set_num_threads(1)
     with open(directory / f"stack{index}", "w") as stack_file:
