@@ -59,7 +59,8 @@ class OmniModel(MegatronModule):
         ``overlap``: gradients are reduced while the backward goes on, and weights gathered while the forward does, in
         buckets. A trained encoder without input then runs on a small one that counts zero times: a bucket waits for all
         of its parameters. And parameters are registered in the order in which the forward uses them, encoders first:
-        buckets follow that order. Without overlap gradient buffers that nothing wrote are zero and reduced all the same.
+        buckets follow that order. Without overlap gradient buffers that nothing wrote are zero and reduced all the same,
+        and the trunk stays first: the gradient norm is summed in that order, to which such runs owe their last bits.
         """
         super().__init__(language.config)
         self.model_type = ModelType.encoder_or_decoder
