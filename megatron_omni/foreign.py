@@ -77,13 +77,22 @@ def parse_json(text: bytes | str, where: str) -> Any:
         text = decode_text(text, where)
     try:
         text.encode("utf-8")
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_once)
         if _HALF_PAIR.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         raise ForeignError(where, "holds half of a surrogate pair; write valid Unicode") from error
     except (ValueError, RecursionError, MemoryError) as error:
         raise ForeignError(where, f"not valid JSON: {_said(error)}") from error
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError for a key that is there twice, of which Python would take the last one silently."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        double = next(key for i, (key, _) in enumerate(pairs) if any(key == other for other, _ in pairs[:i]))
+        raise ValueError(f"the key {double[:80]!r} is there twice in one object; keep one")
     return value
 
 

@@ -115,11 +115,16 @@ def _linked(where: str) -> RecordError:
 
 
 def _caption(
-    files: dict[str, str], captions: dict[str, Path], listed: dict[str, dict[str, object]], where: str
+    files: dict[str, str],
+    captions: dict[str, Path],
+    listed: dict[str, dict[str, object] | RecordError],
+    where: str,
 ) -> tuple[str | None, object]:
     for name in files.values():
         if name in listed:
-            return None, listed[name]
+            if isinstance(row := listed[name], RecordError):
+                raise row
+            return None, row
     try:
         if "json" in captions:
             return None, read_json(captions["json"])
@@ -131,8 +136,8 @@ def _caption(
         ) from error  # fmt: skip
 
 
-def _metadata(folder: Path) -> dict[str, dict[str, object]]:
-    """Rows of metadata.jsonl or metadata.csv by file name."""
+def _metadata(folder: Path) -> dict[str, dict[str, object] | RecordError]:
+    """Rows of metadata.jsonl or metadata.csv by file name; a refusal for a file with several."""
     rows: list[dict[str, object]] = []
     for name in ("metadata.jsonl", "metadata.csv"):
         file = folder / name
@@ -144,7 +149,19 @@ def _metadata(folder: Path) -> dict[str, dict[str, object]]:
                 rows = [parse_json(line, f"line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
             else:
                 rows = [*csv.DictReader(io.StringIO(text, newline=""))]
-            return {str(Path(str(row["file_name"]))): row for row in rows}
+            return _by_name(rows, file)
         except (ForeignError, csv.Error, KeyError, TypeError) as error:
             raise ValueError(f"{str(file)!r} cannot be read ({error!r}); give every row a file_name") from error
     return {}
+
+
+def _by_name(rows: list[dict[str, object]], table: Path) -> dict[str, dict[str, object] | RecordError]:
+    names = [str(Path(str(row["file_name"]))) for row in rows]
+    found: dict[str, dict[str, object] | RecordError] = dict(zip(names, rows))
+    for name, number in Counter(names).items():
+        if number > 1:
+            found[name] = RecordError(
+                str(table), field="file_name", value=name, problem=f"is there {number} times, with a caption each",
+                fix="keep one", reason="double_name",
+            )  # fmt: skip
+    return found

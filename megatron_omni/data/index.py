@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from megatron_omni.data.descriptors import mapped
 from megatron_omni.data.record import KINDS, RecordError
 from megatron_omni.data.sizes import MediaFacts, RecordFacts
-from megatron_omni.foreign import parse_json
+from megatron_omni.foreign import parse_json, read_bytes
 
 VERSION = 2
 _MAGIC = b"megatron_omni data index\n"
@@ -88,9 +88,9 @@ class Fingerprint:
 
 
 def tokenizer_digest(path: str | Path) -> str:
-    """SHA-256 of a tokenizer's file."""
+    """SHA-256 of a tokenizer's file; ValueError (foreign.py) for what is no ordinary file of bounded size."""
     path = Path(path)
-    return hashlib.sha256((path / "tokenizer.json" if path.is_dir() else path).read_bytes()).hexdigest()
+    return hashlib.sha256(read_bytes(path / "tokenizer.json" if path.is_dir() else path)).hexdigest()
 
 
 @dataclass(frozen=True)

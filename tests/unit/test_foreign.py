@@ -21,6 +21,7 @@ OUR_CODE = sorted([*(ROOT / "megatron_omni").rglob("*.py"), *(ROOT / "tools").rg
         (b'{"a":' * 100_000, "not valid JSON: maximum recursion depth"),
         (b'{"n": ' + b"9" * 5000 + b"}", "not valid JSON: Exceeds the limit"),
         (b'{"a": "\xe9"}', "not UTF-8 text"),
+        (b'[{"a": 1, "b": {"c": 1, "c": 1}}]', "not valid JSON: the key 'c' is there twice in one object; keep one"),
         (rb'{"id": "\ud83d"}', "half of a surrogate pair"),
         (rb'{"deep": [{"\uDE00": 1}]}', "half of a surrogate pair"),
         ('{"id": "\ud83d"}', "half of a surrogate pair"),

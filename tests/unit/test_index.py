@@ -24,6 +24,12 @@ from megatron_omni.data.tokenizer import load_tokenizer
 from tests.unit.tiny_data import row, tiny_recipe, tokenizer_file, write_clip, write_image, write_sound, write_source
 
 
+def test_a_tokenizer_that_is_no_ordinary_file_is_refused_unread(tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to("/dev/null")
+    with pytest.raises(ValueError, match=r"tokenizer.json: no ordinary file \(a folder, a pipe or a device\)"):
+        tokenizer_digest(tmp_path)
+
+
 @pytest.fixture
 def mixed(tmp_path):
     """42 rows of every kind, with blank lines and rows that cannot be used."""

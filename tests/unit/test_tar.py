@@ -389,6 +389,22 @@ def test_names_in_a_folder_may_have_dots(tmp_path):
         records_of_folder(folder)
 
 
+@pytest.mark.parametrize("table", ["metadata.csv", "metadata.jsonl"])
+def test_a_file_with_two_captions_in_one_table_is_left_out(tmp_path, table):
+    """The last one used to win without a word."""
+    captions = [("a.png", "a cat"), ("b.png", "a dog"), ("./a.png", "a cow")]
+    for name in ("a.png", "b.png"):
+        write_image(tmp_path / name)
+    rows = [f"{name},{text}" for name, text in captions]
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in captions]
+    (tmp_path / table).write_text("\n".join(["file_name,text", *rows] if table == "metadata.csv" else lines))
+    report = records_of_folder(tmp_path)
+    (record,) = [json.loads(line) for line in report.path.read_text().splitlines()]
+    assert record["images"] == ["b.png"] and record["messages"][1]["content"] == "a dog"
+    assert report.rejected == {"double_name": 1}
+    assert f"{table}: file_name = 'a.png': is there 2 times, with a caption each; keep one" in report.messages[0]
+
+
 def test_from_a_folder_of_media_to_a_step_by_the_command(tmp_path, capsys):
     folder = tmp_path / "pictures"
     (folder / "sub").mkdir(parents=True)
