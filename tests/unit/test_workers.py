@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pytest
 
 from megatron_omni.data.workers import Stalled, Workers, working_on
+from tests.unit.tiny_data import hang_until
 
 
 class Plan(NamedTuple):
@@ -34,7 +35,7 @@ class Job:
             self.loaded.append(step)
         self.started.release()
         if step in self.hang and (step, "sample") not in self.given_up:
-            self.hang[step].wait()
+            hang_until(self.hang[step])
             working_on("the next record")
         if self.die.get(step):
             raise self.die[step].pop()
@@ -85,7 +86,7 @@ def test_a_thread_that_dies_is_replaced_and_counted_once_more_is_an_error():
 
 
 def test_a_record_that_stalls_is_tried_again_and_then_left_out():
-    job = Job(num_workers=2, stall_seconds=0.3)
+    job = Job(num_workers=2)
     job.hang = {2: threading.Event()}
     assert [job.workers.take(step) for step in range(5)] == list(range(5))
     assert job.workers.restarts == {"stalled": 2} and job.given_up == [(2, "sample")]
@@ -98,7 +99,7 @@ def test_a_record_that_stalls_is_tried_again_and_then_left_out():
 
 
 def test_a_stall_that_cannot_be_left_out_is_an_error():
-    job = Job(num_workers=1, stall_seconds=0.2)
+    job = Job(num_workers=1)
     job.workers.give_up = lambda record: False
     job.hang = {0: threading.Event()}
     with pytest.raises(Stalled, match=r"a data thread has worked on \(0, 'sample'\) for .*data.stall_seconds"):

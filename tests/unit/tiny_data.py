@@ -1,17 +1,21 @@
 """A tiny recipe with real files: a tokenizer, pictures, sound and clips written into a folder, and their records."""
 
 import json
+import threading
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import soundfile
+import torch
 from PIL import Image
 
+from megatron_omni.batch import OmniBatch
 from megatron_omni.config.data import DataConfig, SourceConfig
 from megatron_omni.config.model import AudioConfig, ModelConfig, VisionConfig
 from megatron_omni.config.run import Recipe
+from megatron_omni.data import workers
 from megatron_omni.data.prepare import index_files
 from megatron_omni.data.tokenizer import train_sentencepiece
 
@@ -97,3 +101,51 @@ def indexed(folder: Path, sources: list[SourceConfig]) -> list[SourceConfig]:
     """The sources with an index each."""
     index_files([Path(source.path) for source in sources], tokenizer_file(folder))
     return sources
+
+
+def bad_source(tmp_path) -> list:
+    """24 records: 2 bad rows, 1 missing file, 1 too long, and 2 pictures with a whole header and half of the pixels."""
+    write_image(tmp_path / "ok.png", size=(56, 56))
+    Image.effect_noise((56, 56), 50).save(tmp_path / "whole.png")
+    data = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "damaged.png").write_bytes(data[: len(data) // 2])
+    rows: list[dict | str] = [row("<image>", f"a{i}", images=["ok.png"]) for i in range(24)]
+    rows[3], rows[4] = "{broken", row("<image>", "b")
+    rows[9] = row("<image>", "c", images=["gone.png"])
+    rows[10] = row("q" * 300, "d")
+    rows[15] = row("<image>", "e", images=["damaged.png"])
+    rows[16] = row("<image>", "f", images=["damaged.png"])
+    return [write_source(tmp_path, "pictures", rows)]
+
+
+BAD_ROWS = {
+    3: "not_json",
+    4: "marker_count",
+    9: "missing_media",
+    10: "too_long",
+    15: "unreadable_media",
+    16: "unreadable_media",
+}
+
+
+def rows_of(batches: list[OmniBatch]) -> dict[int, tuple]:
+    """What each sample looks like, without padding."""
+    return {
+        int(batch.sample_ids[i, 0]): (int(batch.source_ids[i, 0]), *batch.input_ids[i][~batch.padding_mask[i]].tolist())
+        for batch in batches
+        for i in range(len(batch.input_ids))
+    }
+
+
+def assert_equal(a: list[OmniBatch], b: list[OmniBatch]) -> None:
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        for name, tensor in vars(x).items():
+            other = getattr(y, name)
+            assert (tensor is None) == (other is None) and (tensor is None or torch.equal(tensor, other)), name
+
+
+def hang_until(released: threading.Event) -> None:
+    """Work on a record beyond every limit: its thread counts as stalled at once, however slow the machine is."""
+    workers._here.beat.since -= 1e9
+    released.wait()
