@@ -1,8 +1,8 @@
 """The one data type that data, tasks, models and generation exchange: a micro-batch of omnimodal sequences.
 
-Shapes: B rows, S tokens a row (padded), N vision tiles, C audio chunks. All tensors of a batch are on one device.
+Shapes: B sequences, S tokens each (padded), N vision tiles, C audio chunks. All tensors of a batch are on one device.
 
-A row may hold several samples one after the other (packing): ``segment_ids`` tells them apart, attention never crosses
+A sequence may hold several samples one after the other (packing): ``segment_ids`` tells them apart, attention never crosses
 a boundary, and 3D positions restart in each. ``sample_ids`` and ``sample_positions`` name a token for all time
 (global sample index, position inside it), so that random draws made for a token do not depend on where it was put.
 
@@ -40,7 +40,7 @@ class OmniBatch:
     position_ids: Tensor
     """[3, B, S] int64: time, height, width (positions.py)."""
     segment_ids: Tensor
-    """[B, S] int64: index of the sample inside its row, -1 for padding."""
+    """[B, S] int64: index of the sample inside its sequence, -1 for padding."""
     sample_ids: Tensor
     """[B, S] int64: index of the sample in the global order of the run, -1 for padding."""
     sample_positions: Tensor
@@ -66,7 +66,7 @@ class OmniBatch:
 
     @property
     def num_samples(self) -> int:
-        """Samples in all rows."""
+        """Samples in all sequences."""
         return int((self.segment_ids.amax(dim=1) + 1).sum())
 
     @property

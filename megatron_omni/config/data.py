@@ -49,16 +49,15 @@ class DataConfig:
     system_prompt: str = ""
     """System turn of the chat template; empty leaves the turn out."""
     seq_length: int = number(8192, at_least=1, at_most=10**8)
-    """Longest sample in tokens, media placeholders included; a longer one is skipped and counted. The row length when
-    samples are packed."""
+    """Longest sample in tokens, media placeholders included; a longer one is skipped and counted. The length of
+    packed sequences."""
     packing: bool = False
-    """Several samples share a row of ``seq_length`` tokens (each takes the oldest that waits and what fills it best),
-    attention and positions kept apart. A step then
-    takes as many samples as its rows hold."""
+    """Several samples share a sequence of ``seq_length`` tokens (each takes the oldest that waits and what fills it best),
+    attention and positions kept apart. A step then takes as many samples as its sequences hold."""
     micro_batch_size: int = number(1, at_least=1, at_most=10**8)
-    """Rows of a micro-batch: samples, or packed rows."""
+    """Sequences of a micro-batch: samples, or packed sequences."""
     global_batch_size: int = number(8, at_least=1, at_most=10**8)
-    """Rows per optimizer step over all data-parallel ranks."""
+    """Sequences of an optimizer step over all data-parallel ranks."""
     weight_by: Literal["samples", "tokens"] = "samples"
     """What the weights of sources are shares of; ``tokens`` needs an index of each."""
     balance: Literal["none", "modality"] = "none"
@@ -67,7 +66,7 @@ class DataConfig:
     batch_by: Literal["mixed", "source"] = "mixed"
     """``source``: all samples of a step come from one source, drawn by weight (less padding at small scale)."""
     pad_to_multiple_of: int = number(8, at_least=1, at_most=65536)
-    """Rows of a micro-batch are padded to its longest and then to a multiple of this many tokens."""
+    """Sequences of a micro-batch are padded to its longest and then to a multiple of this many tokens."""
     max_bad_fraction: float = number(0.01, at_least=0, at_most=1)
     """Share of bad samples above which training stops and says so."""
     num_workers: int = number(0, at_least=0, at_most=1024)

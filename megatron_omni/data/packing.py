@@ -71,7 +71,7 @@ def _choose[S: Sized](window: list[S], samples: Iterator[S], *, capacity: int, e
             sample = next(samples, None) if len(window) < most + fitting else None
             if sample is None:
                 break
-            assert sample.length <= capacity, f"a sample of {sample.length} tokens in rows of {capacity}"
+            assert sample.length <= capacity, f"a sample of {sample.length} tokens in sequences of {capacity}"
             window.append(sample)
         length = window[len(reached)].length
         before = reached[-1] if reached else 1

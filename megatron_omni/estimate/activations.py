@@ -30,12 +30,12 @@ class MicroBatch:
 
     rows: int = 1
     length: int
-    """Tokens of a row, padding included."""
+    """Tokens of a sequence, padding included."""
     label_tokens: float
     tiles: float = 0.0
     chunks: float = 0.0
     packed: bool = False
-    """Rows of several samples: attention then takes a mask [rows, length, length], and keeps it in every layer."""
+    """Sequences of several samples: attention then takes a mask [rows, length, length], and keeps it in every layer."""
     mean_k: float = 0.0
     """Real experts per token."""
     imbalance: float = 1.0

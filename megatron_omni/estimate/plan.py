@@ -30,7 +30,7 @@ RESERVE_GIB = 6.0
 IMBALANCE = 1.5
 """Rows of the fullest rank's experts over the mean. 4 experts of which a token takes 2.3 can reach 1.7."""
 DEFAULT_CHUNKS = 8
-"""Audio chunks beside the pictures of the heaviest row: four minutes."""
+"""Audio chunks beside the pictures of the heaviest sequence: four minutes."""
 SECONDS_PER_DAY = 86_400
 
 
@@ -128,9 +128,9 @@ def heaviest_batch(
     tiles: float | None = None,
     chunks: float | None = None,
 ) -> MicroBatch:
-    """A full micro-batch: rows of ``seq_length`` tokens, of which ``label_share`` carry labels.
+    """A full micro-batch: sequences of ``seq_length`` tokens, of which ``label_share`` carry labels.
 
-    Each row holds ``tiles`` (a video of ``max_frames``) and ``chunks`` of sound, or what fits beside each other.
+    Each sequence holds ``tiles`` (a video of ``max_frames``) and ``chunks`` of sound, or what fits beside each other.
     """
     model, data = recipe.model, recipe.data
     room = float(data.seq_length)
@@ -167,7 +167,7 @@ def make_plan(
     fill: float = 1.0,
     reserve_gib: float = RESERVE_GIB,
 ) -> Plan:
-    """The plan of ``recipe``, which must be valid on ``world_size`` ranks; ``fill``: tokens in a row over its length."""
+    """The plan of ``recipe``, which must be valid on ``world_size`` ranks; ``fill``: tokens in a sequence over its length."""
     batch = heaviest_batch(recipe) if batch is None else batch
     stages = [
         _stage_memory(recipe, world_size, batch, stage=stage)
@@ -253,7 +253,7 @@ def _stage_memory(recipe: Recipe, world_size: int, batch: MicroBatch, *, stage: 
 
 
 def _mask(batch: MicroBatch) -> int:
-    """The boolean mask of packed rows, which every layer of a micro-batch shares."""
+    """The boolean mask of packed sequences, which every layer of a micro-batch shares."""
     return batch.rows * batch.length**2 if batch.packed else 0
 
 
