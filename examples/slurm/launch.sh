@@ -15,8 +15,11 @@ export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 export WORLD_SIZE=$((NODES * RANKS_PER_NODE))
 CPUS_PER_RANK=$((SLURM_CPUS_ON_NODE / RANKS_PER_NODE > 0 ? SLURM_CPUS_ON_NODE / RANKS_PER_NODE : 1))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS_PER_RANK}
-# A failed collective must end its rank, not leave it waiting.
+# A failed collective must end its rank, not leave it waiting; what every rank exchanged last is kept, and written when a
+# collective has timed out (`torchfrtrace RUN_DIR -p nccl_trace_rank_` compares the ranks).
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 
 # One task a node, with all its CPUs. One task that fails ends the others: the run can only go on as a whole.
 on_nodes() { srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \
@@ -56,6 +59,7 @@ train() {
   if [ "$status" = 0 ]; then
     echo "== job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $1 in $run_dir, $NODES x $RANKS_PER_NODE ranks by $LAUNCH"
     rm -f "$run_dir/requeue"
+    export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$run_dir/nccl_trace_rank_}
     launch -m megatron_omni.cli.train "$@" load=auto
     status=$?
   fi

@@ -14,20 +14,23 @@ from megatron_omni.checkpoint import commit
 from megatron_omni.config.load import recipe_to_yaml
 from megatron_omni.config.run import Recipe
 
-METRICS, TENSORBOARD, INCIDENTS, GOODPUT, PROFILE = (
-    "metrics.jsonl", "tensorboard", "incidents.jsonl", "goodput.jsonl", "profile",
+METRICS, TENSORBOARD, INCIDENTS, GOODPUT, PROFILE, WANDB, WANDB_ID = (
+    "metrics.jsonl", "tensorboard", "incidents.jsonl", "goodput.jsonl", "profile", "wandb", "wandb_id",
 )  # fmt: skip
 RESOLVED = "resolved.yaml"
 STOP_MARKER = "requeue"
 """Stopped on a signal, the checkpoint is whole: start me again."""
 ENDED_MARKER = "data_ended"
 """Holds the step after which the data ended, before ``train_iters``."""
+NCCL_TRACES = "nccl_trace_rank_*"
+"""What a rank exchanged before a collective timed out (examples/slurm/launch.sh)."""
 UPCYCLED = "upcycled"
 """A mixture made of dense weights, there while they are loaded."""
 WRITTEN = (
-    commit.CHECKPOINTS, METRICS, TENSORBOARD, INCIDENTS, GOODPUT, PROFILE, RESOLVED, STOP_MARKER, ENDED_MARKER, UPCYCLED,
+    commit.CHECKPOINTS, METRICS, TENSORBOARD, INCIDENTS, GOODPUT, PROFILE, WANDB, WANDB_ID, RESOLVED, STOP_MARKER,
+    ENDED_MARKER, NCCL_TRACES, UPCYCLED,
 )  # fmt: skip
-"""Everything that a run writes into its directory."""
+"""Everything that a run writes into its directory, as patterns of names."""
 
 
 def check_start(recipe: Recipe) -> None:
@@ -73,9 +76,9 @@ def take(recipe: Recipe) -> None:
     """Make the directory this run's, once it is ready to begin: delete what it overwrites, write the resolved recipe."""
     run_dir = Path(recipe.run_dir)
     if recipe.overwrite:
-        for name in WRITTEN:
-            if (path := run_dir / name).is_dir():
+        for path in [path for name in WRITTEN for path in run_dir.glob(name)]:
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
-                path.unlink(missing_ok=True)
+                path.unlink()
     commit.write_text(run_dir / RESOLVED, recipe_to_yaml(recipe))

@@ -8,6 +8,7 @@ torch is imported after the arguments are parsed, so ``--help`` answers at once.
 """
 
 import argparse
+import faulthandler
 import logging
 import os
 import sys
@@ -87,6 +88,7 @@ def dry_run(recipe: "Recipe", ranks: int | None) -> int:
 def run(recipe: "Recipe", *, origin: str) -> int:
     """Train the recipe of the file ``origin``; a failure on any rank ends every rank soon, and its first cause is printed once."""
     say_starting("train", origin)
+    faulthandler.enable()  # an abort from C, such as NCCL's watchdog, shows where Python was
     from megatron_omni.platform.device import install
 
     quiet()

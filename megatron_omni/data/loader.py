@@ -1,15 +1,15 @@
 """The data of one optimizer step at a time, for one data-parallel rank.
 
-A step takes ``global_batch_size`` rows: the next samples of the mixture's order, one a row, or several with
+A step takes ``global_batch_size`` sequences: the next samples of the mixture's order, one each, or several with
 ``packing`` (packing.py). Every rank knows the size of each (from the source's index, or from media headers; nothing is
-decoded) and cuts the rows into micro-batches: by length, longest first, so that little is padded; packed rows, which are
-full anyway, so that all micro-batches hold about the same work for the encoders. So the micro-batches are the same sets
-of samples on any number of ranks. Round j hands one to each rank, in the ranks' order or against it in turn, which keeps
-their loads level. A rank decodes its own samples only.
+decoded) and cuts the sequences into micro-batches: by length, longest first, so that little is padded; packed
+sequences, which are full anyway, so that all micro-batches hold about the same work for the encoders. So they are the
+same sets of samples on any number of ranks. Round j hands one to each rank, in the ranks' order or against it in turn,
+which keeps their loads level. A rank decodes its own samples only.
 
-A record that cannot be used gives way to the rows after it in its source's order of that epoch: a function of the data
+A record that cannot be used gives way to the records after it in its source's order of that epoch: a function of the data
 alone, the same on every layout. What a header does not show is found when one rank decodes; the rule is the same, only
-the length may then differ from the plan (in a packed row a stand-in must fit the place, or the place stays empty).
+the length may then differ from the plan (in a packed sequence a stand-in must fit the place, or the place stays empty).
 Skips are counted by source and reason; beyond ``max_bad_fraction`` the run stops.
 
 The state is the number of samples consumed, those that packing made wait, and the counters. ``num_workers`` threads
@@ -21,7 +21,9 @@ error in one surfaces in ``next_step``.
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count, islice
 from math import lcm
 from typing import Any, Literal, NamedTuple
@@ -75,7 +77,7 @@ class Place(NamedTuple):
 
 
 Row = list[Place]
-"""The samples of one row of a batch."""
+"""The samples of one sequence of a batch."""
 
 
 class Cursor(NamedTuple):
@@ -83,7 +85,7 @@ class Cursor(NamedTuple):
 
     next_sample: int
     waiting: tuple[int, ...] = ()
-    """Samples before ``next_sample`` that no row had room for yet, oldest first."""
+    """Samples before ``next_sample`` that no sequence had room for yet, oldest first."""
 
     @property
     def consumed_samples(self) -> int:
@@ -168,7 +170,9 @@ class StepLoader:
         self._seen: dict[int, Place] = {}
         """Places that the last plan left waiting: the next one asks for them again."""
         reads_headers = any(source.flags() is None for source in self.sources)
-        self._stalls = Stalls[Skip](agree if reads_headers else None, self._stalled)
+        self.around_agreement: Callable[[], AbstractContextManager[Any]] = nullcontext
+        """Entered where the ranks agree, in which one waits for the slowest."""
+        self._stalls = Stalls[Skip](partial(self._agreed, agree) if agree and reads_headers else None, self._stalled)
         self._samples: Lru[Sample] = Lru(int(data.cache_gib * 2**30))
         self._workers = Workers[Cursor, Plan, _Step](
             self.plan,
@@ -199,6 +203,10 @@ class StepLoader:
         self._cursor = step.plan.after
         return step.batches
 
+    def _agreed(self, agree: Callable[[list[Key]], list[Key]], found: list[Key]) -> list[Key]:
+        with self.around_agreement():
+            return agree(found)
+
     def _prepared(self) -> _Step:
         return self._workers.take(self._cursor) if self.data.num_workers else self._load(self.plan(self._cursor))
 
@@ -207,7 +215,7 @@ class StepLoader:
         self._workers.forget()
 
     def plan(self, cursor: Cursor) -> Plan:
-        """The step that starts at ``cursor``; DataEnded where too few samples are left for its rows (of a held-out source:
+        """The step that starts at ``cursor``; DataEnded where too few samples are left for its sequences (of a held-out source:
         where none is left).
         """
         data = self.data
@@ -329,7 +337,7 @@ class StepLoader:
     def _sample(self, place: Place, skips: list[Skip], *, room: int) -> Sample | None:
         """The decoded sample of a place, or of the next row that decodes; None where no row fits a packed place.
 
-        ``room``: tokens that the packed row has for it.
+        ``room``: tokens that the packed sequence has for it.
         """
         drawn = place.draw if place.attempt == 0 else self.mixture.sample_at(place.sample_id)
         for attempt in range(place.attempt, self._last_attempt(drawn)):
@@ -367,7 +375,7 @@ class StepLoader:
 
     def _longer_than_promised(self, draw: Draw, sample: Sample, room: int) -> Skip:
         error = RecordError(
-            "", field="length", value=sample.length, problem=f"the headers promised less, and its row has {room} left",
+            "", field="length", value=sample.length, problem=f"the headers promised less, and its sequence has {room} left",
             fix="repair the file, or run megatron-omni prepare --again", reason="wrong_header",
         )  # fmt: skip
         return self._skip(draw, error)

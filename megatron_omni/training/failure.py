@@ -1,15 +1,14 @@
 """How a run ends when something goes wrong on one rank: the first cause is printed once, and no rank is left waiting.
 
-The ranks share a key-value store. The first to fail claims the report and prints the cause, and where every rank was
-(watch.py: who is missing from a collective that timed out); the others, whose collectives break because of it, print
-one line. Every failing rank then ends its process at once, which closes its connections: gloo peers notice within half
-a second, and a rank that does not notice is ended by its watch.
+The ranks share a key-value store. The first to fail claims the report and prints the cause, and where every rank was;
+the others, whose collectives break because of it, print one line. Every failing rank then ends its process at once,
+which closes its connections: gloo peers notice within half a second, and a rank that does not notice (NCCL) is ended by
+its watch. A hang is no error on any rank until a collective times out: it is reported by the watch (watch.py).
 """
 
 import multiprocessing
 import os
 import sys
-import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +23,6 @@ from megatron_omni.training import watch
 PACKAGE = Path(__file__).resolve().parents[1]
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
-_CLAIM = "megatron_omni/first_failure"
 
 
 def report_failure(error: BaseException) -> int:
@@ -72,11 +70,9 @@ def _status(error: BaseException) -> int:
 def _places() -> list[str]:
     """Where the ranks were, as far as they said."""
     try:
-        told = watch.places(dist.distributed_c10d._get_default_store(), dist.get_world_size())
+        return watch.where(dist.distributed_c10d._get_default_store())
     except Exception:  # no groups, or the store went down with the rank that kept it
         return []
-    lines = watch.describe_places(told, now=time.time())
-    return ["the ranks were last heard of in:", *lines] if lines else []
 
 
 def _tell_the_others() -> None:
@@ -89,7 +85,7 @@ def _tell_the_others() -> None:
 def _wait_for_the_cause() -> None:
     """Until the rank that has it reports: a launcher ends that one, too, as soon as this one has ended."""
     try:
-        dist.distributed_c10d._get_default_store().wait([_CLAIM], timedelta(seconds=5))
+        dist.distributed_c10d._get_default_store().wait([watch.CLAIM], timedelta(seconds=5))
     except Exception:  # no groups, or the store went down with the rank that kept it
         return
 
@@ -99,7 +95,6 @@ def _is_first(rank: int) -> bool:
     if not dist.is_initialized():
         return rank == 0
     try:
-        store = dist.distributed_c10d._get_default_store()
-        return bool(store.add(_CLAIM, 1) == 1)
+        return watch.claim(dist.distributed_c10d._get_default_store())
     except Exception:  # the store went down with the rank that failed first
         return False

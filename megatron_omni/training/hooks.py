@@ -7,12 +7,14 @@ to the whole process group, or SLURM to every process of a job, and then torchru
 within five seconds count as one signal.
 """
 
+import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -82,16 +84,20 @@ class PartTimer:
     """Wall seconds by part of a step. Parts may lie inside each other; then a second counts for the innermost alone.
 
     ``synchronize`` is called before the clock is read while ``exact`` is set: an accelerator works asynchronously, and
-    what it still has to do would be counted where the host happens to wait for it.
+    what it still has to do would be counted where the host happens to wait for it. ``named`` is entered for every part
+    with its name: tools that watch a run show it (platform/ranges.py).
     """
 
     def __init__(
-        self, clock: Callable[[], float] = time.perf_counter, synchronize: Callable[[], None] = lambda: None
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        synchronize: Callable[[], None] = lambda: None,
+        named: Callable[[str], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.exact = False
-        self._clock, self._synchronize = clock, synchronize
+        self._clock, self._synchronize, self._named = clock, synchronize, named
         self._stack: list[str] = []
-        self._last = 0.0
+        self._last = self._moved = -math.inf
         self._seconds: dict[str, float] = {}
         self._total: dict[str, float] = {}
 
@@ -101,10 +107,15 @@ class PartTimer:
         self._tick()
         self._stack.append(part)
         try:
-            yield
+            with self._named(part):
+                yield
         finally:
             self._tick()
             self._stack.pop()
+
+    def moved(self) -> None:
+        """A part of many steps (an evaluation) has done one of them: it is not stuck."""
+        self._moved = self._clock()
 
     def _tick(self) -> None:
         if self.exact:
@@ -128,6 +139,7 @@ class PartTimer:
         return {part: self._total.get(part, 0.0) + self._seconds.get(part, 0.0) for part in parts}
 
     def current(self) -> tuple[str, float]:
-        """The part that is being measured and for how long it has been; another thread may ask."""
-        stack = self._stack
-        return (stack[-1] if stack else "between parts"), self._clock() - self._last
+        """The part that is being measured, and for how long it has been or since it :meth:`moved`; another thread may ask."""
+        innermost, since = self._stack[-1:], max(self._last, self._moved)  # a copy: the stack may change meanwhile
+        seconds = self._clock() - since if since > -math.inf else 0.0
+        return (innermost[0] if innermost else "between parts"), seconds

@@ -32,6 +32,7 @@ from megatron_omni.parallel.schedule import run_step
 from megatron_omni.parallel.sharing import ReaderFailed, StepData, share_step, sum_over_ranks
 from megatron_omni.parallel.wrap import gather_weights
 from megatron_omni.platform.device import synchronize
+from megatron_omni.platform.ranges import named
 from megatron_omni.training.hooks import EXIT_REQUEUE, PartTimer, StopSignals, eval_due, evaluation_mode, save_due
 from megatron_omni.training.logger import RunLogger, sum_reports
 from megatron_omni.training.optimizer import update
@@ -48,8 +49,9 @@ def train(run: Run) -> int:
     # A million objects of imported modules and the model live as long as the process: the collector may leave them out.
     gc.collect()
     gc.freeze()
-    timer = PartTimer(synchronize=synchronize)
-    watch = Watch(lambda: run.state.step, timer)
+    timer = PartTimer(synchronize=synchronize, named=named)
+    timeout = run.recipe.parallel.distributed_timeout_seconds
+    watch = Watch(lambda: run.state.step, timer, timeout_seconds=timeout)
     with StopSignals().installed() as signals:
         logger = RunLogger(run, timer)
         try:
@@ -137,7 +139,7 @@ def _train(run: Run, signals: StopSignals, logger: RunLogger) -> int:
 
 def _evaluate(run: Run, logger: RunLogger) -> dict[str, float]:
     with logger.paused("evaluation"):
-        evaluated = evaluate(run)
+        evaluated = evaluate(run, moved=logger.timer.moved)
         logger.write(evaluated)
     return evaluated
 
@@ -234,6 +236,7 @@ def next_batches(
     batches, error, end = None, None, None
     if loader is not None:
         try:
+        loader.around_agreement = partial(timer.measure, "communication")
             with timer.measure("data"):
                 batches = loader.next_step()
         except DataEnded as caught:
@@ -273,7 +276,7 @@ def aux_loss_scale(run: Run, step: int) -> float:
     return coefficient / (run.recipe.model.num_layers * run.num_micro_batches * run.layout.dp_size)
 
 
-def evaluate(run: Run) -> dict[str, float]:
+def evaluate(run: Run, *, moved: Callable[[], None] = lambda: None) -> dict[str, float]:
     """Mean loss over the label tokens of each held-out set: the same samples every time, deterministic routing.
 
     ``eval_iters`` steps of each, or what a set with ``epochs`` holds, to its last record.
@@ -285,6 +288,7 @@ def evaluate(run: Run) -> dict[str, float]:
         for name, loader in run.eval_loaders.items():
             if loader is not None:
                 loader.load_state_dict({"consumed_samples": 0})
+    ``moved`` is called after every step.
             total = None
             for _ in range(run.recipe.log.eval_iters):
                 try:
@@ -301,4 +305,5 @@ def evaluate(run: Run) -> dict[str, float]:
                     f"data.eval_sources[{name}]: no token of it carries a label; give it records with answers"
                 )
             losses[f"eval/loss/{name}"] = loss / count
+                moved()
     return losses if not losses else losses | {"eval/loss": sum(losses.values()) / len(losses)}

@@ -29,7 +29,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_omni.config.parallel import ParallelConfig
 from megatron_omni.parallel import groups
 
-COLLECTIVE_TIMEOUT_SECONDS = 60.0
+COLLECTIVE_TIMEOUT_SECONDS = 80.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when its parent dies
 
 

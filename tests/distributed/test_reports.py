@@ -94,7 +94,7 @@ def test_a_rank_that_is_slow_again_and_again_is_named_once() -> None:
 
 def heard_of(rank: Rank) -> list[int]:
     rank.initialize(ParallelConfig())
-    watch = Watch(lambda: 7, PartTimer())
+    watch = Watch(lambda: 7, PartTimer(), timeout_seconds=60.0)
     watch._run = lambda *args: None  # type: ignore[method-assign]  # a rank that hangs before its thread has run
     watch.start()
     dist.barrier()

@@ -56,7 +56,7 @@ from tests.stress.strikes import HOOKS, INTERVAL, STEPS, Hook, damage  # noqa: E
 
 TIMEOUT = 300.0
 """Seconds that a collective may take: long, since a busy machine is not a fault."""
-HANG_TIMEOUT = 25.0
+HANG_TIMEOUT = 32.0
 """The same where a rank hangs."""
 PATIENCE = 60.0
 """Seconds that the other ranks may take to end, beyond the time-out where there is one."""
@@ -88,10 +88,12 @@ def launch(
     victim: int = 0,
     seed: int = 0,
     timeout: float = TIMEOUT,
+    collective_timeout: float | None = None,
     kill_all: bool = False,
 ) -> Start:
     """Train ``recipe`` on forked ranks; ``hook`` runs on the victim before training. ``kill_all``: the first death is
     followed by SIGKILL to every rank. A rank that is stopped as a whole is killed like its launcher would, at the end.
+    ``timeout`` is the recipe's; ``collective_timeout`` that of the collectives, where it is to be another.
     """
     context = multiprocessing.get_context("fork")
     run_dir = Path(recipe.run_dir)
@@ -100,7 +102,8 @@ def launch(
         ranks = [
             context.Process(
                 target=_rank,
-                args=(recipe, rank, world_size, Path(place), hook if rank == victim else None, seed, timeout),
+                args=(recipe, rank, world_size, Path(place), hook if rank == victim else None, seed),
+                kwargs={"timeout": timeout, "collective_timeout": collective_timeout or timeout},
             )
             for rank in range(world_size)
         ]
@@ -131,7 +134,15 @@ def _stopped_alone(process: Any, ranks: list[Any]) -> bool:
 
 
 def _rank(
-    recipe: Recipe, rank: int, world_size: int, place: Path, hook: Hook | None, seed: int, timeout: float
+    recipe: Recipe,
+    rank: int,
+    world_size: int,
+    place: Path,
+    hook: Hook | None,
+    seed: int,
+    *,
+    timeout: float,
+    collective_timeout: float,
 ) -> None:
     """One rank, ended as the command line ends it."""
     os.environ["RANK"] = str(rank)
@@ -143,9 +154,10 @@ def _rank(
     )  # pytest's handlers were forked too
     torch.set_num_threads(1)
     try:
-        recipe.parallel.distributed_timeout_seconds = timeout
+        recipe.parallel.distributed_timeout_seconds = collective_timeout
         store = dist.FileStore(str(place / "store"), world_size)
         pg = groups.initialize(recipe.parallel, store=store, rank=rank, world_size=world_size)
+        recipe.parallel.distributed_timeout_seconds = timeout
         run = setup.setup(recipe, SupervisedTask(recipe.data.sources), pg=pg)
         record_samples(run, Path(recipe.run_dir) / "samples.jsonl", start=place.name)
         if hook is not None:
