@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv ext ext-cuda quickstart test miniature dali mutants stress lint types layers docs checks clean
+.PHONY: help venv ext ext-cuda quickstart test miniature dali wandb mutants stress lint types layers docs checks clean
 
 # The first Python >= 3.12 that really runs (a pyenv shim may exist and refuse).
 PYTHON := $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python python3.13 python3; do \
@@ -54,6 +54,9 @@ miniature: venv ## every full recipe and layout with its own flags and small siz
 
 dali: venv ## install the DALI decoder (700 MB); `make test` then runs its tests on the CPU
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dali"])') 2>&1 | { grep -v '^WARNING: Location' || true; }
+
+wandb: venv ## install Weights & Biases (log.wandb_project); `make test` then runs its test, offline
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["wandb"])')
 
 mutants: venv ## change MODULES in COUNT=40 small ways and list what no test sees, by hand (SEED=0); tools/mutants.py
 	$(BIN)/python tools/mutants.py $(MODULES) --seed $(SEED) --count $(COUNT) --jobs $(JOBS)

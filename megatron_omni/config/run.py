@@ -38,10 +38,18 @@ class LogConfig:
     """Global batches per held-out source and evaluation."""
     tensorboard: bool = True
     """Write what metrics.jsonl holds for TensorBoard as well (``tensorboard --logdir RUN_DIR/tensorboard``)."""
+    wandb_project: str | None = None
+    """Project of Weights & Biases that gets what metrics.jsonl holds as well (package ``wandb``; docs/training.md); null:
+    none."""
     expert_load: bool = True
     """Routing statistics per layer x expert x modality."""
     profile_steps: list[int] = number(list, at_least=1)
     """First and last step of a torch profiler trace (training/profile.py); empty for none."""
+    profile_ranks: list[int] = number(lambda: [0], at_least=0)
+    """Ranks whose trace is written."""
+    memory_snapshot: bool = False
+    """Write as well where each of these ranks allocated the memory of its GPU in these steps, for
+    https://docs.pytorch.org/memory_viz."""
 
 
 @dataclass(kw_only=True)
@@ -52,6 +60,9 @@ class Recipe:
     """What is learned; ``supervised``: the answers of the records."""
     seed: int = number(3407, at_least=0, at_most=2**32 - 1)
     """Decides every random draw: initial weights, the order of the data, routing, dropout."""
+    deterministic_mode: bool = False
+    """Take kernels that give the same bits in every run, slower ones on a GPU; an operation that has none is an error
+    (docs/reliability.md)."""
     run_dir: str = file_path("runs/default")
     """Where logs and checkpoints of the run go (docs/training.md)."""
     train_iters: int = number(1000, at_least=1)

@@ -3,6 +3,7 @@
 Every violation is one ValueError: field, value, why, fix. All of them are collected, so that one run shows them all.
 """
 
+import importlib.util
 import math
 import os
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from megatron_omni.config.megatron_fields import refusal
 from megatron_omni.config.model import ModelConfig
 from megatron_omni.config.parallel import ParallelConfig
 from megatron_omni.config.ranges import out_of_range
-from megatron_omni.config.run import Recipe
+from megatron_omni.config.run import LogConfig, Recipe
 from megatron_omni.config.shards import shard_paths
 
 PARTS = (
@@ -36,6 +37,7 @@ def validate(recipe: Recipe, *, world_size: int = 1, check_files: bool = True) -
             *_layout(recipe, world_size),
             *_run(recipe),
             *_sources(recipe),
+            *_profile(recipe.log, world_size),
         ]
         if check_files:
             problems += _files(recipe)
@@ -229,7 +231,7 @@ def _messages(recipe: Recipe) -> Iterator[str]:
 def _run(recipe: Recipe) -> Iterator[str]:
     optim, data = recipe.optim, recipe.data
     if data.packing and data.batch_by == "source":
-        yield "data.packing=True: packed rows mix sources; set data.batch_by=mixed"
+        yield "data.packing=True: packed sequences mix sources; set data.batch_by=mixed"
     if optim.min_lr > optim.lr:
         yield f"optim.min_lr={optim.min_lr}: above optim.lr={optim.lr}"
     if optim.lr_warmup_iters >= (optim.lr_decay_iters or recipe.train_iters):
@@ -250,7 +252,8 @@ def _run(recipe: Recipe) -> Iterator[str]:
     if recipe.model.lora is None and set(recipe.freeze) >= _parts_of(recipe.model):
         yield f"freeze={recipe.freeze}: nothing is left to train; take a part out"
     yield from _best(recipe)
-    yield from _profile(recipe.log.profile_steps)
+    if recipe.log.wandb_project is not None and not recipe.log.wandb_project.strip():
+        yield f"log.wandb_project={recipe.log.wandb_project!r}: name a project, or set it to null"
     if (recipe.init_allow_missing or recipe.init_allow_extra or recipe.init_allow_changed) and not recipe.init_from:
         yield (
             "init_allow_missing, init_allow_extra, init_allow_changed: no effect without init_from; set it or take them out"
@@ -310,9 +313,18 @@ def _wsd(recipe: Recipe) -> Iterator[str]:
         )
 
 
-def _profile(steps: list[int]) -> Iterator[str]:
+def _profile(log: LogConfig, world_size: int) -> Iterator[str]:
+    steps, ranks = log.profile_steps, log.profile_ranks
     if steps and not (len(steps) == 2 and 0 < steps[0] <= steps[1]):
         yield f"log.profile_steps={steps}: give the first and the last step to trace, such as [10, 12], or nothing"
+    if not ranks or len(set(ranks)) < len(ranks) or max(ranks) >= world_size:
+        yield f"log.profile_ranks={ranks}: name ranks of 0..{world_size - 1}, each once"
+    for name, is_set in (
+        ("profile_ranks", ranks != LogConfig().profile_ranks),
+        ("memory_snapshot", log.memory_snapshot),
+    ):
+        if is_set and not steps:
+            yield f"log.{name}={getattr(log, name)}: no effect without log.profile_steps; set them, such as [10, 12]"
 
 
 def _best(recipe: Recipe) -> Iterator[str]:
@@ -333,6 +345,11 @@ def _best(recipe: Recipe) -> Iterator[str]:
 
 def _files(recipe: Recipe) -> Iterator[str]:
     yield from _run_dir(Path(recipe.run_dir))
+    if recipe.log.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        yield (
+            f"log.wandb_project={recipe.log.wandb_project!r}: the package wandb is not installed; run pip install "
+            "'megatron-omni[wandb]', or set it to null"
+        )
     if not recipe.data.sources:
         yield "data.sources is empty: name at least one JSONL file of records"
     for source in [*recipe.data.sources, *recipe.data.eval_sources]:

@@ -4,15 +4,17 @@ Read in this order: ``parameters`` (every weight of a rank), ``flops``, ``memory
 ``activations`` (what a micro-batch keeps).
 """
 
-from megatron_omni.estimate.flops import encoder_flops, flops_per_token
+from megatron_omni.estimate.flops import encoder_flops, flops_per_token, media_flops
 from megatron_omni.estimate.memory import weight_bytes_per_rank
-from megatron_omni.estimate.parameters import ParameterCount, count_parameters, padded_vocab_size
+from megatron_omni.estimate.parameters import ParameterCount, count_parameters, padded_vocab_size, trained_parts
 
 __all__ = [
     "ParameterCount",
     "count_parameters",
     "encoder_flops",
     "flops_per_token",
+    "media_flops",
     "padded_vocab_size",
+    "trained_parts",
     "weight_bytes_per_rank",
 ]

@@ -14,14 +14,10 @@ from dataclasses import dataclass, replace
 from megatron_omni.config.run import Recipe
 from megatron_omni.config.validate import num_micro_batches
 from megatron_omni.estimate.activations import FP32, Activations, MicroBatch
+from megatron_omni.estimate.flops import chunk_forward, tile_forward
 from megatron_omni.estimate.hardware import Efficiency, Gpu
 from megatron_omni.estimate.memory import GRADIENT_BYTES, StaticBytes, element_bytes, replicas, tensor_reduced_bytes
-from megatron_omni.estimate.parameters import (
-    AUDIO_POSITIONS_PER_SECOND,
-    padded_vocab_size,
-    stage_weights,
-    trained_parts,
-)
+from megatron_omni.estimate.parameters import padded_vocab_size, stage_weights, trained_parts
 
 MOVES_PER_VALUE = 5
 OPTIMIZER_MOVES = 2
@@ -155,26 +151,13 @@ class StepTimer:
 
     def _encoders(self) -> float:
         """Every rank of the first stage computes all tiles and chunks of its micro-batch."""
-        vision, audio, out = self.model.vision, self.model.audio, self.model.hidden_size
-        projector_trained = "projectors" in self.trained
         seconds = self._traffic(self.written.vision() + self.written.audio())
-        if vision is not None:
-            width, patches = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
-            layer = 2 * (4 * width + 2 * vision.ffn_hidden_size) * width + 4 * patches * width
-            tower = self.batch.tiles * patches * vision.num_layers * layer
-            seconds += self._encoder(tower, trained="vision" in self.trained)
-            seconds += self._encoder(self.batch.tiles * patches * 2 * (width + out) * out, trained=projector_trained)
-        if audio is not None:
-            width, ffn = audio.hidden_size, audio.ffn_hidden_size
-            frames = int(audio.chunk_seconds * AUDIO_POSITIONS_PER_SECOND)
-            layer = frames * (2 * (4 * width + 2 * ffn) * width + 4 * frames * width)
-            seconds += self._encoder(
-                self.batch.chunks * audio.num_encoder_layers * layer, trained="audio" in self.trained
-            )
-            queries = audio.num_query_tokens
-            layer = queries * 2 * (8 * width + 2 * ffn) * width + frames * 4 * width * width
-            layer += 4 * queries * (queries + frames) * width
-            seconds += self._encoder(self.batch.chunks * audio.num_decoder_layers * layer, trained=projector_trained)
+        for name, number, forward in (
+            ("vision", self.batch.tiles, tile_forward(self.model)),
+            ("audio", self.batch.chunks, chunk_forward(self.model)),
+        ):
+            seconds += self._encoder(number * forward.tower, trained=name in self.trained)
+            seconds += self._encoder(number * forward.projector, trained="projectors" in self.trained)
         return seconds
 
     def _encoder(self, flops: float, *, trained: bool) -> float:

@@ -63,6 +63,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         "moe_token_dispatcher_type": "alltoall",
         "calculate_per_token_loss": True,  # gradients are summed over data parallel ranks (parallel/wrap.py)
         "deallocate_pipeline_outputs": True,
+        "deterministic_mode": recipe.deterministic_mode,
         "bf16": recipe.optim.precision == "bf16",
         "params_dtype": torch.float32,  # Float16Module converts; drawing weights in fp32 keeps them layout-independent
         "pipeline_dtype": dtype,

@@ -13,7 +13,7 @@ row.
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from megatron_omni.parallel.sharing import sum_over_ranks
 from megatron_omni.platform.peak import peak_tflops
 from megatron_omni.training import goodput, incidents
 from megatron_omni.training.hooks import PartTimer
-from megatron_omni.training.metrics import MetricsWriter, Progress, throughput
+from megatron_omni.training.metrics import MetricsWriter, Progress, WandbRun, throughput
 from megatron_omni.training.optimizer import learning_rate
 from megatron_omni.training.profile import StepProfiler
 from megatron_omni.training.setup import Run
@@ -59,7 +59,7 @@ class RunLogger:
         self.run, self.timer = run, timer
         self._reports: list[tuple[int, torch.Tensor]] = []
         """(step, report table) of the steps since the last record that updated the weights."""
-        self._tokens = self._samples = 0
+        self._tokens = self._samples = self._tiles = self._chunks = 0
         self._started = time.perf_counter()
         self._step = run.state.step
         self._mean_k = self._grad_norm = 0.0
@@ -68,15 +68,17 @@ class RunLogger:
         self._stragglers = _Stragglers()
         self._writes = dist.get_rank() == 0
         self._directory = run.checkpoints.parent
+        self._profiler = StepProfiler(self._directory, run.recipe.log, rank=dist.get_rank())
         if self._writes:
             assert run.loader is not None, "rank 0 reads data"
             log = run.recipe.log
-            self._writer = MetricsWriter(self._directory, tensorboard=log.tensorboard, after_step=run.state.step)
+            wandb = WandbRun(run.recipe, self._directory) if log.wandb_project is not None else None
+            step = run.state.step
+            self._writer = MetricsWriter(self._directory, tensorboard=log.tensorboard, after_step=step, wandb=wandb)
             self._progress = Progress(run.recipe.train_iters, initial=run.state.step)
             self._incidents = incidents.Incidents(self._directory, run.loader)
             self._spikes = incidents.SpikeDetector()
             self._goodput = goodput.Goodput(self._directory, step=run.state.step)
-            self._profiler = StepProfiler(self._directory, log.profile_steps)
             for marker in (STOP_MARKER, ENDED_MARKER):
                 (self._directory / marker).unlink(missing_ok=True)
             for line in describe(run):
@@ -92,18 +94,19 @@ class RunLogger:
         """Before anything of ``step``."""
         self.timer.exact = self.due(step)
         self.timer.take()
-        if self._writes:
-            self._profiler.before(step)
+        self._profiler.before(step)
 
     def note_samples(self, step: int) -> None:
         """Once the loader has moved past the samples of ``step``."""
         if self._writes:
             self._incidents.note_step(step)
 
-    def add(self, reports: list[torch.Tensor], *, tokens: int, samples: int) -> None:
-        """Add the report tables of a step that updated the weights."""
-        self._tokens += tokens
-        self._samples += samples
+    def add(self, reports: list[torch.Tensor], totals: Mapping[str, int]) -> None:
+        """Add the report tables of a step that updated the weights, and what all ranks read for it."""
+        self._tokens += totals["tokens"]
+        self._samples += totals["samples"]
+        self._tiles += totals["tiles"]
+        self._chunks += totals["chunks"]
         empty = torch.zeros(len(self.run.task.report_names), 2)
         self._reports.append((self.run.state.step, sum(reports[1:], reports[0]) if reports else empty))
         if self._writes:
@@ -121,7 +124,7 @@ class RunLogger:
     def end_step(self, *, grad_norm: float, stats: RoutingStats | None) -> None:
         """After the update of a step: the record, when it is due."""
         step, self._grad_norm = self.run.state.step, grad_norm
-        if self._writes and (trace := self._profiler.after(step)) is not None:
+        if (trace := self._profiler.after(step)) is not None:
             self.say(f"profile: {trace}")
         if self.due(step):
             self._record(stats=stats)
@@ -153,7 +156,8 @@ class RunLogger:
             self._progress.show(run.state.step, metrics | routing)
             for (step, _), (loss, count) in zip(self._reports, sums[len(names) :]):
                 self._look_for_spike(step, loss / max(count, 1.0))
-        self._reports, self._tokens, self._samples = [], 0, 0
+        self._reports = []
+        self._tokens = self._samples = self._tiles = self._chunks = 0
 
     def _data_counts(self) -> dict[str, float]:
         """Records passed over, by source, data threads replaced and files left to the CPU decoder, over all ranks."""
@@ -209,6 +213,8 @@ class RunLogger:
             self.run.recipe,
             tokens=self._tokens,
             samples=self._samples,
+            tiles=self._tiles,
+            chunks=self._chunks,
             seconds=seconds,
             world_size=dist.get_world_size(),
             mean_k=self._mean_k,
@@ -278,17 +284,29 @@ class RunLogger:
         )
 
     def summarize(self, *, finished: bool) -> None:
-        """Say where the time of the run went, and what its data cost; ``finished``: no step of it is left."""
+        """Say where the time of the run went, and what its data cost; ``finished``: no step of it is left. A line at the
+        very end says when the last steps were skipped.
+        """
         self.note_time(finished=finished)
         data = describe_data(self.run)
         if self._writes:
             self.say(goodput.describe(self._goodput.lines()))
             self.say(data)
+            if streak := self.run.state.skipped_in_a_row:
+                self.say(
+                    f"the last {streak} step(s) were skipped, their gradients are not finite: the weights are those after step "
+                    f"{self.run.state.step - streak}; look at the samples in {self._directory / incidents.FILE}"
+                )
+
+    def finish(self) -> None:
+        """The run has ended well; where numbers are sent, this may take its time, for which no rank waits."""
+        if self._writes:
+            self._writer.finish()
 
     def close(self) -> None:
         """Close files."""
+        self._profiler.stop()
         if self._writes:
-            self._profiler.stop()
             self._progress.close()
             self._writer.close()
 
@@ -346,7 +364,7 @@ def describe(run: Run) -> list[str]:
     trained = ", ".join(f"{part} {count:,}" for part, (_, count) in table.items() if count)
     frozen = ", ".join(f"{part} {total - count:,}" for part, (total, count) in table.items() if total > count)
     sizes = f"tp {place.tp_size} x pp {place.pp_size} x dp {place.dp_size}, ep {place.ep_size}"
-    rows = f"packed rows of {data.seq_length} tokens" if data.packing else "samples"
+    rows = f"packed sequences of {data.seq_length} tokens" if data.packing else "samples"
     step = (
         f"{data.global_batch_size} {rows}; {run.num_micro_batches} micro-batches of {data.micro_batch_size} a replica"
     )

@@ -58,6 +58,7 @@ def train(run: Run) -> int:
             watch.start()
             status = _train(run, signals, logger)
             watch.stop()
+            logger.finish()
             return status
         finally:
             logger.close()
@@ -110,7 +111,7 @@ def _train(run: Run, signals: StopSignals, logger: RunLogger) -> int:
         if updated:
             state.updates += 1
             state.skipped_in_a_row = 0
-            logger.add(reports, tokens=tokens, samples=totals["samples"])
+            logger.add(reports, totals)
         else:
             state.skipped_in_a_row += 1
             samples = logger.skipped(grad_norm)
@@ -226,8 +227,8 @@ def next_batches(
     stop: Callable[[], bool] = lambda: False,
     written: Callable[[], bool] = lambda: False,
 ) -> tuple[StepData, dict[str, int]]:
-    """This rank's micro-batches of the next step and, over all ranks, its label tokens, tokens and samples, and how many
-    ranks said ``stop`` (asked to end) and ``written`` (done with the files of a checkpoint).
+    """This rank's micro-batches of the next step and, over all ranks, its label tokens, tokens, samples, tiles and chunks,
+    and how many ranks said ``stop`` (asked to end) and ``written`` (done with the files of a checkpoint).
 
     A reader that fails raises its own error; the other ranks raise ReaderFailed at the same step. Behind the last step of
     the data all raise DataEnded.
@@ -235,19 +236,21 @@ def next_batches(
     timer = timer or PartTimer()
     batches, error, end = None, None, None
     if loader is not None:
-        try:
         loader.around_agreement = partial(timer.measure, "communication")
+        try:
             with timer.measure("data"):
                 batches = loader.next_step()
         except DataEnded as caught:
             end = caught
         except Exception as caught:  # reported below, once every rank knows that it must not wait for this one
             error = caught
-    labels = tokens = samples = 0
+    labels = tokens = samples = tiles = chunks = 0
     if batches is not None:
         labels = sum(batch.num_label_tokens for batch in batches)
         tokens = sum(int((batch.segment_ids >= 0).sum()) for batch in batches)
         samples = sum(batch.num_samples for batch in batches)
+        tiles = sum(len(batch.pixel_values) for batch in batches if batch.pixel_values is not None)
+        chunks = sum(len(batch.audio_features) for batch in batches if batch.audio_features is not None)
     with timer.measure("communication"):
         shared = share_step(
             batches,
@@ -256,15 +259,18 @@ def next_batches(
             device=run.device,
             precision=torch.bfloat16 if run.recipe.optim.precision == "bf16" else torch.float32,
         )
-        values = [labels, tokens, samples, int(error is not None), int(stop()), int(written()), int(end is not None)]
-        labels, tokens, samples, failed, stops, done, ended = sum_over_ranks(values, device=run.device)
+        values = [labels, tokens, samples, tiles, chunks, error is not None, stop(), written(), end is not None]
+        labels, tokens, samples, tiles, chunks, failed, stops, done, ended = sum_over_ranks(
+            [int(value) for value in values], device=run.device
+        )
     if error is not None:
         raise error
     if ended and not failed:
         raise end or DataEnded("the data ends here")
     if failed or shared is None:
         raise ReaderFailed("another rank could not load its data")
-    return shared, {"labels": labels, "tokens": tokens, "samples": samples, "stop": stops, "written": done}
+    read = {"labels": labels, "tokens": tokens, "samples": samples, "tiles": tiles, "chunks": chunks}
+    return shared, read | {"stop": stops, "written": done}
 
 
 def aux_loss_scale(run: Run, step: int) -> float:
@@ -281,6 +287,7 @@ def evaluate(run: Run, *, moved: Callable[[], None] = lambda: None) -> dict[str,
 
     ``eval_iters`` steps of each, or what a set with ``epochs`` holds, to its last record.
     ``eval/loss`` is the mean over the sets, each counting the same. ValueError for a set without a label token.
+    ``moved`` is called after every step.
     """
     gather_weights(run.model)
     losses = {}
@@ -288,7 +295,6 @@ def evaluate(run: Run, *, moved: Callable[[], None] = lambda: None) -> dict[str,
         for name, loader in run.eval_loaders.items():
             if loader is not None:
                 loader.load_state_dict({"consumed_samples": 0})
-    ``moved`` is called after every step.
             total = None
             for _ in range(run.recipe.log.eval_iters):
                 try:
@@ -299,11 +305,11 @@ def evaluate(run: Run, *, moved: Callable[[], None] = lambda: None) -> dict[str,
                 forward = partial(run.task.forward_step, info=info)
                 for report in run_step(forward, batches, run.model, pg=run.pg, recipe=run.recipe, forward_only=True):
                     total = report[0] if total is None else total + report[0]
+                moved()
             loss, count = sum_reports(run, total if total is not None else torch.zeros(2)).tolist()
             if not count:
                 raise ValueError(
                     f"data.eval_sources[{name}]: no token of it carries a label; give it records with answers"
                 )
             losses[f"eval/loss/{name}"] = loss / count
-                moved()
     return losses if not losses else losses | {"eval/loss": sum(losses.values()) / len(losses)}

@@ -1,4 +1,4 @@
-"""Where numbers go: ``metrics.jsonl``, TensorBoard and the progress line.
+"""Where numbers go: ``metrics.jsonl``, TensorBoard, Weights & Biases and the progress line.
 
 One record per logging step, written by one rank, flushed at once: a run that dies loses no line. A resumed run drops
 the lines after the step it resumes from, so that a file never holds a step twice.
@@ -8,22 +8,27 @@ record), ``grad-norm``, ``learning-rate``, ``tokens/s`` (all tokens of the run, 
 rank and ``MFU`` where the device's peak is known, ``step time`` in seconds, ``time/*`` (training/logger.py; of the
 logged step), ``moe/*`` (models/moe/balance.py; of the logged step), ``eval/loss/*``.
 
-FLOPs are those of the language model (estimate.py) at the measured mean number of experts per token; the encoders are
-not counted.
+FLOPs are those of the language model (estimate/flops.py) at the measured mean number of experts per token, and those of
+the encoders on the pictures and the sound that were there; a frozen encoder counts with its forward alone.
 """
 
 import json
+import logging
 import math
 import os
+import secrets
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_omni.checkpoint.run_dir import METRICS, TENSORBOARD
+from megatron_omni.checkpoint.run_dir import METRICS, TENSORBOARD, WANDB_ID
 from megatron_omni.config.run import Recipe
-from megatron_omni.estimate import flops_per_token
+from megatron_omni.estimate import flops_per_token, media_flops, trained_parts
 from megatron_omni.foreign import ForeignError, parse_json, read_text
+
+logger = logging.getLogger(__name__)
 
 
 def board_tag(name: str) -> str:
@@ -35,12 +40,15 @@ def board_tag(name: str) -> str:
 class MetricsWriter:
     """Writes records under ``run_dir``; only the rank that logs creates one."""
 
-    def __init__(self, run_dir: Path, *, tensorboard: bool, after_step: int = 0) -> None:
+    def __init__(
+        self, run_dir: Path, *, tensorboard: bool, after_step: int = 0, wandb: "WandbRun | None" = None
+    ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS
         self.num_dropped = drop_lines_after(path, after_step) if path.exists() else 0
         """Records of an earlier start whose steps are run again."""
         self._file = path.open("a", encoding="utf-8")
+        self._wandb = wandb
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -55,12 +63,68 @@ class MetricsWriter:
         if self._board is not None:
             for name, value in metrics.items():
                 self._board.add_scalar(board_tag(name), value, step)
+        if self._wandb is not None:
+            self._wandb.write(step, metrics)
+
+    def finish(self) -> None:
+        """The run has come to its end, or stops for a while: nothing more is written."""
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def close(self) -> None:
         """Flush and close."""
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+class WandbRun:
+    """One run of Weights & Biases, which a later start of the same run directory continues (``wandb_id``).
+
+    Account, address and mode come from its own environment variables (``WANDB_MODE=offline`` writes ``wandb/`` in the run
+    directory alone, ``wandb sync`` sends it later). Numbers stand over ``step``; steps that are run again are there twice,
+    since nothing can be taken back there. A run that loses the connection goes on without it.
+    """
+
+    def __init__(self, recipe: Recipe, run_dir: Path) -> None:
+        """ValueError where wandb refuses to start."""
+        import wandb
+
+        run_dir.mkdir(parents=True, exist_ok=True)
+        name = run_dir / WANDB_ID
+        number = read_text(name, most_bytes=100).strip() if name.exists() else secrets.token_hex(4)
+        name.write_text(f"{number}\n", encoding="utf-8")
+        try:
+            self._run: Any = wandb.init(
+                project=recipe.log.wandb_project,
+                name=run_dir.name,
+                dir=str(run_dir),
+                id=number,
+                resume="allow",
+                config=asdict(recipe),
+                settings=wandb.Settings(console="off", silent=True),
+            )
+            self._run.define_metric("*", step_metric="step")
+        except Exception as error:
+            raise ValueError(
+                f"log.wandb_project={recipe.log.wandb_project!r}: wandb does not start ({error}); log in with `wandb login`, "
+                "export WANDB_MODE=offline, or set the field to null"
+            ) from error
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Hand over a record; it is sent by a process of wandb's."""
+        if self._run is not None:
+            try:
+                self._run.log({"step": step, **metrics})
+            except Exception as error:
+                logger.warning("wandb failed (%s); the run goes on without it, metrics.jsonl has everything", error)
+                self._run = None
+
+    def finish(self) -> None:
+        """Send what is left, and say that this start ended well; without it the run shows as crashed."""
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
 
 
 def drop_lines_after(path: Path, step: int) -> int:
@@ -84,6 +148,8 @@ def throughput(
     *,
     tokens: float,
     samples: float,
+    tiles: float,
+    chunks: float,
     seconds: float,
     world_size: int,
     mean_k: float,
@@ -94,6 +160,7 @@ def throughput(
         return {}
     mean_length = max(1, round(tokens / samples))
     flops = tokens * flops_per_token(recipe.model, mean_length, mean_k)
+    flops += media_flops(recipe.model, tiles=tiles, chunks=chunks, trained=trained_parts(recipe))
     tflops = flops / seconds / world_size / 1e12
     rates = {"tokens/s": tokens / seconds, "TFLOP/s": tflops}
     return rates if peak_tflops is None else rates | {"MFU": tflops / peak_tflops}

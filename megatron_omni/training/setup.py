@@ -45,10 +45,12 @@ from megatron_omni.models.parts import apply_freeze, part_of, train_adapters_onl
 from megatron_omni.parallel.groups import Layout, initialize, layout
 from megatron_omni.parallel.sharing import gathered, sum_over_ranks
 from megatron_omni.parallel.wrap import gather_weights, unwrap_model, wrap_model
+from megatron_omni.platform.determinism import make_deterministic
 from megatron_omni.platform.device import device
 from megatron_omni.platform.seeds import seed_everything
 from megatron_omni.training.initial_weights import load_initial_weights
 from megatron_omni.training.optimizer import build_optimizer, train_only_rows
+from megatron_omni.training.profile import check_snapshot
 from megatron_omni.training.state import TrainState
 from megatron_omni.training.task import Task
 
@@ -96,6 +98,9 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
 
     What would end the run at its first save or evaluation is looked for here, so that it ends it before the first step.
     """
+    if recipe.deterministic_mode:
+        make_deterministic()
+    check_snapshot(recipe.log)
     pg = pg if pg is not None else initialize(recipe.parallel)
     place = layout(pg)
     seed_everything(recipe.seed, tp_rank=place.tp_rank, ep_rank=place.ep_rank, expert_tp_rank=place.expert_tp_rank)

@@ -47,6 +47,7 @@ def test_a_run_reports_spikes_time_and_traces(tmp_path_factory: pytest.TempPathF
         train_iters=SPIKE + 2,
         log__interval=5,
         log__profile_steps=[2, 3],
+        log__profile_ranks=[1],
         model__vision=None,
         model__audio=None,
         checkpoint__save_interval=8,
@@ -71,8 +72,10 @@ def test_a_run_reports_spikes_time_and_traces(tmp_path_factory: pytest.TempPathF
     assert {10, 20} <= {record["step"] for record in logged if "time/checkpoint" in record} <= {10, 15, 20}
 
     (trace,) = (tmp_path / "profile").iterdir()
+    assert trace.name == "steps_2-3_rank1.json.gz"
     with gzip.open(trace, "rt") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"data", "communication", "backward", "forward", "optimizer"} <= names  # ranges of the parts of a step
     assert "aten::mm" in names or "aten::addmm" in names or "aten::matmul" in names
 
     account = [json.loads(line) for line in (tmp_path / "goodput.jsonl").read_text().splitlines()]

@@ -8,17 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_omni.config.load import load_recipe, recipe_from_dict
-from megatron_omni.config.model import ModelConfig, MoEConfig
+from megatron_omni.config.model import AudioConfig, ModelConfig, MoEConfig, VisionConfig
 from megatron_omni.config.parallel import ParallelConfig
 from megatron_omni.config.validate import validate
 from megatron_omni.estimate import ParameterCount, count_parameters, flops_per_token, weight_bytes_per_rank
 from megatron_omni.estimate.activations import Activations, MicroBatch
+from megatron_omni.estimate.flops import chunk_forward, tile_forward
 from megatron_omni.estimate.hardware import GPUS, STATED, Efficiency, with_measured_experts
 from megatron_omni.estimate.memory import replicas, static_bytes, tensor_reduced_bytes
 from megatron_omni.estimate.parameters import stage_weights
 from megatron_omni.estimate.plan import GIB, Plan, alternatives, expected_mean_k, heaviest_batch, make_plan
+from megatron_omni.models.encoders.audio import AudioEncoder
+from megatron_omni.models.encoders.vision import VisionEncoder
 from megatron_omni.platform.peak import PEAK_TFLOPS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -227,6 +233,25 @@ def test_measured_experts_replace_the_stated_share(tmp_path: Path) -> None:
     (tmp_path / "none.json").write_text(json.dumps(rows[:0]))
     with pytest.raises(ValueError, match="no bf16 row"):
         with_measured_experts(STATED, tmp_path / "none.json", gpu)
+
+
+def test_flops_of_the_encoders_are_those_of_their_products() -> None:
+    """Counted by torch while they run: all but the patch embedding, the convolutions and the last projection."""
+    vision = VisionConfig(
+        image_size=56, hidden_size=64, ffn_hidden_size=192, num_layers=24, num_attention_heads=2, pooled_side=2
+    )
+    audio = AudioConfig(
+        num_mel_bins=16, chunk_seconds=3.0, hidden_size=64, ffn_hidden_size=192, num_encoder_layers=6,
+        num_decoder_layers=6, num_attention_heads=2, num_query_tokens=20, max_target_positions=20,
+    )  # fmt: skip
+    model = ModelConfig(hidden_size=96, vision=vision, audio=audio)
+    for encoder, media, expected in (
+        (VisionEncoder(vision, 96), torch.randn(2, 3, 56, 56), tile_forward(model)),
+        (AudioEncoder(audio, 96), torch.randn(2, 16, 300), chunk_forward(model)),
+    ):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+            encoder(media)
+        assert sum(expected) < counter.get_total_flops() / 2 < 1.06 * sum(expected)
 
 
 def test_rates_agree_with_those_that_a_run_divides_by() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_omni.config.run import Recipe
 from megatron_omni.estimate import flops_per_token
+from megatron_omni.estimate.flops import chunk_forward, tile_forward
 from megatron_omni.training.hooks import PartTimer
 from megatron_omni.training.metrics import MetricsWriter, Progress, progress_line, throughput
 
@@ -48,7 +49,7 @@ def test_tensorboard_gets_every_metric(tmp_path: Path) -> None:
 
 def test_throughput_counts_measured_experts() -> None:
     recipe = Recipe()
-    kwargs = {"tokens": 4000.0, "samples": 4.0, "seconds": 2.0, "world_size": 2}
+    kwargs = {"tokens": 4000.0, "samples": 4.0, "tiles": 0, "chunks": 0, "seconds": 2.0, "world_size": 2}
     rates = throughput(recipe, **kwargs, mean_k=1.5, peak_tflops=None)
     expected = 4000 * flops_per_token(recipe.model, 1000, 1.5) / 2 / 2 / 1e12
     assert rates == {"tokens/s": 2000.0, "TFLOP/s": pytest.approx(expected)}
@@ -56,8 +57,24 @@ def test_throughput_counts_measured_experts() -> None:
     assert with_peak["MFU"] == pytest.approx(0.5)
 
 
+def test_throughput_counts_the_encoders_on_what_they_saw() -> None:
+    """3 tiles and 2 chunks a second on one rank; a frozen tower has no backward, and a frozen recipe's projector none."""
+    rates = {}
+    for freeze in ((), ("vision",), ("vision", "audio", "projectors")):
+        recipe = Recipe(freeze=list(freeze))
+        kwargs = {"tokens": 1.0, "samples": 1.0, "seconds": 1.0, "world_size": 1, "mean_k": 1.0, "peak_tflops": None}
+        without = throughput(recipe, tiles=0, chunks=0, **kwargs)["TFLOP/s"]
+        rates[freeze] = (throughput(recipe, tiles=3, chunks=2, **kwargs)["TFLOP/s"] - without) * 1e12
+    tile, chunk = tile_forward(recipe.model), chunk_forward(recipe.model)
+    forward = 3 * sum(tile) + 2 * sum(chunk)
+    assert rates[()] == pytest.approx(3 * forward)
+    assert rates["vision",] == pytest.approx(3 * forward - 2 * 3 * tile.tower)
+    assert rates["vision", "audio", "projectors"] == pytest.approx(forward)
+
+
 def test_a_step_without_tokens_has_no_rate() -> None:
-    assert throughput(Recipe(), tokens=0, samples=0, seconds=1, world_size=1, mean_k=0, peak_tflops=None) == {}
+    nothing = {"tokens": 0, "samples": 0, "tiles": 0, "chunks": 0}
+    assert throughput(Recipe(), **nothing, seconds=1, world_size=1, mean_k=0, peak_tflops=None) == {}
 
 
 def test_progress_in_a_log_is_plain_lines() -> None:
