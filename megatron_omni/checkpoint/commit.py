@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "integrity.json"
 CHECKPOINTS = "checkpoints"
 BEST = "best.json"
+HASHED_AT_ONCE = 4 * 2**20
+HashFiles = Callable[[Path, Sequence[str]], dict[str, str]]
 
 logger = logging.getLogger(__name__)
 
@@ -147,14 +149,29 @@ def tracked_step(root: Path) -> int | None:
         return None
 
 
-def find(path: Path) -> Path | None:
+def sha256(path: Path, *, moved: Callable[[], None] = lambda: None) -> str:
+    """Hex digest of a file; ``moved`` is called for every piece of it."""
+    digest, buffer = hashlib.sha256(), bytearray(HASHED_AT_ONCE)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+            moved()
+    return digest.hexdigest()
+
+
+def hash_files(directory: Path, names: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of files in ``directory`` by name."""
+    return {name: sha256(directory / name) for name in names}
+
+
+def find(path: Path, *, hashed: HashFiles = hash_files) -> Path | None:
     """The newest whole checkpoint at ``path``: a run directory, its ``checkpoints``, or one checkpoint itself.
 
-    The tracker bounds the search, so that writing an older step into it rolls a run back. Raises CheckpointError when
-    there are checkpoints and none is whole.
+    The tracker bounds the search, so that writing an older step into it rolls a run back. ``hashed`` computes the digests
+    that are compared. Raises CheckpointError when there are checkpoints and none is whole.
     """
     if (path / MANIFEST).is_file() or path.name.startswith("iter_"):
-        check(path)
+        check(path, hashed=hashed)
         return path
     root = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     candidates = sorted(steps(root), reverse=True)
@@ -165,7 +182,7 @@ def find(path: Path) -> Path | None:
         logger.warning("%s is missing or damaged; taking the newest whole checkpoint", root / TRACKER)
     for step in candidates:
         try:
-            check(iteration_dir(root, step))
+            check(iteration_dir(root, step), hashed=hashed)
             return iteration_dir(root, step)
         except CheckpointError as error:
             logger.warning("passing over a damaged checkpoint: %s", error)
@@ -195,7 +212,7 @@ def _manifest_text(files: dict[str, str]) -> str:
     return json.dumps({"algorithm": "sha256", "files": files}, indent=1)
 
 
-def check(directory: Path) -> None:
+def check(directory: Path, *, hashed: HashFiles = hash_files) -> None:
     """Raise CheckpointError, naming the file, unless every file of the manifest is there and has its hash."""
     try:
         text = (directory / MANIFEST).read_text(encoding="utf-8")
@@ -207,13 +224,14 @@ def check(directory: Path) -> None:
     if text != _manifest_text(recorded):
         raise CheckpointError(f"{directory / MANIFEST}: not as it was written; not a whole checkpoint")
     present = set(_files(directory))
-    for name, digest in recorded.items():
-        if name not in present:
-            raise CheckpointError(f"{directory / name}: missing from the checkpoint")
-        if sha256(directory / name) != digest:
-            raise CheckpointError(f"{directory / name}: contents do not match the manifest")
+    if missing := set(recorded) - present:
+        raise CheckpointError(f"{directory / min(missing)}: missing from the checkpoint")
     if extra := present - set(recorded):
         raise CheckpointError(f"{directory / min(extra)}: a file that the manifest does not list")
+    found = hashed(directory, list(recorded))
+    for name, digest in recorded.items():
+        if found[name] != digest:
+            raise CheckpointError(f"{directory / name}: contents do not match the manifest")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -231,12 +249,6 @@ def _files(directory: Path) -> Iterator[str]:
     for path in sorted(directory.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
             yield path.relative_to(directory).as_posix()
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush_tree(directory: Path) -> None:

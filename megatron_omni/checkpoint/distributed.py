@@ -4,23 +4,31 @@ A checkpoint holds model weights, optimizer state (``fully_reshardable``: any TP
 state per global rank, the common state (training counters, data cursor, layout), ``run_config.yaml`` and the
 tokenizer. How its directory becomes visible is in ``commit.py``.
 
-Files are read without running what is pickled in them (``untrusted.py``).
+Tensors are read straight into parameters and optimizer state, each rank its share (``reading.py``); every file is hashed
+by one rank. Files are read without running what is pickled in them (``untrusted.py``).
 Shapes and dtypes are compared before a tensor is read: Megatron would cast a wrong dtype in silence.
 """
 
 import fnmatch
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.dict_utils import (
+    dict_list_map_outplace,
+    extract_matching_values,
+    merge,
+    nested_values,
+)
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.serialization import load_tensors_metadata
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import _get_cuda_rng_state, _set_cuda_rng_state, get_cuda_rng_tracker
@@ -29,6 +37,9 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_omni.checkpoint import commit, untrusted
 from megatron_omni.checkpoint.commit import CheckpointError
+from megatron_omni.checkpoint.reading import read_into_place
+from megatron_omni.checkpoint.shards import FlatState, deal, expert_keys, is_described
+from megatron_omni.parallel.long_work import long_work
 
 RUN_CONFIG = "run_config.yaml"
 TOKENIZER = "tokenizer"
@@ -46,23 +57,28 @@ def load_checkpoint(
     ``directory`` as :func:`find_checkpoint` returned it, so verified. Raises ValueError when the checkpoint's tensors
     are not the model's, naming the tensor and both shapes.
     """
-    metadata = sharding_metadata(pg)
+    metadata, flat = sharding_metadata(pg), FlatState(optimizer)
     weights = model.sharded_state_dict(prefix="", metadata=metadata)
-    wanted: dict[str, Any] = {
-        "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata),
-    }
-    _compare(wanted, directory, prefix="")
+    experts = expert_keys(weights)
+    with flat.described():
+        state = optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata)
+    _compare({"model": weights, "optimizer": state}, directory, prefix="")
+    objects = _objects(weights, directory)
+    described, rest = extract_matching_values(state, is_described)
+    wanted: dict[str, Any] = {"model": objects, "optimizer": rest}
     layout = _read(lambda: dist_checkpointing.load_common_state_dict(directory), directory)["layout"]
     if layout["world_size"] == dist.get_world_size():
         wanted["rng"] = rng_shard()
-    lacking = _drop_lacking_extra_states(weights, directory)
-    state = _read(lambda: dist_checkpointing.load(wanted, str(directory)), directory)
-    _load_into(model, state["model"], absent=lacking)
-    optimizer.load_state_dict(state["optimizer"])
-    if "rng" in state:
-        _set_rng_state(state["rng"])
-    return dict(state["common"])
+    strategy = _InPlace(experts, pg)
+    loaded = _read(lambda: dist_checkpointing.load(wanted, str(directory), strategy), directory)
+    _set_objects(model, loaded.get("model", {}), objects)
+    optimizer.load_state_dict(_without_tensors(loaded["optimizer"]))
+    # Last, for the optimizer may have moved its state.
+    own = [box for tensor in _tensors(described) for box in flat.own(tensor)]
+    read_into_place(directory, own=own, equal=_weights_in_place(model, weights), experts=experts, pg=pg)
+    if "rng" in loaded:
+        _set_rng_state(loaded["rng"])
+    return dict(loaded["common"])
 
 
 def load_weights(
@@ -82,36 +98,67 @@ def load_weights(
     absent = _compare(
         {"model": weights}, directory, prefix="optimizer.", allow_missing=allow_missing, allow_extra=allow_extra
     )
-    lacking = {name for name, value in weights.items() if _keys(value) & absent}
-    for name in lacking:
-        del weights[name]
-    lacking |= _drop_lacking_extra_states(weights, directory)
-    state = _read(lambda: dist_checkpointing.load({"model": weights}, str(directory)), directory)["model"]
-    _load_into(model, state, absent=lacking)
+    weights = {name: value for name, value in weights.items() if not _keys(value) & absent}
+    experts, objects = expert_keys(weights), _objects(weights, directory)
+    if objects:
+        wanted = {"model": objects}
+        _set_objects(
+            model, _read(lambda: dist_checkpointing.load(wanted, str(directory)), directory).get("model", {}), objects
+        )
+    read_into_place(directory, own=[], equal=_weights_in_place(model, weights), experts=experts, pg=pg)
     return absent
 
 
-def _drop_lacking_extra_states(weights: dict[str, Any], directory: Path) -> set[str]:
-    """Remove from ``weights`` the ``_extra_state`` entries that the checkpoint lacks; their names.
+class _InPlace(TorchDistLoadShardedStrategy):
+    """Megatron's way of loading objects; tensors are read into the memory that they stand for."""
 
-    Which modules have such an entry depends on the backend that made them: Transformer Engine's norms do, even where they
-    keep nothing in it (without fp8 it is empty), PyTorch's do not. A module without its entry stays as it was built.
+    def __init__(self, experts: set[str], pg: ProcessGroupCollection) -> None:
+        super().__init__()
+        self._experts, self._pg = experts, pg
+
+    def load(self, sharded_state_dict: Any, checkpoint_dir: Path, async_strategy: str = "mcore") -> Any:
+        """The loaded state dict; all ranks call this together."""
+        tensors, objects = extract_matching_values(sharded_state_dict, lambda value: isinstance(value, ShardedTensor))
+        equal = list(nested_values(tensors))
+        read_into_place(Path(checkpoint_dir), own=[], equal=equal, experts=self._experts, pg=self._pg)
+        loaded = dict_list_map_outplace(lambda tensor: tensor.data, tensors)
+        return merge(loaded, super().load(objects, checkpoint_dir, async_strategy)) if objects else loaded
+
+
+def _objects(weights: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Entries of ``weights`` that are no tensors, as far as the checkpoint has them.
+
+    They are modules' extra states. Which modules have one depends on the backend that made them: Transformer Engine's
+    norms do, even where they keep nothing in it (without fp8 it is empty), PyTorch's do not.
     """
     stored = untrusted.read_metadata(directory / ".metadata").state_dict_metadata
-    lacking = {
-        name
-        for name, value in weights.items()
-        if name.endswith(EXTRA_STATE) and isinstance(value, ShardedObject) and value.unique_key not in stored
-    }
-    for name in lacking:
-        del weights[name]
-    return lacking
+    objects = {name: value for name, value in weights.items() if isinstance(value, ShardedObject)}
+    assert all(name.endswith(EXTRA_STATE) for name in objects), objects
+    return {name: value for name, value in objects.items() if value.unique_key in stored}
 
 
-def _load_into(model: MegatronModule, state: dict[str, Any], *, absent: set[str]) -> None:
-    """``load_state_dict`` of which nothing may be left but ``absent``."""
+def _set_objects(model: MegatronModule, state: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Give modules their extra states; a module without an entry stays as it was built."""
+    assert state.keys() == wanted.keys(), (state.keys(), wanted.keys())
     left = model.load_state_dict(state, strict=False)
-    assert not left.unexpected_keys and set(left.missing_keys) <= absent, left
+    assert not left.unexpected_keys, left
+
+
+def _weights_in_place(model: MegatronModule, weights: dict[str, Any]) -> list[ShardedTensor]:
+    """The tensors of ``weights`` as views of the model's own memory."""
+    tensors = list(_tensors(weights))
+    memory = {t.untyped_storage().data_ptr() for t in itertools.chain(model.parameters(), model.buffers())}
+    for tensor in tensors:
+        assert tensor.data.untyped_storage().data_ptr() in memory or not tensor.data.numel(), tensor.key
+    return tensors
+
+
+def _without_tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's loaded state without the entry of a distributed one's tensors, which are read into their place."""
+    for member in (state, *state.values()):  # alone, or one of a chain
+        if isinstance(member, dict):
+            member.pop("param_state", None)
+    return state
 
 
 def _read(action: Callable[[], dict[str, Any]], directory: Path) -> dict[str, Any]:
@@ -129,17 +176,61 @@ def parameter_names(model: MegatronModule, keys: set[str], *, pg: ProcessGroupCo
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """The newest whole checkpoint at ``path``, chosen and verified by rank 0 for everyone; None when there is none."""
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
+    """The newest whole checkpoint at ``path``, chosen by rank 0 for everyone; None when there is none.
+
+    Its files are verified by all ranks, each hashed by one of them.
+    """
+    answer: list[Any] = [None]
+    if dist.get_rank() != 0:
+        while True:
+            dist.broadcast_object_list(answer, src=0)
+            if not isinstance(answer[0], _Hashing):
+                break
+            answer[0].take_part()
+    else:
         try:
-            answer = [commit.find(path), None]
+            answer = [commit.find(path, hashed=_hash_together)]
         except (CheckpointError, OSError) as error:
-            answer = [None, str(error)]
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise CheckpointError(answer[1])
+            answer = [_Failed(str(error))]
+        dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], _Failed):
+        raise CheckpointError(answer[0].text)
     return answer[0]
+
+
+class _Failed(NamedTuple):
+    text: str
+
+
+class _Hashing(NamedTuple):
+    """Files whose digests are asked for, and the rank that computes each."""
+
+    directory: Path
+    names: list[str]
+    owners: list[int]
+
+    def take_part(self) -> dict[str, str]:
+        """The digests; all ranks call this together. What of them cannot be read has none."""
+        with long_work(f"verifying {self.directory}") as work:
+            found = {}
+            for name, owner in zip(self.names, self.owners, strict=True):
+                if owner == dist.get_rank():
+                    try:
+                        found[name] = commit.sha256(self.directory / name, moved=work.advance)
+                    except OSError as error:
+                        found[name] = f"unreadable on rank {owner}: {error}"
+            everyone = work.exchange(found)
+        return {name: digest for rank in everyone for name, digest in rank.items()}
+
+
+def _hash_together(directory: Path, names: Sequence[str]) -> dict[str, str]:
+    """Rank 0's part of :func:`commit.find`: the digests of files, computed by all ranks."""
+    if dist.get_world_size() == 1:
+        return commit.hash_files(directory, names)
+    sizes = [(directory / name).stat().st_size for name in names]
+    hashing = _Hashing(directory, list(names), deal(sizes, dist.get_world_size()))
+    dist.broadcast_object_list([hashing], src=0)
+    return hashing.take_part()
 
 
 def tokenizer_path(directory: Path) -> Path:

@@ -1,7 +1,7 @@
 """Writing a checkpoint: at once, or by a thread beside the training steps that follow.
 
-    start     collective: plan, and gather the optimizer's state; for a background save, copy what training will change
-    write     each rank alone: its files, flushed to disk and hashed; the first also recipe and tokenizer
+    start     collective: plan; for a background save, each rank copies its share, which training will change
+    write     each rank alone: its share (shards.py), flushed to disk and hashed; the first also recipe and tokenizer
     finish    collective: metadata, manifest, rename (commit.py)
 
 A background save stalls training for *start*, and for a *finish* that has only small files left to write; what it
@@ -40,9 +40,12 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_omni.checkpoint import commit
 from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.checkpoint.distributed import RUN_CONFIG, TOKENIZER, reason_of, rng_shard, sharding_metadata
-from megatron_omni.checkpoint.gathering import GatheredState
+from megatron_omni.checkpoint.memory import SaveMemory, to_main_memory
+from megatron_omni.checkpoint.shards import FlatState, dealt, expert_keys, is_described
+from megatron_omni.checkpoint.torch_dist import alone
 from megatron_omni.config.load import recipe_to_yaml
 from megatron_omni.config.run import Recipe
+from megatron_omni.parallel.long_work import long_work
 
 FAILURES = (Exception, CheckpointException)
 
@@ -68,15 +71,21 @@ class PendingSave:
         self._errors: list[str] = []
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
+        self._pieces = 0
+        """Written and hashed so far."""
 
     @property
     def written(self) -> bool:
         """Whether this rank's files are on disk, or will not be."""
         return self._thread is None or not self._thread.is_alive()
 
-    def write(self) -> None:
-        """Write, flush and hash this rank's files. Errors are handed over to :meth:`finish`."""
+    def write(self, moved: Callable[[], None] = lambda: None) -> None:
+        """Write, flush and hash this rank's files; ``moved`` is called for every piece. Errors are handed over to
+        :meth:`finish`.
+        """
         with _writer_errors() as errors, _no_garbage_collection():
+            for _, _, (_, items) in _buckets(self._request):
+                items.moved = moved
             if self._request.async_fn is not None:
                 self._request.async_fn(*self._request.async_fn_args, **self._request.async_fn_kwargs)
             self._errors = errors
@@ -86,7 +95,7 @@ class PendingSave:
         try:
             if dist.get_rank() == 0:
                 self._describe(commit.temporary_dir(self.root, self.step))
-            self._digests = {name: commit.sha256(Path(path)) for path, name, _ in _buckets(self._request)}
+            self._digests = {name: commit.sha256(Path(path), moved=moved) for path, name, _ in _buckets(self._request)}
         except FAILURES as error:
             self._failure = error
 
@@ -98,13 +107,16 @@ class PendingSave:
     def write_in_background(self) -> None:
         """The same, in a thread."""
         # Not a daemon thread of some pool: an interpreter that ends in order waits for the files.
-        self._thread = threading.Thread(target=self.write, name="checkpoint")
+        self._thread = threading.Thread(target=self.write, args=(self._count,), name="checkpoint")
         self._thread.start()
+
+    def _count(self) -> None:
+        self._pieces += 1
 
     def finish(self) -> Path:
         """Wait for the files of every rank and make the checkpoint the latest; all ranks call this together."""
         if self._thread is not None:
-            self._thread.join()
+            self._wait_for(self._thread)
         try:
             _together(self._raise, what="saving")
             _together(self._collect, what="saving", errors=self._errors)
@@ -117,6 +129,17 @@ class PendingSave:
             raise
         self._sweep()
         return commit.iteration_dir(self.root, self.step)
+
+    def _wait_for(self, thread: threading.Thread) -> None:
+        """Until the threads of all ranks are done."""
+        with long_work("writing the checkpoint") as work:
+            pieces = -1
+            while thread.is_alive():
+                thread.join(0.1)
+                if pieces != self._pieces:
+                    pieces = self._pieces
+                    work.advance()
+            work.exchange(None)
 
     def _raise(self) -> None:
         if self._failure is not None:
@@ -158,7 +181,7 @@ def start_save(
     pg: ProcessGroupCollection,
     score: tuple[str, float] | None = None,
     background: bool = False,
-    memory: GatheredState | None = None,
+    memory: SaveMemory | None = None,
 ) -> PendingSave:
     """Begin to write ``root/iter_<step>``; all ranks call this together, and later :meth:`PendingSave.finish`.
 
@@ -170,16 +193,15 @@ def start_save(
     pending: list[PendingSave] = []
 
     def plan() -> None:
-        gathered = memory or GatheredState()
-        with gathered.used_by(optimizer):
-            sharded = _state(model, optimizer, common, pg, check=not gathered.is_known)
-        gathered.is_known = True
-        later = _let_go_of(gathered, sharded, background=background)
+        kept = memory or SaveMemory()
+        sharded = _state(model, optimizer, common, pg, check=not kept.is_known)
+        kept.is_known = True
+        later = _let_go_of(kept, sharded, background=background)
         strategy = _Strategy()
         request = _plan(strategy, sharded, commit.temporary_dir(root, step), later)
         pending.append(PendingSave(root, step, recipe=recipe, score=score, strategy=strategy, request=request))
 
-    # All ranks hear of it before any of them goes on to gather.
+    # All ranks hear of it before any of them goes on.
     _together(lambda: _check_finite(model), what="saving")
     try:
         _on_first_rank(lambda: commit.begin(root, step), what=f"{root}: cannot start a checkpoint")
@@ -191,7 +213,9 @@ def start_save(
     if background:
         pending[0].write_in_background()
     else:
-        pending[0].write()
+        with long_work("writing the checkpoint") as work:
+            pending[0].write(work.advance)
+            work.exchange(None)
     return pending[0]
 
 
@@ -209,7 +233,9 @@ def plan_save(model: MegatronModule, optimizer: MegatronOptimizer, pg: ProcessGr
 def _check_finite(model: MegatronModule) -> None:
     """CheckpointError for a weight that is not finite."""
     parameters = dict(model.named_parameters())
-    finite = torch.stack([parameter.detach().isfinite().all() for parameter in parameters.values()]).tolist()
+    # By the extremes, which carry a NaN on: isfinite() would make copies of each weight, for which a GPU has no room.
+    extremes = [torch.stack(parameter.detach().aminmax()).float() for parameter in parameters.values()]
+    finite = torch.stack(extremes).isfinite().all(dim=1).tolist()
     if not all(finite):
         raise CheckpointError(
             f"{list(parameters)[finite.index(False)]} is not finite; weights that have diverged are not saved, and the "
@@ -227,21 +253,34 @@ def _state(
     check: bool,
     only_names: bool = False,
 ) -> dict[str, Any]:
-    """What is saved, by Megatron's names. ``check``: all ranks compare what each says it has, which stays the same from
-    save to save. ``only_names``: the optimizer's state is not gathered, as before a load.
+    """What is saved, each entry main replica on the rank that writes it. ``check``: all ranks compare what each says it
+    has, which stays the same from save to save. ``only_names``: nothing is asked of the optimizer's state.
     """
-    metadata = sharding_metadata(pg) | {"views": True}  # models/moe/experts.py
+    metadata = sharding_metadata(pg)
     weights = model.sharded_state_dict(prefix="", metadata=metadata)
-    state: dict[str, Any] = {
-        "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=only_names, metadata=metadata),
-        "rng": rng_shard(),
-        "common": common,
-        "layout": {"world_size": dist.get_world_size()},
-    }
+    experts, flat = expert_keys(weights), FlatState(optimizer)
+    with flat.described():
+        state: dict[str, Any] = {
+            "model": weights,
+            "optimizer": optimizer.sharded_state_dict(weights, is_loading=only_names, metadata=metadata),
+            "rng": rng_shard(),
+            "common": common,
+            "layout": {"world_size": dist.get_world_size()},
+        }
     sharded, plain = save_preprocess(state, validate_access_integrity=check)
-    sharded["common_state"] = ShardedObject("common_state", plain, (1,), (0,), replica_id=dist.get_rank())
-    return dict(sharded)
+    entries: list[Any] = [ShardedObject("common_state", plain, (1,), (0,), replica_id=dist.get_rank())]
+    equal = []
+    for value in nested_values(sharded):
+        if is_described(value):
+            entries.extend(flat.own(value))
+        else:
+            entries.append(value)
+            if isinstance(value, ShardedTensor):
+                equal.append(value)
+    for entry in dealt(equal, experts, pg):
+        assert isinstance(entry.tensor.replica_id, tuple)
+        entry.tensor.replica_id = (*entry.tensor.replica_id[:-1], int(not entry.is_ours))
+    return {str(number): entry for number, entry in enumerate(entries)}
 
 
 class _Strategy(torch_strategy.TorchDistSaveShardedStrategy):
@@ -287,17 +326,17 @@ def _plan(
 
 
 class _WhenWritten:
-    """The (item, tensor) pairs of a file. What has to be made contiguous is when its turn comes: beside training, and
-    never two at a time in one file.
-    """
+    """The (item, tensor) pairs of a file. What has to be copied is copied when its turn comes, never two at a time."""
 
     def __init__(self, items: list[tuple[Any, torch.Tensor]], later: dict[int, torch.Tensor]) -> None:
         self._items, self._later = items, later
+        self.moved: Callable[[], None] = lambda: None
 
     def __iter__(self) -> Iterator[tuple[Any, torch.Tensor]]:
         for item, tensor in self._items:
             made = self._later.get(tensor.data_ptr())
-            yield item, tensor if made is None else made.contiguous().view(tensor.shape)
+            yield item, tensor if made is None else to_main_memory(made).view(tensor.shape)
+            self.moved()
 
 
 def _buckets(request: AsyncRequest) -> list[Any]:
@@ -305,28 +344,26 @@ def _buckets(request: AsyncRequest) -> list[Any]:
     return request.async_fn_args[1] if request.async_fn_args else []
 
 
-def _let_go_of(gathered: GatheredState, sharded: dict[str, Any], *, background: bool) -> dict[int, torch.Tensor]:
+def _let_go_of(memory: SaveMemory, sharded: dict[str, Any], *, background: bool) -> dict[int, torch.Tensor]:
     """Make the tensors that this rank writes the checkpoint's own; address of a stand-in -> what is written in its place.
 
-    Slices of the gathered state get a storage of their own size over the same memory: Megatron would copy a slice of a
-    larger storage, and training would wait for it. One that is not contiguous has to be copied, but later: it is planned
-    with a stand-in, memory that nobody touches and that therefore costs nothing. For a background save all other
-    tensors, which training goes on to change, are copied to the CPU.
+    For a background save they are copied to main memory. Else they are written from where they are: under a storage of
+    their own size over the same memory (Megatron would copy a slice of a larger one), and what is on a device or not
+    contiguous is copied when its turn comes. That is planned with a stand-in, memory that nobody touches and that
+    therefore costs nothing.
     """
-    ours, later = gathered.storages(), {}
-    for value in nested_values(sharded):
+    later = {}
+    for value in sharded.values():
         if not isinstance(value, ShardedTensor) or value.data is None or not is_main_replica(value.replica_id):
             continue
-        if value.data.untyped_storage().data_ptr() in ours:
-            if value.data.is_contiguous():
-                value.data = torch.from_numpy(value.data.numpy())
-            else:
-                stand_in = torch.empty(value.data.shape, dtype=value.data.dtype)
-                later[stand_in.data_ptr()], value.data = value.data, stand_in
-        elif background:
-            value.data = gathered.copy(value.data.detach(), key=(value.key, value.global_offset))
+        data = value.data.detach()
+        if background:
+            value.data = memory.copy(data, key=(value.key, value.global_offset))
+        elif data.device.type == "cpu" and data.is_contiguous():
+            value.data = alone(data)
         else:
-            value.data = value.data.detach().contiguous()
+            value.data = torch.empty(data.shape, dtype=data.dtype)
+            later[value.data.data_ptr()] = data
     return later
 
 

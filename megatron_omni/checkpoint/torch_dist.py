@@ -16,7 +16,7 @@ import math
 import os
 import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.checkpoint.tensor_files import HashedFile, read_into, tensor_bytes
 from megatron_omni.checkpoint.untrusted import read_metadata
+from megatron_omni.estimate.memory import STAGING_BYTES
 
 COMMON_STATE = "common_state/shard_0_1"
 Shape = tuple[int, ...]
@@ -59,7 +60,7 @@ class TorchDistWriter:
         )
         assert found.size == torch.Size(shape) and found.properties.dtype == block.dtype, key
         found.chunks.append(ChunkStorageMetadata(torch.Size(offsets), block.shape))
-        self._save(MetadataIndex(key, offsets), _alone(block), rank)
+        self._save(MetadataIndex(key, offsets), alone(block), rank)
 
     def write_object(self, key: str, value: Any, *, rank: int = 0) -> None:
         """Plain values under ``key``."""
@@ -121,8 +122,9 @@ class StoredTensor:
 class TorchDistReader:
     """Reads parts of the tensors in a ``torch_dist`` directory. Nothing in it is trusted (``untrusted.py``)."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, *, moved: Callable[[], None] = lambda: None) -> None:
+        """``moved`` is called for every piece that was read."""
+        self.directory, self._moved = directory, moved
         table = read_metadata(directory / ".metadata")
         self._storage: dict[MetadataIndex, _StorageInfo] = table.storage_data
         self._raw: dict[MetadataIndex, tuple[int, torch.dtype] | None] = {}
@@ -142,18 +144,22 @@ class TorchDistReader:
         start, size = [0] * len(stored.shape), list(stored.shape)
         if index is not None:
             start[0], size[0] = index, 1
-        pieces = []
-        for offsets, sizes in stored.blocks:
+        tensor = torch.empty(size, dtype=stored.dtype)
+        self.fill(key, start, tensor)
+        return tensor.squeeze(0) if index is not None else tensor
+
+    def fill(self, key: str, start: Sequence[int], target: Tensor) -> None:
+        """Fill ``target``, on any device, from the region of tensor ``key`` at ``start``."""
+        size, pieces = list(target.shape), []
+        for offsets, sizes in self.tensors[key].blocks:
             low = [max(a, b) for a, b in zip(start, offsets)]
             high = [min(a + n, b + m) for a, n, b, m in zip(start, size, offsets, sizes)]
             if all(a < b for a, b in zip(low, high)):
                 pieces.append((offsets, sizes, low, [b - a for a, b in zip(low, high)]))
         self._check_cover(key, size, [piece[2:] for piece in pieces])
-        tensor = torch.empty(size, dtype=stored.dtype)
         for offsets, sizes, low, extent in pieces:
-            target = narrow_tensor_by_index(tensor, [a - b for a, b in zip(low, start)], extent)
-            self._read_block(key, offsets, sizes, [a - b for a, b in zip(low, offsets)], target)
-        return tensor.squeeze(0) if index is not None else tensor
+            part = narrow_tensor_by_index(target, [a - b for a, b in zip(low, start)], extent)
+            self._read_block(key, offsets, sizes, [a - b for a, b in zip(low, offsets)], part)
 
     def _check_cover(self, key: str, size: Sequence[int], pieces: Sequence[Sequence[list[int]]]) -> None:
         """CheckpointError unless the ``pieces`` (start, extent) of a region of that size are disjoint and fill it."""
@@ -168,7 +174,7 @@ class TorchDistReader:
                 f"{self.directory}: the blocks of {key!r} cover {covered} of {math.prod(size)} elements; not a whole checkpoint"
             )
 
-    def _read_block(self, key: str, offsets: Shape, sizes: Shape, within: list[int], target: Tensor) -> None:
+    def _read_block(self, key: str, offsets: Shape, sizes: Shape, within: Sequence[int], target: Tensor) -> None:
         """Fill ``target`` with the part of a block at ``within``: only its rows, where the bytes lie in order in the file."""
         where = MetadataIndex(key, offsets)
         info = self._storage[where]
@@ -177,14 +183,32 @@ class TorchDistReader:
             if raw is None:
                 whole = self._load(_window(file, info), where, info, device="cpu")
                 target.copy_(narrow_tensor_by_index(whole, within, target.shape))
-                return
-            first, row = (within[0] if sizes else 0), math.prod(sizes[1:]) * target.dtype.itemsize
-            whole_rows = target.shape[1:] == sizes[1:] and target.is_contiguous()
-            rows = target if whole_rows else torch.empty(len(target), *sizes[1:], dtype=target.dtype)
-            what = f"{self.directory / info.relative_path}: {key!r}"
-            read_into(file, tensor_bytes(rows), raw + first * row, what=what)
-        if not whole_rows:
-            target.copy_(narrow_tensor_by_index(rows, [0, *within[1:]], target.shape))
+                self._moved()
+            else:
+                self._read_rows(
+                    file, raw, sizes, within, target, what=f"{self.directory / info.relative_path}: {key!r}"
+                )
+
+    def _read_rows(
+        self, file: Any, position: int, sizes: Shape, within: Sequence[int], target: Tensor, *, what: str
+    ) -> None:
+        """Fill ``target`` with the part at ``within`` of the contiguous block at ``position``, by ``STAGING_BYTES``."""
+        if not sizes:
+            sizes, within, target = (1,), [0], target.view(1)
+        row = math.prod(sizes[1:]) * target.itemsize
+        if len(sizes) > 1 and (len(target) == 1 or row > STAGING_BYTES):
+            for i, part in enumerate(target):
+                self._read_rows(file, position + (within[0] + i) * row, sizes[1:], within[1:], part, what=what)
+            return
+        count = max(1, STAGING_BYTES // max(1, row))
+        for first in range(0, len(target), count):
+            part = target[first : first + count]
+            is_place = part.device.type == "cpu" and part.shape[1:] == sizes[1:] and part.is_contiguous()
+            rows = part if is_place else torch.empty(len(part), *sizes[1:], dtype=part.dtype)
+            read_into(file, tensor_bytes(rows), position + (within[0] + first) * row, what=what)
+            if not is_place:
+                part.copy_(narrow_tensor_by_index(rows, [0, *within[1:]], part.shape))
+            self._moved()
 
     def _load(self, view: io.BufferedReader, where: MetadataIndex, info: _StorageInfo, *, device: str) -> Any:
         try:
@@ -223,7 +247,7 @@ class TorchDistReader:
         return None if known is None else known[0]
 
 
-def _alone(block: Tensor) -> Tensor:
+def alone(block: Tensor) -> Tensor:
     """``block`` as a tensor with a storage of just its size: a view would be saved with all that it is a view of."""
     if block.ndim == 0 or block.numel() == 0 or not block.is_contiguous():
         return block.clone(memory_format=torch.contiguous_format)

@@ -22,6 +22,8 @@ MOMENT_BYTES = 8
 MASTER_BYTES = 4
 PARAMETER_ALIGNMENT = 64
 BUCKET_ALIGNMENT = 128
+STAGING_BYTES = 64 * 2**20
+"""On their way between a device, main memory and the disk at a time, while a checkpoint is saved or loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)

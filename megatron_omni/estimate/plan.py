@@ -20,7 +20,7 @@ from megatron_omni.config.validate import validate
 from megatron_omni.estimate.activations import FP32, Activations, MicroBatch
 from megatron_omni.estimate.flops import flops_per_token
 from megatron_omni.estimate.hardware import STATED, Efficiency, Gpu
-from megatron_omni.estimate.memory import StaticBytes, static_bytes, tensor_reduced_bytes
+from megatron_omni.estimate.memory import STAGING_BYTES, StaticBytes, static_bytes, tensor_reduced_bytes
 from megatron_omni.estimate.parameters import padded_vocab_size
 from megatron_omni.estimate.step_time import StepTime, StepTimer
 
@@ -44,7 +44,7 @@ class StageMemory:
     encoders: float
     loss: float
     working: float
-    """While a layer's backward or the loss runs."""
+    """While a layer's backward, the loss or a save runs."""
     reduced: float
     """The buffer of gradients that tensor-parallel ranks add up, when all of the above is gone."""
 
@@ -247,7 +247,12 @@ def _stage_memory(recipe: Recipe, world_size: int, batch: MicroBatch, *, stage: 
         language=in_flight * (kept.stage(stage) - encoders - loss + _mask(batch)),
         encoders=in_flight * encoders + (kept.media() if first else 0.0),
         loss=loss,
-        working=max(_attention_working(kept), _layer_working(recipe, kept), _loss_working(kept) if last else 0.0),
+        working=max(
+            _attention_working(kept),
+            _layer_working(recipe, kept),
+            _loss_working(kept) if last else 0.0,
+            STAGING_BYTES,  # a save
+        ),
         reduced=tensor_reduced_bytes(recipe, stage=stage),
     )
 

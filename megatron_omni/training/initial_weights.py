@@ -30,6 +30,7 @@ from megatron_omni.config.run import Recipe
 from megatron_omni.models.build import draw_weights
 from megatron_omni.models.lora import add_lora, merge_lora
 from megatron_omni.models.omni import OmniModel
+from megatron_omni.parallel.long_work import long_work
 
 
 def load_initial_weights(model: OmniModel, recipe: Recipe, directory: Path, *, pg: ProcessGroupCollection) -> str:
@@ -84,23 +85,24 @@ def load_initial_weights(model: OmniModel, recipe: Recipe, directory: Path, *, p
 def upcycled_copies(dense: Path, recipe: Recipe, moe: MoEConfig) -> Path:
     """The dense checkpoint as a mixture of copies in the shape of ``moe``, written by rank 0 for everyone."""
     out = Path(recipe.run_dir) / UPCYCLED
-    problem: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        shutil.rmtree(out, ignore_errors=True)
-        names = [f"speech{i + 1}" for i in range(moe.num_routed_experts - 1)] + ["base"]
-        try:
-            upcycle(
-                dict.fromkeys(names, dense),
-                out,
-                overrides=[f"model.moe.{name}={getattr(moe, name)}" for name in UPCYCLED_SHAPE],
-                dtype="bf16" if recipe.optim.precision == "bf16" else "fp32",
-                seed=recipe.seed,
-            )
-        except (ValueError, CheckpointError, OSError) as error:
-            problem = [f"init_from={str(dense)!r} is a dense model and cannot become this one: {error}"]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise ValueError(problem[0])
+    problem: str | None = None
+    with long_work(f"upcycling {dense}", measured=False) as work:
+        if dist.get_rank() == 0:
+            shutil.rmtree(out, ignore_errors=True)
+            names = [f"speech{i + 1}" for i in range(moe.num_routed_experts - 1)] + ["base"]
+            try:
+                upcycle(
+                    dict.fromkeys(names, dense),
+                    out,
+                    overrides=[f"model.moe.{name}={getattr(moe, name)}" for name in UPCYCLED_SHAPE],
+                    dtype="bf16" if recipe.optim.precision == "bf16" else "fp32",
+                    seed=recipe.seed,
+                )
+            except (ValueError, CheckpointError, OSError) as error:
+                problem = f"init_from={str(dense)!r} is a dense model and cannot become this one: {error}"
+        problem = work.exchange(problem)[0]
+    if problem is not None:
+        raise ValueError(problem)
     found = find_checkpoint(out)
     assert found is not None, out
     return found

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_omni.batch import OmniBatch
-from megatron_omni.checkpoint.gathering import GatheredState
+from megatron_omni.checkpoint.memory import SaveMemory
 from megatron_omni.checkpoint.saving import PendingSave
 from megatron_omni.data.loader import StepLoader
 from megatron_omni.data.mixture import DataEnded
@@ -171,7 +171,7 @@ class _Saver:
         """Of the last checkpoint; a run that continues starts from one."""
         self._put_off = False
         self._pending: PendingSave | None = None
-        self._memory = GatheredState() if run.recipe.checkpoint.async_save else None
+        self._memory = SaveMemory() if run.recipe.checkpoint.async_save else None
 
     def is_written(self) -> bool:
         """Whether this rank's files of a pending checkpoint are on disk."""

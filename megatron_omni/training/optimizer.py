@@ -16,7 +16,6 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
@@ -54,8 +53,6 @@ def build_optimizer(
     )
     assert isinstance(optimizer, ChainedOptimizer)
     for member in optimizer.chained_optimizers:
-        if isinstance(member, DistributedOptimizer):
-            _count_padding_as_content(member)
         if not member.is_stub_optimizer:
             # So that a checkpoint has the same tensors before the first update as after it.
             member.init_state_fn(member.optimizer, member.config)
@@ -80,19 +77,6 @@ def build_schedule(optimizer: object, recipe: Recipe) -> OptimizerParamScheduler
         wd_incr_steps=recipe.train_iters,
         wd_incr_style="constant",
     )
-
-
-def _count_padding_as_content(optimizer: DistributedOptimizer) -> None:
-    """Make ``fully_reshardable`` checkpoints correct for a model of several gradient buckets.
-
-    When it saves, Megatron 0.19 joins the buckets' contents without the padding between them, but cuts parameters out
-    of the result at offsets that include it: after the first padded bucket, master weights and moments are shifted in
-    silence. Loading works by parameter and is not affected. With padding declared content, both counts agree.
-    """
-    for buffer in optimizer.buffers:
-        buffer.numel_unpadded = buffer.numel
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def _overrides(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:

@@ -20,8 +20,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_omni.checkpoint.commit import CHECKPOINTS, nothing_at
 from megatron_omni.checkpoint.distributed import RUN_CONFIG, find_checkpoint, load_checkpoint
-from megatron_omni.checkpoint.gathering import GatheredState
 from megatron_omni.checkpoint.meaning import check_tokenizers, differences
+from megatron_omni.checkpoint.memory import SaveMemory
 from megatron_omni.checkpoint.saving import PendingSave, plan_save, start_save
 from megatron_omni.checkpoint.tokenizer_files import find_tokenizer
 from megatron_omni.config.data import SourceConfig
@@ -182,7 +182,7 @@ def begin_save(
     evaluated: Mapping[str, float] | None = None,
     *,
     background: bool = False,
-    memory: GatheredState | None = None,
+    memory: SaveMemory | None = None,
 ) -> PendingSave:
     """The same up to the point where training may go on; see checkpoint/saving.py."""
     gather_weights(run.model)

@@ -7,7 +7,7 @@ import torch
 from megatron.core.dist_checkpointing.serialization import load_plain_tensors
 from torch import Tensor
 
-from megatron_omni.checkpoint.gathering import GatheredState
+from megatron_omni.checkpoint.memory import SaveMemory
 from megatron_omni.config.run import Recipe
 from megatron_omni.training.setup import Run, begin_save, save
 from tests.distributed.harness import Rank
@@ -48,7 +48,7 @@ def tensors_in(directory: Path) -> dict[str, Tensor]:
 
 def save_and_move(rank: Rank, recipe: Recipe) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """(saved at once, saved in the background while everything changed) of the same state, twice with the same memory."""
-    run, memory, found = prepare(rank, recipe), GatheredState(), []
+    run, memory, found = prepare(rank, recipe), SaveMemory(), []
     for number in range(2):
         move(run, number)
         run.state.step += 1

@@ -89,15 +89,14 @@ class RoutedExperts(torch.nn.Module):
         """Entries with a leading axis of all experts: loadable under any EP, expert-TP and PP size.
 
         Keys are ``{prefix}experts.linear_fc{1,2}.weight`` of shapes [E, H, 2 F] and [E, F, H]. Gate and up are sharded
-        separately, so that a slice over expert TP holds the same columns of both; with ``views`` in ``metadata`` they
-        are views of the weight, which a save copies once, when it needs to.
+        separately, so that a slice over expert TP holds the same columns of both. They are views of the weight: a load
+        writes into it, a save copies it once, when it needs to.
         """
         from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
         axis = len(sharded_offsets)
         replica_id = (0, 0, self.expt_dp_rank)
         experts = (axis, self.ep_rank, self.ep_size)
-        views = bool((metadata or {}).get("views"))
 
         def shard(key: str, data: Tensor, replica: Any, *offset: tuple[int, int, int]) -> ShardedTensor:
             return ShardedTensor.from_rank_offsets(
@@ -109,7 +108,7 @@ class RoutedExperts(torch.nn.Module):
             halves = torch.chunk(data.detach(), 2, dim=-1)
             return [
                 shard(key, half, replica, (axis + 2, self.etp_rank + i * self.etp_size, 2 * self.etp_size))
-                for i, half in enumerate(halves if views else [half.contiguous() for half in halves])
+                for i, half in enumerate(halves)
             ]
 
         def merge_fc1(halves: list[Tensor]) -> Tensor:
