@@ -37,7 +37,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_omni.checkpoint import commit, untrusted
 from megatron_omni.checkpoint.commit import CheckpointError
-from megatron_omni.checkpoint.reading import read_into_place
+from megatron_omni.checkpoint.reading import read_into_place, reason_of, together
 from megatron_omni.checkpoint.shards import FlatState, deal, expert_keys, is_described
 from megatron_omni.parallel.long_work import long_work
 
@@ -69,8 +69,7 @@ def load_checkpoint(
     layout = _read(lambda: dist_checkpointing.load_common_state_dict(directory), directory)["layout"]
     if layout["world_size"] == dist.get_world_size():
         wanted["rng"] = rng_shard()
-    strategy = _InPlace(experts, pg)
-    loaded = _read(lambda: dist_checkpointing.load(wanted, str(directory), strategy), directory)
+    loaded = _load(wanted, directory, experts=experts, pg=pg)
     _set_objects(model, loaded.get("model", {}), objects)
     optimizer.load_state_dict(_without_tensors(loaded["optimizer"]))
     # Last, for the optimizer may have moved its state.
@@ -100,13 +99,15 @@ def load_weights(
     )
     weights = {name: value for name, value in weights.items() if not _keys(value) & absent}
     experts, objects = expert_keys(weights), _objects(weights, directory)
-    if objects:
-        wanted = {"model": objects}
-        _set_objects(
-            model, _read(lambda: dist_checkpointing.load(wanted, str(directory)), directory).get("model", {}), objects
-        )
+    loaded = _load({"model": objects}, directory, experts=experts, pg=pg)
+    _set_objects(model, loaded.get("model", {}), objects)
     read_into_place(directory, own=[], equal=_weights_in_place(model, weights), experts=experts, pg=pg)
     return absent
+
+
+def _load(wanted: dict[str, Any], directory: Path, *, experts: set[str], pg: ProcessGroupCollection) -> dict[str, Any]:
+    """Megatron's ``load`` of ``wanted``, tensors in their place."""
+    return _read(lambda: dist_checkpointing.load(wanted, str(directory), _InPlace(experts, pg)), directory)
 
 
 class _InPlace(TorchDistLoadShardedStrategy):
@@ -122,7 +123,11 @@ class _InPlace(TorchDistLoadShardedStrategy):
         equal = list(nested_values(tensors))
         read_into_place(Path(checkpoint_dir), own=[], equal=equal, experts=self._experts, pg=self._pg)
         loaded = dict_list_map_outplace(lambda tensor: tensor.data, tensors)
-        return merge(loaded, super().load(objects, checkpoint_dir, async_strategy)) if objects else loaded
+        load = super().load
+        found = together(
+            Path(checkpoint_dir), lambda _: load(objects, checkpoint_dir, async_strategy) if objects else {}
+        )
+        return merge(loaded, found)
 
 
 def _objects(weights: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -338,13 +343,3 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     _set_cuda_rng_state(state["device"])
     torch.set_rng_state(state["torch"])
     get_cuda_rng_tracker().set_states(state["tracker"])
-
-
-def reason_of(error: BaseException) -> str:
-    """The error that started it: torch wraps the failures of all ranks, each with its traceback."""
-    if isinstance(error, CheckpointException) and error.failures:
-        rank, (inner, _) = next(iter(error.failures.items()))
-        return f"on rank {rank}: {inner}"
-    if isinstance(error, CheckpointError):
-        return str(error)
-    return f"{type(error).__name__}: {error}"

@@ -39,8 +39,9 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_omni.checkpoint import commit
 from megatron_omni.checkpoint.commit import CheckpointError
-from megatron_omni.checkpoint.distributed import RUN_CONFIG, TOKENIZER, reason_of, rng_shard, sharding_metadata
+from megatron_omni.checkpoint.distributed import RUN_CONFIG, TOKENIZER, rng_shard, sharding_metadata
 from megatron_omni.checkpoint.memory import SaveMemory, to_main_memory
+from megatron_omni.checkpoint.reading import reason_of
 from megatron_omni.checkpoint.shards import FlatState, dealt, expert_keys, is_described
 from megatron_omni.checkpoint.torch_dist import alone
 from megatron_omni.config.load import recipe_to_yaml

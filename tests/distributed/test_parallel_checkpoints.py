@@ -1,5 +1,6 @@
 """Saving and loading use data parallelism: each rank writes, reads and hashes its share; a fault on one rank is one error."""
 
+import math
 import os
 import random
 import shutil
@@ -15,9 +16,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.serialization import load_plain_tensors
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_omni.checkpoint import commit, saving
 from megatron_omni.checkpoint.commit import CheckpointError
@@ -31,7 +31,7 @@ from megatron_omni.parallel.wrap import unwrap_model
 from megatron_omni.training.setup import Run, begin_save, resume, save
 from tests.distributed import tiny_run
 from tests.distributed.harness import Rank
-from tests.distributed.test_background_save import move, state_of
+from tests.distributed.test_background_save import move, state_of, tensors_in
 from tests.distributed.tiny_run import make_corpus, prepare, run_ranks, run_tiny
 from tests.stress.faults import Hook, Start, launch
 
@@ -77,7 +77,9 @@ def compare_with_megatron(rank: Rank, recipe: Recipe) -> tuple[int, int]:
             compared += 1
     assert compared > 50
     if rank.index == 0:
-        for key, value in tensors_in(directory).items():
+        by_megatron = tensors_in(directory)
+        assert by_megatron.keys() == reader.tensors.keys()
+        for key, value in by_megatron.items():
             assert torch.equal(value, reader.read(key)), key
     saved = [tensor.clone() for tensor in state_of(run)]
     run.state.step = 2
@@ -89,26 +91,25 @@ def compare_with_megatron(rank: Rank, recipe: Recipe) -> tuple[int, int]:
     return kept, sum(len(tensor.blocks) for tensor in reader.tensors.values())
 
 
-def tensors_in(directory: Path) -> dict[str, Tensor]:
-    """By Megatron's own reader."""
-    return {key: value for key, value in load_plain_tensors(str(directory)).items() if isinstance(value, Tensor)}
-
-
 @pytest.mark.parametrize(
-    "settings", [pytest.param(BF16, id="dp2"), pytest.param(EP, id="ep2"), pytest.param(PLAIN | BF16, id="plain-adam")]
+    "settings",
+    [pytest.param(BF16, id="dp2"), pytest.param(EP | BF16, id="ep2"), pytest.param(PLAIN | BF16, id="plain-adam")],
 )
 def test_each_rank_writes_its_share_of_what_megatron_would(
     corpus: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     recipe = tiny_recipe(corpus, tmp_path, train_iters=3, checkpoint__keep=0, **settings)
     kept, (blocks, _) = zip(*run_ranks(compare_with_megatron, 2, recipe), strict=True)
-    directory = tmp_path / "checkpoints" / "iter_0000001"
-    files = [(directory / f"__{rank}_0.distcp").stat().st_size for rank in range(2)]
-    for share in (kept, files):
+    reader = TorchDistReader(tmp_path / "checkpoints" / "iter_0000001")
+    files = dict.fromkeys(("__0_0.distcp", "__1_0.distcp"), 0)
+    for key, tensor in reader.tensors.items():
+        for offsets, sizes in tensor.blocks:
+            place = reader._storage[MetadataIndex(key, offsets)].relative_path
+            files[place] += math.prod(sizes) * tensor.dtype.itemsize
+    for share in (list(kept), list(files.values())):
         assert max(share) < 0.55 * sum(share), share
-    tensors = TorchDistReader(directory).tensors
     if settings is BF16:  # some tensors lie across the border between the ranks
-        assert blocks > len(tensors)
+        assert blocks > len(reader.tensors)
 
 
 # ---------------------------------------------------------------------------------------------------- verifying
