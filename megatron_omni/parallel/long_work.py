@@ -64,7 +64,7 @@ class Work:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._prefix = f"megatron_omni/work/{attempt}/{next(_numbers)}"
         if self._world_size > 1:
-            default: dist.Store = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+            default: Any = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
             self._store = dist.PrefixStore(self._prefix, default)
             self._say(self._store)
             # A connection of its own: the other one may be in use.
