@@ -67,7 +67,7 @@ extended. A mapping changes single sources of it by their names, adds new ones a
 | `ffn` | dense FFN (a model without `moe`) |
 | `experts`, `shared_experts`, `gate` | of the MoE layers |
 | `embeddings`, `output` | word embeddings and output layer |
-| `new_token_rows` | rows of the special tokens that Qwen2.5 does not have; trained even where `embeddings` and `output` are frozen, unless named too |
+| `new_token_rows` | rows of the special tokens that Qwen2.5 does not have (42); trained even where `embeddings` and `output` are frozen, as a parameter of their own, unless named too. Such rows have no weight decay, and the `lr_scale` of their matrix |
 """  # noqa: E501
 
 

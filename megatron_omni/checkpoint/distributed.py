@@ -39,6 +39,8 @@ from megatron_omni.checkpoint import commit, untrusted
 from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.checkpoint.reading import read_into_place, reason_of, together
 from megatron_omni.checkpoint.shards import FlatState, deal, expert_keys, is_described
+from megatron_omni.checkpoint.vocabulary_rows import stored_weights, take_rows
+from megatron_omni.config.parts import NEW_TOKEN_ROWS
 from megatron_omni.parallel.long_work import long_work
 
 RUN_CONFIG = "run_config.yaml"
@@ -62,6 +64,7 @@ def load_checkpoint(
     experts = expert_keys(weights)
     with flat.described():
         state = optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata)
+    weights = stored_weights(weights)
     _compare({"model": weights, "optimizer": state}, directory, prefix="")
     objects = _objects(weights, directory)
     described, rest = extract_matching_values(state, is_described)
@@ -75,6 +78,7 @@ def load_checkpoint(
     # Last, for the optimizer may have moved its state.
     own = [box for tensor in _tensors(described) for box in flat.own(tensor)]
     read_into_place(directory, own=own, equal=_weights_in_place(model, weights), experts=experts, pg=pg)
+    take_rows(model)
     if "rng" in loaded:
         _set_rng_state(loaded["rng"])
     return dict(loaded["common"])
@@ -93,7 +97,7 @@ def load_weights(
     ``directory`` as :func:`find_checkpoint` returned it, so verified. Tensors whose names match a shell-style pattern of
     ``allow_missing`` may be absent from it and then stay as they are; those of ``allow_extra`` may be in it unused.
     """
-    weights = model.sharded_state_dict(prefix="", metadata=sharding_metadata(pg))
+    weights = stored_weights(model.sharded_state_dict(prefix="", metadata=sharding_metadata(pg)))
     absent = _compare(
         {"model": weights}, directory, prefix="optimizer.", allow_missing=allow_missing, allow_extra=allow_extra
     )
@@ -102,6 +106,7 @@ def load_weights(
     loaded = _load({"model": objects}, directory, experts=experts, pg=pg)
     _set_objects(model, loaded.get("model", {}), objects)
     read_into_place(directory, own=[], equal=_weights_in_place(model, weights), experts=experts, pg=pg)
+    take_rows(model)
     return absent
 
 
@@ -292,6 +297,11 @@ def _compare(
             if _matches(key, allow_missing):
                 absent.add(key)
                 continue
+            if f".{NEW_TOKEN_ROWS}." in key:
+                raise ValueError(
+                    f"{directory}: an earlier version made it, which kept the optimizer's state of whole vocabulary matrices, "
+                    f"not of new token rows; start a new run with init_from={str(directory)!r}"
+                )
             raise ValueError(
                 f"{directory}: has no tensor {key!r}, which this model has; the recipe must describe the same model, or "
                 "name it in init_allow_missing"

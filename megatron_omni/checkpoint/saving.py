@@ -44,6 +44,7 @@ from megatron_omni.checkpoint.memory import SaveMemory, to_main_memory
 from megatron_omni.checkpoint.reading import reason_of
 from megatron_omni.checkpoint.shards import FlatState, dealt, expert_keys, is_described
 from megatron_omni.checkpoint.torch_dist import alone
+from megatron_omni.checkpoint.vocabulary_rows import stored_weights
 from megatron_omni.config.load import recipe_to_yaml
 from megatron_omni.config.run import Recipe
 from megatron_omni.parallel.long_work import long_work
@@ -262,7 +263,7 @@ def _state(
     experts, flat = expert_keys(weights), FlatState(optimizer)
     with flat.described():
         state: dict[str, Any] = {
-            "model": weights,
+            "model": stored_weights(weights),
             "optimizer": optimizer.sharded_state_dict(weights, is_loading=only_names, metadata=metadata),
             "rng": rng_shard(),
             "common": common,

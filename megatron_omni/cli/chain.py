@@ -93,6 +93,7 @@ def _plan(chain: "Chain", stage: "Stage") -> str:
 
 def _training(chain: "Chain", stage: "Stage") -> list[tuple[str, str]]:
     from megatron_omni.chain import stage_ranks
+    from megatron_omni.config.parts import NEW_TOKEN_ROWS, trained_parts
     from megatron_omni.estimate import count_parameters, weight_bytes_per_rank
     from megatron_omni.estimate.hardware import GPUS
     from megatron_omni.estimate.plan import make_plan
@@ -100,18 +101,17 @@ def _training(chain: "Chain", stage: "Stage") -> list[tuple[str, str]]:
     recipe = stage.recipe
     assert recipe is not None
     counts = {part: number for part, number in vars(count_parameters(recipe.model)).items() if number}
-    frozen = [part for part in counts if part in recipe.freeze]
-    rows = "new_token_rows" not in recipe.freeze and {"embeddings", "output"} & set(frozen)
-    if recipe.model.lora is not None:
-        frozen, rows = [part for part in counts if part != "adapters"], False
-    trained = {part: number for part, number in counts.items() if part not in frozen}
+    parts = trained_parts(recipe)
+    trained = {part: number for part, number in counts.items() if part in parts}
+    rows = ", rows of new tokens" if NEW_TOKEN_ROWS in parts else ""
+    frozen = [part for part in counts if part not in parts]
     data, ranks = recipe.data, stage_ranks(chain, recipe)
     tokens = recipe.train_iters * data.global_batch_size * data.seq_length
     held = sum(weight_bytes_per_rank(recipe, ranks).values())
     peak = make_plan(recipe, world_size=ranks, gpu=next(iter(GPUS.values()))).peak_bytes
     scale = ", ".join(f"{part} x {factor:g}" for part, factor in recipe.optim.lr_scale.items())
     return [
-        ("trains", ", ".join(f"{p} {_count(n)}" for p, n in trained.items()) + (", rows of new tokens" if rows else "")),
+        ("trains", ", ".join(f"{p} {_count(n)}" for p, n in trained.items()) + rows),
         ("frozen", ", ".join(frozen) or "nothing"),
         ("reads", ", ".join(f"{source.name} {source.weight:g}" for source in data.sources)),
         ("tokens", f"{'' if data.packing else 'at most '}{_count(tokens)} in {recipe.train_iters:,} steps"),

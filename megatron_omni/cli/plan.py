@@ -147,7 +147,7 @@ def advice(plan: Plan, others: list[Plan]) -> list[str]:
     if not others:
         return [
             "no layout of this recipe fits on so many GPUs. What lowers the peak: data.seq_length and data.max_frames, "
-            "new_token_rows in freeze (no gradients for the vocabulary), more parts in freeze, model.lora, more GPUs"
+            "more parts in freeze, model.lora, more GPUs"
         ]
     if plan.fits and others[0].tokens_per_second < 1.05 * plan.tokens_per_second:
         return []

@@ -3,6 +3,7 @@
 Every violation is one ValueError: field, value, why, fix. All of them are collected, so that one run shows them all.
 """
 
+import difflib
 import importlib.util
 import math
 import os
@@ -13,16 +14,10 @@ from megatron_omni.config.load import all_fields
 from megatron_omni.config.megatron_fields import refusal
 from megatron_omni.config.model import ModelConfig
 from megatron_omni.config.parallel import ParallelConfig
+from megatron_omni.config.parts import NEW_TOKEN_ROWS, PARTS, parts_of
 from megatron_omni.config.ranges import out_of_range
 from megatron_omni.config.run import LogConfig, Recipe
 from megatron_omni.config.shards import shard_paths
-
-PARTS = (
-    "vision", "audio", "projectors", "attention", "norms", "experts", "shared_experts", "gate",
-    "ffn", "embeddings", "output", "new_token_rows",
-)  # fmt: skip
-"""Named parts of the model, for ``freeze`` and ``optim.lr_scale`` (models/parts.py says which parameters each holds)."""
-
 
 LORA_TARGETS = ("attention", "experts")
 
@@ -243,13 +238,15 @@ def _run(recipe: Recipe) -> Iterator[str]:
     for group, names in (("freeze", recipe.freeze), ("optim.lr_scale", list(optim.lr_scale))):
         for name in names:
             if name not in PARTS:
-                yield f"{group}: unknown part {name!r}; parts are {', '.join(PARTS)}"
-    if "new_token_rows" in optim.lr_scale:
+                near = difflib.get_close_matches(name, PARTS, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ";"
+                yield f"{group}: unknown part {name!r}{hint} parts are {', '.join(PARTS)}"
+    if NEW_TOKEN_ROWS in optim.lr_scale:
         yield "optim.lr_scale.new_token_rows: no effect; scale embeddings and output, which hold these rows"
     for name in ("max_frames", "max_frames_with_audio"):
         if data.min_frames > getattr(data, name):
             yield f"data.min_frames={data.min_frames}: above data.{name}={getattr(data, name)}"
-    if recipe.model.lora is None and set(recipe.freeze) >= _parts_of(recipe.model):
+    if recipe.model.lora is None and set(recipe.freeze) >= parts_of(recipe.model):
         yield f"freeze={recipe.freeze}: nothing is left to train; take a part out"
     yield from _best(recipe)
     if recipe.log.wandb_project is not None and not recipe.log.wandb_project.strip():
@@ -267,17 +264,6 @@ def _run(recipe: Recipe) -> Iterator[str]:
         yield "overwrite=true, load=auto: one deletes what is in run_dir, the other continues it; keep one"
     if recipe.load and recipe.init_from and recipe.load != "auto":
         yield "load and init_from are both set: load resumes everything, init_from takes weights only; keep one"
-
-
-def _parts_of(model: ModelConfig) -> set[str]:
-    """Named parts that a model has."""
-    absent = {"vision"} if model.vision is None else set()
-    absent |= {"audio"} if model.audio is None else set()
-    absent |= {"projectors"} if len(absent) == 2 else set()
-    absent |= {"experts", "shared_experts", "gate"} if model.moe is None else {"ffn"}
-    absent |= {"shared_experts"} if model.moe is not None and model.moe.num_shared_experts == 0 else set()
-    absent |= set() if model.untie_embeddings_and_output_weights else {"output"}
-    return set(PARTS) - absent
 
 
 def _sources(recipe: Recipe) -> Iterator[str]:

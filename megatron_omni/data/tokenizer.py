@@ -43,6 +43,9 @@ CORE_SPECIALS = (
 SPEECH_SPECIALS = ("<|speech_start|>", "<|speech_end|>", "<|speech_prompt|>", "<|speech_split|>")
 IMAGE_GENERATION_SPECIALS = (*(f"[IMG{i}]" for i in range(32)), *(f"[TASK{i}]" for i in range(3)))
 ALL_SPECIALS = CORE_SPECIALS + SPEECH_SPECIALS + IMAGE_GENERATION_SPECIALS
+QWEN_SPECIALS = frozenset({ENDOFTEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD})
+NEW_SPECIALS = tuple(name for name in ALL_SPECIALS if name not in QWEN_SPECIALS)
+"""What Uni-MoE-2.0-Omni adds to Qwen2.5's special tokens (151665..151706 there)."""
 
 _PROBE, _TIMES = "Hello world, what is it? ", 256
 _QWEN_IM_START_ID = 151644

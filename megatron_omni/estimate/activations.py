@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 from megatron_omni.config.model import AudioConfig, VisionConfig
 from megatron_omni.config.parallel import LOGITS_CHUNK
+from megatron_omni.config.parts import NEW_TOKEN_ROWS, frozen_matrices, trained_parts
 from megatron_omni.config.run import Recipe
 from megatron_omni.estimate.memory import element_bytes
-from megatron_omni.estimate.parameters import AUDIO_POSITIONS_PER_SECOND, padded_vocab_size, trained_parts
+from megatron_omni.estimate.parameters import AUDIO_POSITIONS_PER_SECOND, padded_vocab_size
 
 FP32, INDEX = 4, 8
 """Bytes of an fp32 value and of an int64 index."""
@@ -55,6 +56,8 @@ class Activations:
         self.model, self.parallel = recipe.model, recipe.parallel
         self.w = element_bytes(recipe)
         self.trained = trained_parts(recipe)
+        if NEW_TOKEN_ROWS in self.trained:
+            self.trained |= frozen_matrices(recipe)  # their rows keep what the whole matrix would
         self.replays = recipe.parallel.recompute == "full"
         self.tp = recipe.parallel.tensor_model_parallel_size
         self.tokens = batch.tokens

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_omni.config.parallel import bucket_size
+from megatron_omni.config.parts import NEW_TOKEN_ROWS, trained_parts
 from megatron_omni.config.run import Recipe
-from megatron_omni.estimate.parameters import Weight, stage_weights, trained_parts
+from megatron_omni.estimate.parameters import Weight, stage_weights
 
 GRADIENT_BYTES = 4
 MOMENT_BYTES = 8
@@ -60,7 +61,7 @@ def static_bytes(
 
     Rank 0 of a group holds at least as much as any other: padding lies at the end of a bucket.
     """
-    weights = stage_weights(recipe.model, recipe.parallel, stage=stage)
+    weights = stage_weights(recipe, stage=stage)
     parts = trained_parts(recipe)
     trained = [w for w in weights if w.trainable and w.part in parts]
     dense, experts = [w for w in trained if not w.expert], [w for w in trained if w.expert]
@@ -89,8 +90,8 @@ def tensor_reduced_bytes(recipe: Recipe, *, stage: int) -> int:
     """
     if recipe.parallel.tensor_model_parallel_size == 1:
         return 0
-    whole = trained_parts(recipe) & {"norms", "gate", "shared_experts", "vision", "audio", "projectors"}
-    weights = stage_weights(recipe.model, recipe.parallel, stage=stage)
+    whole = trained_parts(recipe) & {"norms", "gate", "shared_experts", "vision", "audio", "projectors", NEW_TOKEN_ROWS}
+    weights = stage_weights(recipe, stage=stage)
     return sum(w.numel for w in weights if w.trainable and w.part in whole) * GRADIENT_BYTES
 
 

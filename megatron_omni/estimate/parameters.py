@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from megatron_omni.config.model import AudioConfig, ModelConfig, VisionConfig
-from megatron_omni.config.parallel import ParallelConfig
+from megatron_omni.config.parts import NEW_TOKEN_ROWS, NUM_NEW_TOKENS, frozen_matrices, trains_new_rows_alone
 from megatron_omni.config.run import Recipe
 
 AUDIO_POSITIONS_PER_SECOND = 50
@@ -34,7 +34,7 @@ class Weight(NamedTuple):
     trainable: bool = True
     """False: never trained, whatever ``freeze`` says (Whisper's fixed sinusoids)."""
     own_bucket: bool = False
-    """A tied matrix under pipeline parallelism: Megatron gives each copy a gradient bucket of its own."""
+    """Tied under pipeline parallelism: Megatron gives each of the two copies a gradient bucket of its own."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ class _Cut:
     stage: int = 0
     overlap: bool = False
     """Messages of data-parallel ranks overlap with computation: encoders are registered first (models/omni.py)."""
+    rows_of: frozenset[str] = frozenset()
+    """Vocabulary matrices of which only the rows of new tokens are trained."""
 
     @property
     def first(self) -> bool:
@@ -103,8 +105,12 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     return ParameterCount(**counts)
 
 
-def stage_weights(model: ModelConfig, parallel: ParallelConfig, *, stage: int) -> list[Weight]:
-    """Parameters of one rank of pipeline ``stage`` (0 first), in registration order; all ranks of a stage agree."""
+def stage_weights(recipe: Recipe, *, stage: int) -> list[Weight]:
+    """Parameters of one rank of pipeline ``stage`` (0 first), in registration order; all ranks of a stage agree.
+
+    Rows of new tokens that are trained alone are counted for a tokenizer that has all of them.
+    """
+    parallel = recipe.parallel
     cut = _Cut(
         tp=parallel.tensor_model_parallel_size,
         ep=parallel.expert_model_parallel_size,
@@ -112,24 +118,9 @@ def stage_weights(model: ModelConfig, parallel: ParallelConfig, *, stage: int) -
         stages=parallel.pipeline_model_parallel_size,
         stage=stage,
         overlap=parallel.overlap_grad_reduce,
+        rows_of=frozen_matrices(recipe) if trains_new_rows_alone(recipe) else frozenset(),
     )
-    return list(_weights(model, cut))
-
-
-def trained_parts(recipe: Recipe) -> frozenset[str]:
-    """Parts that have gradients and optimizer state.
-
-    A frozen vocabulary matrix whose new rows are trained counts: its gradient is masked, but it is there in full.
-    """
-    if recipe.model.lora is not None:
-        return frozenset({"adapters"})
-    frozen = {part for part in recipe.freeze if part != "new_token_rows"}
-    matrices = {"embeddings", "output"}
-    if not recipe.model.untie_embeddings_and_output_weights and frozen & matrices:
-        frozen |= matrices
-    if "new_token_rows" not in recipe.freeze:
-        frozen -= matrices
-    return frozenset(vars(ParameterCount()).keys() - frozen)
+    return list(_weights(recipe.model, cut))
 
 
 def _weights(model: ModelConfig, cut: _Cut) -> Iterator[Weight]:
@@ -143,8 +134,11 @@ def _weights(model: ModelConfig, cut: _Cut) -> Iterator[Weight]:
 def _language(model: ModelConfig, cut: _Cut) -> Iterator[Weight]:
     tied_pipeline = cut.stages > 1 and not model.untie_embeddings_and_output_weights
     vocabulary = padded_vocab_size(model) // cut.tp * model.hidden_size
+    new_rows = Weight(NEW_TOKEN_ROWS, NUM_NEW_TOKENS * model.hidden_size, own_bucket=tied_pipeline)
     if cut.first:
         yield Weight("embeddings", vocabulary, own_bucket=tied_pipeline)
+        if "embeddings" in cut.rows_of:
+            yield new_rows
     for _ in range(model.num_layers // cut.stages):
         yield from _attention(model, cut)
         yield from _feed_forward(model, cut)
@@ -152,6 +146,8 @@ def _language(model: ModelConfig, cut: _Cut) -> Iterator[Weight]:
         yield Weight("norms", model.hidden_size)
         if model.untie_embeddings_and_output_weights or not cut.first:
             yield Weight("output", vocabulary, own_bucket=tied_pipeline)
+            if "output" in cut.rows_of:
+                yield new_rows
 
 
 def _encoders(model: ModelConfig, cut: _Cut) -> Iterator[Weight]:

@@ -11,13 +11,14 @@ forward and backward, its gradient written and read).
 
 from dataclasses import dataclass, replace
 
+from megatron_omni.config.parts import trained_parts
 from megatron_omni.config.run import Recipe
 from megatron_omni.config.validate import num_micro_batches
 from megatron_omni.estimate.activations import FP32, Activations, MicroBatch
 from megatron_omni.estimate.flops import chunk_forward, tile_forward
 from megatron_omni.estimate.hardware import Efficiency, Gpu
 from megatron_omni.estimate.memory import GRADIENT_BYTES, StaticBytes, element_bytes, replicas, tensor_reduced_bytes
-from megatron_omni.estimate.parameters import padded_vocab_size, stage_weights, trained_parts
+from megatron_omni.estimate.parameters import padded_vocab_size, stage_weights
 
 MOVES_PER_VALUE = 5
 OPTIMIZER_MOVES = 2
@@ -202,7 +203,7 @@ class StepTimer:
     def _exchange(self, stage: int, *, one: float) -> float:
         """Reduction of gradients and gathering of weights; ``one``: seconds of a micro-batch, which may hide it."""
         parts = self.trained
-        weights = [w for w in stage_weights(self.model, self.parallel, stage=stage) if w.part in parts and w.trainable]
+        weights = [w for w in stage_weights(self.recipe, stage=stage) if w.part in parts and w.trainable]
         reduce = gather = 0.0
         bandwidth = self._bandwidth(self.world_size // self.pp)
         for expert, ranks in zip((False, True), replicas(self.recipe, self.world_size), strict=True):

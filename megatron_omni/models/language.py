@@ -3,8 +3,9 @@
 A transformer block is two hybrid layers: attention ``*`` and then a dense FFN ``-`` or a mixture of experts ``E``;
 ``|`` separates pipeline stages (28 MoE blocks on 2 stages: ``*E`` x 14, ``|``, ``*E`` x 14). Against upstream this
 file adds: 3D rotary positions, our core attention, a final norm and layer specs that need no Transformer Engine, the
-token context that MoE layers read, recomputation that replays it, and a loss that computes logits for labelled tokens
-only, a chunk of them at a time (ops/token_log_probs.py).
+token context that MoE layers read, recomputation that replays it, a loss that computes logits for labelled tokens
+only, a chunk of them at a time (ops/token_log_probs.py), and rows of new tokens that are trained where the vocabulary is
+frozen (token_rows.py).
 
 Shapes: S sequence, B rows, H width; hidden states are [S, B, H], under sequence parallelism [S / TP, B, H] between
 layers.
@@ -12,7 +13,7 @@ layers.
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -23,7 +24,11 @@ from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -37,10 +42,12 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from megatron_omni.batch import IGNORE_LABEL
 from megatron_omni.config.model import ModelConfig
 from megatron_omni.config.parallel import LOGITS_CHUNK, ParallelConfig
+from megatron_omni.config.parts import NEW_TOKEN_ROWS
 from megatron_omni.estimate import padded_vocab_size
 from megatron_omni.models.attention import CoreAttention, packing_mask
 from megatron_omni.models.moe.context import TokenContext, token_context, without_stats
 from megatron_omni.models.rope import rotary_angles
+from megatron_omni.models.token_rows import NewTokenRows
 from megatron_omni.ops.token_log_probs import token_log_probs
 from megatron_omni.platform.device import accelerator_present
 
@@ -230,7 +237,71 @@ class LanguageModel(HybridModel):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Word embeddings [S, B, H] of ``input_ids`` [B, S], the full sequence on every tensor-parallel rank."""
-        return self.embedding.word_embeddings(input_ids).transpose(0, 1).contiguous()
+        rows = _new_token_rows(self.embedding)
+        if rows is None:
+            embedded = self.embedding.word_embeddings(input_ids)
+        else:
+            trained = rows(self.embedding.word_embeddings.weight)
+            embedded = rows.looked_up(self.embedding.word_embeddings(input_ids), trained, input_ids)
+        return embedded.transpose(0, 1).contiguous()
+
+    def train_new_token_rows(self, ids: Sequence[int]) -> None:
+        """Train the rows of tokens ``ids`` of this stage's frozen vocabulary matrices, as parameters of their own.
+
+        Call it before weights are loaded and the model is wrapped. What is saved and loaded are matrices with these rows.
+        """
+        for holder, matrix in self._vocabulary():
+            if matrix.requires_grad:
+                continue
+            rows = NewTokenRows(matrix, ids, tp_group=self.pg_collection.tp)
+            weight: Any = rows.weight  # Megatron hangs what it must know of a parameter on it
+            weight.average_gradients_across_tp_domain = accelerator_present()  # as of encoders (models/build.py)
+            weight.shared_embedding = getattr(matrix, "shared_embedding", False)
+            weight.shared = getattr(matrix, "shared", False)
+            self.get_submodule(holder).add_module(NEW_TOKEN_ROWS, rows)
+
+    @torch.no_grad()
+    def take_new_token_rows(self) -> None:
+        """Make the trained rows those of their matrices, after these were given values."""
+        for _, matrix, rows in self._trained_rows():
+            rows.weight.copy_(rows.of(matrix))
+
+    def tied_parameter(self) -> Tensor | None:
+        """What the first and the last stage both hold of a tied vocabulary: the matrix, or its trained rows."""
+        matrix = self.shared_embedding_or_output_weight()
+        rows = (
+            _new_token_rows(self.embedding if self.pre_process else self.output_layer) if matrix is not None else None
+        )
+        return matrix if rows is None else rows.weight
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Megatron's, with whole matrices; trained rows are listed too, for the optimizer's state of them."""
+        for _, matrix, rows in self._trained_rows():
+            rows.write_into(matrix)
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for holder, _, _ in self._trained_rows():
+            if self.share_embeddings_and_output_weights and holder == "output_layer":
+                # A copy of the first stage's, as the matrix is.
+                name = f"{prefix}{holder}.{NEW_TOKEN_ROWS}.weight"
+                key, replica = f"{prefix}embedding.{NEW_TOKEN_ROWS}.weight", (1, *state[name].replica_id[1:])
+                state[name] = replace(state[name], key=key, replica_id=replica)
+        return state
+
+    def _vocabulary(self) -> Iterator[tuple[str, Tensor]]:
+        """(module that holds it, matrix) of this stage's vocabulary matrices; a tied one is the embedding's."""
+        if self.pre_process:
+            yield "embedding", self.embedding.word_embeddings.weight
+        if self.post_process and self.output_layer.weight is not None:
+            yield "output_layer", self.output_layer.weight
+
+    def _trained_rows(self) -> Iterator[tuple[str, Tensor, NewTokenRows]]:
+        """(module that holds them, matrix, rows) of the matrices of which only new tokens' rows are trained."""
+        for holder, matrix in self._vocabulary():
+            rows = _new_token_rows(self.get_submodule(holder))
+            if rows is not None:
+                yield holder, matrix, rows
 
     def forward(  # type: ignore[override]
         self,
@@ -287,9 +358,15 @@ class LanguageModel(HybridModel):
         tokens = {f.name: getattr(ctx, f.name) for f in fields(ctx) if isinstance(getattr(ctx, f.name), Tensor)}
         return replace(ctx, **{name: value.chunk(tensor_size)[rank] for name, value in tokens.items()})
 
-    def _output(self, rows: Tensor, *, gather: bool) -> Tensor:
+    def _output(self, hidden: Tensor, *, gather: bool) -> Tensor:
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return self.output_layer(rows, weight=weight, runtime_gather_output=gather)[0]
+        rows = _new_token_rows(self.embedding if weight is not None and self.pre_process else self.output_layer)
+        if rows is None:
+            return self.output_layer(hidden, weight=weight, runtime_gather_output=gather)[0]
+        trained = rows.summed(rows(self.output_layer.weight if weight is None else weight))
+        logits = self.output_layer(hidden, weight=weight, runtime_gather_output=False)[0]
+        logits = rows.scored(logits, trained, hidden)
+        return gather_from_tensor_model_parallel_region(logits, group=self.pg_collection.tp) if gather else logits
 
     def _logits(self, hidden: Tensor, positions: Tensor | None) -> Tensor:
         """[B, n, V] logits of ``positions`` [B, n] of ``hidden`` [S, B, H]."""
@@ -317,3 +394,8 @@ class LanguageModel(HybridModel):
         """Every parameter that :meth:`_output` computes with."""
         tied = self.share_embeddings_and_output_weights and self.pre_process
         return list((self.embedding if tied else self.output_layer).parameters())
+
+
+def _new_token_rows(module: torch.nn.Module) -> NewTokenRows | None:
+    """The rows that ``module`` trains of its frozen matrix."""
+    return getattr(module, NEW_TOKEN_ROWS, None)

@@ -151,8 +151,8 @@ class OmniModel(MegatronModule):
         self.language.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The word embedding, where it is tied to the output layer."""
-        return self.language.shared_embedding_or_output_weight()
+        """Whose gradient Megatron sums over the two stages that hold a tied vocabulary."""
+        return self.language.tied_parameter()
 
 
 def token_facts(

@@ -1,17 +1,20 @@
-"""Named parts of the model: what ``freeze`` and ``optim.lr_scale`` speak of.
+"""Which parameters the named parts of the model hold (config/parts.py), and how they are frozen.
 
 Every parameter belongs to exactly one part, decided by its name alone, so that all ranks agree without talking to
 each other.
 """
 
 import re
-from difflib import get_close_matches
+from collections.abc import Iterable
 
 from torch import nn
 
+from megatron_omni.config.parts import ADAPTERS, NEW_TOKEN_ROWS
+
 # First match wins. Names as in OmniModel.named_parameters().
 _RULES: tuple[tuple[str, str], ...] = (
-    ("adapters", r"\.lora_\w+\."),
+    (ADAPTERS, r"\.lora_\w+\."),
+    (NEW_TOKEN_ROWS, rf"\.{NEW_TOKEN_ROWS}\."),
     ("projectors", r"^(vision|audio)\.(projector|qformer)\."),
     ("vision", r"^vision\."),
     ("audio", r"^audio\."),
@@ -25,8 +28,6 @@ _RULES: tuple[tuple[str, str], ...] = (
     ("ffn", r"\.mlp\.linear_fc[12]\."),
 )
 
-PART_NAMES: tuple[str, ...] = tuple(part for part, _ in _RULES)
-
 
 def part_of(parameter_name: str) -> str:
     """The part that the parameter called ``parameter_name`` belongs to."""
@@ -37,36 +38,22 @@ def part_of(parameter_name: str) -> str:
     raise AssertionError(f"parameter {parameter_name} belongs to no named part; add a rule to models/parts.py")
 
 
-def parameter_parts(model: nn.Module) -> dict[str, str]:
-    """Parameter name -> part, for the parameters of this rank."""
-    return {name: part_of(name) for name, _ in model.named_parameters()}
+def scaled_with(parameter_name: str) -> str:
+    """The part whose ``optim.lr_scale`` the parameter follows: rows of new tokens belong to their matrix."""
+    return part_of(parameter_name.replace(f".{NEW_TOKEN_ROWS}.", "."))
 
 
-def check_part_names(names: list[str], *, field: str) -> None:
-    """Raise ValueError for a name that is no part; ``field`` is where the user wrote it."""
-    for name in names:
-        if name == "new_token_rows":
-            raise ValueError(f"{field} names new_token_rows, which is not supported yet; freeze embeddings as a whole")
-        if name not in PART_NAMES:
-            near = get_close_matches(name, PART_NAMES, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(
-                f"{field} names the part {name!r}, which does not exist{hint} Parts: {', '.join(PART_NAMES)}"
-            )
-
-
-def apply_freeze(model: nn.Module, names: list[str]) -> None:
+def apply_freeze(model: nn.Module, parts: Iterable[str]) -> None:
     """Stop training the named parts. Call it before the model is wrapped."""
-    check_part_names(names, field="freeze")
     for name, parameter in model.named_parameters():
-        if part_of(name) in names:
+        if part_of(name) in parts:
             parameter.requires_grad_(False)
 
 
 def train_adapters_only(model: nn.Module) -> None:
     """Stop training everything but low-rank adapters (models/lora.py). Call it before the model is wrapped."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) == "adapters")
+        parameter.requires_grad_(part_of(name) == ADAPTERS)
 
 
 def parameter_table(model: nn.Module) -> dict[str, tuple[int, int]]:

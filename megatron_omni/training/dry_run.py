@@ -15,6 +15,7 @@ from megatron_omni.checkpoint.meaning import check_handover
 from megatron_omni.checkpoint.tokenizer_files import find_tokenizer
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.load import load_recipe, recipe_to_yaml
+from megatron_omni.config.parts import NEW_TOKEN_ROWS, NUM_NEW_TOKENS, frozen_matrices, trained_parts
 from megatron_omni.config.run import Recipe
 from megatron_omni.config.validate import data_parallel_size
 from megatron_omni.estimate import count_parameters, weight_bytes_per_rank
@@ -31,22 +32,18 @@ def describe(recipe: Recipe, *, world_size: int) -> str:
 
 
 def _parameters(recipe: Recipe) -> Iterator[str]:
-    counts, adapters_only = count_parameters(recipe.model), recipe.model.lora is not None
+    counts, trained = count_parameters(recipe.model), trained_parts(recipe)
+    rows = frozen_matrices(recipe) if NEW_TOKEN_ROWS in trained else frozenset()
     yield f"{'part':<16}{'parameters':>18}  trained"
+    total = 0
     for part, number in vars(counts).items():
-        trained = "no" if part in recipe.freeze or (adapters_only and part != "adapters") else "yes"
-        if (
-            not adapters_only
-            and part in ("embeddings", "output")
-            and part in recipe.freeze
-            and "new_token_rows" not in recipe.freeze
-        ):
-            trained = "rows of special tokens"
-        yield f"{part:<16}{number:>18,}  {trained}"
-    frozen = sum(number for part, number in vars(counts).items() if part in recipe.freeze)
-    if adapters_only:
-        frozen = counts.total - counts.adapters
-    yield f"{'total':<16}{counts.total:>18,}  {counts.total - frozen:,} in trained parts"
+        share = (
+            number if part in trained else NUM_NEW_TOKENS * recipe.model.hidden_size if part in rows and number else 0
+        )
+        total += share
+        says = "yes" if part in trained else f"rows of {NUM_NEW_TOKENS} new tokens" if share else "no"
+        yield f"{part:<16}{number:>18,}  {says}"
+    yield f"{'total':<16}{counts.total:>18,}  {total:,} trained"
 
 
 def _memory(recipe: Recipe, world_size: int) -> Iterator[str]:

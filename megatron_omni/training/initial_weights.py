@@ -67,6 +67,7 @@ def load_initial_weights(model: OmniModel, recipe: Recipe, directory: Path, *, p
         allow_extra=recipe.init_allow_extra,
     )
     draw_weights(model, recipe, pg, only=parameter_names(model, left, pg=pg))
+    model.language.take_new_token_rows()
     if merging:
         merge_lora(model.language)
         if new is not None:

@@ -1,16 +1,13 @@
 """Optimizer and learning-rate schedule on Megatron's pieces, and the update that a non-finite gradient cannot spoil.
 
-Parameter groups: weight decay is left out for vectors (norms, biases) and for masked embeddings; ``optim.lr_scale``
-multiplies the learning rate of the named parts (models/parts.py). Expert parameters always form an optimizer of their
-own (they carry ``allreduce=False`` whatever the expert-parallel size), so a checkpoint has the same structure for
-every layout.
-
-New token rows: with ``embeddings`` or ``output`` frozen but ``new_token_rows`` not, the matrix stays trainable and
-its gradient is masked to the rows of the special tokens. Adam leaves a row whose gradient is always zero where it is.
+Parameter groups: weight decay is left out for vectors (norms, biases) and for rows of new tokens that are trained alone
+(models/token_rows.py); ``optim.lr_scale`` multiplies the learning rate of the named parts (models/parts.py). Expert
+parameters always form an optimizer of their own (they carry ``allreduce=False`` whatever the expert-parallel size), so a
+checkpoint has the same structure for every layout.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -22,11 +19,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_omni.config.parts import NEW_TOKEN_ROWS
 from megatron_omni.config.run import Recipe
-from megatron_omni.models.parts import part_of
-
-MASKED_ROWS = "masked_rows"
-"""Attribute of a parameter whose gradient is masked to some rows."""
+from megatron_omni.models.parts import part_of, scaled_with
 
 
 def build_optimizer(
@@ -83,7 +78,7 @@ def _overrides(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:
     """Megatron's per-parameter settings: no weight decay on vectors, learning rates of the scaled parts."""
     overrides = {_key("no weight decay", _undecayed): ParamGroupOverride(wd_mult=0.0)}
     for part, scale in recipe.optim.lr_scale.items():
-        key = _key(f"lr_scale {part}", lambda _, name, part=part: part_of(_bare(name)) == part)
+        key = _key(f"lr_scale {part}", lambda _, name, part=part: scaled_with(_bare(name)) == part)
         overrides[key] = ParamGroupOverride(max_lr=recipe.optim.lr * scale, min_lr=recipe.optim.min_lr * scale)
     return overrides
 
@@ -93,7 +88,7 @@ def _key(name: str, predicate: object) -> ParamKey:
 
 
 def _undecayed(param: torch.nn.Parameter, name: str) -> bool:
-    return param.dim() <= 1 or name.endswith(".bias") or hasattr(param, MASKED_ROWS)
+    return param.dim() <= 1 or name.endswith(".bias") or part_of(_bare(name)) == NEW_TOKEN_ROWS
 
 
 def _bare(name: str) -> str:
@@ -101,18 +96,6 @@ def _bare(name: str) -> str:
     while name.startswith("module."):
         name = name.removeprefix("module.")
     return name
-
-
-def train_only_rows(weight: torch.nn.Parameter, rows: Sequence[int], *, first_row: int) -> None:
-    """Mask the gradient of this rank's vocabulary shard ``weight`` [V / TP, H] to global ``rows``; shard starts at
-    ``first_row``.
-    """
-    mask = torch.zeros(weight.shape[0], 1, device=weight.device, dtype=weight.dtype)
-    local = [row - first_row for row in rows if 0 <= row - first_row < weight.shape[0]]
-    mask[local] = 1
-    setattr(weight, MASKED_ROWS, len(local))
-    # The wrapper may convert the weight to bf16 after this; its gradient has the weight's dtype, and must keep it.
-    weight.register_hook(lambda grad: grad * mask.to(grad.dtype))
 
 
 def update(optimizer: ChainedOptimizer, scheduler: OptimizerParamScheduler, *, clip_grad: float) -> tuple[bool, float]:

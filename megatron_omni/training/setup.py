@@ -26,22 +26,14 @@ from megatron_omni.checkpoint.saving import PendingSave, plan_save, start_save
 from megatron_omni.checkpoint.tokenizer_files import find_tokenizer
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.load import load_recipe
+from megatron_omni.config.parts import frozen_matrices, trains_new_rows_alone
 from megatron_omni.config.run import Recipe
 from megatron_omni.data.loader import Cursor, StepLoader
 from megatron_omni.data.loader_state import joined_state
-from megatron_omni.data.tokenizer import (
-    ALL_SPECIALS,
-    ENDOFTEXT,
-    IM_END,
-    IM_START,
-    IMAGE_PAD,
-    VIDEO_PAD,
-    VISION_END,
-    VISION_START,
-    load_tokenizer,
-)
+from megatron_omni.data.tokenizer import NEW_SPECIALS, load_tokenizer
 from megatron_omni.models.build import build_model
-from megatron_omni.models.parts import apply_freeze, part_of, train_adapters_only
+from megatron_omni.models.omni import OmniModel
+from megatron_omni.models.parts import apply_freeze, train_adapters_only
 from megatron_omni.parallel.groups import Layout, initialize, layout
 from megatron_omni.parallel.sharing import gathered, sum_over_ranks
 from megatron_omni.parallel.wrap import gather_weights, unwrap_model, wrap_model
@@ -49,17 +41,15 @@ from megatron_omni.platform.determinism import make_deterministic
 from megatron_omni.platform.device import device
 from megatron_omni.platform.seeds import seed_everything
 from megatron_omni.training.initial_weights import load_initial_weights
-from megatron_omni.training.optimizer import build_optimizer, train_only_rows
+from megatron_omni.training.optimizer import build_optimizer
 from megatron_omni.training.profile import check_snapshot
 from megatron_omni.training.state import TrainState
 from megatron_omni.training.task import Task
 
-NEW_TOKEN_ROWS = "new_token_rows"
 FIXED_ON_RESUME = ("model", "optim", "freeze", "seed")
 """Groups of the recipe that a resumed run may not change: the optimizer's state belongs to them."""
 FREE_ON_RESUME = ("model.moe.moe_token_dispatcher_type", "model.moe.kernels")
 """Except what belongs to the layout and to the machine, which may change."""
-QWEN_SPECIALS = (ENDOFTEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
 
 
 @dataclass
@@ -106,7 +96,7 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
     seed_everything(recipe.seed, tp_rank=place.tp_rank, ep_rank=place.ep_rank, expert_tp_rank=place.expert_tp_rank)
     directory, origin = _resume_from(recipe), "random"
     model = build_model(recipe, pg, drawn=directory is None and recipe.init_from is None)
-    freeze(model, recipe, pg)
+    freeze(model, recipe)
     _check_parameters(model, recipe)
     if recipe.init_from is not None and directory is None:
         origin = load_initial_weights(model, recipe, _checkpoint(recipe.init_from, field="init_from"), pg=pg)
@@ -148,28 +138,19 @@ def _check_parameters(model: torch.nn.Module, recipe: Recipe) -> None:
         raise ValueError(f"freeze={recipe.freeze}: every part of this model is frozen; leave out what is to be trained")
 
 
-def freeze(model: torch.nn.Module, recipe: Recipe, pg: ProcessGroupCollection) -> None:
-    """Mark the parts that are not trained; see training/optimizer.py for ``new_token_rows``."""
+def freeze(model: OmniModel, recipe: Recipe) -> None:
+    """Mark what is not trained; rows of new tokens that are trained in a frozen matrix become parameters."""
     if recipe.model.lora is not None:
         return train_adapters_only(model)
-    frozen = {part for part in recipe.freeze if part != NEW_TOKEN_ROWS}
-    matrices = {"embeddings", "output"}
-    if not recipe.model.untie_embeddings_and_output_weights and frozen & matrices:
-        frozen |= matrices  # one matrix, held twice under pipeline parallelism
-    apply_freeze(model, sorted(frozen))
-    if NEW_TOKEN_ROWS in recipe.freeze or not frozen & matrices:
-        return
-    rows = new_token_ids(recipe)
-    for name, parameter in model.named_parameters():
-        if part_of(name) in frozen & matrices:
-            parameter.requires_grad_(True)
-            train_only_rows(parameter, rows, first_row=pg.tp.rank() * parameter.shape[0])
+    apply_freeze(model, {*recipe.freeze, *frozen_matrices(recipe)})
+    if trains_new_rows_alone(recipe) and (ids := new_token_ids(recipe)):
+        model.language.train_new_token_rows(ids)
 
 
 def new_token_ids(recipe: Recipe) -> list[int]:
-    """Ids of the special tokens that Uni-MoE-2.0 adds to Qwen2.5's (151665..151706 there)."""
+    """Ids of the special tokens that Uni-MoE-2.0 adds to Qwen2.5's, as far as the tokenizer has them."""
     specials = load_tokenizer(recipe.data.tokenizer).specials
-    return sorted(specials[name] for name in ALL_SPECIALS if name in specials and name not in QWEN_SPECIALS)
+    return sorted(specials[name] for name in NEW_SPECIALS if name in specials)
 
 
 def save(run: Run, evaluated: Mapping[str, float] | None = None) -> Path:

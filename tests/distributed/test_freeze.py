@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_omni.config.parts import PARTS
 from megatron_omni.config.run import Recipe
-from megatron_omni.config.validate import PARTS
 from megatron_omni.models.parts import part_of
 from megatron_omni.parallel.wrap import unwrap_model
 from megatron_omni.training.loop import train

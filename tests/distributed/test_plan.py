@@ -11,6 +11,7 @@ import itertools
 import weakref
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from megatron_omni.batch import IGNORE_LABEL, Modality, OmniBatch
 from megatron_omni.config.load import recipe_from_dict
 from megatron_omni.config.run import Recipe
+from megatron_omni.data.tokenizer import ALL_SPECIALS, train_sentencepiece
 from megatron_omni.estimate.activations import Activations, MicroBatch
 from megatron_omni.estimate.memory import static_bytes
 from megatron_omni.models.build import build_model
@@ -79,6 +81,8 @@ FOUR_RANKS = [
     layout(2, 1, 2, parallel__recompute="full", parallel__bucket_size=20_000),
     layout(1, 2, 1, parallel__recompute="moe", parallel__overlap_grad_reduce=True, parallel__bucket_size=20_000),
     layout(1, 1, 2, parallel__expert_tensor_parallel_size=2, freeze=TABLE_2),
+    layout(2, 1, 1, freeze=TABLE_2[:-1]),
+    layout(1, 2, 1, freeze=["output"], model__untie_embeddings_and_output_weights=False),
     layout(2, 2, 1, model__moe=None, model__untie_embeddings_and_output_weights=False),
     layout(2, 1, 2, model__moe__moe_token_dispatcher_type="allgather", data__packing=True),
     layout(2, 1, 2, model__lora={"rank": 4}),
@@ -177,17 +181,18 @@ def optimizer_tensors(optimizer: Any) -> Any:
             yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
 
-def held_and_planned(rank: Rank, cases: list[Case]) -> list[dict[str, Any]]:
-    return [look_at(replace(rank, store=dist.PrefixStore(case.name, rank.store)), case) for case in cases]
+def held_and_planned(rank: Rank, cases: list[Case], tokenizer: Path) -> list[dict[str, Any]]:
+    return [look_at(replace(rank, store=dist.PrefixStore(case.name, rank.store)), case, tokenizer) for case in cases]
 
 
-def look_at(rank: Rank, case: Case) -> dict[str, Any]:
+def look_at(rank: Rank, case: Case, tokenizer: Path) -> dict[str, Any]:
     """Real and planned bytes of this rank in one case."""
     torch.manual_seed(rank.index)
     recipe = recipe_of(case)
+    recipe.data.tokenizer = str(tokenizer)
     pg = rank.initialize(recipe.parallel)
     built = build_model(recipe, pg)
-    freeze(built, recipe, pg)
+    freeze(built, recipe)
     model = wrap_model(built, recipe, pg)
     optimizer, _ = build_optimizer(model, recipe, pg)
     parameters = storages(model.parameters())
@@ -252,13 +257,20 @@ def activations(recipe: Recipe, model: Any, pg: Any) -> tuple[int, float]:
 
 
 @pytest.fixture(scope="module")
-def four_ranks() -> list[list[dict[str, Any]]]:
-    return run_ranks(held_and_planned, 4, FOUR_RANKS, timeout_seconds=500.0)
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With all new tokens, their ids first."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    return train_sentencepiece(["one two three"], path, vocab_size=310, specials=ALL_SPECIALS)
 
 
 @pytest.fixture(scope="module")
-def two_ranks() -> list[list[dict[str, Any]]]:
-    return run_ranks(held_and_planned, 2, TWO_RANKS, timeout_seconds=250.0)
+def four_ranks(tokenizer: Path) -> list[list[dict[str, Any]]]:
+    return run_ranks(held_and_planned, 4, FOUR_RANKS, tokenizer, timeout_seconds=500.0)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tokenizer: Path) -> list[list[dict[str, Any]]]:
+    return run_ranks(held_and_planned, 2, TWO_RANKS, tokenizer, timeout_seconds=250.0)
 
 
 def check(results: list[list[dict[str, Any]]], index: int) -> None:

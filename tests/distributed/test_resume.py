@@ -17,8 +17,8 @@ import torch.distributed as dist
 from megatron_omni.checkpoint import commit
 from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.config.load import load_recipe
+from megatron_omni.config.parts import PARTS
 from megatron_omni.config.run import Recipe
-from megatron_omni.config.validate import PARTS
 from megatron_omni.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_omni.parallel.wrap import unwrap_model
 from megatron_omni.tasks.supervised import SupervisedTask

@@ -13,10 +13,11 @@ from megatron_omni.chain import ChainConfig
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.load import load_recipe, recipe_from_dict, recipe_to_dict, recipe_to_yaml
 from megatron_omni.config.model import LoraConfig
+from megatron_omni.config.parts import PARTS
 from megatron_omni.config.ranges import RANGE
 from megatron_omni.config.run import Recipe
 from megatron_omni.config.shards import expand_braces
-from megatron_omni.config.validate import PARTS, data_parallel_size, fewest_ranks, num_micro_batches, validate
+from megatron_omni.config.validate import data_parallel_size, fewest_ranks, num_micro_batches, validate
 from tools import config_docs
 
 SOURCES = "data: {sources: [{name: a, path: a.jsonl, weight: 3, reweight: {10: 0.5}}, {name: b, path: b.jsonl}]}\n"

@@ -44,7 +44,7 @@ class EmbeddingOnly(nn.Module):
     def set_input_tensor(self, input_tensor: object) -> None:
         self.input_tensor = input_tensor
 
-    def shared_embedding_or_output_weight(self) -> Tensor:
+    def tied_parameter(self) -> Tensor:
         return self.words.weight
 
     def forward(self, **inputs) -> Tensor:

@@ -73,7 +73,7 @@ def test_dry_run_shows_parts_and_memory_and_trains_nothing(
     text = capsys.readouterr().out
     table = {line.split()[0]: line for line in text.splitlines() if line.strip()}
     assert table["vision"].endswith(" no") and table["attention"].endswith(" yes")
-    assert table["embeddings"].endswith("rows of special tokens")
+    assert table["embeddings"].endswith("rows of 42 new tokens")
     # q, k, v with biases and the output projection of two blocks
     assert "attention" in table and f"{2 * (32 * 64 + 64 + 32 * 32):,}" in table["attention"]
     assert "GiB" in table["optimizer"] and float(table["peak"].split()[1]) >= float(table["held"].split()[1])

@@ -1,0 +1,52 @@
+"""Named parts of the model: what ``freeze`` and ``optim.lr_scale`` speak of.
+
+models/parts.py says which parameters each part holds; docs/config.md describes them. Needs neither torch nor megatron.
+"""
+
+from megatron_omni.config.model import ModelConfig
+from megatron_omni.config.run import Recipe
+
+NEW_TOKEN_ROWS = "new_token_rows"
+"""Rows of the vocabulary matrices that belong to the special tokens which Uni-MoE-2.0 adds to Qwen2.5's."""
+NUM_NEW_TOKENS = 42
+"""Of a tokenizer that has all of them (``NEW_SPECIALS`` of data/tokenizer.py)."""
+VOCABULARY = frozenset({"embeddings", "output"})
+"""Parts that are a vocabulary matrix."""
+PARTS = (
+    "vision", "audio", "projectors", "attention", "norms", "experts", "shared_experts", "gate",
+    "ffn", "embeddings", "output", NEW_TOKEN_ROWS,
+)  # fmt: skip
+ADAPTERS = "adapters"
+"""Low-rank adapters (``model.lora``), which are trained alone: no name for ``freeze``."""
+
+
+def parts_of(model: ModelConfig) -> frozenset[str]:
+    """Parts that ``model`` has."""
+    absent = {"vision"} if model.vision is None else set()
+    absent |= {"audio"} if model.audio is None else set()
+    absent |= {"projectors"} if len(absent) == 2 else set()
+    absent |= {"experts", "shared_experts", "gate"} if model.moe is None else {"ffn"}
+    absent |= {"shared_experts"} if model.moe is not None and model.moe.num_shared_experts == 0 else set()
+    absent |= set() if model.untie_embeddings_and_output_weights else {"output"}
+    return frozenset(PARTS) - absent
+
+
+def frozen_matrices(recipe: Recipe) -> frozenset[str]:
+    """Vocabulary matrices that are frozen. A tied one is both parts, since pipeline parallelism holds it twice."""
+    if recipe.model.lora is not None:
+        return VOCABULARY
+    frozen = VOCABULARY & set(recipe.freeze)
+    return VOCABULARY if frozen and not recipe.model.untie_embeddings_and_output_weights else frozen
+
+
+def trains_new_rows_alone(recipe: Recipe) -> bool:
+    """Whether rows of new tokens are trained in a matrix that is frozen (models/token_rows.py)."""
+    return recipe.model.lora is None and NEW_TOKEN_ROWS not in recipe.freeze and bool(frozen_matrices(recipe))
+
+
+def trained_parts(recipe: Recipe) -> frozenset[str]:
+    """Parts that have gradients and optimizer state; new token rows count where they are a parameter of their own."""
+    if recipe.model.lora is not None:
+        return frozenset({ADAPTERS})
+    rows = {NEW_TOKEN_ROWS} if trains_new_rows_alone(recipe) else frozenset()
+    return (frozenset(PARTS) - set(recipe.freeze) - frozen_matrices(recipe) - {NEW_TOKEN_ROWS}) | rows
