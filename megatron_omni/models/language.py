@@ -49,6 +49,7 @@ from megatron_omni.models.moe.context import TokenContext, token_context, withou
 from megatron_omni.models.rope import rotary_angles
 from megatron_omni.models.token_rows import NewTokenRows
 from megatron_omni.ops.token_log_probs import token_log_probs
+from megatron_omni.platform import adam
 from megatron_omni.platform.device import accelerator_present
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ def spec_provider() -> BackendSpecProvider:
 
         logger.info("backends: linear=transformer_engine norm=transformer_engine attention=torch_sdpa")
         return TESpecProvider()
-    logger.info("backends: linear=megatron_local norm=own attention=torch_sdpa")
+    logger.info("backends: linear=megatron_local norm=own attention=torch_sdpa adam=%s", adam.name())
     return LocalSpecProvider()
 
 

@@ -5,84 +5,24 @@ Megatron-Core hard-codes CUDA in four ways: device queries (``torch.cuda.current
 names the attribute, what takes its place and why. Device literals are redirected by giving the modules that use them a
 view of ``torch`` whose factories map ``cuda`` to ``cpu``; nothing intercepts ordinary tensor operations, so the shim
 costs nothing in the hot path. A row whose target does not exist raises: a stale patch must fail loudly when the pin
-moves.
-
-The optimizer class is ``FusedAdam`` with Transformer Engine's interface: the step count is kept in ``param_groups``,
-the layout that Megatron's distributed optimizer saves and restores correctly (with torch's AdamW its resume is broken).
+moves. The optimizer's rows are in ``adam.py``: an accelerator may need them, too.
 """
 
 import contextlib
 import importlib
-import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_omni.platform import adam
+from megatron_omni.platform.patch import Patch
+
 _CPU = torch.device("cpu")
-
-
-class FusedAdam(torch.optim.Optimizer):
-    """AdamW (or Adam with L2) as Transformer Engine's FusedAdam: ``step`` lives in the parameter group, state holds
-    tensors only.
-
-    Parameters are updated by torch's fused CPU kernel. Arguments that only make sense on CUDA are refused when set.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        *,
-        bias_correction: bool = True,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        adam_w_mode: bool = True,
-        weight_decay: float = 0.0,
-        capturable: bool = False,
-    ) -> None:
-        if capturable or not bias_correction:
-            raise ValueError(
-                f"FusedAdam on CPU: capturable={capturable} and bias_correction={bias_correction} are not supported"
-            )
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.adam_w_mode = adam_w_mode
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update; groups without gradients keep their state, but their step count advances with the others'."""
-        loss = None if closure is None else closure()
-        update = torch._fused_adamw_ if self.adam_w_mode else torch._fused_adam_
-        for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            # Two parameters of a group may have gradients of different dtypes; the kernel wants one dtype a call.
-            for dtype in {p.dtype for p in params}:
-                same = [p for p in params if p.dtype == dtype]
-                update(
-                    same,
-                    [p.grad for p in same],
-                    [self.state[p]["exp_avg"] for p in same],
-                    [self.state[p]["exp_avg_sq"] for p in same],
-                    [],
-                    [torch.tensor(float(group["step"])) for _ in same],
-                    amsgrad=False,
-                    lr=float(group["lr"]),
-                    beta1=group["betas"][0],
-                    beta2=group["betas"][1],
-                    weight_decay=group["weight_decay"],
-                    eps=group["eps"],
-                    maximize=False,
-                )
-        return loss
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -175,26 +115,6 @@ def _scale_into(chunk_size: int, flag: Tensor, tensor_lists: list[list[Tensor]],
     torch._foreach_mul_(target, scale)
 
 
-@dataclass(frozen=True)
-class Patch:
-    """One row: ``target`` is ``module:attribute.path``."""
-
-    target: str
-    replacement: Any
-    reason: str
-
-    def resolve(self) -> tuple[Any, str]:
-        """The object that holds the attribute, and the attribute's name; raises when the target is gone."""
-        module_name, path = self.target.split(":")
-        holder: Any = importlib.import_module(module_name)
-        *parents, name = path.split(".")
-        for parent in parents:
-            holder = getattr(holder, parent)
-        if inspect.getattr_static(holder, name, None) is None and not hasattr(holder, name):
-            raise AttributeError(f"CPU patch target {self.target} does not exist (patched because: {self.reason})")
-        return holder, name
-
-
 _TORCH_VIEW = _TorchOnCpu()
 _LITERALS = "device='cuda' in factory calls"
 
@@ -237,11 +157,6 @@ MEGATRON_PATCHES: tuple[Patch, ...] = (
     Patch("megatron.core.dist_checkpointing.strategies.state_dict_saver:torch", _TORCH_VIEW, _LITERALS),
     Patch("megatron.core.tensor_parallel.random:_get_cuda_rng_state", _cpu_rng_state, "RNG tracker"),
     Patch("megatron.core.tensor_parallel.random:_set_cuda_rng_state", _set_cpu_rng_state, "RNG tracker"),
-    Patch("megatron.core.optimizer:Adam", FusedAdam, "step in param_groups, as Transformer Engine's"),
-    Patch("megatron.core.optimizer:USING_PYTORCH_OPTIMIZER", False, "pass adam_w_mode, not a torch class"),
-    Patch("megatron.core.optimizer.distrib_optimizer:Adam", FusedAdam, "step in param_groups, as Transformer Engine's"),
-    Patch("megatron.core.optimizer.distrib_optimizer:HAVE_APEX_OR_TE", True, "read the step from param_groups"),
-    Patch("megatron.core.optimizer.distrib_optimizer:USING_APEX_OPTIMIZER", True, "read the step from param_groups"),
 )
 
 _installed = False
@@ -257,10 +172,10 @@ def install() -> None:
             "platform.install() must run before megatron.core is imported; call it first in the entry point"
         )
     for patch in TORCH_PATCHES:
-        setattr(*patch.resolve(), patch.replacement)
+        patch.apply()
     _import_megatron_without_compilation()
-    for patch in MEGATRON_PATCHES:
-        setattr(*patch.resolve(), patch.replacement)
+    for patch in MEGATRON_PATCHES + adam.PATCHES:  # Transformer Engine's and Apex's Adam run on CUDA only
+        patch.apply()
     _installed = True
 
 

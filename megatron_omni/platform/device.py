@@ -1,8 +1,9 @@
-"""Which hardware this process runs on, and the one-time installation of the CPU patches.
+"""Which hardware this process runs on, and the one-time preparation of Megatron-Core for it.
 
 Only ``platform/`` names ``torch.cuda`` or a collective backend. Every entry point calls :func:`install` before anything
 imports ``megatron.core``: Megatron-Core is written for CUDA, and on a machine without an accelerator the table of
-``platform/cpu.py`` redirects the few things it hard-codes. With an accelerator :func:`install` does nothing.
+``platform/cpu.py`` redirects the few things it hard-codes. Where no library brings an Adam that Megatron can use,
+``platform/adam.py`` does.
 """
 
 import importlib.util
@@ -99,12 +100,15 @@ def probe_gpus() -> list[Gpu]:
 
 
 def install() -> None:
-    """Make Megatron-Core importable and runnable on this machine, and let malloc keep what a CPU run frees.
+    """Make Megatron-Core importable and runnable on this machine; on a CPU, let malloc keep what a run frees.
 
     Call it before importing ``megatron.core``; twice is fine.
     """
     hide_upstream_notes()
     if accelerator_present():
+        from megatron_omni.platform import adam
+
+        adam.install_where_missing()
         return
     from megatron_omni.platform import allocator, cpu
 

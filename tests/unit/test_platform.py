@@ -11,22 +11,26 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_omni.platform import cpu, device
+from megatron_omni.platform import adam, cpu, device
+from megatron_omni.platform.adam import FusedAdam
 from megatron_omni.platform.device import hide_upstream_notes
+from megatron_omni.platform.patch import Patch
 from megatron_omni.platform.seeds import named_generator, named_seed, seed_everything
 
 ON_CPU = pytest.mark.skipif(device.accelerator_present(), reason="the patch table is not installed with an accelerator")
 
 
-@pytest.mark.parametrize("patch", cpu.TORCH_PATCHES + cpu.MEGATRON_PATCHES, ids=lambda patch: patch.target)
-def test_patch_target_exists_in_pinned_version(patch: cpu.Patch) -> None:
+@pytest.mark.parametrize(
+    "patch", cpu.TORCH_PATCHES + cpu.MEGATRON_PATCHES + adam.PATCHES, ids=lambda patch: patch.target
+)
+def test_patch_target_exists_in_pinned_version(patch: Patch) -> None:
     holder, name = patch.resolve()
     assert hasattr(holder, name) and patch.reason
 
 
 def test_stale_patch_is_refused() -> None:
     with pytest.raises(AttributeError, match="no_such_function"):
-        cpu.Patch("torch.cuda:no_such_function", None, "test").resolve()
+        Patch("torch.cuda:no_such_function", None, "test").resolve()
 
 
 FACTORIES: dict[str, tuple[Any, ...]] = {
@@ -90,7 +94,7 @@ def test_fused_adam_equals_torch_adamw(weight_decay: float) -> None:
     start = [torch.randn(5, 3, generator=generator), torch.randn(7, generator=generator)]
     ours, theirs = ([p.clone().requires_grad_() for p in start] for _ in range(2))
     settings = {"lr": 0.03, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": weight_decay}
-    fused, reference = cpu.FusedAdam(ours, **settings), torch.optim.AdamW(theirs, **settings)
+    fused, reference = FusedAdam(ours, **settings), torch.optim.AdamW(theirs, **settings)
     for _ in range(5):
         for a, b in zip(ours, theirs, strict=True):
             a.grad = torch.randn(a.shape, generator=generator)
@@ -102,22 +106,22 @@ def test_fused_adam_equals_torch_adamw(weight_decay: float) -> None:
 
 
 def test_fused_adam_keeps_step_in_groups_and_resumes_exactly() -> None:
-    def train(parameter: torch.Tensor, optimizer: cpu.FusedAdam, steps: range) -> None:
+    def train(parameter: torch.Tensor, optimizer: FusedAdam, steps: range) -> None:
         for i in steps:
             parameter.grad = torch.randn(4, generator=named_generator(1, i))
             optimizer.step()
 
     whole = torch.ones(4, requires_grad=True)
-    optimizer = cpu.FusedAdam([whole], lr=0.1)
+    optimizer = FusedAdam([whole], lr=0.1)
     train(whole, optimizer, range(6))
     first = torch.ones(4, requires_grad=True)
-    optimizer = cpu.FusedAdam([first], lr=0.1)
+    optimizer = FusedAdam([first], lr=0.1)
     train(first, optimizer, range(3))
     state = optimizer.state_dict()
     assert state["param_groups"][0]["step"] == 3
     assert set(state["state"][0]) == {"exp_avg", "exp_avg_sq"}
     resumed = first.detach().clone().requires_grad_()
-    optimizer = cpu.FusedAdam([resumed], lr=0.1)
+    optimizer = FusedAdam([resumed], lr=0.1)
     optimizer.load_state_dict(state)
     train(resumed, optimizer, range(3, 6))
     assert torch.equal(resumed, whole)
