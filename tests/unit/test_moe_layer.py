@@ -1,5 +1,11 @@
 """The MoE layer on one rank, in float64, against a token-by-token transcription: output and every gradient."""
 
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -245,3 +251,44 @@ def test_bfloat16_layer_stays_close_to_float64(dispatcher):
         results[dtype] = [y.detach().double(), x.grad.double(), *(p.grad.double() for p in layer.parameters())]
     for got, exact in zip(results[torch.bfloat16], results[torch.float64], strict=True):
         assert ((got - exact).norm() / exact.norm()).item() < 0.01
+
+
+def inherited_of_megatron(layer: MoELayer) -> dict[str, Callable[..., Any]]:
+    """Every method that a layer has from a class of Megatron's, private ones too."""
+    found: dict[str, Callable[..., Any]] = {}
+    for cls in type(layer).__mro__:
+        if cls.__module__.startswith("megatron."):
+            methods = {name: fn for name, fn in vars(cls).items() if inspect.isfunction(fn) and name != "__init__"}
+            found |= {name: fn for name, fn in methods.items() if getattr(type(layer), name) is fn}
+    return found
+
+
+def attributes_read(method: Callable[..., Any]) -> set[str]:
+    """Names that ``method`` reads of ``self``, but not those that it sets itself or asks for with ``hasattr``."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+    of_self = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self"]
+    asked = {
+        call.args[1].value
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "hasattr" and isinstance(call.args[1], ast.Constant)
+    }
+    stored = {node.attr for node in of_self if isinstance(node.ctx, ast.Store)}
+    return {node.attr for node in of_self} - stored - asked
+
+
+def test_no_inherited_method_works_on_what_the_layer_has_not() -> None:
+    """``MoELayer.__init__`` is not run, so what it would make is not there. A method that a later Megatron adds, or that
+    begins to read something else, is found here.
+    """
+    layer = build_layer(settings(), weights())
+    inherited = inherited_of_megatron(layer)
+    assert set(inherited) >= {"sharded_state_dict", "set_is_first_microbatch"}, "nothing was looked at"
+    for method in inherited.values():
+        missing = {attribute for attribute in attributes_read(method) if not hasattr(layer, attribute)}
+        assert not missing, f"{method.__qualname__} reads {missing}: override it, or refuse it in _MEGATRONS_OWN"
+    own = {name for name, value in vars(MoELayer).items() if inspect.isfunction(value) and name != "__init__"}
+    ours = {"forward", "set_layer_number"}
+    assert not own & set(inherited), "a step of Megatron's forward is inherited"
+    for name in own - ours:
+        with pytest.raises(NotImplementedError, match=rf"MoELayer\.{name} was called: .*model\.megatron"):
+            getattr(layer, name)()

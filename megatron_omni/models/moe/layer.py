@@ -2,13 +2,14 @@
 
 A Megatron ``MoELayer`` by type, because ``TransformerLayer`` asks for one, but not by construction: router,
 dispatchers and experts are ours (Megatron's assume a fixed number of experts per token, one dense shared expert and
-no null slots). Megatron's layer signature carries no token facts, so routing reads them from
-``current_token_context()``; its
+no null slots). What it would inherit of ``MoELayer`` works on those of Megatron, and is refused (``_MEGATRONS_OWN``).
+Megatron's layer signature carries no token facts, so routing reads them from ``current_token_context()``; its
 ``padding_mask`` argument is not used, the context has its own.
 
 Shapes: hidden states [S / TP, B, H], flattened to [T, H].
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,13 @@ from megatron_omni.models.moe.kernels import load_kernels
 from megatron_omni.models.moe.router import OmniRouter
 from megatron_omni.ops.gradient_estimator import row_gradient_factor
 from megatron_omni.platform.device import device
+
+_MEGATRONS_OWN = (
+    "route", "preprocess", "dispatch", "routed_experts_compute", "shared_experts_compute", "combine", "postprocess",
+    "router_and_preprocess", "backward_dw", "setup_delayed_wgrad_for_dispatch_backward_overlap",
+    "set_for_recompute_pre_mlp_layernorm", "_setup_inference_mode",
+)  # fmt: skip
+"""Methods of ``MoELayer`` that are steps of its forward, or settings of parts that are not here."""
 
 
 class OmniMoELayer(MoELayer):
@@ -167,3 +175,17 @@ class OmniMoELayer(MoELayer):
         """Global layer number, called by Megatron's layer after construction."""
         self.layer_number = layer_number
         self.router.set_layer_number(layer_number)
+
+
+def _refused(name: str) -> Callable[..., None]:
+    def method(self: OmniMoELayer, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            f"MoELayer.{name} was called: it works on Megatron's own router, dispatcher and experts, which this layer has "
+            "not; take out the entry of model.megatron that asks for it"
+        )
+
+    return method
+
+
+for _name in _MEGATRONS_OWN:
+    setattr(OmniMoELayer, _name, _refused(_name))
