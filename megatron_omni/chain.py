@@ -24,10 +24,11 @@ from typing import Literal, NamedTuple
 
 from megatron_omni.checkpoint import commit
 from megatron_omni.checkpoint.meaning import check_handover
-from megatron_omni.checkpoint.run_dir import ENDED_MARKER, RESOLVED
+from megatron_omni.checkpoint.run_dir import RESOLVED
 from megatron_omni.checkpoint.tokenizer_files import find_tokenizer
 from megatron_omni.config.load import load_config, load_recipe, read_mapping
 from megatron_omni.config.model import UPCYCLED_SHAPE, ModelConfig, MoEConfig
+from megatron_omni.config.outcome import ENDED_MARKER
 from megatron_omni.config.ranges import file_path, number, out_of_range
 from megatron_omni.config.run import Recipe
 from megatron_omni.config.validate import fewest_ranks, validate

@@ -12,16 +12,13 @@ from pathlib import Path
 
 from megatron_omni.checkpoint import commit
 from megatron_omni.config.load import recipe_to_yaml
+from megatron_omni.config.outcome import ENDED_MARKER, STOP_MARKER
 from megatron_omni.config.run import Recipe
 
 METRICS, TENSORBOARD, INCIDENTS, GOODPUT, PROFILE, WANDB, WANDB_ID = (
     "metrics.jsonl", "tensorboard", "incidents.jsonl", "goodput.jsonl", "profile", "wandb", "wandb_id",
 )  # fmt: skip
 RESOLVED = "resolved.yaml"
-STOP_MARKER = "requeue"
-"""Stopped on a signal, the checkpoint is whole: start me again."""
-ENDED_MARKER = "data_ended"
-"""Holds the step after which the data ended, before ``train_iters``."""
 NCCL_TRACES = "nccl_trace_rank_*"
 """What a rank exchanged before a collective timed out (examples/slurm/launch.sh)."""
 UPCYCLED = "upcycled"

@@ -19,12 +19,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
+from megatron_omni.config.outcome import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_REQUEUE, STOP_MARKER
+
 if TYPE_CHECKING:
     from megatron_omni.chain import Chain, Stage
-
-EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_REQUEUE = 1, 2, 75
-STOP_MARKER = "requeue"
-"""As training/loop.py leaves it in a run directory."""
 
 
 def main(arguments: list[str] | None = None) -> int:

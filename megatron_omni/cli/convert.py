@@ -18,11 +18,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from megatron_omni.config.outcome import EXIT_BAD_INPUT, EXIT_FAILURE
+
 if TYPE_CHECKING:
     from megatron_omni.checkpoint.families import OpenedSources
     from megatron_omni.checkpoint.layout import Layout
 
-EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_INTERRUPTED = 130
 FAMILIES = ("qwen2", "siglip", "whisper", "projectors", "uni_moe")
 
 

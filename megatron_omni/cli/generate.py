@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_omni.cli.starting import say_starting
+from megatron_omni.config.outcome import EXIT_BAD_INPUT
 
-EXIT_BAD_INPUT = 2
 MEDIA_KINDS = ("image", "audio", "video")
 OVERRIDES = (
     "parallel.tensor_model_parallel_size",

@@ -7,6 +7,8 @@ is the same, which is what torchrun needs.
 import importlib
 import sys
 
+from megatron_omni.config.outcome import EXIT_BAD_INPUT
+
 COMMANDS = {
     "train": "train a model from a recipe (several processes: torchrun -m megatron_omni.cli.train)",
     "chain": "run the stages of a chain of recipes in order",
@@ -18,7 +20,6 @@ COMMANDS = {
     "plan": "memory and time of a layout on so many GPUs",
     "doctor": "check that this machine is fit for training",
 }
-EXIT_BAD_INPUT = 2
 
 
 def usage() -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_omni.config.load import load_recipe
+from megatron_omni.config.outcome import EXIT_BAD_INPUT
 from megatron_omni.config.validate import validate
 from megatron_omni.estimate.hardware import GPUS, STATED, with_measured_experts
 from megatron_omni.estimate.plan import (
@@ -29,7 +30,7 @@ from megatron_omni.estimate.plan import (
     make_plan,
 )
 
-EXIT_DOES_NOT_FIT, EXIT_BAD_INPUT = 1, 2
+EXIT_DOES_NOT_FIT = 1
 PACKED_FILL = 0.97
 SHOWN = 4
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_omni.cli.starting import say_starting
+from megatron_omni.config.outcome import EXIT_BAD_INPUT
 
 if TYPE_CHECKING:
     from megatron_omni.config.run import Recipe
     from megatron_omni.data.preflight import EncoderRows
     from megatron_omni.data.sample import Sample
 
-EXIT_PROBLEMS, EXIT_BAD_INPUT = 1, 2
+EXIT_PROBLEMS = 1
 
 
 def parser() -> argparse.ArgumentParser:

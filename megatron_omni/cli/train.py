@@ -16,12 +16,11 @@ import warnings
 from typing import TYPE_CHECKING
 
 from megatron_omni.cli.starting import say_starting
+from megatron_omni.config.outcome import EXIT_BAD_INPUT
 from megatron_omni.platform.environment import set_cuda_defaults
 
 if TYPE_CHECKING:
     from megatron_omni.config.run import Recipe
-
-EXIT_BAD_INPUT = 2
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -101,7 +101,9 @@ def spec_provider() -> BackendSpecProvider:
     if accelerator_present() and HAVE_TE:
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
-        logger.info("backends: linear=transformer_engine norm=transformer_engine attention=torch_sdpa")
+        logger.info(
+            "backends: linear=transformer_engine norm=transformer_engine attention=torch_sdpa adam=%s", adam.name()
+        )
         return TESpecProvider()
     logger.info("backends: linear=megatron_local norm=own attention=torch_sdpa adam=%s", adam.name())
     return LocalSpecProvider()

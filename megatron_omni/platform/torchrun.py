@@ -20,10 +20,10 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from megatron_omni.config.outcome import EXIT_REQUEUE
 from megatron_omni.platform.environment import set_cuda_defaults
 
 STOP_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-REQUEUE = 75
 
 
 def main(words: Sequence[str]) -> int:
@@ -37,9 +37,9 @@ def main(words: Sequence[str]) -> int:
     except ChildFailedError as error:
         # torchrun ends the others when the first has left.
         codes = {failure.exitcode for failure in error.failures.values()}
-        if REQUEUE not in codes or codes - {REQUEUE, -signal.SIGTERM}:
+        if EXIT_REQUEUE not in codes or codes - {EXIT_REQUEUE, -signal.SIGTERM}:
             raise
-        return REQUEUE
+        return EXIT_REQUEUE
     return 0
 
 

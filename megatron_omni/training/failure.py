@@ -17,12 +17,11 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from megatron_omni.checkpoint.commit import CheckpointError
+from megatron_omni.config.outcome import EXIT_BAD_INPUT, EXIT_FAILURE
 from megatron_omni.parallel.sharing import ReaderFailed
 from megatron_omni.training import watch
 
 PACKAGE = Path(__file__).resolve().parents[1]
-EXIT_FAILURE = 1
-EXIT_BAD_INPUT = 2
 
 
 def report_failure(error: BaseException) -> int:

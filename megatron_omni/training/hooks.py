@@ -21,7 +21,6 @@ import torch
 from megatron_omni.config.run import Recipe
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-EXIT_REQUEUE = 75
 SAME_SIGNAL_SECONDS = 5.0
 
 

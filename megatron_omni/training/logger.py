@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_omni.checkpoint.ledger import converted_directory, recorded_loss
-from megatron_omni.checkpoint.run_dir import ENDED_MARKER, STOP_MARKER
+from megatron_omni.config.outcome import ENDED_MARKER, STOP_MARKER
 from megatron_omni.models.moe.balance import reduce_stats, routing_metrics
 from megatron_omni.models.moe.context import RoutingStats
 from megatron_omni.models.parts import parameter_table

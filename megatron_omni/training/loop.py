@@ -24,6 +24,7 @@ from torch import Tensor
 from megatron_omni.batch import OmniBatch
 from megatron_omni.checkpoint.memory import SaveMemory
 from megatron_omni.checkpoint.saving import PendingSave
+from megatron_omni.config.outcome import EXIT_REQUEUE
 from megatron_omni.data.loader import StepLoader
 from megatron_omni.data.mixture import DataEnded
 from megatron_omni.models.moe.balance import aux_loss_coefficient
@@ -33,7 +34,7 @@ from megatron_omni.parallel.sharing import ReaderFailed, StepData, share_step, s
 from megatron_omni.parallel.wrap import gather_weights
 from megatron_omni.platform.device import synchronize
 from megatron_omni.platform.ranges import named
-from megatron_omni.training.hooks import EXIT_REQUEUE, PartTimer, StopSignals, eval_due, evaluation_mode, save_due
+from megatron_omni.training.hooks import PartTimer, StopSignals, eval_due, evaluation_mode, save_due
 from megatron_omni.training.logger import RunLogger, sum_reports
 from megatron_omni.training.optimizer import update
 from megatron_omni.training.setup import Run, begin_save

@@ -28,6 +28,7 @@ from megatron_omni.checkpoint.run_dir import take
 from megatron_omni.checkpoint.torch_dist import TorchDistReader
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.load import load_recipe, recipe_to_dict
+from megatron_omni.config.outcome import EXIT_REQUEUE
 from megatron_omni.config.parallel import ParallelConfig
 from megatron_omni.config.run import Recipe
 from megatron_omni.config.validate import validate
@@ -37,7 +38,6 @@ from megatron_omni.generation.load import open_checkpoint
 from megatron_omni.generation.sampling import Sampling
 from megatron_omni.parallel.wrap import unwrap_model
 from megatron_omni.tasks.supervised import SupervisedTask
-from megatron_omni.training.hooks import EXIT_REQUEUE
 from megatron_omni.training.loop import train
 from megatron_omni.training.setup import Run, save, setup
 from tests.distributed.harness import Rank, RankFailure, run_ranks
