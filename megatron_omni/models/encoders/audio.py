@@ -24,11 +24,9 @@ from megatron_omni.config.model import AudioConfig
 from megatron_omni.models.encoders.replay import run_layer
 from megatron_omni.models.encoders.weights import (
     GeneratorFor,
-    LoadReport,
     draw_normal,
     draw_weights,
     is_trainable,
-    load_named,
 )
 
 FRAMES_PER_SECOND = 50
@@ -170,18 +168,3 @@ class AudioEncoder(nn.Module):
         for layer in (*self.tower.layers, *self.qformer.layers):
             for branch in (layer.self_attn.out_proj, layer.fc2):
                 branch.weight.mul_(ALIGNED_BRANCH_GAIN)
-
-    def load_whisper(self, state: dict[str, Tensor]) -> LoadReport:
-        """Tower and Q-former weights from a ``WhisperModel`` or ``WhisperForConditionalGeneration`` state dict.
-
-        Queries and projector stay as they are: Whisper has none. Carried: the decoder's token table.
-        """
-        targets = {f"encoder.{name}": p for name, p in self.tower.named_parameters()}
-        targets |= {f"decoder.{name}": p for name, p in self.qformer.named_parameters() if name != "query_tokens"}
-        return load_named(
-            targets,
-            state,
-            rename=lambda key: key.removeprefix("model."),
-            is_carried=lambda name: name == "decoder.embed_tokens.weight",
-            is_foreign=lambda name: name == "proj_out.weight",  # tied to the token table
-        )

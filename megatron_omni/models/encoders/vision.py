@@ -21,11 +21,9 @@ from megatron_omni.config.model import VisionConfig
 from megatron_omni.models.encoders.replay import run_layer
 from megatron_omni.models.encoders.weights import (
     GeneratorFor,
-    LoadReport,
     draw_normal,
     draw_weights,
     is_trainable,
-    load_named,
 )
 
 
@@ -128,24 +126,3 @@ class VisionEncoder(nn.Module):
                     kernel.mul_(stem.GAIN)  # biases are zero
         name = "tower.embeddings.position_embedding.weight"
         draw_normal(self.get_parameter(name), self.config.hidden_size**-0.5, generator_for(prefix + name))
-
-    def load_siglip(self, state: dict[str, Tensor]) -> LoadReport:
-        """Tower weights from a ``SiglipVisionModel`` or ``SiglipModel`` state dict; the projector stays as it is.
-
-        Carried: layers beyond the kept ones, post-layernorm and pooling head.
-        """
-        kept = self.config.num_layers
-
-        def is_carried(name: str) -> bool:
-            if name.startswith(("post_layernorm.", "head.")):
-                return True
-            part = name.split(".")
-            return part[:2] == ["encoder", "layers"] and int(part[2]) >= kept
-
-        return load_named(
-            dict(self.tower.named_parameters()),
-            state,
-            rename=lambda key: key.removeprefix("vision_model."),
-            is_carried=is_carried,
-            is_foreign=lambda name: name.startswith("text_model.") or name in ("logit_scale", "logit_bias"),
-        )

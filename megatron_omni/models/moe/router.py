@@ -37,30 +37,6 @@ class RouterOutput(NamedTuple):
     """Selected slots of this rank before capacity removed some; None without capacity."""
 
 
-def check_moe_config(moe: MoEConfig) -> None:
-    """Refuse settings that contradict each other or have no effect."""
-    slots = moe.num_routed_experts + moe.num_null_experts
-    if moe.num_routed_experts < 1:
-        raise ValueError(
-            f"moe.num_routed_experts = {moe.num_routed_experts}: needs at least 1 (moe: null is a dense model)"
-        )
-    if not 0.0 < moe.top_p <= 1.0:
-        raise ValueError(f"moe.top_p = {moe.top_p}: must lie in (0, 1]; for a fixed count set moe.top_k")
-    if moe.top_k is not None and not 1 <= moe.top_k <= slots:
-        raise ValueError(f"moe.top_k = {moe.top_k}: must lie in 1..{slots} (routed + null), or null for Top-P")
-    if moe.max_routed is not None and moe.max_routed < 1:
-        raise ValueError(f"moe.max_routed = {moe.max_routed}: must be at least 1, or null for no cap")
-    if moe.capacity_factor is not None and moe.capacity_factor <= 0:
-        raise ValueError(f"moe.capacity_factor = {moe.capacity_factor}: must be positive, or null for dropless")
-    if not 0.0 <= moe.input_jitter < 1.0:
-        raise ValueError(f"moe.input_jitter = {moe.input_jitter}: must lie in [0, 1)")
-    if moe.routing_weight_mode == "release" and moe.gradient_estimator == "paper":
-        raise ValueError(
-            "moe.gradient_estimator = paper with moe.routing_weight_mode = release: the published code has its own "
-            "estimator; set moe.gradient_estimator to grin or none"
-        )
-
-
 class OmniRouter(torch.nn.Module):
     """Gate weight and routing decision of one layer."""
 
@@ -77,7 +53,6 @@ class OmniRouter(torch.nn.Module):
         topp_route: Callable[..., Routing] = topp_route,
     ) -> None:
         super().__init__()
-        check_moe_config(moe)
         self.topp_route = topp_route
         self.moe = moe
         self.layer_number = 0
