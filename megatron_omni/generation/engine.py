@@ -34,7 +34,7 @@ from megatron_omni.data.tokenizer import Tokenizer
 from megatron_omni.generation.sampling import GREEDY, INVALID_TOKEN, Sampling, next_tokens
 from megatron_omni.models.attention import KVCache, kv_cache
 from megatron_omni.models.omni import OmniModel
-from megatron_omni.parallel.groups import layout
+from megatron_omni.parallel.groups import place_in
 from megatron_omni.platform.device import device
 
 
@@ -125,7 +125,7 @@ def _forward(
     omni: OmniModel, batch: OmniBatch, cache: KVCache, pg: ProcessGroupCollection, *, last: Tensor
 ) -> Tensor | None:
     """This stage's part of one forward: logits [B, V] float32 at positions ``last`` [B], None before the last stage."""
-    where = layout(pg)
+    where = place_in(pg)
     rows, length = batch.input_ids.shape
     if not where.is_first_stage:
         batch = replace(batch, pixel_values=None, audio_features=None)

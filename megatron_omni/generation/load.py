@@ -19,7 +19,7 @@ from megatron_omni.config.validate import data_parallel_size, validate
 from megatron_omni.data.sample import SampleBuilder
 from megatron_omni.models.build import build_model
 from megatron_omni.models.omni import OmniModel
-from megatron_omni.parallel.groups import initialize, layout
+from megatron_omni.parallel.groups import initialize, place_in
 from megatron_omni.platform.seeds import seed_everything
 
 
@@ -36,7 +36,7 @@ class Checkpoint:
 
     def load_model(self) -> OmniModel:
         """This rank's part of the model with the trained weights; all ranks call this together."""
-        place = layout(self.pg)
+        place = place_in(self.pg)
         seed_everything(
             self.recipe.seed, tp_rank=place.tp_rank, ep_rank=place.ep_rank, expert_tp_rank=place.expert_tp_rank
         )

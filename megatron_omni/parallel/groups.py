@@ -19,7 +19,7 @@ from megatron_omni.platform.device import backend, select_device
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class Place:
     """This rank's place in every group."""
 
     tp_rank: int
@@ -109,9 +109,9 @@ def destroy() -> None:
         dist.destroy_process_group()
 
 
-def layout(pg: ProcessGroupCollection) -> Layout:
+def place_in(pg: ProcessGroupCollection) -> Place:
     """This rank's place in the groups of ``pg``."""
-    return Layout(
+    return Place(
         tp_rank=pg.tp.rank(),
         tp_size=pg.tp.size(),
         pp_rank=pg.pp.rank(),

@@ -46,7 +46,7 @@ def sum_reports(run: Run, table: torch.Tensor) -> torch.Tensor:
     table = table.to(run.device, torch.float64)
     if dist.get_world_size() == 1:
         return table
-    contributes = run.layout.is_last_stage and run.layout.tp_rank == 0
+    contributes = run.place.is_last_stage and run.place.tp_rank == 0
     table = table.clone() if contributes else torch.zeros_like(table)
     dist.all_reduce(table)
     return table
@@ -359,7 +359,7 @@ def describe_data(run: Run) -> str:
 
 def describe(run: Run) -> list[str]:
     """What is about to run, as this rank sees it."""
-    place, data, state = run.layout, run.recipe.data, run.state
+    place, data, state = run.place, run.recipe.data, run.state
     table = parameter_table(run.model)
     trained = ", ".join(f"{part} {count:,}" for part, (_, count) in table.items() if count)
     frozen = ", ".join(f"{part} {total - count:,}" for part, (total, count) in table.items() if total > count)

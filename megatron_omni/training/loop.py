@@ -280,7 +280,7 @@ def aux_loss_scale(run: Run, step: int) -> float:
     if moe is None:
         return 0.0
     coefficient = aux_loss_coefficient(moe, step=step)
-    return coefficient / (run.recipe.model.num_layers * run.num_micro_batches * run.layout.dp_size)
+    return coefficient / (run.recipe.model.num_layers * run.num_micro_batches * run.place.dp_size)
 
 
 def evaluate(run: Run, *, moved: Callable[[], None] = lambda: None) -> dict[str, float]:

@@ -34,7 +34,7 @@ from megatron_omni.data.tokenizer import NEW_SPECIALS, load_tokenizer
 from megatron_omni.models.build import build_model
 from megatron_omni.models.omni import OmniModel
 from megatron_omni.models.parts import apply_freeze, train_adapters_only
-from megatron_omni.parallel.groups import Layout, initialize, layout
+from megatron_omni.parallel.groups import Place, initialize, place_in
 from megatron_omni.parallel.sharing import gathered, sum_over_ranks
 from megatron_omni.parallel.wrap import gather_weights, unwrap_model, wrap_model
 from megatron_omni.platform.determinism import make_deterministic
@@ -59,7 +59,7 @@ class Run:
     recipe: Recipe
     task: Task
     pg: ProcessGroupCollection
-    layout: Layout
+    place: Place
     device: torch.device
     model: DistributedDataParallel
     optimizer: ChainedOptimizer
@@ -75,7 +75,7 @@ class Run:
     def num_micro_batches(self) -> int:
         """Micro-batches of this replica in a step."""
         data = self.recipe.data
-        return data.global_batch_size // (data.micro_batch_size * self.layout.dp_size)
+        return data.global_batch_size // (data.micro_batch_size * self.place.dp_size)
 
     @property
     def checkpoints(self) -> Path:
@@ -92,7 +92,7 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
         make_deterministic()
     check_snapshot(recipe.log)
     pg = pg if pg is not None else initialize(recipe.parallel)
-    place = layout(pg)
+    place = place_in(pg)
     seed_everything(recipe.seed, tp_rank=place.tp_rank, ep_rank=place.ep_rank, expert_tp_rank=place.expert_tp_rank)
     directory, origin = _resume_from(recipe), "random"
     model = build_model(recipe, pg, drawn=directory is None and recipe.init_from is None)
@@ -106,7 +106,7 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
         recipe=recipe,
         task=task,
         pg=pg,
-        layout=place,
+        place=place,
         device=device(),
         model=wrapped,
         optimizer=optimizer,
@@ -228,7 +228,7 @@ def _check_same_run(now: Recipe, then: Recipe, directory: Path) -> None:
 
 
 def _loader(
-    recipe: Recipe, place: Layout, pg: ProcessGroupCollection, sources: list[SourceConfig] | None = None
+    recipe: Recipe, place: Place, pg: ProcessGroupCollection, sources: list[SourceConfig] | None = None
 ) -> StepLoader | None:
     if not place.is_data_reader:
         return None

@@ -93,7 +93,7 @@ def leave_out_one_rank(run: Run) -> None:
     reduce = run.model.finish_grad_sync
 
     def reduce_without(*args: Any, **kwargs: Any) -> None:
-        if run.layout.dp_rank == 1:
+        if run.place.dp_rank == 1:
             for buffer in run.model.buffers + run.model.expert_parallel_buffers:
                 buffer.grad_data.zero_()
         reduce(*args, **kwargs)

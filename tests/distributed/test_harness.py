@@ -9,11 +9,11 @@ from megatron_omni.parallel import groups
 from tests.distributed.harness import Rank, RankFailure, run_ranks
 
 
-def _sum_over_tensor_group(rank: Rank) -> tuple[groups.Layout, float]:
+def _sum_over_tensor_group(rank: Rank) -> tuple[groups.Place, float]:
     pg = rank.initialize(ParallelConfig(tensor_model_parallel_size=2))
     value = torch.tensor(float(rank.index))
     dist.all_reduce(value, group=pg.tp)
-    return groups.layout(pg), value.item()
+    return groups.place_in(pg), value.item()
 
 
 def _second_rank_fails(rank: Rank) -> None:

@@ -72,7 +72,7 @@ def _forward_step(batch, model, *, num_labels, step):
 def _train(rank: Rank | None, recipe: Recipe, steps: int = STEPS) -> tuple[list[float], list[float]]:
     """Loss and gradient norm of each step, over all micro-batches of all ranks."""
     pg = groups.initialize(recipe.parallel) if rank is None else rank.initialize(recipe.parallel)
-    layout = groups.layout(pg)
+    layout = groups.place_in(pg)
     model = wrap_model(build_language_model(recipe, pg), recipe, pg)
     config = OptimizerConfig(
         optimizer="adam", lr=0.01, weight_decay=0.01, clip_grad=1.0, bf16=recipe.optim.precision == "bf16",

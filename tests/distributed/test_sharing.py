@@ -7,7 +7,7 @@ import torch
 
 from megatron_omni.batch import OmniBatch
 from megatron_omni.config.parallel import ParallelConfig
-from megatron_omni.parallel.groups import layout
+from megatron_omni.parallel.groups import place_in
 from megatron_omni.parallel.sharing import INTEGERS, share_step, sum_over_ranks
 from tests.distributed.harness import Rank, run_ranks
 
@@ -34,7 +34,7 @@ def equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 def shared(rank: Rank, tensor: int, pipeline: int) -> bool:
     pg = rank.initialize(ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline))
-    place = layout(pg)
+    place = place_in(pg)
     for step in range(2):
         expected = step_of(10 * step + place.dp_rank)
         precision = (torch.float32, torch.bfloat16)[step]

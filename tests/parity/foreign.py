@@ -85,7 +85,7 @@ def computed(
     recipe = load_recipe(Path(directory) / "run_config.yaml")
     recipe.parallel = ParallelConfig(**sizes)
     pg = groups.initialize(recipe.parallel) if rank is None else rank.initialize(recipe.parallel)
-    layout = groups.layout(pg)
+    layout = groups.place_in(pg)
     model = build_model(recipe, pg)
     load_weights(Path(directory), model=model, pg=pg)
     model.eval()

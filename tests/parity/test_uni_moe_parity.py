@@ -64,7 +64,7 @@ def logits_of(rank: Rank, directory: str, sizes: dict[str, int], batch: str) -> 
         return logits, lambda logits: (logits.sum(), logits)
 
     reports = run_step(forward, [batch_of(batch)], model, pg=pg, recipe=recipe, forward_only=True)
-    return reports[0].numpy() if groups.layout(pg).is_last_stage else None
+    return reports[0].numpy() if groups.place_in(pg).is_last_stage else None
 
 
 @cache
