@@ -27,6 +27,7 @@ from torch import Tensor
 from benchmarks.moe_problem import NUM_NULL, TOP_P, Problem
 from megatron_omni.models.moe.kernels import load_kernels, swiglu, te_grouped_gemm, torch_grouped_gemm
 from megatron_omni.ops.grouped_gemm import grouped_gemm
+from megatron_omni.ops.topp_route import RoutingRule
 
 
 class Unavailable(Exception):
@@ -110,10 +111,9 @@ def package(name: str, problem: Problem) -> Any:
 
 def _choice_route(name: str) -> Contender:
     def prepare(problem: Problem) -> Prepared:
-        route, experts = choice(name).topp_route, problem.shape.experts
-        return prepare_leaves(
-            lambda z: route(z, num_routed=experts, num_null=NUM_NULL, top_p=TOP_P).weights, z=problem.logits
-        )
+        route = choice(name).topp_route
+        rule = RoutingRule(num_routed=problem.shape.experts, num_null=NUM_NULL, top_p=TOP_P)
+        return prepare_leaves(lambda z: route(z, rule).weights, z=problem.logits)
 
     return prepare
 

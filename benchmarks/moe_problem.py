@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.moe_shapes import Shape
 from megatron_omni.ops.permute import Permutation, build_permutation_reference
-from megatron_omni.ops.topp_route import topp_route_reference
+from megatron_omni.ops.topp_route import RoutingRule, topp_route_reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -123,7 +123,8 @@ def _gradients(y: Tensor, grad: Tensor, leaves: dict[str, Tensor]) -> Results:
 def reference_topp_route(problem: Problem) -> Results:
     """Weights of Top-P routing in float64."""
     z = problem.logits.double().requires_grad_()
-    routing = topp_route_reference(z, num_routed=problem.shape.experts, num_null=NUM_NULL, top_p=TOP_P)
+    rule = RoutingRule(num_routed=problem.shape.experts, num_null=NUM_NULL, top_p=TOP_P)
+    routing = topp_route_reference(z, rule)
     return _gradients(routing.weights, problem.grad_weights.double(), {"z": z})
 
 

@@ -25,6 +25,7 @@ tokens, E columns.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -38,6 +39,28 @@ RoutingWeightMode = Literal["masked_softmax", "release"]
 _RELEASE_NORM_EPS = 1e-6
 _RELEASE_SCALE_LOW, _RELEASE_SCALE_RANGE = 0.3333, 0.6667
 """s = 0.3333 + 0.6667 c in the published code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingRule:
+    """How slots are chosen and weighted, the same for every token; in a recipe, fields of ``model.moe``."""
+
+    num_routed: int
+    num_null: int
+    top_p: float
+    top_k: int | None = None
+    """Slots of every token, in place of ``top_p``."""
+    max_routed: int | None = None
+    """Real experts that a token takes at most."""
+    mode: RoutingWeightMode = "masked_softmax"
+    estimator: Estimator = "none"
+    release_eps: float = 0.01
+    """Logits that differ by less than twice this share of the larger are near ties (``release`` alone)."""
+
+    @property
+    def num_slots(self) -> int:
+        """E_d."""
+        return self.num_routed + self.num_null
 
 
 class Selection(NamedTuple):
@@ -105,25 +128,18 @@ def _cap_real(mask: Tensor, draw_rank: Tensor, *, num_routed: int, max_routed: i
 
 @torch.no_grad()
 def select_slots(
-    z: Tensor,
-    *,
-    num_routed: int,
-    top_p: float,
-    top_k: int | None = None,
-    gumbel: Tensor | None = None,
-    max_routed: int | None = None,
-    padding: Tensor | None = None,
+    z: Tensor, rule: RoutingRule, *, gumbel: Tensor | None = None, padding: Tensor | None = None
 ) -> Selection:
     """Selected dynamic slots for dynamic logits z [T, E_d]; ``gumbel`` [T, E_d] noise makes it a draw."""
     order = torch.sort(z if gumbel is None else z + gumbel, dim=1, descending=True, stable=True).indices
     draw_rank = _inverse_permutation(order)
-    top_k = fixed_count(z.shape[1], top_p=top_p, top_k=top_k)
+    top_k = fixed_count(z.shape[1], top_p=rule.top_p, top_k=rule.top_k)
     if top_k is None:
-        mask = draw_rank < top_p_count(torch.softmax(z, dim=1).gather(1, order), top_p).unsqueeze(1)
+        mask = draw_rank < top_p_count(torch.softmax(z, dim=1).gather(1, order), rule.top_p).unsqueeze(1)
     else:
         mask = draw_rank < top_k
-    if max_routed is not None and max_routed < num_routed:
-        mask = _cap_real(mask, draw_rank, num_routed=num_routed, max_routed=max_routed)
+    if rule.max_routed is not None and rule.max_routed < rule.num_routed:
+        mask = _cap_real(mask, draw_rank, num_routed=rule.num_routed, max_routed=rule.max_routed)
     if padding is not None:
         mask = mask & ~padding.unsqueeze(1)
     return Selection(mask=mask, draw_rank=draw_rank)
@@ -131,14 +147,10 @@ def select_slots(
 
 def release_select(
     z: Tensor,
+    rule: RoutingRule,
     *,
-    num_routed: int,
-    top_p: float,
-    eps: float,
-    top_k: int | None = None,
     gumbel: Tensor | None = None,
     bernoulli: Tensor | None = None,
-    max_routed: int | None = None,
     padding: Tensor | None = None,
 ) -> Selection:
     """Published code, count by sorted Top-P, identity slot by slot among near ties.
@@ -148,9 +160,9 @@ def release_select(
     """
     num_tokens, num_slots = z.shape
     detached = z.detach()
-    top_k = fixed_count(num_slots, top_p=top_p, top_k=top_k)
+    top_k = fixed_count(num_slots, top_p=rule.top_p, top_k=rule.top_k)
     if top_k is None:
-        count = top_p_count(torch.softmax(detached, dim=1).sort(dim=1, descending=True).values, top_p)
+        count = top_p_count(torch.softmax(detached, dim=1).sort(dim=1, descending=True).values, rule.top_p)
     else:
         count = torch.full((num_tokens,), top_k, dtype=torch.int64, device=z.device)
     taken = torch.zeros_like(z, dtype=torch.bool)
@@ -162,7 +174,7 @@ def release_select(
         left = detached.masked_fill(taken, -math.inf)
         z_max = left.max(dim=1, keepdim=True).values
         # 0/0 is NaN and compares False: equal logits of 0 stay in.
-        far = (z_max - detached) / torch.maximum(detached.abs(), z_max.abs()) > 2 * eps
+        far = (z_max - detached) / torch.maximum(detached.abs(), z_max.abs()) > 2 * rule.release_eps
         out = taken | far
         candidates = left.masked_fill(far, -math.inf)
         drawn = (candidates if gumbel is None else candidates + gumbel[:, j]).argmax(dim=1, keepdim=True)
@@ -173,9 +185,9 @@ def release_select(
             c = (drawn == candidates.argmax(dim=1, keepdim=True)) | (bernoulli.gather(1, drawn) > 0.75)
             value = scale_forward(value, _RELEASE_SCALE_LOW + _RELEASE_SCALE_RANGE * c.to(z.dtype))
         active = count > j
-        if max_routed is not None:
-            is_real = drawn.squeeze(1) < num_routed
-            active = active & ~(is_real & (real_taken >= max_routed))
+        if rule.max_routed is not None:
+            is_real = drawn.squeeze(1) < rule.num_routed
+            active = active & ~(is_real & (real_taken >= rule.max_routed))
             real_taken = real_taken + (active & is_real)
         if padding is not None:
             active = active & ~padding
@@ -248,73 +260,21 @@ def route_selected(
 
 def topp_route_reference(
     z: Tensor,
+    rule: RoutingRule,
     *,
-    num_routed: int,
-    num_null: int,
-    top_p: float,
-    top_k: int | None = None,
-    mode: RoutingWeightMode = "masked_softmax",
-    estimator: Estimator = "none",
     gumbel: Tensor | None = None,
     bernoulli: Tensor | None = None,
-    max_routed: int | None = None,
     padding: Tensor | None = None,
     keep: Tensor | None = None,
-    release_eps: float = 0.01,
 ) -> Routing:
     """:func:`topp_route` in plain torch, any device, any floating dtype."""
-    selection = select(
-        z[:, : num_routed + num_null],
-        num_routed=num_routed,
-        top_p=top_p,
-        top_k=top_k,
-        mode=mode,
-        estimator=estimator,
-        gumbel=gumbel,
-        bernoulli=bernoulli,
-        max_routed=max_routed,
-        padding=padding,
-        release_eps=release_eps,
-    )
-    return route_selected(z, selection, keep=keep, bernoulli=bernoulli, estimator=estimator)
-
-
-def select(
-    z: Tensor,
-    *,
-    num_routed: int,
-    top_p: float,
-    mode: RoutingWeightMode,
-    estimator: Estimator,
-    top_k: int | None,
-    gumbel: Tensor | None,
-    bernoulli: Tensor | None,
-    max_routed: int | None,
-    padding: Tensor | None,
-    release_eps: float,
-) -> Selection:
-    """``select_slots`` or ``release_select`` on the dynamic logits z [T, E_d], by ``mode``."""
-    if mode == "masked_softmax":
-        return select_slots(
-            z,
-            num_routed=num_routed,
-            top_p=top_p,
-            top_k=top_k,
-            gumbel=gumbel,
-            max_routed=max_routed,
-            padding=padding,
-        )
-    return release_select(
-        z,
-        num_routed=num_routed,
-        top_p=top_p,
-        eps=release_eps,
-        top_k=top_k,
-        gumbel=gumbel,
-        bernoulli=bernoulli if estimator == "grin" else None,
-        max_routed=max_routed,
-        padding=padding,
-    )
+    dynamic = z[:, : rule.num_slots]
+    if rule.mode == "masked_softmax":
+        selection = select_slots(dynamic, rule, gumbel=gumbel, padding=padding)
+    else:
+        draws = bernoulli if rule.estimator == "grin" else None
+        selection = release_select(dynamic, rule, gumbel=gumbel, bernoulli=draws, padding=padding)
+    return route_selected(z, selection, keep=keep, bernoulli=bernoulli, estimator=rule.estimator)
 
 
 _topp_route = extension.op("topp_route")
@@ -345,48 +305,29 @@ def _(
 
 def topp_route(
     z: Tensor,
+    rule: RoutingRule,
     *,
-    num_routed: int,
-    num_null: int,
-    top_p: float,
-    top_k: int | None = None,
-    mode: RoutingWeightMode = "masked_softmax",
-    estimator: Estimator = "none",
     gumbel: Tensor | None = None,
     bernoulli: Tensor | None = None,
-    max_routed: int | None = None,
     padding: Tensor | None = None,
     keep: Tensor | None = None,
-    release_eps: float = 0.01,
 ) -> Routing:
     """Routing of gate logits z [T, E] in one call; noise given = training, noise None = deterministic.
 
-    ``keep`` [T, E_d] bool: what capacity leaves; a selected slot that it denies is lost, with its weight. Shapes of the
-    noise: ``gumbel`` [T, E_d] (release: [T, E_d, E_d]), ``bernoulli`` [T, E_d] uniform draws, both taken
-    in z's dtype (float32 or float64). Arguments that do not fit raise ValueError with the argument's name.
+    ``padding`` [T] bool: tokens that select nothing. ``keep`` [T, E_d] bool: what capacity leaves; a selected slot that it
+    denies is lost, with its weight. Shapes of the noise: ``gumbel`` [T, E_d] (release: [T, E_d, E_d]), ``bernoulli``
+    [T, E_d] uniform draws, both taken in z's dtype (float32 or float64). Arguments that do not fit raise ValueError with
+    the argument's name.
     """
-    if mode == "release":
-        return topp_route_reference(
-            z,
-            num_routed=num_routed,
-            num_null=num_null,
-            top_p=top_p,
-            top_k=top_k,
-            mode=mode,
-            estimator=estimator,
-            gumbel=gumbel,
-            bernoulli=bernoulli,
-            max_routed=max_routed,
-            padding=padding,
-            keep=keep,
-            release_eps=release_eps,
-        )
-    top_k = fixed_count(num_routed + num_null, top_p=top_p, top_k=top_k)
+    if rule.mode == "release":
+        return topp_route_reference(z, rule, gumbel=gumbel, bernoulli=bernoulli, padding=padding, keep=keep)
+    top_k = fixed_count(rule.num_slots, top_p=rule.top_p, top_k=rule.top_k)
     if gumbel is not None and gumbel.dtype != z.dtype:
         gumbel = gumbel.to(z.dtype)
     if bernoulli is not None and bernoulli.dtype != z.dtype:
         bernoulli = bernoulli.to(z.dtype)
     weights, shared_weights, mask, scale, k, _ = _topp_route(
-        z, num_routed, num_null, top_p, top_k, estimator, gumbel, bernoulli, max_routed, padding, keep
-    )
+        z, rule.num_routed, rule.num_null, rule.top_p, top_k, rule.estimator,
+        gumbel, bernoulli, rule.max_routed, padding, keep,
+    )  # fmt: skip
     return Routing(mask=mask, weights=weights, shared_weights=shared_weights, scale=scale, k=k)

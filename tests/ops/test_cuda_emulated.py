@@ -176,8 +176,8 @@ def test_topp_route(cuda, estimator, tokens, routed, null, shared, options, nois
     padding = torch.rand(tokens, generator=generator) < 0.2
     keep = torch.rand(tokens, dynamic, generator=generator) < 0.8 if noise else None
     z.requires_grad_()
-    arguments = {"num_routed": routed, "num_null": null, "estimator": estimator, "padding": padding, **options}
-    expected = route.topp_route_reference(z, gumbel=gumbel, bernoulli=bernoulli, keep=keep, **arguments)
+    rule = route.RoutingRule(num_routed=routed, num_null=null, estimator=estimator, **options)
+    expected = route.topp_route_reference(z, rule, gumbel=gumbel, bernoulli=bernoulli, padding=padding, keep=keep)
 
     sizes = [tokens, dynamic, shared, routed, options.get("top_k", 0), options.get("max_routed", -1)]
     sizes = torch.tensor([*sizes, ESTIMATORS.index(estimator)])

@@ -19,7 +19,7 @@ from megatron_omni.ops.permute import (
     unpermute,
     unpermute_reference,
 )
-from megatron_omni.ops.topp_route import topp_route, topp_route_reference
+from megatron_omni.ops.topp_route import RoutingRule, topp_route, topp_route_reference
 from megatron_omni.platform.device import accelerator_present
 
 DEVICE = "cuda"
@@ -113,7 +113,8 @@ def test_topp_route(estimator, routed, null, shared, options):
     def route(function, device):
         leaf = z.to(device, copy=True).requires_grad_()
         extra = {"gumbel": gumbel.to(device), "bernoulli": bernoulli.to(device), "padding": padding.to(device)}
-        out = function(leaf, num_routed=routed, num_null=null, estimator=estimator, **extra, **options)
+        rule = RoutingRule(num_routed=routed, num_null=null, estimator=estimator, **options)
+        out = function(leaf, rule, **extra)
         upstream = torch.arange(out.weights.numel(), dtype=F64, device=device).view_as(out.weights).cos()
         total = (out.weights * upstream).sum() + out.shared_weights.square().sum()
         return out, torch.autograd.grad(total, leaf)[0]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_omni.ops.topp_route import (
+    RoutingRule,
     capacity_keep,
     expert_capacity,
     release_select,
@@ -16,9 +17,11 @@ from megatron_omni.ops.topp_route import (
     topp_route,
     topp_route_reference,
 )
+from tests.ops.routing import routed
 
 ROUTED, NULL, SHARED = 4, 1, 2
 SLOTS = ROUTED + NULL
+RULE = RoutingRule(num_routed=ROUTED, num_null=NULL, top_p=0.7)
 
 
 def softmax(values):
@@ -70,7 +73,7 @@ def uniforms(num_tokens=300, seed=2):
 @pytest.mark.parametrize("ties", [False, True])
 def test_selection_and_weights_token_by_token(sampled, rule, ties):
     z, g = logits(ties=ties), noise() if sampled else None
-    routing = topp_route(z, num_routed=ROUTED, num_null=NULL, gumbel=g, **({"top_p": 0.7} | rule))
+    routing = routed(z, num_routed=ROUTED, num_null=NULL, gumbel=g, **({"top_p": 0.7} | rule))
     for t in range(z.shape[0]):
         token = z[t].tolist()
         selected, _ = select_token(token[:SLOTS], gumbel=g[t].tolist() if sampled else None, **rule)
@@ -87,8 +90,8 @@ def test_selection_and_weights_token_by_token(sampled, rule, ties):
 @pytest.mark.parametrize(("estimator", "probability"), [("paper", 5 / 8), ("grin", 1 / 4)])
 def test_scale_token_by_token(estimator, probability):
     z, g, u = logits(ties=True), noise(), uniforms()
-    plain = topp_route(z, num_routed=ROUTED, num_null=NULL, top_p=0.7, gumbel=g)
-    routing = topp_route(z, num_routed=ROUTED, num_null=NULL, top_p=0.7, gumbel=g, bernoulli=u, estimator=estimator)
+    plain = routed(z, num_routed=ROUTED, num_null=NULL, top_p=0.7, gumbel=g)
+    routing = routed(z, num_routed=ROUTED, num_null=NULL, top_p=0.7, gumbel=g, bernoulli=u, estimator=estimator)
     seen = set()
     for t in range(z.shape[0]):
         selected, delta = select_token(z[t, :SLOTS].tolist(), gumbel=g[t].tolist())
@@ -104,14 +107,14 @@ def test_scale_token_by_token(estimator, probability):
 def test_sorted_selection_never_leaves_the_argmax():
     """Without sampling every slot is the best of what is left: s = 1 whatever B says."""
     u = torch.ones(300, SLOTS, dtype=torch.float64)
-    routing = topp_route(logits(ties=True), num_routed=ROUTED, num_null=NULL, top_p=1.0, bernoulli=u, estimator="paper")
+    routing = routed(logits(ties=True), num_routed=ROUTED, num_null=NULL, top_p=1.0, bernoulli=u, estimator="paper")
     assert bool((routing.scale == 1).all())
 
 
 def test_null_share_is_lost_and_all_null_leaves_the_shared_part():
     z = torch.zeros(1, SLOTS + SHARED, dtype=torch.float64)
     z[0, ROUTED] = 10.0
-    routing = topp_route(z, num_routed=ROUTED, num_null=NULL, top_p=0.7)
+    routing = routed(z, num_routed=ROUTED, num_null=NULL, top_p=0.7)
     assert routing.mask[0].tolist() == [False] * ROUTED + [True]
     expected = math.exp(0) / (math.exp(10) + 2)
     torch.testing.assert_close(routing.shared_weights[0], torch.full((2,), expected, dtype=torch.float64))
@@ -121,7 +124,7 @@ def test_padding_selects_nothing_and_stays_finite():
     padding = torch.arange(300) % 3 == 0
     for shared in (SHARED, 0):
         z = logits()[:, : SLOTS + shared].contiguous().requires_grad_()
-        routing = topp_route(z, num_routed=ROUTED, num_null=NULL, top_p=0.7, padding=padding)
+        routing = routed(z, num_routed=ROUTED, num_null=NULL, top_p=0.7, padding=padding)
         assert not routing.mask[padding].any() and bool((routing.k[~padding] >= 1).all())
         assert bool((routing.weights[padding] == 0).all())
         (routing.weights.square().sum() + routing.shared_weights.square().sum()).backward()
@@ -136,7 +139,7 @@ def test_probability_one_takes_every_slot_in_fp32(mode, route):
     z = 5 * torch.randn(20_000, SLOTS + SHARED, generator=torch.Generator().manual_seed(0))
     in_order = torch.softmax(z[:, :SLOTS], 1).sort(1, descending=True).values
     assert (in_order[:, :-1].sum(1) >= 1).sum() > 1000, "the sums reach 1 early, or this shows nothing"
-    assert bool((route(z, num_routed=ROUTED, num_null=NULL, top_p=1.0, mode=mode).k == SLOTS).all())
+    assert bool((routed(z, by=route, num_routed=ROUTED, num_null=NULL, top_p=1.0, mode=mode).k == SLOTS).all())
 
 
 @pytest.mark.parametrize("mode", ["masked_softmax", "release"])
@@ -144,15 +147,15 @@ def test_probability_one_takes_every_slot_in_fp32(mode, route):
 @pytest.mark.parametrize("top_k", [0, SLOTS + 1])
 def test_a_fixed_count_that_the_slots_cannot_give_is_refused(mode, route, top_k):
     with pytest.raises(ValueError, match=rf"top_k: {top_k} is not in 1\.\.{SLOTS}"):
-        route(logits(), num_routed=ROUTED, num_null=NULL, top_p=0.7, top_k=top_k, mode=mode)
+        routed(logits(), by=route, num_routed=ROUTED, num_null=NULL, top_p=0.7, top_k=top_k, mode=mode)
 
 
 def test_counts_on_iid_gaussian_logits():
     """docs/model.md 2.1: k in 1..4 sorted, mean 2.46; sampled up to 5, mean 2.92 (P = 0.7, five slots)."""
     num = 200_000
     z = torch.randn(num, SLOTS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    by_rank = select_slots(z, num_routed=ROUTED, top_p=0.7).mask.sum(1)
-    drawn = select_slots(z, num_routed=ROUTED, top_p=0.7, gumbel=noise(num)).mask.sum(1)
+    by_rank = select_slots(z, RULE).mask.sum(1)
+    drawn = select_slots(z, RULE, gumbel=noise(num)).mask.sum(1)
     assert (by_rank.min().item(), by_rank.max().item()) == (1, 4)
     assert (drawn.min().item(), drawn.max().item()) == (1, 5)
     assert by_rank.double().mean().item() == pytest.approx(2.46, abs=0.01)
@@ -176,9 +179,7 @@ def test_sampled_selection_has_the_law_of_draws_without_replacement():
 
     extend([], 1.0)
     num = 200_000
-    mask = select_slots(
-        torch.tensor([z], dtype=torch.float64).expand(num, -1), num_routed=ROUTED, top_p=0.7, gumbel=noise(num)
-    ).mask
+    mask = select_slots(torch.tensor([z], dtype=torch.float64).expand(num, -1), RULE, gumbel=noise(num)).mask
     codes = torch.bincount((mask.long() << torch.arange(SLOTS)).sum(1), minlength=1 << SLOTS)
     assert sum(law.values()) == pytest.approx(1.0)
     for code, count in enumerate(codes.tolist()):
@@ -235,7 +236,7 @@ def test_release_mode_token_by_token_with_gradient(stochastic):
     z = near_tied_logits().requires_grad_()
     g = noise(200, slots=SLOTS * SLOTS).view(-1, SLOTS, SLOTS) if stochastic else None
     u = uniforms(200) if stochastic else None
-    routing = topp_route(
+    routing = routed(
         z, num_routed=ROUTED, num_null=NULL, top_p=0.7, mode="release", gumbel=g, bernoulli=u, estimator="grin"
     )
     coefficients = torch.randn(200, SLOTS + SHARED, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
@@ -257,7 +258,7 @@ def test_release_mode_token_by_token_with_gradient(stochastic):
 def test_release_mode_leaves_one_candidate_for_most_tokens():
     """98.3 % of tokens have a single candidate at the first draw (iid Gaussian logits, five slots)."""
     z = torch.randn(100_000, SLOTS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    selection = release_select(z, num_routed=ROUTED, top_p=0.7, eps=0.01)
+    selection = release_select(z, RULE)
     first = selection.multiplier.gather(1, (selection.draw_rank == 0).long().argmax(1, keepdim=True))
     assert (first == 1).double().mean().item() == pytest.approx(0.983, abs=0.002)
 
@@ -265,11 +266,11 @@ def test_release_mode_leaves_one_candidate_for_most_tokens():
 def test_release_mode_near_tied_pair():
     """Two near ties end at 1/3 and 2/3 in evaluation, and scales (1/3, 1) push them to about 1/7 and 6/7."""
     z = torch.tensor([[2.0, 2.0, -9.0, -9.0, -9.0]], dtype=torch.float64)
-    evaluated = topp_route(z, num_routed=ROUTED, num_null=NULL, top_p=0.7, mode="release")
+    evaluated = routed(z, num_routed=ROUTED, num_null=NULL, top_p=0.7, mode="release")
     assert evaluated.weights[0, :2].tolist() == pytest.approx([1 / 3, 2 / 3], abs=1e-5)
     gumbel = torch.zeros(1, SLOTS, SLOTS, dtype=torch.float64)
     gumbel[0, 0, 1] = 1.0  # the runner-up by index is drawn first
-    trained = topp_route(
+    trained = routed(
         z,
         num_routed=ROUTED,
         num_null=NULL,
@@ -285,8 +286,8 @@ def test_release_mode_near_tied_pair():
 def test_release_mode_cap_and_padding():
     z = near_tied_logits()
     padding = torch.arange(200) % 4 == 0
-    capped = topp_route(z, num_routed=ROUTED, num_null=NULL, top_p=0.9, mode="release", max_routed=1, padding=padding)
-    free = topp_route(z, num_routed=ROUTED, num_null=NULL, top_p=0.9, mode="release")
+    capped = routed(z, num_routed=ROUTED, num_null=NULL, top_p=0.9, mode="release", max_routed=1, padding=padding)
+    free = routed(z, num_routed=ROUTED, num_null=NULL, top_p=0.9, mode="release")
     assert free.mask[:, :ROUTED].sum(1).max() > 1
     assert bool((capped.mask[:, :ROUTED].sum(1) <= 1).all()) and not capped.mask[padding].any()
     assert torch.equal(capped.mask[~padding][:, ROUTED:], free.mask[~padding][:, ROUTED:])
@@ -308,10 +309,7 @@ def test_capacity_counts_padding_and_null():
 def test_capacity_keeps_the_largest_logits_of_each_capped_slot(mode, num_capped):
     z = logits(ties=True)
     z[:, ROUTED] += 2  # null is popular; the paper's rule must not cap it
-    if mode == "release":
-        selection = release_select(z[:, :SLOTS], num_routed=ROUTED, top_p=0.7, eps=0.01)
-    else:
-        selection = select_slots(z[:, :SLOTS], num_routed=ROUTED, top_p=0.7)
+    selection = release_select(z[:, :SLOTS], RULE) if mode == "release" else select_slots(z[:, :SLOTS], RULE)
     keep = capacity_keep(z[:, :SLOTS], selection.mask, num_capped=num_capped, capacity=20)
     for e in range(SLOTS):
         routed = selection.mask[:, e].nonzero().flatten().tolist()

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_omni.ops.extension import use_cpu_engine
-from megatron_omni.ops.topp_route import topp_route, topp_route_reference
+from megatron_omni.ops.topp_route import topp_route_reference
 from tests.ops.ragged import ENGINES, examples
+from tests.ops.routing import routed
 
 KEEP = {"paper": 5 / 8, "grin": 1 / 4}
 
@@ -89,7 +90,7 @@ def test_float64_token_by_token(
         "padding": torch.rand(num_tokens, generator=generator) < 0.3 if padded else None,
         "keep": torch.rand(num_tokens, slots, generator=generator) < 0.7 if capped else None,
     }
-    routing = topp_route(z, num_routed=num_routed, num_null=num_null, estimator=estimator, **rule, **noise)
+    routing = routed(z, num_routed=num_routed, num_null=num_null, estimator=estimator, **rule, **noise)
     both = torch.cat([routing.weights, routing.shared_weights], 1)
     g = torch.randn(num_tokens, slots + num_shared, dtype=torch.float64, generator=generator)
     (gradient,) = torch.autograd.grad((both * g).sum(), z)
@@ -117,7 +118,7 @@ def test_float32_selects_as_the_reference_and_errs_at_most_twice_as_much(slots, 
         "bernoulli": torch.rand(2000, slots, generator=generator),
     }
     kind = {"num_routed": slots - 1, "num_null": 1, "top_p": 0.7, "estimator": estimator}
-    mine, eager = topp_route(z, **kind, **noise), topp_route_reference(z, **kind, **noise)
+    mine, eager = routed(z, **kind, **noise), routed(z, by=topp_route_reference, **kind, **noise)
     # A sum within rounding of top_p may fall on either side: there, and only there, k may differ by one.
     p = torch.softmax(z.detach()[:, :slots].double(), 1)
     order = (z.detach()[:, :slots] + noise["gumbel"]).argsort(1, descending=True)
@@ -152,11 +153,11 @@ def test_gradient_by_finite_differences(estimator):
     noise = {"gumbel": gumbel_noise(generator, 6, 7), "bernoulli": torch.ones(6, 7, dtype=torch.float64)}
 
     def weights(z):
-        routing = topp_route(z, num_routed=6, num_null=1, top_p=0.7, estimator=estimator, **noise)
+        routing = routed(z, num_routed=6, num_null=1, top_p=0.7, estimator=estimator, **noise)
         return routing.weights, routing.shared_weights
 
     assert estimator == "none" or bool(
-        (topp_route(z, num_routed=6, num_null=1, top_p=0.7, estimator=estimator, **noise).scale < 1).any()
+        (routed(z, num_routed=6, num_null=1, top_p=0.7, estimator=estimator, **noise).scale < 1).any()
     )
     assert torch.autograd.gradcheck(weights, (z,))
 
@@ -168,7 +169,7 @@ def test_threads_do_not_change_a_bit():
     try:
         for number in (1, 2):
             torch.set_num_threads(number)
-            results.append(topp_route(z, num_routed=6, num_null=1, top_p=0.7))
+            results.append(routed(z, num_routed=6, num_null=1, top_p=0.7))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -179,11 +180,11 @@ def test_threads_do_not_change_a_bit():
 def test_not_a_number_stays_within_bounds(dtype, slots):
     """A diverged gate must not corrupt memory: k stays in 1..slots and sane tokens are not touched."""
     z = logits(torch.Generator().manual_seed(0), 50, slots, False, dtype)
-    clean = topp_route(z, num_routed=slots, num_null=0, top_p=0.7)
+    clean = routed(z, num_routed=slots, num_null=0, top_p=0.7)
     z[::5, 1] = math.nan
     z[1::5] = math.inf
     z[2::5] = -math.inf
-    routing = topp_route(z, num_routed=slots, num_null=0, top_p=0.7)
+    routing = routed(z, num_routed=slots, num_null=0, top_p=0.7)
     assert bool(((routing.k >= 1) & (routing.k <= slots)).all())
     assert torch.equal(routing.mask.sum(1), routing.k)
     for t in (3, 4, 8, 49):
@@ -193,23 +194,23 @@ def test_not_a_number_stays_within_bounds(dtype, slots):
 def test_wrong_arguments_are_named():
     z, ok = torch.randn(4, 7), {"num_routed": 4, "num_null": 1, "top_p": 0.7}
     calls = {
-        "z: dtype": lambda: topp_route(z.bfloat16(), **ok),
-        "z: has 1 dim": lambda: topp_route(z[0], **ok),
-        "z: must be contiguous": lambda: topp_route(z.t(), **ok),
-        "z: has 7 columns for 8": lambda: topp_route(z, **ok | {"num_routed": 7}),
-        "num_routed: 0": lambda: topp_route(z, **ok | {"num_routed": 0}),
-        "num_null: -1": lambda: topp_route(z, **ok | {"num_null": -1}),
-        "top_k: 6 is not in 1..5": lambda: topp_route(z, **ok, top_k=6),
-        "top_k: 0": lambda: topp_route(z, **ok, top_k=0),
-        "max_routed: -1": lambda: topp_route(z, **ok, max_routed=-1),
-        "gumbel: has shape": lambda: topp_route(z, **ok, gumbel=torch.zeros(4, 7)),
-        "bernoulli: has shape": lambda: topp_route(z, **ok, bernoulli=torch.zeros(3, 5), estimator="grin"),
-        "gumbel: must be contiguous": lambda: topp_route(z, **ok, gumbel=torch.zeros(5, 4).t()),
-        "padding: dtype": lambda: topp_route(z, **ok, padding=torch.zeros(4)),
-        "padding: has 3": lambda: topp_route(z, **ok, padding=torch.zeros(3, dtype=torch.bool)),
-        "keep: dtype": lambda: topp_route(z, **ok, keep=torch.ones(4, 5)),
-        "keep: has shape": lambda: topp_route(z, **ok, keep=torch.ones(4, 7, dtype=torch.bool)),
-        "estimator: typo": lambda: topp_route(z, **ok, estimator="typo"),
+        "z: dtype": lambda: routed(z.bfloat16(), **ok),
+        "z: has 1 dim": lambda: routed(z[0], **ok),
+        "z: must be contiguous": lambda: routed(z.t(), **ok),
+        "z: has 7 columns for 8": lambda: routed(z, **ok | {"num_routed": 7}),
+        "num_routed: 0": lambda: routed(z, **ok | {"num_routed": 0}),
+        "num_null: -1": lambda: routed(z, **ok | {"num_null": -1}),
+        "top_k: 6 is not in 1..5": lambda: routed(z, **ok, top_k=6),
+        "top_k: 0": lambda: routed(z, **ok, top_k=0),
+        "max_routed: -1": lambda: routed(z, **ok, max_routed=-1),
+        "gumbel: has shape": lambda: routed(z, **ok, gumbel=torch.zeros(4, 7)),
+        "bernoulli: has shape": lambda: routed(z, **ok, bernoulli=torch.zeros(3, 5), estimator="grin"),
+        "gumbel: must be contiguous": lambda: routed(z, **ok, gumbel=torch.zeros(5, 4).t()),
+        "padding: dtype": lambda: routed(z, **ok, padding=torch.zeros(4)),
+        "padding: has 3": lambda: routed(z, **ok, padding=torch.zeros(3, dtype=torch.bool)),
+        "keep: dtype": lambda: routed(z, **ok, keep=torch.ones(4, 5)),
+        "keep: has shape": lambda: routed(z, **ok, keep=torch.ones(4, 7, dtype=torch.bool)),
+        "estimator: typo": lambda: routed(z, **ok, estimator="typo"),
     }
     for message, call in calls.items():
         with pytest.raises(ValueError, match=f"^{message}"):
@@ -233,7 +234,7 @@ def test_compiles_without_a_graph_break():
     u = torch.rand(20, 5, generator=torch.Generator().manual_seed(1))
 
     def weigh(z):
-        routing = topp_route(z * 2, num_routed=4, num_null=1, top_p=0.7, bernoulli=u, estimator="paper")
+        routing = routed(z * 2, num_routed=4, num_null=1, top_p=0.7, bernoulli=u, estimator="paper")
         return (routing.weights * routing.k[:, None]).sum() + routing.shared_weights.square().sum()
 
     compiled = torch.compile(weigh, fullgraph=True, backend="aot_eager")

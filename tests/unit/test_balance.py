@@ -16,7 +16,7 @@ from megatron_omni.models.moe.balance import (
     routing_metrics,
 )
 from megatron_omni.models.moe.context import RoutingStats, TokenContext
-from megatron_omni.ops.topp_route import Routing, select_slots
+from megatron_omni.ops.topp_route import Routing, RoutingRule, select_slots
 
 T, SLOTS = 40, 5
 
@@ -39,7 +39,7 @@ def context(**changes):
 def problem():
     z = torch.randn(T, SLOTS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     ctx = context()
-    return z, select_slots(z, num_routed=4, top_p=0.7, padding=ctx.padding).mask, ctx
+    return z, select_slots(z, RoutingRule(num_routed=4, num_null=1, top_p=0.7), padding=ctx.padding).mask, ctx
 
 
 @pytest.mark.parametrize("probs", ["selected", "full"])

@@ -13,7 +13,8 @@ TP group. T tokens, H hidden, E = routed + null + shared, E_d = routed + null.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,8 +24,7 @@ from megatron_omni.config.model import MoEConfig
 from megatron_omni.models.moe.balance import load_balancing_loss
 from megatron_omni.models.moe.context import TokenContext
 from megatron_omni.ops.counter_rng import Purpose, gumbel, uniform
-from megatron_omni.ops.gradient_estimator import Estimator
-from megatron_omni.ops.topp_route import Routing, capacity_keep, expert_capacity, topp_route
+from megatron_omni.ops.topp_route import Routing, RoutingRule, capacity_keep, expert_capacity, topp_route
 
 
 class RouterOutput(NamedTuple):
@@ -57,7 +57,18 @@ class OmniRouter(torch.nn.Module):
         self.moe = moe
         self.layer_number = 0
         self.tp_group = tp_group if sequence_parallel else None
-        self.num_slots = moe.num_routed_experts + moe.num_null_experts
+        self.rule = RoutingRule(
+            num_routed=moe.num_routed_experts,
+            num_null=moe.num_null_experts,
+            top_p=moe.top_p,
+            top_k=moe.top_k,
+            max_routed=moe.max_routed,
+            mode=moe.routing_weight_mode,
+            estimator=moe.gradient_estimator,
+            release_eps=moe.router_jitter_eps,
+        )
+        self.rule_without_noise = replace(self.rule, estimator="none")
+        self.num_slots = self.rule.num_slots
         num_rows = self.num_slots + moe.num_shared_experts
         self.weight = torch.nn.Parameter(torch.empty(num_rows, hidden_size, dtype=dtype, device=device))
         torch.nn.init.normal_(self.weight, std=init_std)
@@ -94,33 +105,21 @@ class OmniRouter(torch.nn.Module):
         """Route x [T, H]."""
         moe, slots = self.moe, self.num_slots
         z = self.gate(x, ctx=ctx)
-        estimator: Estimator = moe.gradient_estimator if ctx.stochastic else "none"
+        rule = self.rule if ctx.stochastic else self.rule_without_noise
         noise = bernoulli = None
         if ctx.stochastic and moe.sample_experts:
             draws = slots * slots if moe.routing_weight_mode == "release" else slots
             noise = gumbel(self._uniform(ctx, Purpose.GUMBEL, draws)).to(z.dtype)
             noise = noise.view(-1, slots, slots) if moe.routing_weight_mode == "release" else noise
-        if estimator != "none":
+        if rule.estimator != "none":
             bernoulli = self._uniform(ctx, Purpose.BERNOULLI, slots)
-        settings: dict[str, Any] = {
-            "num_routed": moe.num_routed_experts,
-            "num_null": moe.num_null_experts,
-            "top_p": moe.top_p,
-            "mode": moe.routing_weight_mode,
-            "estimator": estimator,
-            "top_k": moe.top_k,
-            "gumbel": noise,
-            "bernoulli": bernoulli,
-            "max_routed": moe.max_routed,
-            "padding": ctx.padding,
-            "release_eps": moe.router_jitter_eps,
-        }
+        tokens = {"gumbel": noise, "bernoulli": bernoulli, "padding": ctx.padding}
         aux_loss = num_before_drop = keep = None
         if ctx.stochastic and moe.capacity_factor is not None:
-            selected = self.topp_route(z.detach(), **settings).mask
+            selected = self.topp_route(z.detach(), rule, **tokens).mask
             num_before_drop = selected.sum()
             keep = self._capacity_keep(z.detach()[:, :slots], selected)
-        routing = self.topp_route(z, keep=keep, **settings)
+        routing = self.topp_route(z, rule, keep=keep, **tokens)
         if keep is None:
             selected = routing.mask
         if with_aux_loss:
