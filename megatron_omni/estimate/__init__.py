@@ -6,7 +6,7 @@ Read in this order: ``parameters`` (every weight of a rank), ``flops``, ``memory
 
 from megatron_omni.estimate.flops import encoder_flops, flops_per_token, media_flops
 from megatron_omni.estimate.memory import weight_bytes_per_rank
-from megatron_omni.estimate.parameters import ParameterCount, count_parameters, padded_vocab_size, trained_parts
+from megatron_omni.estimate.parameters import ParameterCount, count_parameters, padded_vocab_size
 
 __all__ = [
     "ParameterCount",
@@ -15,6 +15,5 @@ __all__ = [
     "flops_per_token",
     "media_flops",
     "padded_vocab_size",
-    "trained_parts",
     "weight_bytes_per_rank",
 ]

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_omni.checkpoint.run_dir import METRICS, TENSORBOARD, WANDB_ID
+from megatron_omni.config.parts import trained_parts
 from megatron_omni.config.run import Recipe
-from megatron_omni.estimate import flops_per_token, media_flops, trained_parts
+from megatron_omni.estimate import flops_per_token, media_flops
 from megatron_omni.foreign import ForeignError, parse_json, read_text
 
 logger = logging.getLogger(__name__)

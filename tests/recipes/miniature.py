@@ -30,6 +30,7 @@ from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.load import load_recipe, recipe_to_dict
 from megatron_omni.config.outcome import EXIT_REQUEUE
 from megatron_omni.config.parallel import ParallelConfig
+from megatron_omni.config.parts import NEW_TOKEN_ROWS
 from megatron_omni.config.run import Recipe
 from megatron_omni.config.validate import validate
 from megatron_omni.data.record import parse_record
@@ -39,7 +40,7 @@ from megatron_omni.generation.sampling import Sampling
 from megatron_omni.parallel.wrap import unwrap_model
 from megatron_omni.tasks.supervised import SupervisedTask
 from megatron_omni.training.loop import train
-from megatron_omni.training.setup import Run, save, setup
+from megatron_omni.training.setup import Run, new_token_ids, save, setup
 from tests.distributed.harness import Rank, RankFailure, run_ranks
 from tests.distributed.tiny_run import records
 from tests.recipes.miniature_data import HELD_OUT, MIXED, TOKENIZER, make_data, question
@@ -349,7 +350,11 @@ def check_weights(recipe: Recipe, step: int) -> None:
     reader, compared = TorchDistReader(directory), 0
     for key in reader.tensors:
         if key.startswith(MASTER):
-            master, weight = reader.read(key), reader.read(key.removeprefix(MASTER))
+            master, name = reader.read(key), key.removeprefix(MASTER)
+            matrix = name.replace(f"embedding.{NEW_TOKEN_ROWS}", "embedding.word_embeddings")
+            weight = reader.read(matrix.replace(f".{NEW_TOKEN_ROWS}", ""))
+            if NEW_TOKEN_ROWS in name:
+                weight = weight[new_token_ids(recipe)]
             assert torch.equal(master.to(weight.dtype), weight), f"{key.removeprefix(MASTER)}: not of the last update"
             compared += 1
     assert compared > 0 or not recipe.optim.use_distributed_optimizer

@@ -160,8 +160,6 @@ def test_settings_that_cannot_work_are_refused_with_the_fix() -> None:
     recipe.parallel.recompute, recipe.model.hidden_dropout = "full", 0.1
     with pytest.raises(ValueError, match=r"parallel\.recompute=full replays"):
         transformer_config(recipe)
-    with pytest.raises(ValueError, match=r"freeze names the part 'visionn'.*did you mean vision\?"):
-        apply_freeze(torch.nn.Linear(1, 1), ["visionn"])
 
 
 def test_pattern_splits_blocks_evenly() -> None:

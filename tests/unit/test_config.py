@@ -107,7 +107,7 @@ def test_missing_file_loop_and_non_mapping(tmp_path: Path) -> None:
         ({"model": {"moe": {"capacity_factor": 0.0}}}, 1, "moe.capacity_factor=0.0: must be above 0"),
         ({"model": {"moe": {"input_jitter": 1.0}}}, 1, "moe.input_jitter=1.0: must be at least 0 and below 1"),
         ({"model": {"moe": {"num_routed_experts": 0}}}, 1, "moe.num_routed_experts=0: must be at least 1"),
-        ({"freeze": ["audo"]}, 1, "unknown part 'audo'"),
+        ({"freeze": ["audo"]}, 1, r"unknown part 'audo'; did you mean 'audio'\? parts are"),
         ({"optim": {"lr_warmup_iters": 5000}}, 1, "lr_warmup_iters"),
         ({"optim": {"lr_warmup_iters": -1}}, 1, "optim.lr_warmup_iters=-1: must be at least 0"),
         ({"optim": {"clip_grad": -1.0}}, 1, "optim.clip_grad=-1.0: must be at least 0"),

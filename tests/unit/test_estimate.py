@@ -174,11 +174,11 @@ def test_memory_answers_to_what_should_lower_it() -> None:
 
 
 def test_gradients_that_tensor_parallel_ranks_sum_are_counted() -> None:
-    """3_sft trains the gate, shared experts and projectors, which are whole on each of its four ranks: an fp32 buffer."""
+    """3_sft trains gate, shared experts, projectors and new token rows, whole on each of its four ranks: an fp32 buffer."""
     plan = full_plan("3_sft.yaml", 64)
     counts = count_parameters(plan.recipe.model)
     stage = plan.stages[0]
-    assert stage.reduced == 4 * (counts.gate + counts.shared_experts + counts.projectors)
+    assert stage.reduced == 4 * (counts.gate + counts.shared_experts + counts.projectors + 2 * 42 * 3584)
     activations = stage.language + stage.encoders + stage.loss + stage.working
     assert stage.total == stage.held.total + max(activations, stage.reduced)
     alone = replace(plan.recipe.parallel, tensor_model_parallel_size=1)
