@@ -80,17 +80,13 @@ def processor_name() -> str:
     return f"{next(named, platform.processor() or 'unnamed')} ({platform.machine()})"
 
 
-def memory_gib() -> float:
-    """Physical memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-
-
 def check_kernels() -> Iterator[Finding]:
     """The compiled extension loads with this torch: the same ABI."""
     import torch
 
     from megatron_omni.ops import extension
     from megatron_omni.platform.device import accelerator_present
+    from megatron_omni.platform.environment import main_memory_bytes
 
     if extension.CPU_ERROR is not None:
         yield FAIL, extension.CPU_ERROR
@@ -98,7 +94,8 @@ def check_kernels() -> Iterator[Finding]:
     names = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("megatron_omni::")}
     yield OK, f"kernels: compiled extension loads with torch {torch.__version__} ({len(names)} ops)"
     engine, can_run = extension.cpu_engine(), ", ".join(extension.cpu_engines())
-    yield OK, f"processor: {processor_name()}, {os.cpu_count()} threads, {memory_gib():.0f} GiB; engines: {can_run}"
+    memory = f"{main_memory_bytes() / 2**30:.0f} GiB"
+    yield OK, f"processor: {processor_name()}, {os.cpu_count()} threads, {memory}; engines: {can_run}"
     if extension.cpu_engine_is_forced():
         yield OK, f"kernels: the CPU side runs on {engine} (OMNI_CPU_KERNELS)"
     elif engine not in extension.MEASURED_ENGINES:

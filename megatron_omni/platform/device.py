@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_omni.platform.environment import main_memory_bytes
+
 
 @cache
 def accelerator_present() -> bool:
@@ -42,6 +44,13 @@ def select_device() -> torch.device:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     return chosen
+
+
+def memory_bytes() -> float:
+    """Memory of this process's device: a GPU's, or on a CPU the share of the main memory of one rank of this node."""
+    if accelerator_present():
+        return torch.cuda.get_device_properties(device()).total_memory
+    return main_memory_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def gradient_accumulation_kernel() -> bool:

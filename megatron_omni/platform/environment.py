@@ -1,7 +1,7 @@
-"""Environment variables that CUDA and PyTorch read when they are first used, so before torch is imported. No torch here.
+"""What is asked of the machine and set in its environment before torch is imported. No torch here.
 
-Set by every start of a training (``cli/train.py``, whoever launches it) and by our torchrun; what is set already stays.
-Without a GPU nobody reads them.
+CUDA and PyTorch read their variables when they are first used. Every start of a training (``cli/train.py``, whoever
+launches it) and our torchrun set them; what is set already stays. Without a GPU nobody reads them.
 """
 
 import os
@@ -20,3 +20,8 @@ def set_cuda_defaults() -> None:
     os.environ.setdefault(*MAX_CONNECTIONS)
     if ALLOCATOR_ALIAS not in os.environ:
         os.environ.setdefault(*ALLOCATOR)
+
+
+def main_memory_bytes() -> int:
+    """Main memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -5,7 +5,6 @@ source with its index, the first step of the mixture and of each held-out set (p
 checkpoint that the weights come from. One process stands for all ranks.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from megatron_omni.config.validate import data_parallel_size
 from megatron_omni.estimate import count_parameters, weight_bytes_per_rank
 from megatron_omni.estimate.hardware import GPUS
 from megatron_omni.estimate.plan import make_plan
+from megatron_omni.platform.environment import main_memory_bytes
 
 GIB = 2**30
 RUN_CONFIG = "run_config.yaml"
@@ -53,7 +53,7 @@ def _memory(recipe: Recipe, world_size: int) -> Iterator[str]:
     yield f"fullest of {world_size} rank(s):"
     for name, size in {**sizes, "held": held, "activations": peak - held, "peak": peak}.items():
         yield f"{name:<16}{size / GIB:>15.2f} GiB"
-    here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    here = main_memory_bytes() / GIB
     yield f"(activations of the heaviest micro-batch, estimated; this machine has {here:.1f} GiB of main memory)"
 
 

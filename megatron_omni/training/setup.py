@@ -41,6 +41,7 @@ from megatron_omni.platform.determinism import make_deterministic
 from megatron_omni.platform.device import device
 from megatron_omni.platform.seeds import seed_everything
 from megatron_omni.training.initial_weights import load_initial_weights
+from megatron_omni.training.memory import check_memory
 from megatron_omni.training.optimizer import build_optimizer
 from megatron_omni.training.profile import check_snapshot
 from megatron_omni.training.state import TrainState
@@ -92,6 +93,7 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
         make_deterministic()
     check_snapshot(recipe.log)
     pg = pg if pg is not None else initialize(recipe.parallel)
+    check_memory(recipe, world_size=dist.get_world_size())
     place = place_in(pg)
     seed_everything(recipe.seed, tp_rank=place.tp_rank, ep_rank=place.ep_rank, expert_tp_rank=place.expert_tp_rank)
     directory, origin = _resume_from(recipe), "random"
