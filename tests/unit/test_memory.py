@@ -26,7 +26,9 @@ def recipe() -> Recipe:
     return load_recipe(ROOT / "recipes" / "layout" / "sft_64x80gb.yaml")
 
 
-def test_what_is_held_between_steps_decides_and_the_peak_warns(recipe: Recipe, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_held_between_steps_decides_and_the_peak_warns(
+    recipe: Recipe, caplog: pytest.LogCaptureFixture
+) -> None:
     plan = make_plan(recipe, world_size=64, gpu=next(iter(GPUS.values())))
     held = max(stage.held.total for stage in plan.stages)
     assert 10 * GIB < held < plan.peak_bytes
