@@ -87,7 +87,8 @@ def dry_run(recipe: "Recipe", ranks: int | None) -> int:
 def run(recipe: "Recipe", *, origin: str) -> int:
     """Train the recipe of the file ``origin``; a failure on any rank ends every rank soon, and its first cause is printed once."""
     say_starting("train", origin)
-    faulthandler.enable()  # an abort from C, such as NCCL's watchdog, shows where Python was
+    # An abort from C, such as that of NCCL's watchdog, shows where Python was; on the descriptor, whatever sys.stderr is.
+    faulthandler.enable(2)
     from megatron_omni.platform.device import install
 
     quiet()
