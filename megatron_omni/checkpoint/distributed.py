@@ -12,6 +12,7 @@ Shapes and dtypes are compared before a tensor is read: Megatron would cast a wr
 import fnmatch
 import itertools
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,9 +130,11 @@ class _InPlace(TorchDistLoadShardedStrategy):
         read_into_place(Path(checkpoint_dir), own=[], equal=equal, experts=self._experts, pg=self._pg)
         loaded = dict_list_map_outplace(lambda tensor: tensor.data, tensors)
         load = super().load
-        found = together(
-            Path(checkpoint_dir), lambda _: load(objects, checkpoint_dir, async_strategy) if objects else {}
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The argument order of load")  # Megatron's call of torch's
+            found = together(
+                Path(checkpoint_dir), lambda _: load(objects, checkpoint_dir, async_strategy) if objects else {}
+            )
         return merge(loaded, found)
 
 
