@@ -12,16 +12,9 @@ from typing import Any
 import pytest
 
 from megatron_omni.training.setup import Run
-from tests.distributed.tiny_run import make_corpus, run_tiny, tiny_recipe
+from tests.distributed.tiny_run import EP, OVERLAP, PP, TP, make_corpus, run_tiny, tiny_recipe
 
 STEPS = 20
-TP, PP = {"parallel__tensor_model_parallel_size": 2}, {"parallel__pipeline_model_parallel_size": 2}
-EP = {"parallel__expert_model_parallel_size": 2}
-OVERLAP = {
-    "parallel__overlap_grad_reduce": True,
-    "parallel__overlap_param_gather": True,
-    "parallel__bucket_size": 3_000,
-}
 Distances = dict[str, list[float]]
 
 

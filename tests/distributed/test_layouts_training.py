@@ -14,15 +14,8 @@ from megatron_omni.data.collate import collate
 from megatron_omni.data.loader import StepLoader
 from megatron_omni.parallel.wrap import unwrap_model
 from tests.distributed.harness import Rank, run_ranks
-from tests.distributed.tiny_run import make_corpus, prepare, run_tiny, tiny_recipe
+from tests.distributed.tiny_run import EP, OVERLAP, PP, TP, make_corpus, prepare, run_tiny, tiny_recipe
 
-TP, PP = {"parallel__tensor_model_parallel_size": 2}, {"parallel__pipeline_model_parallel_size": 2}
-EP = {"parallel__expert_model_parallel_size": 2}
-OVERLAP = {
-    "parallel__overlap_grad_reduce": True,
-    "parallel__overlap_param_gather": True,
-    "parallel__bucket_size": 3_000,
-}
 ALL_GATHER = {"model__moe__moe_token_dispatcher_type": "allgather"}
 STEPS = 8
 RUN = {"train_iters": STEPS, "optim__lr": 5e-3, "log__eval_interval": STEPS // 2, "log__eval_iters": 1}

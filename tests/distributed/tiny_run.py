@@ -56,6 +56,16 @@ def chat(question: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
+# Overrides of tiny_recipe: layouts, and both overlaps with several gradient buckets.
+TP, PP = {"parallel__tensor_model_parallel_size": 2}, {"parallel__pipeline_model_parallel_size": 2}
+EP = {"parallel__expert_model_parallel_size": 2}
+OVERLAP = {
+    "parallel__overlap_grad_reduce": True,
+    "parallel__overlap_param_gather": True,
+    "parallel__bucket_size": 3_000,
+}
+
+
 @cache
 def tiny_values() -> dict[str, Any]:
     tower = {"hidden_size": 16, "ffn_hidden_size": 32, "num_attention_heads": 2}
