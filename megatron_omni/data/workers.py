@@ -96,6 +96,7 @@ class Workers[C, P: Planned, R]:
         self.restarts: Counter[str] = Counter()
         self._stalls: Counter[object] = Counter()
         self._crew: _Crew[C, P, R] | None = None
+        self._left: list[_Crew[C, P, R]] = []  # crews left behind whose threads have not ended yet
 
     def take(self, cursor: C) -> R:
         """The step at ``cursor``, which is where the last step taken ended, or where ``forget`` was called."""
@@ -127,14 +128,15 @@ class Workers[C, P: Planned, R]:
         """Leave behind what was prepared."""
         if self._crew is not None:
             self._crew.leave()
+            self._left = [crew for crew in [*self._left, self._crew] if crew.alive()]
             self._crew = None
 
     def close(self) -> None:
         """End the threads; each first finishes its record, one that stalls is not waited for."""
-        crew = self._crew
         self.forget()
-        if crew is not None:
+        for crew in self._left:
             crew.join()
+        self._left.clear()
 
 
 class _Crew[C, P: Planned, R]:
@@ -175,6 +177,9 @@ class _Crew[C, P: Planned, R]:
             self.closed = True
             self._steps.clear()
             self._changed.notify_all()
+
+    def alive(self) -> bool:
+        return any(thread.is_alive() for thread in self._threads)
 
     def join(self) -> None:
         for thread, beat in zip(self._threads, self._beats):

@@ -39,6 +39,22 @@ def test_threads_change_neither_order_nor_state(tmp_path, sources, num_workers):
     assert not [t for t in threading.enumerate() if t.name.startswith("data")]
 
 
+def test_closing_waits_for_crews_that_a_load_of_state_left_behind(tmp_path, sources, monkeypatch):
+    load, slow = StepLoader._load, threading.Event()
+
+    def slowly(self, plan):
+        slow.wait(0.5)
+        return load(self, plan)
+
+    loader = StepLoader(tiny_recipe(tmp_path, sources, num_workers=3), data_rank=0, data_size=1)
+    loader.next_step()
+    monkeypatch.setattr(StepLoader, "_load", slowly)
+    loader.next_step()
+    loader.load_state_dict(loader.state_dict())  # its crew is at work, and is not the loader's any more
+    loader.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("data")]
+
+
 def test_an_error_in_a_thread_surfaces_in_the_step_it_belongs_to(tmp_path, sources, monkeypatch):
     loader = StepLoader(tiny_recipe(tmp_path, sources, num_workers=2), data_rank=0, data_size=1)
     reference = StepLoader(tiny_recipe(tmp_path, sources), data_rank=0, data_size=1)
