@@ -204,7 +204,7 @@ def run(request: Request) -> int:
     from megatron_omni.data.sources import JsonlSource
     from megatron_omni.generation.answers import answer_all, answer_one
     from megatron_omni.generation.load import open_checkpoint
-    from megatron_omni.generation.sampling import Sampling
+    from megatron_omni.generation.request import Sampling
 
     sampling = Sampling(temperature=request.temperature, top_p=request.top_p)
     checkpoint = open_checkpoint(request.checkpoint, overrides=request.overrides)

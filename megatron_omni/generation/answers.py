@@ -25,7 +25,7 @@ from megatron_omni.data.sources import JsonlSource
 from megatron_omni.foreign import parse_json, read_json
 from megatron_omni.generation.batches import generate_windows, joined
 from megatron_omni.generation.load import Checkpoint
-from megatron_omni.generation.sampling import Sampling
+from megatron_omni.generation.request import Sampling
 
 ANSWER, ANSWERS, REQUEST = "answer.txt", "answers.jsonl", "request.json"
 INTERNAL_ERROR = "internal_error"

@@ -31,7 +31,8 @@ from megatron_omni.batch import IGNORE_LABEL, Modality, OmniBatch
 from megatron_omni.data.collate import collate
 from megatron_omni.data.sample import Sample
 from megatron_omni.data.tokenizer import Tokenizer
-from megatron_omni.generation.sampling import GREEDY, INVALID_TOKEN, Sampling, next_tokens
+from megatron_omni.generation.request import GREEDY, Sampling
+from megatron_omni.generation.sampling import INVALID_TOKEN, next_tokens
 from megatron_omni.models.attention import KVCache, kv_cache
 from megatron_omni.models.omni import OmniModel
 from megatron_omni.parallel.groups import place_in

@@ -10,36 +10,15 @@ Shapes: B rows, V columns of the logits (padded vocabulary). Arithmetic is float
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megatron_omni.generation.request import Sampling
 from megatron_omni.platform.seeds import named_seed
 
 INVALID_TOKEN = -1
 """Returned in place of a token where a row's logits are not finite."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen."""
-
-    temperature: float = 0.0
-    """0 takes the most likely token (greedy)."""
-    top_p: float = 1.0
-    """Probability mass of the nucleus, in (0, 1]; 1 samples from the whole vocabulary."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p is {self.top_p}; it must be in (0, 1]")
-        if self.temperature == 0.0 and self.top_p != 1.0:
-            raise ValueError(f"top_p is {self.top_p} but temperature is 0: greedy decoding ignores it, so set both")
-
-
-GREEDY = Sampling()
 
 
 def uniform_draw(seed: int, row: int, step: int) -> float:

@@ -20,7 +20,7 @@ from megatron_omni.data.record import parse_record
 from megatron_omni.data.sample import Sample, SampleBuilder
 from megatron_omni.generation import engine
 from megatron_omni.generation.engine import generate
-from megatron_omni.generation.sampling import Sampling
+from megatron_omni.generation.request import Sampling
 from megatron_omni.models.build import build_model
 from megatron_omni.models.omni import OmniModel
 from tests.distributed.harness import Rank, run_ranks

@@ -36,7 +36,7 @@ from megatron_omni.config.validate import validate
 from megatron_omni.data.record import parse_record
 from megatron_omni.generation.answers import ANSWER, answer_one
 from megatron_omni.generation.load import open_checkpoint
-from megatron_omni.generation.sampling import Sampling
+from megatron_omni.generation.request import Sampling
 from megatron_omni.parallel.wrap import unwrap_model
 from megatron_omni.tasks.supervised import SupervisedTask
 from megatron_omni.training.loop import train

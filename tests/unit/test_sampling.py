@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 
+from megatron_omni.generation.request import GREEDY, Sampling
 from megatron_omni.generation.sampling import (
-    GREEDY,
     INVALID_TOKEN,
-    Sampling,
     next_token_probabilities,
     next_tokens,
     nucleus_mask,
