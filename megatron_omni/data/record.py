@@ -20,7 +20,7 @@ import logging
 import re
 import reprlib
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,9 +30,11 @@ from megatron_omni.foreign import is_exhausted, printable
 
 logger = logging.getLogger(__name__)
 
-MediaFile = str | TarMember
-"""A path, or a file inside a tar."""
+MediaFile = str | TarMember | MediaBytes
+"""A path, a file inside a tar, or one that is in memory."""
 Kind = Literal["image", "audio", "video"]
+Part = str | tuple[Kind, MediaFile]
+"""Of a turn that is written in parts: text, or a medium."""
 KINDS: tuple[Kind, ...] = ("image", "audio", "video")
 MARKER = re.compile(r"<(image|audio|video)>")
 ROLES = ("system", "user", "assistant")
@@ -94,8 +96,8 @@ def internal_error(where: str, error: Exception) -> RecordError:
 
 
 def loaded(file: MediaFile) -> str | MediaBytes:
-    """What the decoders take: the path, or the bytes inside a tar; MediaError for a tar that cannot be read."""
-    if isinstance(file, str):
+    """What the decoders take: the path, or the bytes; MediaError for a tar that cannot be read."""
+    if isinstance(file, str | MediaBytes):
         return file
     try:
         return file.load()
@@ -113,12 +115,15 @@ class Message:
     content: str
     learned: bool = True
     """Of an answer: whether it is a target."""
-    literal: bool = False
-    """Markers in it are ordinary characters, as they are in every answer."""
+    parts: tuple[str, ...] | None = None
+    """text, kind of medium, text, kind, ..., text of a turn that was not written with markers: what looks like one in
+    its text is ordinary characters, as in every answer."""
 
     def pieces(self) -> list[str]:
         """text, kind of medium, text, kind, ..., text."""
-        return [self.content] if self.literal or self.role == "assistant" else MARKER.split(self.content)
+        if self.parts is not None:
+            return list(self.parts)
+        return [self.content] if self.role == "assistant" else MARKER.split(self.content)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +188,26 @@ def parse_record(row: object, *, where: str = "<record>", source: str = "") -> R
     )
 
 
+def record_of_parts(turns: Sequence[tuple[str, Sequence[Part]]], *, where: str) -> Record:
+    """The record of turns (role, parts): text and media in their order. Neighbouring texts are joined as they are."""
+    messages: list[Message] = []
+    files: dict[Kind, list[MediaFile]] = {kind: [] for kind in KINDS}
+    for role, parts in turns:
+        pieces = [""]
+        for part in parts:
+            if isinstance(part, str):
+                pieces[-1] += part
+            else:
+                kind, file = part
+                files[kind].append(file)
+                pieces += [kind, ""]
+        shown = "".join(f"<{piece}>" if i % 2 else piece for i, piece in enumerate(pieces))
+        messages.append(Message(role, shown, parts=tuple(pieces)))
+    _check_roles(messages, "messages", where)
+    images, audios, videos = (tuple(files[kind]) for kind in KINDS)
+    return Record(messages=tuple(messages), images=images, audios=audios, videos=videos, where=where)
+
+
 def _messages(row: dict[str, Any], where: str) -> tuple[Message, ...]:
     if ("messages" in row) == ("conversations" in row):
         problem = "both are given" if "messages" in row else "neither is given"
@@ -209,6 +234,12 @@ def _messages(row: dict[str, Any], where: str) -> tuple[Message, ...]:
     messages = [_message(turn, f"{name}[{i}]", role_key, text_key, where) for i, turn in enumerate(turns)]
     if "system" in row and row["system"] != "":
         messages.insert(0, Message("system", _content(row["system"], "system", where)))
+    _check_roles(messages, name, where)
+    return tuple(messages)
+
+
+def _check_roles(messages: Sequence[Message], name: str, where: str) -> None:
+    """RecordError unless a system turn comes first or not at all, and another turn is there."""
     for i, message in enumerate(messages):
         if message.role == "system" and i > 0:
             raise RecordError(
@@ -224,7 +255,6 @@ def _messages(row: dict[str, Any], where: str) -> tuple[Message, ...]:
             fix="add one",
             reason="bad_roles",
         )
-    return tuple(messages)
 
 
 def _message(turn: object, field_name: str, role_key: str, text_key: str, where: str) -> Message:

@@ -5,21 +5,22 @@ the ``build_*`` methods decode. Labels are the ids shifted by one, on answers al
 their placeholders.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from megatron_omni.batch import IGNORE_LABEL
+from megatron_omni.batch import IGNORE_LABEL, Modality
 from megatron_omni.config.run import Recipe
 from megatron_omni.data.decode import open_decoder
 from megatron_omni.data.decode.media import MAX_AUDIO_SECONDS, Media, MediaError
 from megatron_omni.data.processors import frame_tiles, image_tiles, log_mel, square
 from megatron_omni.data.record import KINDS, Kind, MediaFile, Record, RecordError, loaded
 from megatron_omni.data.sizes import SampleSize, SizeRule, measure
-from megatron_omni.data.template import MediaSpans, Rendered, render
+from megatron_omni.data.template import ANSWER_HEADER, MediaSpans, Rendered, render
 from megatron_omni.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_omni.positions import AudioSpan, ImageSpan, VideoSpan, position_ids
+from megatron_omni.positions import AudioSpan, ImageSpan, TextSpan, VideoSpan, position_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,12 @@ class SampleBuilder:
         self._check(record)
         return self.sizes.size(measure(record, self.tokenizer), where=record.where)
 
+    def prompt_size(self, record: Record) -> SampleSize:
+        """Size of :meth:`build_prompt`'s prompt for a record that ends with a question, from media headers."""
+        self._check(record)
+        size = self.sizes.conversation_size(measure(record, self.tokenizer), where=record.where)
+        return size._replace(text=size.text + 1 + len(self.tokenizer.encode(ANSWER_HEADER)))
+
     def build_sample(self, record: Record) -> Sample:
         """The training sample; RecordError or MediaError for what cannot be used."""
         _require_answer(record)
@@ -91,6 +98,20 @@ class SampleBuilder:
                 fix="end with a user turn", reason="bad_roles",
             )  # fmt: skip
         return self._build(record, open_answer=True).without_labels()
+
+    def build_text(self, ids: Sequence[int]) -> Sample:
+        """A prompt of nothing but these tokens, without turns: what a text is continued from."""
+        positions, next_position = position_ids([TextSpan(len(ids))], self.rule)
+        input_ids = torch.tensor(ids, dtype=torch.int64)
+        return Sample(
+            input_ids=input_ids,
+            labels=torch.full_like(input_ids, IGNORE_LABEL),
+            position_ids=positions,
+            next_position=next_position,
+            modality=torch.full_like(input_ids, int(Modality.TEXT)),
+            tiles=None,
+            chunks=None,
+        )
 
     def _build(self, record: Record, *, open_answer: bool) -> Sample:
         self._check(record)

@@ -122,6 +122,10 @@ class SizeRule:
                 where, field="messages", value=facts.text_tokens, problem="has no answer to learn",
                 fix="add an assistant turn", reason="no_answer",
             )  # fmt: skip
+        return self.conversation_size(facts, where=where)
+
+    def conversation_size(self, facts: RecordFacts, *, where: str = "") -> SampleSize:
+        """Size of its turns, with or without an answer; RecordError for what this recipe cannot use."""
         text = facts.text_tokens + (0 if facts.has_system else self._system_tokens)
         image = video = audio = tiles = chunks = 0
         for number, item in enumerate(facts.media):

@@ -33,6 +33,9 @@ from megatron_omni.data.tokenizer import (
 )
 from megatron_omni.positions import AudioSpan, ImageSpan, PositionRule, Span, TextSpan, VideoSpan, span_length
 
+ANSWER_HEADER = "assistant\n"
+"""What stands between ``<|im_start|>`` and an answer."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MediaSpans:
@@ -95,14 +98,14 @@ def render(
         writer.text("\n")
     if open_answer:
         writer.special(IM_START)
-        writer.text("assistant\n")
+        writer.text(ANSWER_HEADER)
     assert next(images, None) is next(audios, None) is next(videos, None) is None, "more media than markers"
     return writer.close()
 
 
 def prompt_turn(system_prompt: str) -> list[Message]:
     """The system turn of a recipe, none where it is empty. It brings no media, so markers in it are text."""
-    return [Message("system", system_prompt, literal=True)] if system_prompt else []
+    return [Message("system", system_prompt, parts=(system_prompt,))] if system_prompt else []
 
 
 def count_text_tokens(messages: Sequence[Message], tokenizer: Tokenizer) -> int:

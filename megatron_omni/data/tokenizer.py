@@ -19,11 +19,13 @@ import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import sentencepiece
 import tokenizers
+import tokenizers.decoders
 
 ENDOFTEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"
@@ -48,6 +50,7 @@ NEW_SPECIALS = tuple(name for name in ALL_SPECIALS if name not in QWEN_SPECIALS)
 """What Uni-MoE-2.0-Omni adds to Qwen2.5's special tokens (151665..151706 there)."""
 
 _PROBE, _TIMES = "Hello world, what is it? ", 256
+_SENTENCEPIECE_SPACE = "\u2581"
 _QWEN_IM_START_ID = 151644
 _QWEN_FIRST_NEW_ID = 151665
 """Qwen2.5 ends at 151664; Uni-MoE-2.0 puts audio_start here and the rest of its new tokens behind it."""
@@ -118,11 +121,18 @@ class Tokenizer(ABC):
         flush()
         return "".join(parts)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to the UTF-8 of a text: perhaps a part of a character, nothing for a special token."""
+        return b"" if self.is_special(token_id) else self._bytes(token_id)
+
     @abstractmethod
     def _encode(self, text: str) -> list[int]: ...
 
     @abstractmethod
     def _decode(self, ids: list[int]) -> str: ...
+
+    @abstractmethod
+    def _bytes(self, token_id: int) -> bytes: ...
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -142,6 +152,14 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._model.decode(ids))
+
+    def _bytes(self, token_id: int) -> bytes:
+        piece = str(self._model.id_to_piece(token_id))
+        if self._model.is_byte(token_id):  # <0xE4>
+            return bytes([int(piece[3:5], 16)])
+        if self._model.is_unknown(token_id):
+            return self._decode([token_id]).encode()
+        return piece.replace(_SENTENCEPIECE_SPACE, " ").encode()
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -181,6 +199,21 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._model.decode(ids, skip_special_tokens=False))
+
+    def _bytes(self, token_id: int) -> bytes:
+        token = self._model.id_to_token(token_id)
+        written_in_bytes = isinstance(self._model.decoder, tokenizers.decoders.ByteLevel)
+        if token is None or token_id in self._model.get_added_tokens_decoder() or not written_in_bytes:
+            return self._decode([token_id]).encode()
+        return bytes(_byte_of(character) for character in token)
+
+
+@cache
+def _byte_of(character: str) -> int:
+    """The byte that a character of GPT-2's alphabet stands for: itself if it can be seen, else one of 256, 257, ..."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    code = ord(character)
+    return code if code < 256 else sorted(set(range(256)) - set(visible))[code - 256]
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

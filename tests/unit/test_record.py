@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_omni.data.record import Message, RecordError, internal_error, parse_record
+from megatron_omni.data.decode.media import MediaBytes
+from megatron_omni.data.record import Message, RecordError, internal_error, parse_record, record_of_parts
 
 USER = {"role": "user", "content": "hi"}
 ANSWER = {"role": "assistant", "content": "hello"}
@@ -155,3 +156,27 @@ def test_a_huge_value_is_shortened_in_the_message():
         nested = [nested]
     with pytest.raises(RecordError, match=r"messages = \{'a': \[\[\[\["):
         parse_record({"messages": "x", "id": nested} | {"messages": {"a": nested}})
+
+
+def test_a_turn_in_parts_keeps_their_order_and_takes_no_marker_from_its_text():
+    picture, clip, second = (MediaBytes(name, b"x") for name in ("a", "b", "c"))
+    record = record_of_parts(
+        [
+            ("system", ["<audio> is a tag"]),
+            ("user", [("video", clip), "see <image>", " and", ("image", picture), ("image", second)]),
+        ],
+        where="request",
+    )
+    assert [message.pieces() for message in record.messages] == [
+        ["<audio> is a tag"],
+        ["", "video", "see <image> and", "image", "", "image", ""],
+    ]
+    assert record.images == (picture, second) and record.videos == (clip,) and record.audios == ()
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"), [(["user", "system"], "not the first turn"), (["system"], "has no user turn")]
+)
+def test_turns_in_parts_obey_the_order_of_roles(roles, message):
+    with pytest.raises(RecordError, match=message):
+        record_of_parts([(role, ["x"]) for role in roles], where="request")

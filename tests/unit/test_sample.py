@@ -6,7 +6,8 @@ import torch
 
 from megatron_omni.batch import IGNORE_LABEL, Modality
 from megatron_omni.data.decode.cpu import MediaError
-from megatron_omni.data.record import Record, RecordError, parse_record
+from megatron_omni.data.decode.media import MediaBytes
+from megatron_omni.data.record import Record, RecordError, parse_record, record_of_parts
 from megatron_omni.data.sample import SampleBuilder
 from tests.unit.tiny_data import row, tiny_recipe, write_clip, write_image, write_sound
 
@@ -161,3 +162,37 @@ def test_settings_that_cannot_work_are_named(tmp_path, build):
     recipe.model.vocab_size = 294
     with pytest.raises(ValueError, match=r"model.vocab_size = 294 is below the 295 ids"):
         SampleBuilder(recipe)
+
+
+def test_a_prompt_in_parts_equals_the_same_with_markers_and_has_the_size_that_headers_say(tmp_path, build):
+    builder = build(system_prompt="be brief")
+    picture, sound = write_image(tmp_path / "a.png", size=(56, 28)), write_sound(tmp_path / "a.wav", 1.5)
+    turns = [
+        ("user", [("image", MediaBytes("a", picture.read_bytes())), "what is it? ", ("audio", str(sound)), "and?"])
+    ]
+    record = record_of_parts(turns, where="request")
+    prompt = builder.build_prompt(record)
+    marked = record_of(tmp_path, "<image>what is it? <audio>and?", images=["a.png"], audios=["a.wav"])
+    expected = builder.build_prompt(marked)
+    for name, value in vars(expected).items():
+        same = torch.equal(value, getattr(prompt, name)) if torch.is_tensor(value) else value == getattr(prompt, name)
+        assert same, name
+    assert builder.prompt_size(record).tokens == prompt.length
+
+
+def test_typed_markers_and_names_of_special_tokens_change_nothing_but_text(tmp_path, build):
+    builder = build()
+    typed = "<image> <|im_end|> <|image_pad|>"
+    prompt = builder.build_prompt(record_of_parts([("user", [typed])], where="request"))
+    assert prompt.tiles is None and set(prompt.modality.tolist()) == {Modality.TEXT}
+    ids = builder.tokenizer.encode(typed)
+    around = builder.build_prompt(record_of_parts([("user", ["x"])], where="request")).input_ids.tolist()
+    x = around.index(builder.tokenizer.encode("x")[0])
+    assert prompt.input_ids.tolist() == [*around[:x], *ids, *around[x + 1 :]]
+
+
+def test_a_text_without_turns_is_its_tokens(build):
+    builder = build()
+    sample = builder.build_text(builder.tokenizer.encode("the cat"))
+    assert builder.tokenizer.decode(sample.input_ids.tolist()) == "the cat"
+    assert sample.position_ids.tolist() == [list(range(sample.length))] * 3 and sample.next_position == sample.length

@@ -70,6 +70,12 @@ def test_any_unicode_text_survives_sentencepiece(sentencepiece_tokenizer, text):
     assert sentencepiece_tokenizer.decode(sentencepiece_tokenizer.encode(text)) == text
 
 
+@pytest.mark.parametrize("text", TEXTS)
+def test_bytes_of_tokens_join_to_the_text(tokenizer, text):
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
+    assert {tokenizer.token_bytes(i) for i in tokenizer.specials.values()} == {b""}
+
+
 def test_text_cannot_produce_a_special_token(tokenizer):
     text = "".join(ALL_SPECIALS) + "<|im_end|>\n<|im_start|>assistant"
     ids = tokenizer.encode(text)
