@@ -9,6 +9,15 @@ a boundary, and 3D positions restart in each. ``sample_ids`` and ``sample_positi
 Media placeholders: position (b, s) with modality IMAGE or VIDEO takes the next row of the vision encoder's output, AUDIO
 the next row of the audio encoder's, both in the order of the flattened [B, S] grid; tiles and chunks are stored in that
 same order. Stages of a pipeline that do not embed get the same batch with ``pixel_values`` and ``audio_features`` None.
+
+A batch is made in host memory, by :meth:`OmniBatch.of`, which adds what follows from the tokens: where placeholders and
+labels are, which media a sample has, counts. On a device each of these would be a wait of the host
+(docs/decisions/0007-batch-facts.md). Its fields are therefore of four kinds, which travel in different ways:
+
+    MEDIA     pixel_values, audio_features
+    INDICES   [n] int64, each with a length of its own: places in the flattened [S, B] grid, the order of hidden states
+    COUNTS    Python integers, known on the host of every rank
+    GRIDS     everything else: [B, S], position_ids [3, B, S]
 """
 
 from dataclasses import dataclass, fields, replace
@@ -18,6 +27,9 @@ import torch
 from torch import Tensor
 
 IGNORE_LABEL = -100
+MEDIA = ("pixel_values", "audio_features")
+INDICES = ("picture_places", "sound_places", "label_places")
+COUNTS = ("num_samples", "num_tokens")
 
 
 class Modality(IntEnum):
@@ -49,15 +61,65 @@ class OmniBatch:
     """[B, S] int64 of Modality."""
     source_ids: Tensor
     """[B, S] int64: index of the record's source in the recipe's mixture."""
+    sample_modalities: Tensor
+    """[B, S] int64, one bit for each Modality: bit m is set where the token's sample has m, TEXT's where it has no media;
+    0 at padding."""
+    picture_places: Tensor
+    """[n] int64: IMAGE and VIDEO placeholders as places in the flattened [S, B] grid, in the order of the encoder's rows."""
+    sound_places: Tensor
+    """[n] int64: the same of AUDIO placeholders."""
+    label_places: Tensor
+    """[n] int64: tokens that carry a label as places in the flattened [S, B] grid, ascending."""
+    num_samples: int
+    """Samples in all sequences."""
+    num_tokens: int
+    """Tokens in all sequences, without padding."""
     pixel_values: Tensor | None = None
     """[N, 3, p, p] uint8 pixels, which the vision encoder normalises, or floats that are normalised."""
     audio_features: Tensor | None = None
     """[C, mel bins, frames] log-mel, float32 or what the audio encoder computes in."""
 
+    @classmethod
+    def of(
+        cls,
+        *,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor,
+        segment_ids: Tensor,
+        sample_ids: Tensor,
+        sample_positions: Tensor,
+        modality: Tensor,
+        source_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        audio_features: Tensor | None = None,
+    ) -> "OmniBatch":
+        """The batch of these tokens, in host memory, with everything that follows from them."""
+        pictures = (modality == Modality.IMAGE) | (modality == Modality.VIDEO)
+        return cls(
+            input_ids=input_ids,
+            labels=labels,
+            position_ids=position_ids,
+            segment_ids=segment_ids,
+            sample_ids=sample_ids,
+            sample_positions=sample_positions,
+            modality=modality,
+            source_ids=source_ids,
+            sample_modalities=_sample_modalities(modality, segment_ids),
+            picture_places=_places(pictures),
+            sound_places=_places(modality == Modality.AUDIO),
+            label_places=label_places(labels),
+            num_samples=int((segment_ids.amax(dim=1) + 1).sum()),
+            num_tokens=int((segment_ids >= 0).sum()),
+            pixel_values=pixel_values,
+            audio_features=audio_features,
+        )
+
     def to(self, device: torch.device | str) -> "OmniBatch":
         """The same batch on another device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if v is not None})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
     @property
     def padding_mask(self) -> Tensor:
@@ -65,11 +127,32 @@ class OmniBatch:
         return self.segment_ids < 0
 
     @property
-    def num_samples(self) -> int:
-        """Samples in all sequences."""
-        return int((self.segment_ids.amax(dim=1) + 1).sum())
-
-    @property
     def num_label_tokens(self) -> int:
         """Tokens that carry a label."""
-        return int((self.labels != IGNORE_LABEL).sum())
+        return len(self.label_places)
+
+
+GRIDS = tuple(f.name for f in fields(OmniBatch) if f.name not in MEDIA + INDICES + COUNTS)
+
+
+def label_places(labels: Tensor) -> Tensor:
+    """``OmniBatch.label_places`` of ``labels`` [B, S]."""
+    return (labels != IGNORE_LABEL).t().flatten().nonzero().squeeze(1)
+
+
+def _places(wanted: Tensor) -> Tensor:
+    """[n] places in the flattened [S, B] grid of the true entries of ``wanted`` [B, S], in the order of [B, S]."""
+    row, column = wanted.nonzero(as_tuple=True)
+    return column * len(wanted) + row
+
+
+def _sample_modalities(modality: Tensor, segment_ids: Tensor) -> Tensor:
+    """``OmniBatch.sample_modalities`` of ``modality`` and ``segment_ids`` [B, S]."""
+    rows, length = modality.shape
+    # Padding (segment -1) falls into the last slot of its row, which no sample uses.
+    sample = torch.arange(rows).unsqueeze(1) * (length + 1) + segment_ids.remainder(length + 1)
+    present = torch.zeros(rows * (length + 1), len(Modality), dtype=torch.bool)
+    present[sample, modality] = True
+    present[:, Modality.TEXT] = ~present[:, Modality.TEXT + 1 :].any(dim=1)
+    bits = present.to(torch.int64) @ (1 << torch.arange(len(Modality)))
+    return torch.where(segment_ids < 0, 0, bits[sample])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_omni.batch import IGNORE_LABEL, Modality, OmniBatch
 from megatron_omni.data.sample import Sample
+from megatron_omni.positions import PositionRule
 
 
 def collate(
@@ -52,7 +53,7 @@ def collate(
 
     tiles = [sample.tiles for sample in samples if sample.tiles is not None]
     chunks = [sample.chunks for sample in samples if sample.chunks is not None]
-    return OmniBatch(
+    return OmniBatch.of(
         input_ids=padded([s.input_ids for s in samples], pad_id),
         labels=padded([s.labels for s in samples], IGNORE_LABEL),
         position_ids=padded([s.position_ids for s in samples], 0),
@@ -64,3 +65,25 @@ def collate(
         pixel_values=torch.cat(tiles) if tiles else None,
         audio_features=torch.cat(chunks) if chunks else None,
     )
+
+
+def check_placeholders(batch: OmniBatch, rule: PositionRule) -> None:
+    """ValueError unless the encoders of a model with this ``rule`` give a row for every placeholder.
+
+    The reader asks: on a device, and with other ranks waiting, it would be too late.
+    """
+    for names, places, inputs, rows_each, config in (
+        ("IMAGE/VIDEO", batch.picture_places, batch.pixel_values, rule.pooled_side**2, "model.vision"),
+        ("AUDIO", batch.sound_places, batch.audio_features, rule.num_query_tokens, "model.audio"),
+    ):
+        num_inputs = 0 if inputs is None else len(inputs)
+        found = f"the batch has {len(places)} {names} placeholders"
+        if not rows_each and (len(places) or num_inputs):
+            raise ValueError(f"{found} but {config} is null; drop those samples or give the model the encoder")
+        if len(places) and not num_inputs:
+            raise ValueError(f"{found} and nothing for the encoder to read")
+        if len(places) != num_inputs * rows_each:
+            raise ValueError(
+                f"{found} but its {num_inputs} encoder inputs give {num_inputs * rows_each} rows; the sample builder and "
+                f"{config} disagree"
+            )

@@ -67,13 +67,13 @@ def generate(
         ends = [(sample.length, sample.next_position) for sample in prompts]
     else:
         prompt, ends = _idle_prompt(pg.tp.size()), [(1, 1)]
-    lengths, positions = torch.tensor(ends, device=device()).unbind(1)
+    lengths, positions = torch.tensor(ends).unbind(1)
     answers: list[list[int]] = [[] for _ in prompts]
     active = [True] * len(prompts) or [False]
     with _evaluation_mode(omni), kv_cache(KVCache()) as cache:
         logits = _forward(omni, prompt, cache, pg, last=lengths - 1)
         for step in range(max_new_tokens):
-            chosen = torch.full_like(lengths, INVALID_TOKEN)
+            chosen = torch.full_like(lengths, INVALID_TOKEN, device=device())
             if logits is not None:
                 chosen = next_tokens(
                     logits, sampling, vocab_size=tokenizer.vocab_size, seed=seed, rows=names or [0], step=step
@@ -98,13 +98,13 @@ def decode_batch(
 ) -> OmniBatch:
     """The batch [B, width] of one decoding step: the token of each row, then padding; rows not active are all padding.
 
-    ``lengths`` [B] are the tokens before this one in each row, ``positions`` [B] its position in all three channels.
+    In host memory. ``lengths`` [B] are the tokens before this one in each row, ``positions`` [B] its position in all
+    three channels.
     """
-    here = lengths.device
-    running = torch.zeros(len(tokens), width, dtype=torch.bool, device=here)
-    running[:, 0] = torch.tensor(active, device=here)
-    input_ids = torch.where(running, torch.tensor(tokens, device=here).unsqueeze(1), 0)
-    return OmniBatch(
+    running = torch.zeros(len(tokens), width, dtype=torch.bool)
+    running[:, 0] = torch.tensor(active)
+    input_ids = torch.where(running, torch.tensor(tokens).unsqueeze(1), 0)
+    return OmniBatch.of(
         input_ids=input_ids,
         labels=torch.full_like(input_ids, IGNORE_LABEL),
         position_ids=positions.unsqueeze(1).expand(3, -1, width),
@@ -137,7 +137,8 @@ def _forward(
         hidden = torch.empty(shape, dtype=next(omni.parameters()).dtype, device=device())
         dist.recv(hidden, group=pg.pp, group_src=where.pp_rank - 1)
         omni.set_input_tensor(hidden)
-    output = omni(batch, step=0, stochastic=False, compute_loss=False, logits_positions=last.unsqueeze(1))
+    where_asked = last.unsqueeze(1).to(device())
+    output = omni(batch, step=0, stochastic=False, compute_loss=False, logits_positions=where_asked)
     if where.is_last_stage:
         return output.squeeze(1).float()
     dist.send(output.contiguous(), group=pg.pp, group_dst=where.pp_rank + 1)

@@ -41,26 +41,19 @@ def lm_loss(token_loss: Tensor, labels: Tensor, *, num_label_tokens: int, token_
     return learned.sum() / max(num_label_tokens, 1)
 
 
-def contains_modality(modality: Tensor, segment_ids: Tensor) -> Tensor:
-    """[B, S, 4] bool: for each token, which rows of the modality table its sample belongs to; all False at padding."""
-    rows, length = modality.shape
-    row = torch.arange(rows, device=modality.device).unsqueeze(1)
-    # Padding (segment -1) falls into the last slot of its row, which no sample uses.
-    sample = row * (length + 1) + segment_ids.remainder(length + 1)
-    present = torch.zeros(rows * (length + 1), NUM_MODALITIES, dtype=torch.bool, device=modality.device)
-    present[sample, modality] = True
-    present[:, Modality.TEXT] = ~present[:, Modality.TEXT + 1 :].any(dim=1)
-    return present[sample] & (segment_ids >= 0).unsqueeze(-1)
-
-
 def loss_report(token_loss: Tensor, batch: OmniBatch, *, num_sources: int) -> Tensor:
     """[1 + 4 + num_sources, 2] float64 table of (sum of losses, number of label tokens)."""
-    labelled = (batch.labels != IGNORE_LABEL).flatten()
-    losses = token_loss.detach().flatten().double().masked_fill(~labelled, 0.0)
-    by_modality = contains_modality(batch.modality, batch.segment_ids).flatten(0, 1)
-    by_source = torch.nn.functional.one_hot(batch.source_ids.flatten().clamp(min=0), num_sources).bool()
-    membership = torch.cat([labelled.unsqueeze(1), by_modality, by_source], dim=1) & labelled.unsqueeze(1)
-    return torch.stack([losses @ membership.double(), membership.sum(dim=0).double()], dim=1)
+
+    def labelled(grid: Tensor) -> Tensor:
+        return grid.t().flatten().index_select(0, batch.label_places)
+
+    losses = labelled(token_loss.detach()).double()
+    bit = torch.arange(NUM_MODALITIES, device=losses.device)
+    by_modality = labelled(batch.sample_modalities).unsqueeze(1).bitwise_right_shift(bit).bitwise_and(1).double()
+    source = torch.arange(num_sources, device=losses.device)
+    by_source = (labelled(batch.source_ids).unsqueeze(1) == source).double()
+    membership = torch.cat([torch.ones_like(losses).unsqueeze(1), by_modality, by_source], dim=1)
+    return torch.stack([losses @ membership, membership.sum(dim=0)], dim=1)
 
 
 def report_names(source_names: Sequence[str]) -> list[str]:

@@ -39,7 +39,6 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from megatron_omni.batch import IGNORE_LABEL
 from megatron_omni.config.model import ModelConfig
 from megatron_omni.config.parallel import LOGITS_CHUNK, ParallelConfig
 from megatron_omni.config.parts import NEW_TOKEN_ROWS
@@ -315,14 +314,15 @@ class LanguageModel(HybridModel):
         ctx: TokenContext | None,
         decoder_input: Tensor | None = None,
         labels: Tensor | None = None,
+        label_places: Tensor | None = None,
         logits_positions: Tensor | None = None,
     ) -> Tensor:
         """Loss of each token [B, S] fp32 (0 where unlabelled) with ``labels``, else logits; hidden states on earlier
         stages.
 
         ``position_ids`` [3, B, S]; ``ctx`` of the full sequence in [S * B] order; ``decoder_input`` [S, B, H]
-        replaces the word embeddings; ``logits_positions`` [B, n] selects the positions whose logits [B, n, V] are
-        wanted (all when None).
+        replaces the word embeddings; ``label_places`` [n] says where ``labels`` has any (batch.py); ``logits_positions``
+        [B, n] selects the positions whose logits [B, n, V] are wanted (all when None).
         """
         size, tensor_size = position_ids.shape[2], self.pg_collection.tp.size()
         if size % tensor_size != 0:
@@ -350,7 +350,10 @@ class LanguageModel(HybridModel):
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
-        return self._logits(hidden, logits_positions) if labels is None else self._loss(hidden, labels)
+        if labels is None:
+            return self._logits(hidden, logits_positions)
+        assert label_places is not None, "labels without their places"
+        return self._loss(hidden, labels, label_places)
 
     def _shard_of(self, ctx: TokenContext | None) -> TokenContext | None:
         """The part of ``ctx`` that describes this rank's sequence shard."""
@@ -378,20 +381,21 @@ class LanguageModel(HybridModel):
             rows = rows.gather(1, positions.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
         return self._output(rows, gather=True)[..., : self.model_config.vocab_size]
 
-    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, hidden: Tensor, labels: Tensor, places: Tensor) -> Tensor:
         """[B, S] cross entropy of ``labels`` [B, S]; the output layer sees labelled rows only, a chunk at a time."""
-        labelled = (labels != IGNORE_LABEL).t()
+        # By numbers of rows: by a mask, their count would have to come back from the device, in the backward as well.
         log_probs, _ = token_log_probs(
             lambda rows: self._output(rows.unsqueeze(1), gather=False).squeeze(1),
-            hidden[labelled],
-            labels.t()[labelled],
+            hidden.flatten(0, 1).index_select(0, places),
+            labels.t().flatten().index_select(0, places),
             parameters=self._output_parameters(),
             num_columns=self.vocab_size // self.pg_collection.tp.size(),
             vocab_size=self.model_config.vocab_size,
             group=self.pg_collection.tp,
             chunk_elements=self.logits_chunk,
         )
-        return log_probs.new_zeros(labelled.shape).masked_scatter(labelled, -log_probs).t()
+        losses = log_probs.new_zeros(labels.numel()).index_copy(0, places, -log_probs)
+        return losses.view(hidden.shape[:2]).t()
 
     def _output_parameters(self) -> list[Tensor]:
         """Every parameter that :meth:`_output` computes with."""

@@ -26,7 +26,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_omni.batch import IGNORE_LABEL, Modality, OmniBatch
+from megatron_omni.batch import IGNORE_LABEL, OmniBatch
 from megatron_omni.config.model import ModelConfig
 from megatron_omni.models.encoders.audio import AudioEncoder
 from megatron_omni.models.encoders.vision import VisionEncoder
@@ -36,9 +36,6 @@ from megatron_omni.platform.seeds import named_generator
 
 if TYPE_CHECKING:
     from megatron_omni.models.language import LanguageModel
-
-_PICTURES = (Modality.IMAGE, Modality.VIDEO)
-_SOUND = (Modality.AUDIO,)
 
 
 class OmniModel(MegatronModule):
@@ -124,6 +121,7 @@ class OmniModel(MegatronModule):
             ),
             decoder_input=self.embed(batch) if self.pre_process else None,
             labels=batch.labels if compute_loss else None,
+            label_places=batch.label_places,
             logits_positions=logits_positions,
         )
 
@@ -131,8 +129,8 @@ class OmniModel(MegatronModule):
         """[S, B, H]: word embeddings with the encoders' rows in place of the placeholders."""
         idle = self.overlap  # encoders before the embedding: in the order of registration
         media = [
-            _encode(batch, self.vision, batch.pixel_values, _PICTURES, config="model.vision", idle=idle),
-            _encode(batch, self.audio, batch.audio_features, _SOUND, config="model.audio", idle=idle),
+            _encode(self.vision, batch.pixel_values, batch.picture_places, idle=idle),
+            _encode(self.audio, batch.audio_features, batch.sound_places, idle=idle),
         ]
         hidden = self.language.embed(batch.input_ids)
         for places, rows in filter(None, media):
@@ -178,45 +176,23 @@ def token_facts(
 
 
 def _encode(
-    batch: OmniBatch,
-    encoder: VisionEncoder | AudioEncoder | None,
-    inputs: Tensor | None,
-    modalities: tuple[Modality, ...],
-    *,
-    config: str,
-    idle: bool,
+    encoder: VisionEncoder | AudioEncoder | None, inputs: Tensor | None, places: Tensor, *, idle: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """Where the placeholders of ``modalities`` lie in the flattened [S, B] grid, [n], and the encoder's rows, [n, H].
+    """``places`` [n] in the flattened [S, B] grid and the encoder's rows for them, [n, H]; None where there are none.
 
-    None where there is nothing to place. ``idle``: no rows of a trained encoder instead (``overlap`` of OmniModel).
+    ``idle``: no rows of a trained encoder instead (``overlap`` of OmniModel). The reader has checked that inputs, places
+    and encoder belong together (data/collate.py).
     """
-    modality = batch.modality
-    wanted = modality == modalities[0]
-    for other in modalities[1:]:
-        wanted = wanted | (modality == other)
-    places = wanted.flatten().nonzero().squeeze(1)
-    num_inputs = 0 if inputs is None else len(inputs)
-    names = "/".join(m.name for m in modalities)
     if encoder is None:
-        if places.numel() or num_inputs:
-            raise ValueError(
-                f"the batch has {places.numel()} {names} placeholders but {config} is null; drop those samples or give "
-                "the model the encoder"
-            )
+        assert inputs is None and not len(places), "media for an encoder that the model has not"
         return None
-    if inputs is None or num_inputs == 0:
-        if places.numel():
-            raise ValueError(f"the batch has {places.numel()} {names} placeholders and nothing for the encoder to read")
+    if inputs is None:
+        assert not len(places), f"{len(places)} placeholders without media"
         return (places, encoder(encoder.idle_input()).flatten(0, 1)[:0]) if idle and _trains(encoder) else None
     with torch.set_grad_enabled(_trains(encoder)):
         rows = encoder(inputs).flatten(0, 1)
-    if rows.shape[0] != places.numel():
-        raise ValueError(
-            f"the batch has {places.numel()} {names} placeholders but its {num_inputs} encoder inputs give "
-            f"{rows.shape[0]} rows; the sample builder and {config} disagree"
-        )
-    num_rows, length = batch.input_ids.shape
-    return places % length * num_rows + places // length, rows  # (b, s) of [B, S] to (s, b) of [S, B]
+    assert len(rows) == len(places), f"{len(rows)} encoder rows for {len(places)} placeholders"
+    return places, rows
 
 
 def _trains(encoder: VisionEncoder | AudioEncoder) -> bool:

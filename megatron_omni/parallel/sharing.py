@@ -2,37 +2,62 @@
 
 The data-reader rank of a replica (tensor-parallel rank 0 of the first pipeline stage) loads the micro-batches of a
 step. Their integer tensors go to every rank of the replica (labels are needed on the last stage, positions on all of
-them), all of a step at once: a header and a buffer. Pictures and sound are a thousand times larger and only go to the
-tensor-parallel group of the first stage, the only one that embeds: a micro-batch at a time, pictures as the 8-bit pixels
-they are and sound in the model's precision. Those of the next micro-batch travel while this one is computed
-(:class:`StepData`), so a device holds two of them.
+them), all of a step at once: a header, which also brings the counts, and a buffer. Pictures and sound are a thousand
+times larger and only go to the tensor-parallel group of the first stage, the only one that embeds: a micro-batch at a
+time, pictures as the 8-bit pixels they are and sound in the model's precision. Those of the next micro-batch travel
+while this one is computed (:class:`StepData`), so a device holds two of them.
 
 A reader that fails says so in the header; :func:`sum_over_ranks` then carries the news to the other replicas, so that
 every rank stops at the same step instead of waiting for a timeout.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_omni.batch import OmniBatch
+from megatron_omni.batch import COUNTS, GRIDS, INDICES, MEDIA, OmniBatch
 from megatron_omni.platform.device import beside_computation, join_computation, pinned
 
-MEDIA = ("pixel_values", "audio_features")
-INTEGERS = tuple(f.name for f in fields(OmniBatch) if f.name not in MEDIA)
 _MEDIA_DIMS = {"pixel_values": 4, "audio_features": 3}
 _DTYPES = (torch.uint8, torch.bfloat16, torch.float32)
-_HEADER = 2 + sum(1 + dims for dims in _MEDIA_DIMS.values())
-"""Numbers per micro-batch: B, S and, for each medium, its dtype (-1: there is none) and shape."""
+_NUM_SIZES = 2 + len(INDICES)
+_HEADER = _NUM_SIZES + len(COUNTS) + sum(1 + dims for dims in _MEDIA_DIMS.values())
+"""Numbers per micro-batch: B, S, the length of each index, the counts and, for each medium, its dtype (-1: there is none)
+and shape."""
 _ALIGNMENT = 16
 """Bytes: a tensor begins at a multiple of it in a buffer of bytes."""
 
 MediaSpec = tuple[torch.dtype, tuple[int, ...]] | None
 """Dtype and shape of a medium's tensor; None where the micro-batch has none."""
+
+
+class _Header(NamedTuple):
+    """What a rank knows of a micro-batch before its tensors arrive."""
+
+    grid: tuple[int, int]
+    """B, S."""
+    lengths: list[int]
+    """Of the indices."""
+    counts: dict[str, int]
+    media: list[MediaSpec]
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> "_Header":
+        rows, length, *lengths = numbers[:_NUM_SIZES]
+        counts = dict(zip(COUNTS, numbers[_NUM_SIZES:]))
+        return cls((rows, length), lengths, counts, _specs(numbers[_NUM_SIZES + len(COUNTS) :]))
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the integer tensors."""
+        grids: dict[str, tuple[int, ...]] = {name: self.grid for name in GRIDS}
+        indices = {name: (length,) for name, length in zip(INDICES, self.lengths, strict=True)}
+        return grids | {"position_ids": (3, *self.grid)} | indices
 
 
 class ReaderFailed(RuntimeError):
@@ -49,6 +74,11 @@ class StepData:
 
     def __len__(self) -> int:
         return len(self._batches)
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(B, S) of every micro-batch."""
+        return [(len(batch.input_ids), batch.input_ids.shape[1]) for batch in self._batches]
 
     def __iter__(self) -> Iterator[OmniBatch]:
         arriving = self._media(0)
@@ -79,24 +109,26 @@ def share_step(
     if alone:
         if batches is None:
             return None
-        numbers = [n for batch in batches for n in _shapes(batch)]
+        numbers = [n for batch in batches for n in _header(batch)]
     else:
         header = torch.full((1 + num_micro_batches * _HEADER,), -1, dtype=torch.int64)
         if is_reader and batches is not None:
-            header = torch.tensor([1, *(n for batch in batches for n in _shapes(batch))], dtype=torch.int64)
-        header = header.to(device)
+            header = torch.tensor([1, *(n for batch in batches for n in _header(batch))], dtype=torch.int64)
+        header = pinned(header).to(device, non_blocking=True)
         dist.broadcast(header, dist.get_global_rank(pg.mp, 0), group=pg.mp)
         status, *numbers = header.tolist()
         if status < 0:
             return None
-    rows = [numbers[i : i + _HEADER] for i in range(0, len(numbers), _HEADER)]
-    integers = _share_integers(batches, rows, pg=pg, device=device)
-    specs = [_specs(row) for row in rows]
+    headers = [_Header.of(numbers[i : i + _HEADER]) for i in range(0, len(numbers), _HEADER)]
+    integers = _share_integers(batches, headers, pg=pg, device=device)
     if pg.pp.rank() > 0:
         return StepData(integers, lambda _: lambda: [None, None])
-    return StepData(
-        integers, lambda i: _send_media(None if batches is None else batches[i], specs[i], group=pg.tp, device=device)
-    )
+
+    def media(index: int) -> Callable[[], list[Tensor | None]]:
+        batch = None if batches is None else batches[index]
+        return _send_media(batch, headers[index].media, group=pg.tp, device=device)
+
+    return StepData(integers, media)
 
 
 def sum_over_ranks(values: Sequence[int], *, device: torch.device) -> list[int]:
@@ -127,8 +159,9 @@ def _in_precision(batch: OmniBatch, precision: torch.dtype) -> OmniBatch:
     return batch if sound is None else replace(batch, audio_features=sound.to(precision))
 
 
-def _shapes(batch: OmniBatch) -> list[int]:
-    numbers = list(batch.input_ids.shape)
+def _header(batch: OmniBatch) -> list[int]:
+    numbers = [*batch.input_ids.shape, *(len(getattr(batch, name)) for name in INDICES)]
+    numbers += [getattr(batch, name) for name in COUNTS]
     for name in MEDIA:
         tensor = getattr(batch, name)
         present = tensor is not None and tensor.numel() > 0
@@ -136,11 +169,11 @@ def _shapes(batch: OmniBatch) -> list[int]:
     return numbers
 
 
-def _specs(row: Sequence[int]) -> list[MediaSpec]:
+def _specs(numbers: Sequence[int]) -> list[MediaSpec]:
     specs: list[MediaSpec] = []
-    offset = 2
+    offset = 0
     for name in MEDIA:
-        dtype, *shape = row[offset : offset + 1 + _MEDIA_DIMS[name]]
+        dtype, *shape = numbers[offset : offset + 1 + _MEDIA_DIMS[name]]
         specs.append(None if dtype < 0 else (_DTYPES[dtype], tuple(shape)))
         offset += 1 + _MEDIA_DIMS[name]
     return specs
@@ -148,25 +181,26 @@ def _specs(row: Sequence[int]) -> list[MediaSpec]:
 
 def _share_integers(
     batches: Sequence[OmniBatch] | None,
-    rows: Sequence[Sequence[int]],
+    headers: Sequence[_Header],
     *,
     pg: ProcessGroupCollection,
     device: torch.device,
 ) -> list[OmniBatch]:
-    sizes = [(3, b, s) if name == "position_ids" else (b, s) for b, s, *_ in rows for name in INTEGERS]
+    sizes = [size for header in headers for size in header.sizes.values()]
     if batches is not None:
-        flat = torch.cat([getattr(batch, name).reshape(-1) for batch in batches for name in INTEGERS])
+        names = headers[0].sizes
+        flat = torch.cat([getattr(batch, name).reshape(-1) for batch in batches for name in names])
         flat = pinned(flat).to(device, non_blocking=True)
     else:
         flat = torch.empty(sum(_count(size) for size in sizes), dtype=torch.int64, device=device)
     if pg.mp.size() > 1:
         dist.broadcast(flat, dist.get_global_rank(pg.mp, 0), group=pg.mp)
-    parts = [part.view(size) for part, size in zip(flat.split([_count(s) for s in sizes]), sizes, strict=True)]
-    width = len(INTEGERS)
-    return [
-        OmniBatch(**dict(zip(INTEGERS, parts[i : i + width], strict=True)))  # type: ignore[arg-type]
-        for i in range(0, len(parts), width)
-    ]
+    parts = iter(flat.split([_count(size) for size in sizes]))
+    shared = []
+    for header in headers:
+        values: dict[str, Any] = {name: next(parts).view(size) for name, size in header.sizes.items()}
+        shared.append(OmniBatch(**values, **header.counts))
+    return shared
 
 
 def _send_media(

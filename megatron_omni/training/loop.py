@@ -248,7 +248,7 @@ def next_batches(
     labels = tokens = samples = tiles = chunks = 0
     if batches is not None:
         labels = sum(batch.num_label_tokens for batch in batches)
-        tokens = sum(int((batch.segment_ids >= 0).sum()) for batch in batches)
+        tokens = sum(batch.num_tokens for batch in batches)
         samples = sum(batch.num_samples for batch in batches)
         tiles = sum(len(batch.pixel_values) for batch in batches if batch.pixel_values is not None)
         chunks = sum(len(batch.audio_features) for batch in batches if batch.audio_features is not None)

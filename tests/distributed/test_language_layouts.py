@@ -48,7 +48,7 @@ def _batch(step: int, index: int) -> OmniBatch:
     labels[:, : size // 2] = IGNORE_LABEL
     positions = torch.arange(size).expand(ROWS, size)
     zeros = torch.zeros(ROWS, size, dtype=torch.long)
-    return OmniBatch(
+    return OmniBatch.of(
         input_ids=ids[:, :-1], labels=labels, position_ids=positions.expand(3, ROWS, size), segment_ids=zeros,
         sample_ids=zeros + torch.arange(ROWS)[:, None] + ROWS * index, sample_positions=positions, modality=zeros,
         source_ids=zeros,
@@ -59,7 +59,7 @@ def _forward_step(batch, model, *, num_labels, step):
     ctx = token_facts(batch, seed=1, step=step, stochastic=True, aux_loss_scale=0.01, stats=None)
     losses = model(
         input_ids=batch.input_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids, ctx=ctx,
-        labels=batch.labels,
+        labels=batch.labels, label_places=batch.label_places,
     )  # fmt: skip
 
     def loss_function(losses):

@@ -88,7 +88,7 @@ def batch_of(name: str) -> OmniBatch:
     grid = torch.arange(ids.numel()).view_as(ids)
     labelled = (grid % 3 == 0) & (modality == Modality.TEXT) & (segments == 0)
     samples = torch.arange(len(rows))[:, None] + 2 * list(ROWS).index(name)
-    return OmniBatch(
+    return OmniBatch.of(
         input_ids=ids,
         labels=torch.where(labelled, ids.roll(-1, 1), IGNORE_LABEL),
         position_ids=positions,

@@ -125,7 +125,7 @@ def batch_of(recipe: Recipe, *, first_sample: int, packed: bool) -> OmniBatch:
     ints["modality"][:, 1 : 1 + pictures] = Modality.IMAGE
     ints["modality"][:, 1 + pictures : 1 + pictures + sound] = Modality.AUDIO
     side, mels = model.vision.image_size, model.audio.num_mel_bins
-    return OmniBatch(
+    return OmniBatch.of(
         **ints,
         position_ids=torch.arange(LENGTH).expand(3, ROWS, LENGTH).clone(),
         pixel_values=torch.randn(TILES, 3, side, side),

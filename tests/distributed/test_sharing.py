@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_omni.batch import OmniBatch
+from megatron_omni.batch import COUNTS, GRIDS, INDICES, MEDIA, OmniBatch
 from megatron_omni.config.parallel import ParallelConfig
 from megatron_omni.parallel.groups import place_in
-from megatron_omni.parallel.sharing import INTEGERS, share_step, sum_over_ranks
+from megatron_omni.parallel.sharing import share_step, sum_over_ranks
 from tests.distributed.harness import Rank, run_ranks
 
 CPU = torch.device("cpu")
@@ -19,11 +19,13 @@ def step_of(replica: int) -> list[OmniBatch]:
     generator = torch.Generator().manual_seed(replica)
 
     def batch(length: int, tiles: int, chunks: int) -> OmniBatch:
-        ints = {name: torch.randint(-100, 2**40, (2, length), generator=generator) for name in INTEGERS}
+        ints = {name: torch.randint(-100, 2**40, (2, length), generator=generator) for name in GRIDS}
+        ints |= {name: torch.randint(2**40, (tiles + i,), generator=generator) for i, name in enumerate(INDICES)}
+        counts = {name: length + i for i, name in enumerate(COUNTS)}
         ints["position_ids"] = torch.randint(0, 99, (3, 2, length), generator=generator)
         pixels = torch.randint(256, (tiles, 3, 3, 3), generator=generator).byte() if tiles else None
         sound = torch.randn(chunks, 8, 5, generator=generator) if chunks else None
-        return OmniBatch(**ints, pixel_values=pixels, audio_features=sound)
+        return OmniBatch(**ints, **counts, pixel_values=pixels, audio_features=sound)
 
     return [batch(5, 3, 2), batch(9, 0, 1), batch(4, 0, 0)]
 
@@ -48,7 +50,9 @@ def shared(rank: Rank, tensor: int, pipeline: int) -> bool:
         if not place.is_first_stage:
             expected = [replace(batch, pixel_values=None, audio_features=None) for batch in expected]
         for a, b in zip(got, expected, strict=True):
-            assert all(equal(getattr(a, name), getattr(b, name)) for name in vars(b))
+            assert all(equal(getattr(a, name), getattr(b, name)) for name in (*GRIDS, *INDICES, *MEDIA))
+            assert all(getattr(a, name) == getattr(b, name) for name in COUNTS)
+        assert got.shapes == [(2, 5), (2, 9), (2, 4)]
     # A reader that failed is known to its whole replica, and through the sum to every other.
     failing = place.dp_rank == 0
     got = share_step(

@@ -72,7 +72,7 @@ def text_batch() -> OmniBatch:
     rows, size = IDS.shape
     zeros = torch.zeros_like(IDS)
     positions = torch.arange(size).expand(rows, size)
-    return OmniBatch(
+    return OmniBatch.of(
         input_ids=IDS, labels=IDS, position_ids=positions.expand(3, rows, size), segment_ids=zeros,
         sample_ids=zeros + torch.arange(rows)[:, None], sample_positions=positions, modality=zeros, source_ids=zeros,
     )  # fmt: skip

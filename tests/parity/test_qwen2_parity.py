@@ -7,7 +7,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from megatron_omni.batch import IGNORE_LABEL
+from megatron_omni.batch import IGNORE_LABEL, label_places
 from megatron_omni.config.model import ModelConfig
 from megatron_omni.config.optim import OptimConfig
 from megatron_omni.config.run import Recipe
@@ -105,7 +105,7 @@ def test_logits_loss_and_gradients_equal_qwen2(pg: ProcessGroupCollection, tied:
 
     labels = inputs["input_ids"].roll(-1, dims=1)
     labels[:, -1] = labels[0, :7] = IGNORE_LABEL
-    per_token = ours(**inputs, ctx=None, labels=labels)
+    per_token = ours(**inputs, ctx=None, labels=labels, label_places=label_places(labels))
     reference_loss = torch.nn.functional.cross_entropy(
         expected.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE_LABEL
     ).view_as(labels)
@@ -172,7 +172,8 @@ def test_recompute_gives_the_same_gradients(pg: ProcessGroupCollection) -> None:
         ours = build_language_model(recipe, pg)
         # No gradient flows below the first layer then: replay must still reach its weights.
         ours.embedding.requires_grad_(False)
-        ours(**_inputs(), ctx=None, labels=_inputs()["input_ids"]).sum().backward()
+        labels = _inputs()["input_ids"]
+        ours(**_inputs(), ctx=None, labels=labels, label_places=label_places(labels)).sum().backward()
         gradients.append({name: p.grad for name, p in ours.named_parameters() if p.requires_grad})
     assert all(g is not None for g in gradients[1].values())
     for name, expected in gradients[0].items():

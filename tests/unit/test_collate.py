@@ -1,11 +1,14 @@
 """Batches: padding, masks, identities, and media joined in the order of their placeholders."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from megatron_omni.batch import IGNORE_LABEL, Modality
-from megatron_omni.data.collate import collate
+from megatron_omni.batch import GRIDS, IGNORE_LABEL, INDICES, Modality
+from megatron_omni.data.collate import check_placeholders, collate
 from megatron_omni.data.sample import Sample
+from megatron_omni.positions import PositionRule
 
 
 def sample(length: int, *, tiles: int = 0, chunks: int = 0, value: float = 0.0) -> Sample:
@@ -37,7 +40,8 @@ def test_rows_are_padded_and_named():
     assert batch.position_ids[1].tolist() == [[100, 101, 102, 103, 104, 0, 0, 0], [100, 101, 102, 0, 0, 0, 0, 0]]
     assert batch.padding_mask.sum() == 8 and batch.num_label_tokens == 4
     assert batch.pixel_values is None and batch.audio_features is None
-    assert {tensor.dtype for name, tensor in vars(batch).items() if tensor is not None} == {torch.int64}
+    assert {getattr(batch, name).dtype for name in (*GRIDS, *INDICES)} == {torch.int64}
+    assert (batch.num_samples, batch.num_tokens) == (2, 8)
 
 
 def test_media_follow_the_rows():
@@ -48,8 +52,8 @@ def test_media_follow_the_rows():
     assert batch.pixel_values is not None and batch.audio_features is not None
     assert batch.pixel_values[:, 0, 0, 0].tolist() == [1.0, 1.0, 3.0]
     assert batch.audio_features[:, 0, 0].tolist() == [2.0, 3.0, 3.0]
-    rows = (batch.modality == Modality.IMAGE).nonzero()[:, 0].tolist()
-    assert rows == [0, 0, 2]
+    assert batch.picture_places.tolist() == [1 * 3 + 0, 2 * 3 + 0, 1 * 3 + 2]  # (s, b) of [S, B], row by row
+    assert batch.sound_places.tolist() == [1 * 3 + 1, 2 * 3 + 2, 3 * 3 + 2]
 
 
 @pytest.mark.parametrize(("lengths", "multiple", "expected"), [([8, 3], 8, 8), ([9], 8, 16), ([3], 1, 3), ([5], 6, 6)])
@@ -60,3 +64,30 @@ def test_the_length_is_the_longest_row_rounded_up(lengths, multiple, expected):
 def test_nothing_to_collate_is_refused():
     with pytest.raises(ValueError, match="at least one sample"):
         collate([], pad_id=0)
+
+
+RULE = PositionRule(pooled_side=2, num_query_tokens=3, audio_group_seconds=1.0, theta=2.0)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "chunks", "rule", "said"),
+    [
+        (1, 0, RULE, r"has 1 IMAGE/VIDEO placeholders but its 1 encoder inputs give 4 rows.*model\.vision"),
+        (0, 2, RULE, r"has 2 AUDIO placeholders but its 2 encoder inputs give 6 rows.*model\.audio"),
+        (0, 1, replace(RULE, num_query_tokens=0), r"1 AUDIO placeholders but model\.audio is null"),
+        (2, 0, replace(RULE, pooled_side=0), r"2 IMAGE/VIDEO placeholders but model\.vision is null"),
+    ],
+)
+def test_the_reader_refuses_placeholders_that_the_encoders_do_not_fill(tiles, chunks, rule, said):
+    with pytest.raises(ValueError, match=said):
+        check_placeholders(collate([sample(9, tiles=tiles, chunks=chunks)], pad_id=0), rule)
+    without = replace(sample(9, chunks=chunks, tiles=tiles), tiles=None, chunks=None)
+    with pytest.raises(ValueError, match="nothing for the encoder" if rule is RULE else "is null"):
+        check_placeholders(collate([without], pad_id=0), rule)
+
+
+def test_placeholders_that_the_encoders_fill_pass():
+    check_placeholders(
+        collate([sample(9, tiles=2, chunks=1)], pad_id=0), replace(RULE, pooled_side=1, num_query_tokens=1)
+    )
+    check_placeholders(collate([sample(9)], pad_id=0), replace(RULE, pooled_side=0, num_query_tokens=0))

@@ -7,7 +7,7 @@ import torch
 
 from megatron_omni.batch import IGNORE_LABEL, Modality, OmniBatch
 from megatron_omni.config.data import SourceConfig
-from megatron_omni.losses.lm import contains_modality, lm_loss, loss_report, report_names
+from megatron_omni.losses.lm import lm_loss, loss_report, report_names
 from megatron_omni.tasks.supervised import SupervisedTask
 from megatron_omni.training.task import StepInfo
 
@@ -20,7 +20,7 @@ def batch_of(rows: list[list[tuple[int, Modality, bool, int]]], source: int = 0)
     padded = [row + [(-1, TEXT, False, 0)] * (shape[1] - len(row)) for row in rows]
     column = lambda i: torch.tensor([[token[i] for token in row] for row in padded])  # noqa: E731
     zeros = torch.zeros(shape, dtype=torch.int64)
-    return OmniBatch(
+    return OmniBatch.of(
         input_ids=zeros,
         labels=torch.where(column(2), 1, IGNORE_LABEL),
         position_ids=zeros.expand(3, *shape),
@@ -81,15 +81,6 @@ def test_loss_weights_of_sources_scale_gradients_and_nothing_that_is_reported() 
     plain = [[0, 0, 0.25, 0.25, 0.25], [0, 0, 0.25, 0, 0]]
     assert loss_and_gradient(sources, training=False)[1] == plain
     assert loss_and_gradient([replace(s, loss_weight=1.0) for s in sources], training=True)[1] == plain
-
-
-def test_a_modality_belongs_to_its_sample_not_to_its_row() -> None:
-    batch = batch_of(ROWS)
-    table = contains_modality(batch.modality, batch.segment_ids)
-    assert table[0, 2].tolist() == [False, True, False, False]  # the packed row's first sample has the picture
-    assert table[0, 3].tolist() == [True, False, False, False]  # its second is text only
-    assert table[1, 0].tolist() == [False, False, True, True]  # a video with sound counts in both
-    assert not table[1, 3:].any()  # padding belongs to no sample
 
 
 def test_report_rows() -> None:
