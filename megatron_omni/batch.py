@@ -22,6 +22,7 @@ labels are, which media a sample has, counts. On a device each of these would be
 
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,7 +119,7 @@ class OmniBatch:
     def to(self, device: torch.device | str) -> "OmniBatch":
         """The same batch on another device."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
     @property

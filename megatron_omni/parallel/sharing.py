@@ -135,7 +135,7 @@ def sum_over_ranks(values: Sequence[int], *, device: torch.device) -> list[int]:
     """Sum of each value over all ranks of the run; one small collective, none on a single rank."""
     if dist.get_world_size() == 1:
         return list(values)
-    total = torch.tensor(values, dtype=torch.int64, device=device)
+    total = pinned(torch.tensor(values, dtype=torch.int64)).to(device, non_blocking=True)
     dist.all_reduce(total)
     return [int(value) for value in total.tolist()]
 
@@ -199,7 +199,7 @@ def _share_integers(
     shared = []
     for header in headers:
         values: dict[str, Any] = {name: next(parts).view(size) for name, size in header.sizes.items()}
-        shared.append(OmniBatch(**values, **header.counts))
+        shared.append(OmniBatch(**(values | header.counts)))
     return shared
 
 
