@@ -112,7 +112,6 @@ def report(plan: Plan, others: list[Plan], *, tokens: float | None) -> str:
         "activations: encoders": [s.encoders for s in plan.stages],
         "activations: loss": [s.loss for s in plan.stages],
         "while a layer runs": [s.working for s in plan.stages],
-        "or: sums over TP": [s.reduced for s in plan.stages],
         "peak": [s.total for s in plan.stages],
     }
     lines += [name.ljust(24) + "".join(f"{v / GIB:10.1f}" for v in values) for name, values in rows.items()]

@@ -8,11 +8,14 @@ The count is that of the plain path (own RMSNorm, Megatron's linear layers, ``mo
 of ``torch.autograd.graph.saved_tensors_hooks`` by tests/distributed/test_plan.py; Transformer Engine's norms keep less
 (no fp32 copy of their input). Dropout, off in every recipe, is not counted.
 
+Of a micro-batch's tiles and chunks a rank computes its share, ceil(N / TP), and gathers the rows of all.
+
 T tokens of the micro-batch, t = T / TP of this rank's sequence shard, H hidden, w bytes of an activation, A rows that
 this rank sends to experts (mean k times t), R rows that its own experts get (A times the imbalance).
 """
 
 from dataclasses import dataclass
+from math import ceil
 
 from megatron_omni.config.model import AudioConfig, VisionConfig
 from megatron_omni.config.parallel import LOGITS_CHUNK
@@ -62,8 +65,13 @@ class Activations:
         self.tp = recipe.parallel.tensor_model_parallel_size
         self.tokens = batch.tokens
         self.shard = batch.tokens / self.tp
+        self.tiles, self.chunks = self._share(batch.tiles), self._share(batch.chunks)
         self.sent_rows = batch.mean_k * self.shard
         self.received_rows = self.sent_rows * batch.imbalance * recipe.parallel.expert_tensor_parallel_size
+
+    def _share(self, inputs: float) -> float:
+        """Of so many inputs of an encoder, those that the fullest tensor-parallel rank computes."""
+        return inputs if self.tp == 1 else ceil(inputs / self.tp)
 
     def stage(self, stage: int) -> float:
         """Bytes kept by pipeline ``stage`` of one micro-batch, recomputation taken into account."""
@@ -192,23 +200,28 @@ class Activations:
         return 2 * total
 
     def vision(self) -> float:
-        """SigLIP layers where they are trained, projector, pooled rows and their places."""
+        """SigLIP layers where they are trained, projector, rows and their places."""
         config = self.model.vision
         if config is None:
             return 0.0
-        patches = self.batch.tiles * (config.image_size // config.patch_size) ** 2
+        patches = self.tiles * (config.image_size // config.patch_size) ** 2
         out = self.model.hidden_size
-        rows = self.batch.tiles * config.pooled_side**2
+        rows = config.pooled_side**2
         trains_tower, trains_projector = "vision" in self.trained, "projectors" in self.trained
         if not trains_tower and not trains_projector:
             return 0.0
         total = self._tower(config, patches) if trains_tower else 0.0
-        # Before and after GELU, the pooling's input, and the first layer's.
-        total += patches * ((2 + trains_projector) * out + trains_projector * config.hidden_size) * self.w
-        return total + rows * (out * self.w + INDEX)
+        # Both sides of GELU, of which the second is the pooling's input; inputs of the two matrices.
+        total += patches * (2 * out + trains_projector * config.hidden_size) * self.w
+        total += self.tiles * rows * trains_projector * out * self.w
+        return total + self._placed(self.batch.tiles, self.tiles, rows)
+
+    def _placed(self, inputs: float, share: float, rows: int) -> float:
+        """Rows of all inputs, ``rows`` of each, with what fills up the ranks' shares, and their places."""
+        return share * self.tp * rows * self.model.hidden_size * self.w + inputs * rows * INDEX
 
     def _tower(self, config: VisionConfig, patches: float) -> float:
-        pixels = self.batch.tiles * 3 * config.image_size**2 * self.w
+        pixels = self.tiles * 3 * config.image_size**2 * self.w
         layer = patches * config.hidden_size * self.w if self.replays else self.siglip_layer(config, patches)
         return pixels + config.num_layers * layer
 
@@ -225,7 +238,7 @@ class Activations:
         trains_tower, trains_queries = "audio" in self.trained, "projectors" in self.trained
         if not trains_tower and not trains_queries:
             return 0.0
-        width, chunks = config.hidden_size, self.batch.chunks
+        width, chunks = config.hidden_size, self.chunks
         frames = chunks * int(config.chunk_seconds * AUDIO_POSITIONS_PER_SECOND)
         queries = chunks * config.num_query_tokens
         total = 0.0
@@ -238,7 +251,7 @@ class Activations:
             queries * width * self.w if self.replays else self.qformer_layer(config, frames, queries)
         )
         total += (trains_queries * frames * width + queries * (2 * width + 2)) * self.w
-        return total + queries * (self.model.hidden_size * self.w + INDEX)
+        return total + self._placed(self.batch.chunks, chunks, config.num_query_tokens)
 
     def whisper_layer(self, config: AudioConfig, frames: float) -> float:
         """As SigLIP's, and the attention output once more for the projection."""

@@ -42,7 +42,8 @@ def tile_forward(model: ModelConfig) -> MediaForward:
         return MediaForward(0.0, 0.0)
     width, patches, out = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2, model.hidden_size
     layer = 2 * (4 * width + 2 * vision.ffn_hidden_size) * width + 4 * patches * width
-    return MediaForward(patches * vision.num_layers * layer, patches * 2 * (width + out) * out)
+    projector = 2 * (patches * width + vision.pooled_side**2 * out) * out  # the second matrix meets pooled rows
+    return MediaForward(patches * vision.num_layers * layer, projector)
 
 
 def chunk_forward(model: ModelConfig) -> MediaForward:

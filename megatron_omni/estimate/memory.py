@@ -83,16 +83,15 @@ def static_bytes(
     )
 
 
-def tensor_reduced_bytes(recipe: Recipe, *, stage: int) -> int:
-    """fp32 gradients that tensor-parallel ranks add up after the backward: of what is whole on each of them.
-
-    Megatron joins them in one buffer for that (``_allreduce_non_tensor_model_parallel_grads``), beside the gradients.
-    """
+def tensor_reduced_bytes(recipe: Recipe, world_size: int, *, stage: int) -> float:
+    """fp32 gradients that tensor-parallel ranks add up after the backward: of what is whole on each of them, but meets a
+    part of the tokens or inputs there (parallel/gradients.py). With the distributed optimizer a rank's share of them."""
     if recipe.parallel.tensor_model_parallel_size == 1:
-        return 0
+        return 0.0
     whole = trained_parts(recipe) & {"norms", "gate", "shared_experts", "vision", "audio", "projectors", NEW_TOKEN_ROWS}
     weights = stage_weights(recipe, stage=stage)
-    return sum(w.numel for w in weights if w.trainable and w.part in whole) * GRADIENT_BYTES
+    held = sum(w.numel for w in weights if w.trainable and w.part in whole) * GRADIENT_BYTES
+    return held / replicas(recipe, world_size)[0] if recipe.optim.use_distributed_optimizer else held
 
 
 def weight_bytes_per_rank(recipe: Recipe, world_size: int) -> dict[str, int]:

@@ -20,7 +20,7 @@ from megatron_omni.config.validate import validate
 from megatron_omni.estimate.activations import FP32, Activations, MicroBatch
 from megatron_omni.estimate.flops import flops_per_token
 from megatron_omni.estimate.hardware import STATED, Efficiency, Gpu
-from megatron_omni.estimate.memory import STAGING_BYTES, StaticBytes, static_bytes, tensor_reduced_bytes
+from megatron_omni.estimate.memory import STAGING_BYTES, StaticBytes, static_bytes
 from megatron_omni.estimate.parameters import padded_vocab_size
 from megatron_omni.estimate.step_time import StepTime, StepTimer
 
@@ -45,13 +45,11 @@ class StageMemory:
     loss: float
     working: float
     """While a layer's backward, the loss or a save runs."""
-    reduced: float
-    """The buffer of gradients that tensor-parallel ranks add up, when all of the above is gone."""
 
     @property
     def total(self) -> float:
         """At the peak."""
-        return self.held.total + max(self.language + self.encoders + self.loss + self.working, self.reduced)
+        return self.held.total + self.language + self.encoders + self.loss + self.working
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +251,6 @@ def _stage_memory(recipe: Recipe, world_size: int, batch: MicroBatch, *, stage: 
             _loss_working(kept) if last else 0.0,
             STAGING_BYTES,  # a save
         ),
-        reduced=tensor_reduced_bytes(recipe, stage=stage),
     )
 
 

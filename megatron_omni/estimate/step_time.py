@@ -98,7 +98,7 @@ class StepTimer:
             experts=blocks * self._feed_forward(replayed=replayed),
             encoders=self._encoders() if stage == 0 else 0.0,
             head=self._head() if last else 0.0,
-            messages=blocks * self._layer_messages() + self._stage_messages(last=last),
+            messages=blocks * self._layer_messages() + self._stage_messages(first=stage == 0, last=last),
         )
 
     def _products(self, flops: float, share: float, *, trained: bool = True, replayed: bool = False) -> float:
@@ -151,11 +151,11 @@ class StepTimer:
         return products + self._traffic(written)
 
     def _encoders(self) -> float:
-        """Every rank of the first stage computes all tiles and chunks of its micro-batch."""
+        """A rank's share of the tiles and chunks of its micro-batch."""
         seconds = self._traffic(self.written.vision() + self.written.audio())
         for name, number, forward in (
-            ("vision", self.batch.tiles, tile_forward(self.model)),
-            ("audio", self.batch.chunks, chunk_forward(self.model)),
+            ("vision", self.kept.tiles, tile_forward(self.model)),
+            ("audio", self.kept.chunks, chunk_forward(self.model)),
         ):
             seconds += self._encoder(number * forward.tower, trained=name in self.trained)
             seconds += self._encoder(number * forward.projector, trained="projectors" in self.trained)
@@ -189,13 +189,18 @@ class StepTimer:
             seconds += trips * crossing / self._bandwidth(ep * etp)
         return seconds
 
-    def _stage_messages(self, *, last: bool) -> float:
-        """Hidden states to the next stage and their gradient back; rows of the head."""
+    def _stage_messages(self, *, first: bool, last: bool) -> float:
+        """Rows of the encoders; hidden states to the next stage and their gradient back; rows of the head."""
         size = element_bytes(self.recipe)
         hidden = self.batch.tokens * self.model.hidden_size * size
         seconds = 0.0
         if self.pp > 1:
             seconds += 2 * hidden / self.tp / self._bandwidth(self.world_size)
+        if first and self.tp > 1:
+            vision, audio = self.model.vision, self.model.audio
+            rows = 0.0 if vision is None else self.batch.tiles * vision.pooled_side**2
+            rows += 0.0 if audio is None else self.batch.chunks * audio.num_query_tokens
+            seconds += rows * self.model.hidden_size * size * (self.tp - 1) / self.tp / self._bandwidth(self.tp)
         if last and self.tp > 1:
             seconds += 3 * hidden * (self.tp - 1) / self.tp / self._bandwidth(self.tp)
         return seconds
@@ -218,7 +223,8 @@ class StepTimer:
         if self.parallel.overlap_param_gather:
             gather = max(0.0, gather - one / 3)
         # Not hidden by anything: gradients of what is whole on every tensor-parallel rank, after the others.
-        across = 2 * tensor_reduced_bytes(self.recipe, stage=stage) * (self.tp - 1) / self.tp / self._bandwidth(self.tp)
+        summed = tensor_reduced_bytes(self.recipe, self.world_size, stage=stage)
+        across = 2 * summed * (self.tp - 1) / self.tp / self._bandwidth(self.tp)
         return reduce + gather + across
 
     def _optimizer(self, held: StaticBytes) -> float:

@@ -141,10 +141,6 @@ def build_model(recipe: Recipe, pg: ProcessGroupCollection, *, drawn: bool = Tru
             encoder.recompute = recipe.parallel.recompute == "full"
     if recipe.model.lora is not None:
         add_lora(model.language, recipe.model, seed=recipe.seed, pg=pg)
-    for name, parameter in model.named_parameters():
-        if not name.startswith("language."):
-            # Replicated over the tensor-parallel group, with equal gradients up to the order of sums on an accelerator.
-            parameter.average_gradients_across_tp_domain = accelerator_present()  # type: ignore[attr-defined]
     return model.to(device())
 
 

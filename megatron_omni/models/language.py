@@ -257,7 +257,7 @@ class LanguageModel(HybridModel):
                 continue
             rows = NewTokenRows(matrix, ids, tp_group=self.pg_collection.tp)
             weight: Any = rows.weight  # Megatron hangs what it must know of a parameter on it
-            weight.average_gradients_across_tp_domain = accelerator_present()  # as of encoders (models/build.py)
+            weight.sequence_parallel = True  # each rank's gradient is of its own tokens and ids: they are summed
             weight.shared_embedding = getattr(matrix, "shared_embedding", False)
             weight.shared = getattr(matrix, "shared", False)
             self.get_submodule(holder).add_module(NEW_TOKEN_ROWS, rows)
@@ -369,7 +369,7 @@ class LanguageModel(HybridModel):
         rows = _new_token_rows(self.embedding if weight is not None and self.pre_process else self.output_layer)
         if rows is None:
             return self.output_layer(hidden, weight=weight, runtime_gather_output=gather)[0]
-        trained = rows.summed(rows(self.output_layer.weight if weight is None else weight))
+        trained = rows(self.output_layer.weight if weight is None else weight)
         logits = self.output_layer(hidden, weight=weight, runtime_gather_output=False)[0]
         logits = rows.scored(logits, trained, hidden)
         return gather_from_tensor_model_parallel_region(logits, group=self.pg_collection.tp) if gather else logits

@@ -5,15 +5,17 @@
                                               both in the order of the flattened [B, S] grid
     loss [B, S] or logits = language(hidden, 3D positions, segments, token facts for the routers)
 
-Encoders are whole on every tensor-parallel rank. Each rank computes the same rows from the same tiles, the language
-model scatters the result over the sequence and gathers its gradient, so encoder gradients are equal on all of them
-without a reduction of their own; over data parallelism they are summed like any other.
+Encoders are whole on every tensor-parallel (TP) rank, and share the work: each computes ceil(N / TP) tiles (or chunks)
+at most, and all gather the rows. The language model scatters hidden states over the sequence and gathers their gradient,
+so every rank has all of it and takes back that of its own rows without a message. A rank's gradient of an encoder's
+parameters is then of its own inputs: these are summed over the TP group after the backward, as those of data-parallel
+ranks are.
 
-A micro-batch may lack a modality. Its encoder then runs on one empty input whose rows count zero times, if it is being
+A rank may lack inputs of a modality. Its encoder then runs on one empty input whose rows count zero times, if it is being
 trained: every parameter takes part in every backward, which reductions that overlap with it rely on. Without overlap
 nothing idle runs, but the backward still goes down to the embeddings.
 
-Shapes: B rows, S tokens, H hidden size, N tiles, C chunks.
+Shapes: B rows, S tokens, H hidden size, N tiles or chunks, r rows of each.
 """
 
 from collections.abc import Collection
@@ -21,10 +23,13 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.nn import functional as F
 
 from megatron_omni.batch import IGNORE_LABEL, OmniBatch
 from megatron_omni.config.model import ModelConfig
@@ -77,6 +82,9 @@ class OmniModel(MegatronModule):
             self.audio = AudioEncoder(model.audio, model.hidden_size)
         if overlap:
             self.language = language
+        for encoder in filter(None, (self.vision, self.audio)):
+            for parameter in encoder.parameters():
+                parameter.sequence_parallel = True  # type: ignore[attr-defined]  # its gradient is summed over TP
         if drawn:
             self.draw_encoders()
 
@@ -129,8 +137,8 @@ class OmniModel(MegatronModule):
         """[S, B, H]: word embeddings with the encoders' rows in place of the placeholders."""
         idle = self.overlap  # encoders before the embedding: in the order of registration
         media = [
-            _encode(self.vision, batch.pixel_values, batch.picture_places, idle=idle),
-            _encode(self.audio, batch.audio_features, batch.sound_places, idle=idle),
+            _encode(self.vision, batch.pixel_values, batch.picture_places, idle=idle, group=self.tp_group),
+            _encode(self.audio, batch.audio_features, batch.sound_places, idle=idle, group=self.tp_group),
         ]
         hidden = self.language.embed(batch.input_ids)
         for places, rows in filter(None, media):
@@ -176,7 +184,12 @@ def token_facts(
 
 
 def _encode(
-    encoder: VisionEncoder | AudioEncoder | None, inputs: Tensor | None, places: Tensor, *, idle: bool
+    encoder: VisionEncoder | AudioEncoder | None,
+    inputs: Tensor | None,
+    places: Tensor,
+    *,
+    idle: bool,
+    group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor] | None:
     """``places`` [n] in the flattened [S, B] grid and the encoder's rows for them, [n, H]; None where there are none.
 
@@ -188,11 +201,35 @@ def _encode(
         return None
     if inputs is None:
         assert not len(places), f"{len(places)} placeholders without media"
-        return (places, encoder(encoder.idle_input()).flatten(0, 1)[:0]) if idle and _trains(encoder) else None
-    with torch.set_grad_enabled(_trains(encoder)):
-        rows = encoder(inputs).flatten(0, 1)
+        return (places, _no_rows(encoder, idle=True)) if idle and _trains(encoder) else None
+    rows = _shared_rows(encoder, inputs, idle=idle, group=group)
     assert len(rows) == len(places), f"{len(rows)} encoder rows for {len(places)} placeholders"
     return places, rows
+
+
+def _shared_rows(
+    encoder: VisionEncoder | AudioEncoder, inputs: Tensor, *, idle: bool, group: dist.ProcessGroup
+) -> Tensor:
+    """The encoder's rows of ``inputs`` [N, ...], [N r, H]: each rank of ``group`` computes ceil(N / TP) inputs at most."""
+    share = -(-len(inputs) // group.size())
+    mine = inputs[group.rank() * share :][:share]
+    trains = _trains(encoder)
+    with torch.set_grad_enabled(trains):
+        rows = encoder(mine).flatten(0, 1) if len(mine) else _no_rows(encoder, idle=idle and trains)
+        if group.size() == 1:
+            return rows
+        if len(mine) < share:
+            rows = F.pad(rows, (0, 0, 0, share * encoder.rows_per_input - len(rows)))
+        # The gradient that comes back is whole on every rank: it is split, not summed.
+        gathered = gather_from_sequence_parallel_region(rows, tensor_parallel_output_grad=False, group=group)
+        return gathered[: len(inputs) * encoder.rows_per_input]
+
+
+def _no_rows(encoder: VisionEncoder | AudioEncoder, *, idle: bool) -> Tensor:
+    """[0, H]; ``idle``: of an empty input, so that every parameter takes part in the backward."""
+    if idle:
+        return encoder(encoder.idle_input()).flatten(0, 1)[:0]
+    return next(encoder.parameters()).new_zeros(0, encoder.out_hidden)
 
 
 def _trains(encoder: VisionEncoder | AudioEncoder) -> bool:

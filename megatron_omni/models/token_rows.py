@@ -9,8 +9,8 @@ trains the rows of these 42, and pays for 42 rows: gradient, moments and master 
                       output   d row[r] = sum over the labelled tokens t of d logits[t, ids[r]] hidden[t]
 
 So the forward, and the gradient of everything below, is bit for bit that of a matrix of which only these rows are
-trained. Under tensor parallelism (TP) every rank holds all rows, with equal gradients: the input's are equal as they
-are, the output's are summed, since each rank has the logits of its own V / TP ids.
+trained. Under tensor parallelism (TP) every rank holds all rows and a part of their gradient: of its S / TP tokens at the
+input, of its V / TP ids at the output. After the backward the parts are summed, as those of norms are.
 
 Checkpoints know nothing of it: their matrices are whole, rows included (models/language.py).
 
@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 
 
@@ -71,7 +70,7 @@ class NewTokenRows(nn.Module):
         """``embedded`` [B, S, H], looked up in the matrix for ``input_ids`` [B, S]; its gradient reaches ``rows``."""
         number = torch.searchsorted(self.ids, input_ids).clamp(max=len(self.ids) - 1)
         number = torch.where(self.ids[number] == input_ids, number, len(self.ids))
-        result: Tensor = _InputGradient.apply(embedded, rows, number)
+        result: Tensor = _InputGradient.apply(embedded, rows, number, self.tp_group)
         return result
 
     def scored(self, logits: Tensor, rows: Tensor, hidden: Tensor) -> Tensor:
@@ -79,26 +78,23 @@ class NewTokenRows(nn.Module):
         result: Tensor = _OutputGradient.apply(logits, rows, hidden, self.held, self.places)
         return result
 
-    def summed(self, rows: Tensor) -> Tensor:
-        """``rows``, whose gradient is summed over the ranks of the group: for :meth:`scored`."""
-        result: Tensor = copy_to_tensor_model_parallel_region(rows, group=self.tp_group)
-        return result
-
 
 class _InputGradient(torch.autograd.Function):
-    """The embeddings as they are; in the backward, each row's sum over its tokens (number R: none of these rows)."""
+    """The embeddings as they are; in the backward, each row's sum over its tokens (number R: none of these rows) in this
+    rank's share of the sequence."""
 
     @staticmethod
-    def forward(ctx: Any, embedded: Tensor, rows: Tensor, number: Tensor) -> Tensor:
-        ctx.num_rows = len(rows)
+    def forward(ctx: Any, embedded: Tensor, rows: Tensor, number: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
+        ctx.num_rows, ctx.tp_group = len(rows), tp_group
         ctx.save_for_backward(number)
         return embedded
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None]:
         (number,), count = ctx.saved_tensors, ctx.num_rows
-        sums = torch.ops.aten.embedding_dense_backward(grads[0], number, count + 1, count, False)
-        return None, sums[:count], None
+        grad, number = (t.tensor_split(ctx.tp_group.size(), dim=1)[ctx.tp_group.rank()] for t in (grads[0], number))
+        sums = torch.ops.aten.embedding_dense_backward(grad, number, count + 1, count, False)
+        return None, sums[:count], None, None
 
 
 class _OutputGradient(torch.autograd.Function):

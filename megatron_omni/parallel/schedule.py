@@ -2,8 +2,7 @@
 parallelism).
 
 Around a step the caller zeroes the gradients (``model.zero_grad_buffer()``, ``optimizer.zero_grad()``) before and calls
-``optimizer.step()`` after; when :func:`run_step` returns, the gradients are reduced over data, tensor and embedding
-groups.
+``optimizer.step()`` after; when :func:`run_step` returns, the gradients are summed over ranks (gradients.py).
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from itertools import chain
 from typing import Any, Protocol
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from megatron_omni.batch import OmniBatch
 from megatron_omni.config.run import Recipe
+from megatron_omni.parallel.gradients import sum_gradients
 
 # (model's loss output) -> (scalar to differentiate, report)
 LossFunction = Callable[[Tensor], tuple[Tensor, Any]]
@@ -58,7 +58,7 @@ def run_step(
     config = get_model_config(model)
     config.timers = None
     config.grad_scale_func = None
-    config.finalize_model_grads_func = partial(_finalize_summed_grads, around_reduction)
+    config.finalize_model_grads_func = partial(_sum_gradients, around_reduction)
     overlap = recipe.parallel.overlap_grad_reduce and isinstance(model, DistributedDataParallel)
     config.no_sync_func = model.no_sync if overlap else None
     config.grad_sync_func = None
@@ -99,14 +99,16 @@ def _megatron_forward_step(
     return output, three_values
 
 
-def _finalize_summed_grads(
+def _sum_gradients(
     around: Callable[[], AbstractContextManager[Any]],
-    models: list[torch.nn.Module],
-    num_tokens: Tensor | None = None,
+    models: list[DistributedDataParallel],
+    num_tokens: Tensor | None,
     *,
-    pg_collection: ProcessGroupCollection | None = None,
-    force_all_reduce: bool | None = False,
+    pg_collection: ProcessGroupCollection,
+    force_all_reduce: bool,
 ) -> None:
-    """Megatron's gradient reduction without its division by tokens, which the loss function has done."""
+    """What Megatron's schedules call when the last backward is done. The loss function has divided by tokens."""
+    assert not force_all_reduce
+    (model,) = models
     with around():
-        finalize_model_grads(models, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
+        sum_gradients(model, pg_collection)

@@ -65,10 +65,10 @@ ROWS: dict[str, list[list[Span]]] = {
 }
 
 
-def batch_of(name: str) -> OmniBatch:
+def batch_of(name: str, rows_of: dict[str, list[list[Span]]] = ROWS) -> OmniBatch:
     """Two padded rows; text is random and every third text token carries a label."""
     generator = torch.Generator().manual_seed(len(name))
-    rule, rows = PositionRule.from_config(MODEL), ROWS[name]
+    rule, rows = PositionRule.from_config(MODEL), rows_of[name]
     ids = torch.randint(0, MODEL.vocab_size, (len(rows), LENGTH), generator=generator)
     modality, segments = torch.zeros_like(ids), torch.full_like(ids, -1)
     positions = torch.zeros(3, *ids.shape, dtype=torch.int64)
@@ -87,7 +87,7 @@ def batch_of(name: str) -> OmniBatch:
         positions[:, row, : len(kinds)] = position_ids(spans, rule)[0]
     grid = torch.arange(ids.numel()).view_as(ids)
     labelled = (grid % 3 == 0) & (modality == Modality.TEXT) & (segments == 0)
-    samples = torch.arange(len(rows))[:, None] + 2 * list(ROWS).index(name)
+    samples = torch.arange(len(rows))[:, None] + 2 * list(rows_of).index(name)
     return OmniBatch.of(
         input_ids=ids,
         labels=torch.where(labelled, ids.roll(-1, 1), IGNORE_LABEL),

@@ -128,7 +128,7 @@ def batch_of(recipe: Recipe, *, first_sample: int, packed: bool) -> OmniBatch:
     return OmniBatch.of(
         **ints,
         position_ids=torch.arange(LENGTH).expand(3, ROWS, LENGTH).clone(),
-        pixel_values=torch.randn(TILES, 3, side, side),
+        pixel_values=torch.randint(256, (TILES, 3, side, side), dtype=torch.uint8),
         audio_features=torch.randn(CHUNKS, mels, int(model.audio.chunk_seconds * 100)),
     )
 

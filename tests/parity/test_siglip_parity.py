@@ -70,17 +70,25 @@ def test_gradients_equal_transformers() -> None:
     assert compared == 3 + 3 * 16
 
 
-def test_projector_runs_on_every_patch_and_pooling_follows() -> None:
-    """Odd grid (5 x 5 to 2 x 2): cell (i, j) averages rows floor(5i/2)..ceil(5(i+1)/2); the cells overlap."""
-    encoder = VisionEncoder(TINY, 16)
+def test_pooling_before_the_second_matrix_is_the_papers_order() -> None:
+    """Rows and every gradient, in float64, against the projector on every patch with the pooling after it. Odd grid (5 x 5
+    to 2 x 2): cell (i, j) averages rows floor(5i/2)..ceil(5(i+1)/2); the cells overlap."""
+    encoder = VisionEncoder(TINY, 16).double()
     encoder.draw_weights(generator)
-    pixels = torch.randn(2, 3, 30, 30, generator=generator("pixels"))
-    with torch.no_grad():
-        first, _, second = encoder.projector
-        rows = F.linear(F.gelu(F.linear(encoder.tower(pixels), first.weight, first.bias)), second.weight, second.bias)
-        grid = rows.view(2, 5, 5, 16)
-        cells = [grid[:, a, b].mean(dim=(1, 2)) for a in (slice(0, 3), slice(2, 5)) for b in (slice(0, 3), slice(2, 5))]
-        torch.testing.assert_close(encoder(pixels), torch.stack(cells, 1), atol=1e-5, rtol=1e-5)
+    first, _, second = encoder.projector
+    with torch.no_grad():  # drawn as zeros, which would hide what an average does to it
+        second.bias.copy_(torch.randn(16, generator=generator("bias")))
+    pixels = torch.randn(2, 3, 30, 30, generator=generator("pixels"), dtype=torch.float64)
+    rows = F.linear(F.gelu(F.linear(encoder.tower(pixels), first.weight, first.bias)), second.weight, second.bias)
+    grid = rows.view(2, 5, 5, 16)
+    cells = [grid[:, a, b].mean(dim=(1, 2)) for a in (slice(0, 3), slice(2, 5)) for b in (slice(0, 3), slice(2, 5))]
+    expected, got = torch.stack(cells, 1), encoder(pixels)
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
+    weight = torch.randn(expected.shape, generator=generator("weight"), dtype=torch.float64)
+    parameters = dict(encoder.named_parameters())
+    wanted, grads = (torch.autograd.grad((x * weight).sum(), [*parameters.values()]) for x in (expected, got))
+    for name, want, grad in zip(parameters, wanted, grads):
+        torch.testing.assert_close(grad, want, atol=1e-12, rtol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_pooling_of_the_full_grid_is_the_adaptive_average_of_27_by_27() -> None:
@@ -97,7 +105,7 @@ def test_pooling_of_the_full_grid_is_the_adaptive_average_of_27_by_27() -> None:
     encoder.draw_weights(generator)
     pixels = torch.randn(1, 3, 54, 54, generator=generator("pixels"))
     with torch.no_grad():
-        grid = encoder.projector(encoder.tower(pixels)).view(27, 27, 4)
+        grid = encoder.projector(encoder.tower(pixels)).view(27, 27, 4)  # the paper's order
         pooled = encoder(pixels).view(12, 12, 4)
         for row, col in ((0, 0), (5, 7), (11, 11)):
             (top, bottom), (left, right) = ((27 * i // 12, -(-27 * (i + 1) // 12)) for i in (row, col))

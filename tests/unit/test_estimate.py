@@ -174,15 +174,47 @@ def test_memory_answers_to_what_should_lower_it() -> None:
 
 
 def test_gradients_that_tensor_parallel_ranks_sum_are_counted() -> None:
-    """3_sft trains gate, shared experts, projectors and new token rows, whole on each of its four ranks: an fp32 buffer."""
+    """3_sft trains gate, shared experts, projectors and new token rows, whole on each of its four ranks: a rank sends and
+    receives its share among 16 data-parallel ranks, in place."""
     plan = full_plan("3_sft.yaml", 64)
     counts = count_parameters(plan.recipe.model)
-    stage = plan.stages[0]
-    assert stage.reduced == 4 * (counts.gate + counts.shared_experts + counts.projectors + 2 * 42 * 3584)
-    activations = stage.language + stage.encoders + stage.loss + stage.working
-    assert stage.total == stage.held.total + max(activations, stage.reduced)
+    whole = 4 * (counts.gate + counts.shared_experts + counts.projectors + 2 * 42 * 3584)
+    assert tensor_reduced_bytes(plan.recipe, 64, stage=0) == whole / 16
+    plain = replace(plan.recipe, optim=replace(plan.recipe.optim, use_distributed_optimizer=False))
+    assert tensor_reduced_bytes(plain, 64, stage=0) == whole
     alone = replace(plan.recipe.parallel, tensor_model_parallel_size=1)
-    assert tensor_reduced_bytes(replace(plan.recipe, parallel=alone), stage=0) == 0
+    assert tensor_reduced_bytes(replace(plan.recipe, parallel=alone), 64, stage=0) == 0
+
+
+def test_tensor_parallel_ranks_share_the_encoders() -> None:
+    """Of 64 tiles and 2 chunks each of four ranks computes 16 and 1: a quarter of the time of the tiles, half of the chunks'.
+    It keeps as much less, but for the gathered rows of all."""
+    recipe = full_plan("4_anneal.yaml", 64).recipe
+    batch = replace(heaviest_batch(recipe), tiles=64.0, chunks=2.0)
+
+    def seconds(tp: int, batch: MicroBatch) -> float:
+        layout = replace(recipe, parallel=replace(recipe.parallel, tensor_model_parallel_size=tp))
+        shares = replace(STATED, memory=1e9)
+        world = 16 * tp  # as many micro-batches a rank
+        return make_plan(layout, world_size=world, gpu=GPUS["H100-80GB"], batch=batch, efficiency=shares).step.encoders
+
+    for medium, kept in (({"chunks": 0.0}, 16), ({"tiles": 0.0}, 1)):
+        some = replace(batch, **medium)
+        alone = replace(some, **{name: kept for name in ("tiles", "chunks") if getattr(some, name)})
+        assert seconds(4, some) == pytest.approx(seconds(1, alone), rel=1e-6)
+    one, four = (
+        Activations(replace(recipe, parallel=replace(recipe.parallel, tensor_model_parallel_size=tp)), batch)
+        for tp in (1, 4)
+    )
+    model = recipe.model
+    assert model.vision is not None and model.audio is not None
+    for whole, share, parts, rows in (
+        (one.vision(), four.vision(), 4, 64 * model.vision.pooled_side**2),
+        (one.audio(), four.audio(), 2, 2 * model.audio.num_query_tokens),
+    ):
+        places, gathered = rows * 8, rows * model.hidden_size * 2
+        filled = gathered * 4 / 2 if parts == 2 else gathered  # two of four ranks have no chunk, and send fill-up
+        assert share - filled - places == pytest.approx((whole - gathered - places) / parts)
 
 
 def test_a_loss_of_many_labels_keeps_no_logits() -> None:

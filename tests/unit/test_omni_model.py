@@ -53,7 +53,8 @@ class EmbeddingOnly(nn.Module):
 
 def omni(model: ModelConfig = MODEL, *, pre_process: bool = True, seed: int = 5) -> OmniModel:
     torch.manual_seed(0)
-    return OmniModel(EmbeddingOnly(pre_process=pre_process), model, seed=seed, pg=SimpleNamespace(tp=None))
+    alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    return OmniModel(EmbeddingOnly(pre_process=pre_process), model, seed=seed, pg=SimpleNamespace(tp=alone))
 
 
 def batch_of(modality: list[list[int]], *, tiles: int = 0, chunks: int = 0) -> OmniBatch:

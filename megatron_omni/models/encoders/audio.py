@@ -108,7 +108,7 @@ class AudioEncoder(nn.Module):
 
     def __init__(self, config: AudioConfig, out_hidden: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.out_hidden = config, out_hidden
         whisper = whisper_config(config)
         self.tower = WhisperEncoder(whisper)
         self.qformer = WhisperQformer(config, whisper)
@@ -131,6 +131,11 @@ class AudioEncoder(nn.Module):
         for layer in tower.layers:
             hidden = run_layer(layer, hidden, None, recompute=self.recompute)
         return tower.layer_norm(hidden)
+
+    @property
+    def rows_per_input(self) -> int:
+        """Q."""
+        return self.config.num_query_tokens
 
     def idle_input(self) -> Tensor:
         """The smallest input, for a micro-batch without sound: one chunk of zeros."""

@@ -2,8 +2,12 @@
 
     patches [N, g * g, D] = tower(tile), g = p // patch_size      last kept layer, no post-layernorm
     tile    (x / 255 - 0.5) / 0.5 of 8-bit pixels x
-    rows    [N, g * g, H] = Linear -> GELU -> Linear              on every patch
+    wide    [N, g * g, H] = GELU(Linear(patches))
     pooled  [N, s * s, H] = adaptive average over the g x g grid  row-major
+    rows    [N, s * s, H] = Linear(pooled)
+
+The paper pools what the second matrix gives. An average, whose weights add up to one, commutes with an affine map: these
+are the same rows, for s * s / (g * g) of the work of the largest matrix (144 of 729 positions).
 
 The tower is built from Hugging Face's SigLIP layers under its parameter names, so that a checkpoint loads by name.
 """
@@ -87,14 +91,14 @@ def normalised(pixels: Tensor) -> Tensor:
 
 
 class VisionEncoder(nn.Module):
-    """Tower, projector and pooling."""
+    """Tower, projector, and pooling inside it."""
 
     recompute = False
     """Layers are replayed in the backward (``parallel.recompute: full``); set by models/build.py."""
 
     def __init__(self, config: VisionConfig, out_hidden: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.out_hidden = config, out_hidden
         self.grid_side = config.image_size // config.patch_size
         self.tower = SiglipTower(config)
         self.projector = nn.Sequential(
@@ -107,10 +111,16 @@ class VisionEncoder(nn.Module):
             pixel_values = normalised(pixel_values)
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trainable(self.tower)):
             patches = self.tower(pixel_values, recompute=self.recompute)
-        rows = self.projector(patches)
-        grid = rows.unflatten(1, (self.grid_side, self.grid_side)).permute(0, 3, 1, 2)  # [N, H, g, g]
+        first, activation, second = self.projector
+        wide = activation(first(patches))
+        grid = wide.unflatten(1, (self.grid_side, self.grid_side)).permute(0, 3, 1, 2)  # [N, H, g, g]
         pooled = F.adaptive_avg_pool2d(grid, self.config.pooled_side)
-        return pooled.flatten(2).transpose(1, 2)
+        return second(pooled.flatten(2).transpose(1, 2))
+
+    @property
+    def rows_per_input(self) -> int:
+        """s * s."""
+        return self.config.pooled_side**2
 
     def idle_input(self) -> Tensor:
         """The smallest input, for a micro-batch without pictures: one grey tile."""
