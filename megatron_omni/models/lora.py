@@ -62,7 +62,7 @@ class AttentionAdapter(nn.Module):
         self.b = nn.Parameter(weight.new_zeros(size_out, lora.rank))
         cut, whole = (self.a, self.b) if row else (self.b, self.a)
         set_tensor_model_parallel_attributes(cut, is_parallel=True, dim=1 if row else 0, stride=1)
-        # Works on this rank's part of the sequence: Megatron sums marked gradients over the group.
+        # Works on this rank's part of the sequence: marked gradients are summed (parallel/gradients.py).
         whole.sequence_parallel = size > 1  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:

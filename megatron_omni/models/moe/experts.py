@@ -146,7 +146,7 @@ class SharedExperts(torch.nn.Module):
         self.weight2 = torch.nn.Parameter(torch.empty(width, hidden_size, dtype=dtype, device=device))
         for weight in (self.weight1, self.weight2):
             torch.nn.init.normal_(weight, std=init_std)
-            # Each TP rank applies them to its own tokens: Megatron sums marked gradients over the group.
+            # Each TP rank applies them to its own tokens: marked gradients are summed (parallel/gradients.py).
             weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class OmniRouter(torch.nn.Module):
         num_rows = self.num_slots + moe.num_shared_experts
         self.weight = torch.nn.Parameter(torch.empty(num_rows, hidden_size, dtype=dtype, device=device))
         torch.nn.init.normal_(self.weight, std=init_std)
-        # Each TP rank sees its own tokens under sequence parallelism: Megatron sums marked gradients over the group.
+        # Each TP rank sees its own tokens under sequence parallelism: marked gradients are summed (parallel/gradients.py).
         self.weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
 
     def set_layer_number(self, layer_number: int) -> None:
