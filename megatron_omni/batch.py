@@ -2,9 +2,10 @@
 
 Shapes: B sequences, S tokens each (padded), N vision tiles, C audio chunks. All tensors of a batch are on one device.
 
-A sequence may hold several samples one after the other (packing): ``segment_ids`` tells them apart, attention never crosses
-a boundary, and 3D positions restart in each. ``sample_ids`` and ``sample_positions`` name a token for all time
-(global sample index, position inside it), so that random draws made for a token do not depend on where it was put.
+A sequence may hold several samples one after the other (packing): ``segment_ids`` tells them apart, and 3D positions
+restart in each. ``attention`` says who sees whom, never across samples. ``sample_ids`` and ``sample_positions`` name a
+token for all time (global sample index, position inside it), so that random draws made for a token do not depend on
+where it was put.
 
 Media placeholders: position (b, s) with modality IMAGE or VIDEO takes the next row of the vision encoder's output, AUDIO
 the next row of the audio encoder's, both in the order of the flattened [B, S] grid; tiles and chunks are stored in that
@@ -12,11 +13,12 @@ same order. Stages of a pipeline that do not embed get the same batch with ``pix
 
 A batch is made in host memory, by :meth:`OmniBatch.of`, which adds what follows from the tokens: where placeholders and
 labels are, which media a sample has, counts. On a device each of these would be a wait of the host
-(docs/decisions/0007-batch-facts.md). Its fields are therefore of four kinds, which travel in different ways:
+(docs/decisions/0007-batch-facts.md). Its fields are therefore of five kinds, which travel in different ways:
 
     MEDIA     pixel_values, audio_features
     INDICES   [n] int64, each with a length of its own: places in the flattened [S, B] grid, the order of hidden states
     COUNTS    Python integers, known on the host of every rank
+    attention segments.py, also on the host of every rank
     GRIDS     everything else: [B, S], position_ids [3, B, S]
 """
 
@@ -26,6 +28,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_omni.segments import AttentionSegments
 
 IGNORE_LABEL = -100
 MEDIA = ("pixel_values", "audio_features")
@@ -62,6 +66,8 @@ class OmniBatch:
     """[B, S] int64 of Modality."""
     source_ids: Tensor
     """[B, S] int64: index of the record's source in the recipe's mixture."""
+    attention: AttentionSegments
+    """Who sees whom in the flattened [B, S] grid, in host memory; padding is in no segment."""
     sample_modalities: Tensor
     """[B, S] int64, one bit for each Modality: bit m is set where the token's sample has m, TEXT's where it has no media;
     0 at padding."""
@@ -92,6 +98,7 @@ class OmniBatch:
         sample_positions: Tensor,
         modality: Tensor,
         source_ids: Tensor,
+        attention: AttentionSegments,
         pixel_values: Tensor | None = None,
         audio_features: Tensor | None = None,
     ) -> "OmniBatch":
@@ -106,6 +113,7 @@ class OmniBatch:
             sample_positions=sample_positions,
             modality=modality,
             source_ids=source_ids,
+            attention=attention,
             sample_modalities=_sample_modalities(modality, segment_ids),
             picture_places=_places(pictures),
             sound_places=_places(modality == Modality.AUDIO),
@@ -133,7 +141,7 @@ class OmniBatch:
         return len(self.label_places)
 
 
-GRIDS = tuple(f.name for f in fields(OmniBatch) if f.name not in MEDIA + INDICES + COUNTS)
+GRIDS = tuple(f.name for f in fields(OmniBatch) if f.name not in (*MEDIA, *INDICES, *COUNTS, "attention"))
 
 
 def label_places(labels: Tensor) -> Tensor:

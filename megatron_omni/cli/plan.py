@@ -5,9 +5,10 @@ megatron-omni plan recipes/layout/anneal_64x80gb.yaml --gpus 64 --tokens 50e9
 megatron-omni plan RECIPE --gpus 32 parallel.pipeline_model_parallel_size=2 parallel.recompute=moe
 
 Memory of a rank by pipeline stage, for the heaviest micro-batch that the recipe is expected to meet (--tiles, --chunks,
---label-share, --imbalance say what that is); then step time, tokens/s, MFU and days. Weights, gradients and optimizer
-state are exact and activations within a few per cent of what autograd keeps (tests/distributed/test_plan.py). Times rest
-on kernel efficiencies that are stated, not measured: see docs/parallelism.md. Exit status: 0 fits, 1 does not, 2 bad input.
+--label-share, --imbalance, --sample-length say what that is); then step time, tokens/s, MFU and days. Weights, gradients
+and optimizer state are exact and activations within a few per cent of what autograd keeps
+(tests/distributed/test_plan.py). Times rest on kernel efficiencies that are stated, not measured: see
+docs/parallelism.md. Exit status: 0 fits, 1 does not, 2 bad input.
 """
 
 import argparse
@@ -52,6 +53,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--label-share", type=float, default=0.5, help="share of tokens that carry a label (default 0.5)")
     p.add_argument("--tiles", type=float, help="picture tiles of the heaviest sequence (default: data.max_frames)")
     p.add_argument("--chunks", type=float, help="audio chunks of the heaviest sequence (default 8)")
+    p.add_argument(
+        "--sample-length",
+        type=int,
+        metavar="N",
+        help="tokens of a sample in packed sequences (default: one fills each)",
+    )
     p.add_argument("--fill", type=float, help="share of a sequence that is filled (default 0.97 packed, else 1)")
     p.add_argument("--reserve", type=float, default=RESERVE_GIB, metavar="GIB", help="memory left free (default 6)")
     p.add_argument("--measured", type=Path, metavar="FILE", help="JSON of tools/bench_moe.py on the GPU in question")
@@ -60,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
 
 def plan_of(options: argparse.Namespace) -> tuple[Plan, list[Plan]]:
     """The plan and the layouts that would fit; ValueError for bad input."""
-    for name in ("gpus", "tokens", "mean_k", "imbalance", "fill"):
+    for name in ("gpus", "tokens", "mean_k", "imbalance", "fill", "sample_length"):
         value = getattr(options, name)
         if value is not None and not 0 < value < inf:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be positive")
@@ -86,6 +93,7 @@ def plan_of(options: argparse.Namespace) -> tuple[Plan, list[Plan]]:
             label_share=options.label_share,
             tiles=options.tiles,
             chunks=options.chunks,
+            sample_length=options.sample_length,
         ),
         fill=options.fill or (PACKED_FILL if recipe.data.packing else 1.0),
         **settings,
@@ -100,7 +108,8 @@ def report(plan: Plan, others: list[Plan], *, tokens: float | None) -> str:
         f"{layout(plan)} on {plan.world_size} x {plan.gpu.name}; {recipe.data.global_batch_size} sequences of "
         f"{recipe.data.seq_length} tokens a step",
         f"heaviest micro-batch: {batch.tokens} tokens, {batch.label_tokens:.0f} with labels, {batch.tiles:.0f} tiles, "
-        f"{batch.chunks:.0f} audio chunks; {batch.mean_k:.2f} experts a token, fullest rank {batch.imbalance:.2f} x the mean",
+        f"{batch.chunks:.0f} audio chunks; samples of {batch.mean_length:.0f} tokens",
+        f"{batch.mean_k:.2f} experts a token, fullest rank {batch.imbalance:.2f} x the mean",
         "",
         "GiB a rank".ljust(24) + "".join(f"stage {i}".rjust(10) for i in range(len(plan.stages))),
     ]

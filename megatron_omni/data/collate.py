@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_omni.batch import IGNORE_LABEL, Modality, OmniBatch
 from megatron_omni.data.sample import Sample
 from megatron_omni.positions import PositionRule
+from megatron_omni.segments import AttentionSegments, causal
 
 
 def collate(
@@ -42,6 +43,11 @@ def collate(
         filled[row] += sample.length
         used[row] += 1
     length = -(-max(filled) // multiple_of) * multiple_of
+    attention = (
+        segment.shifted(row * length + start)
+        for row, start, sample in zip(row_of, starts, samples)
+        for segment in sample.attention or causal(sample.length)
+    )
 
     def padded(parts: Sequence[Tensor | int], value: int) -> Tensor:
         """[.., B, S] of the samples' [.., L] tensors or constants."""
@@ -62,6 +68,7 @@ def collate(
         sample_positions=padded([torch.arange(s.length) for s in samples], 0),
         modality=padded([s.modality for s in samples], int(Modality.TEXT)),
         source_ids=padded(source_ids, -1),
+        attention=AttentionSegments(tuple(attention), len(filled) * length),
         pixel_values=torch.cat(tiles) if tiles else None,
         audio_features=torch.cat(chunks) if chunks else None,
     )

@@ -21,6 +21,7 @@ from megatron_omni.data.sizes import SampleSize, SizeRule, measure
 from megatron_omni.data.template import ANSWER_HEADER, MediaSpans, Rendered, render
 from megatron_omni.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_omni.positions import AudioSpan, ImageSpan, TextSpan, VideoSpan, position_ids
+from megatron_omni.segments import Segment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,8 @@ class Sample:
     """[N, 3, p, p] uint8 in placeholder order; None without pictures."""
     chunks: Tensor | None
     """[C, mel bins, frames] float32 in placeholder order; None without sound."""
+    attention: tuple[Segment, ...] | None = None
+    """Who sees whom among its tokens, as segments.py makes them; None: causal."""
 
     @property
     def length(self) -> int:

@@ -38,8 +38,8 @@ class MicroBatch:
     label_tokens: float
     tiles: float = 0.0
     chunks: float = 0.0
-    packed: bool = False
-    """Sequences of several samples: attention then takes a mask [rows, length, length], and keeps it in every layer."""
+    lengths: tuple[int, ...] = ()
+    """Tokens of each sample; empty: one sample fills each sequence."""
     mean_k: float = 0.0
     """Real experts per token."""
     imbalance: float = 1.0
@@ -49,6 +49,16 @@ class MicroBatch:
     def tokens(self) -> int:
         """T."""
         return self.rows * self.length
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens of a sample."""
+        return sum(self.lengths) / len(self.lengths) if self.lengths else self.length
+
+    @property
+    def pairs(self) -> float:
+        """(query, key) pairs of attention: l (l + 1) / 2 of a sample of l tokens."""
+        return sum(length * (length + 1) / 2 for length in self.lengths or self.rows * (self.length,))
 
 
 class Activations:
@@ -100,18 +110,21 @@ class Activations:
         return self.shard * (width * FP32 + FP32 + ("norms" in self.trained) * width * self.w)
 
     def attention(self) -> float:
-        """Norm, its output, cos and sin of queries and keys, rotated query and key, value (a view of the joint
-        projection), output and its log-sum."""
+        """Norm, its output, cos and sin of queries and keys, rotated query and key, value, output and its log-sum.
+
+        The value is a view of the joint projection, and the output what the next matrix reads; with several rows they
+        are put in order of the [rows, length] grid, so the value is kept alone and the output twice.
+        """
         model, tp = self.model, self.tp
         head = model.kv_channels
         query = model.num_attention_heads * head // tp
         key = model.num_query_groups * head // tp
-        kept = 4 * head + query + key + (query + 2 * key) + query
-        mask = self.batch.rows * self.batch.length**2 if self.batch.packed else 0
+        several = self.batch.rows > 1
+        kept = 4 * head + query + key + (key if several else query + 2 * key) + query * (1 + several)
         projection_input = ("attention" in self.trained) * self.shard * model.hidden_size
         return (
             self.norm()
-            + (self.tokens * kept + mask + projection_input) * self.w
+            + (self.tokens * kept + projection_input) * self.w
             + self.tokens * model.num_attention_heads / tp * FP32
             + self._adapters(
                 "attention", self.shard * model.hidden_size + self.tokens * query, self.tokens + self.shard

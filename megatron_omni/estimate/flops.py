@@ -18,7 +18,7 @@ class MediaForward(NamedTuple):
     """The vision MLP, or the Q-former; without its last projection."""
 
 
-def flops_per_token(model: ModelConfig, seq_length: int, mean_k: float) -> float:
+def flops_per_token(model: ModelConfig, seq_length: float, mean_k: float) -> float:
     """Training FLOPs (forward + backward) of the language model for one token of a sequence of ``seq_length``.
 
     ``mean_k`` is the measured mean number of real experts per token: null slots cost nothing.

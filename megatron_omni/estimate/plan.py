@@ -83,7 +83,7 @@ class Plan:
     @property
     def mfu(self) -> float:
         """Model FLOPs (language model, as training/metrics.py counts them) over the sheet's rate."""
-        flops = flops_per_token(self.recipe.model, self.batch.length, self.batch.mean_k)
+        flops = flops_per_token(self.recipe.model, self.batch.mean_length, self.batch.mean_k)
         return self.tokens_per_second * flops / (self.world_size * self.gpu.tflops * 1e12)
 
     def days(self, tokens: float) -> float:
@@ -125,10 +125,13 @@ def heaviest_batch(
     label_share: float = 0.5,
     tiles: float | None = None,
     chunks: float | None = None,
+    sample_length: int | None = None,
 ) -> MicroBatch:
     """A full micro-batch: sequences of ``seq_length`` tokens, of which ``label_share`` carry labels.
 
     Each sequence holds ``tiles`` (a video of ``max_frames``) and ``chunks`` of sound, or what fits beside each other.
+    Packed sequences hold samples of ``sample_length`` tokens and what is left over; one sample by default, for which
+    attention takes longest.
     """
     model, data = recipe.model, recipe.data
     room = float(data.seq_length)
@@ -143,13 +146,17 @@ def heaviest_batch(
     elif chunks is None:
         chunks = max(0.0, min(DEFAULT_CHUNKS, room // model.audio.num_query_tokens))
     multiple = data.pad_to_multiple_of
+    lengths: tuple[int, ...] = ()
+    if sample_length is not None and data.packing:
+        whole, rest = divmod(data.seq_length, sample_length)
+        lengths = (whole * (sample_length,) + (rest > 0) * (rest,)) * data.micro_batch_size
     return MicroBatch(
         rows=data.micro_batch_size,
         length=-(-data.seq_length // multiple) * multiple,
         label_tokens=data.micro_batch_size * data.seq_length * label_share,
         tiles=data.micro_batch_size * tiles,
         chunks=data.micro_batch_size * chunks,
-        packed=data.packing,
+        lengths=lengths,
         mean_k=0.0 if model.moe is None else expected_mean_k(model.moe) if mean_k is None else mean_k,
         imbalance=imbalance if recipe.parallel.expert_model_parallel_size > 1 else 1.0,
     )
@@ -242,7 +249,7 @@ def _stage_memory(recipe: Recipe, world_size: int, batch: MicroBatch, *, stage: 
     loss = kept.norm() + kept.head() if last else 0.0
     return StageMemory(
         held=static_bytes(recipe, world_size, stage=stage),
-        language=in_flight * (kept.stage(stage) - encoders - loss + _mask(batch)),
+        language=in_flight * (kept.stage(stage) - encoders - loss),
         encoders=in_flight * encoders + (kept.media() if first else 0.0),
         loss=loss,
         working=max(
@@ -252,11 +259,6 @@ def _stage_memory(recipe: Recipe, world_size: int, batch: MicroBatch, *, stage: 
             STAGING_BYTES,  # a save
         ),
     )
-
-
-def _mask(batch: MicroBatch) -> int:
-    """The boolean mask of packed sequences, which every layer of a micro-batch shares."""
-    return batch.rows * batch.length**2 if batch.packed else 0
 
 
 def _attention_working(kept: Activations) -> float:

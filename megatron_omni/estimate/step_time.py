@@ -118,8 +118,7 @@ class StepTimer:
             trained="attention" in self.trained,
             replayed=replayed,
         )
-        # A mask is computed with in full; without one, half of the square is left out.
-        scores = 4 * tokens * self.batch.length * query / self.tp * (1.0 if self.batch.packed else 0.5)
+        scores = 4 * self.batch.pairs * query / self.tp
         return (
             projections
             + self._products(scores, self.rates.attention, replayed=replayed)

@@ -12,7 +12,7 @@ same number of times with the same settings, each with prompts of its own or non
 has finished.
 
 Under tensor parallelism hidden states stay split over tokens (sequence parallelism), so a decoding step feeds one token
-and fill-up to the size of the tensor group, which the cache forgets at once. Routing is deterministic and drops none.
+and fill-up to the size of the tensor group, which the cache does not keep. Routing is deterministic and drops none.
 
 Shapes: B prompts, S longest prompt (padded), H hidden size, V vocabulary.
 """
@@ -37,6 +37,7 @@ from megatron_omni.models.attention import KVCache, kv_cache
 from megatron_omni.models.omni import OmniModel
 from megatron_omni.parallel.groups import place_in
 from megatron_omni.platform.device import device
+from megatron_omni.segments import packed
 
 
 def generate(
@@ -70,8 +71,8 @@ def generate(
     lengths, positions = torch.tensor(ends).unbind(1)
     answers: list[list[int]] = [[] for _ in prompts]
     active = [True] * len(prompts) or [False]
-    with _evaluation_mode(omni), kv_cache(KVCache()) as cache:
-        logits = _forward(omni, prompt, cache, pg, last=lengths - 1)
+    with _evaluation_mode(omni), kv_cache(KVCache(len(active))) as cache:
+        logits = _forward(omni, prompt, cache, pg, new=[length for length, _ in ends], last=lengths - 1)
         for step in range(max_new_tokens):
             chosen = torch.full_like(lengths, INVALID_TOKEN, device=device())
             if logits is not None:
@@ -88,8 +89,8 @@ def generate(
             following = decode_batch(
                 tokens, active, lengths=lengths + step, positions=positions + step, width=pg.tp.size()
             )
-            logits = _forward(omni, following, cache, pg, last=torch.zeros_like(lengths))
-            cache.truncate(cache.length - pg.tp.size() + 1)
+            new = [int(running) for running in active]
+            logits = _forward(omni, following, cache, pg, new=new, last=torch.zeros_like(lengths))
     return answers
 
 
@@ -113,6 +114,7 @@ def decode_batch(
         sample_positions=lengths.unsqueeze(1).expand(-1, width),
         modality=torch.full_like(input_ids, int(Modality.TEXT)),
         source_ids=torch.zeros_like(input_ids),
+        attention=packed([[int(running)] for running in active], width),
     )
 
 
@@ -123,15 +125,24 @@ def _idle_prompt(width: int) -> OmniBatch:
 
 
 def _forward(
-    omni: OmniModel, batch: OmniBatch, cache: KVCache, pg: ProcessGroupCollection, *, last: Tensor
+    omni: OmniModel,
+    batch: OmniBatch,
+    cache: KVCache,
+    pg: ProcessGroupCollection,
+    *,
+    new: Sequence[int],
+    last: Tensor,
 ) -> Tensor | None:
-    """This stage's part of one forward: logits [B, V] float32 at positions ``last`` [B], None before the last stage."""
+    """This stage's part of one forward: logits [B, V] float32 at positions ``last`` [B], None before the last stage.
+
+    Row b's first ``new[b]`` tokens follow those that slot b of the cache holds.
+    """
     where = place_in(pg)
     rows, length = batch.input_ids.shape
     if not where.is_first_stage:
         batch = replace(batch, pixel_values=None, audio_features=None)
-    batch = batch.to(device())
-    cache.extend(~batch.padding_mask)
+    tokens = [(row, row * length, number) for row, number in enumerate(new)]
+    batch = replace(batch, attention=cache.extend(tokens, rows * length)).to(device())
     if not where.is_first_stage:
         shape = (length // where.tp_size, rows, omni.config.hidden_size)
         hidden = torch.empty(shape, dtype=next(omni.parameters()).dtype, device=device())

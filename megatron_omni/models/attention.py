@@ -1,90 +1,79 @@
 """Core attention: scaled dot products of rotated queries and keys, for training and for cached decoding.
 
 Megatron's attention module projects, applies rotary angles and hands over query [S, B, heads, D], key and value [S,
-B, groups, D] (this tensor-parallel rank's share); the output is [S, B, heads * D]. Who may attend to whom:
+B, groups, D] (this tensor-parallel rank's share); the output is [S, B, heads * D]. Where Megatron has a mask, it hands
+on the batch's ``AttentionSegments``, which say who sees whom (segments.py); ops/segment_attention.py computes.
 
-* training: causal; rows that hold several samples get a block-diagonal causal mask (:func:`packing_mask`). Padding
-  stands at the
-  end of a row, where causality already hides it from every real token.
-* decoding: inside ``kv_cache(cache)`` each call appends its keys and values to the cache and attends to all valid
-  ones. This
-  sits below Megatron's attention module, so it is the same on every layout.
-
-Masks are boolean, True where attention is allowed (torch's convention, not Megatron's).
+Decoding: inside ``kv_cache(cache)`` each call first writes its keys and values into the cache, and the segments' keys
+are the cache's. This sits below Megatron's attention module, so it is the same on every layout.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
+from megatron_omni.ops.segment_attention import new_keys, segment_attention
+from megatron_omni.segments import AttentionSegments, Cached, cached
+
+
+class Cache(Protocol):
+    """What attention asks of a cache."""
+
+    def append(self, layer: int, key: Tensor, value: Tensor, segments: AttentionSegments) -> tuple[Tensor, Tensor]:
+        """Store the grid's ``key`` and ``value`` [B x S, groups, D]; all keys and values [n, groups, D] that
+        ``segments`` count in."""
+        ...
+
 
 class KVCache:
-    """Keys (after rotary) and values of the positions decoded so far, per attention layer, and which of them are valid.
+    """Keys (after rotary) and values of every attention layer, in slots: [slots, capacity, groups, D].
 
-    Call :meth:`extend` once before each forward, with the validity of the tokens that it feeds; invalid ones (padding
-    of a shorter prompt, fill-up to a multiple of the tensor-parallel size) are never attended to. ``truncate``
-    forgets the newest.
+    Each slot holds one sequence and has a length of its own. Call :meth:`extend` before each forward and give the batch
+    the segments that it returns. Padding of a shorter prompt and fill-up to a multiple of the tensor-parallel size are
+    in no segment and never stored. Slots grow together, by doubling.
     """
 
-    def __init__(self) -> None:
-        self.valid: Tensor | None = None
-        """[B, n] bool: positions fed so far, those of the current forward included."""
+    def __init__(self, num_slots: int) -> None:
+        self.lengths = [0] * num_slots
+        """Tokens that each slot holds, those of the current forward included."""
+        self.capacity = 64
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._mask: Tensor | None = None
 
-    @property
-    def length(self) -> int:
-        """n: positions fed so far."""
-        return 0 if self.valid is None else self.valid.shape[1]
+    def extend(self, new: Iterable[tuple[int, int, int]], num_tokens: int) -> AttentionSegments:
+        """Announce the tokens of the next forward: (slot, first of them in the grid of ``num_tokens``, how many)."""
+        segments = [Cached(slot, start, length, self.lengths[slot]) for slot, start, length in new]
+        for slot, _, length, before in segments:
+            self.lengths[slot] = before + length
+        while self.capacity < max(self.lengths):
+            self.capacity *= 2
+        return AttentionSegments(cached(segments, self.capacity), num_tokens)
 
-    def extend(self, valid: Tensor) -> None:
-        """Announce the tokens of the next forward: ``valid`` [B, s] bool."""
-        self.valid = valid if self.valid is None else torch.cat([self.valid, valid], dim=1)
-        # Query i of the new tokens sees valid keys up to its own position; its own key always, so that no row is empty.
-        new, total = valid.shape[1], self.valid.shape[1]
-        query = torch.arange(total - new, total, device=valid.device).unsqueeze(1)
-        key = torch.arange(total, device=valid.device).unsqueeze(0)
-        self._mask = ((key <= query) & self.valid.unsqueeze(1) | (key == query)).unsqueeze(1)
-
-    def truncate(self, length: int) -> None:
-        """Forget every position from ``length`` on."""
-        assert self.valid is not None and length <= self.length
-        self.valid, self._mask = self.valid[:, :length], None
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Store the new ``key`` and ``value`` [B, s, groups, D] of a layer; all keys, all values [B, n, groups, D],
-        mask [B, 1, s, n].
-        """
-        assert self._mask is not None and self._mask.shape[2] == key.shape[1], (
-            "call extend() before each cached forward"
-        )
-        total = self.length
-        start = total - key.shape[1]
+    def append(self, layer: int, key: Tensor, value: Tensor, segments: AttentionSegments) -> tuple[Tensor, Tensor]:
+        """As :class:`Cache` says."""
         buffers = self._buffers.get(layer)
-        if buffers is None or buffers[0].shape[1] < total:
-            capacity = max(2 * total, 64)
-            grown = tuple(new.new_zeros(new.shape[0], capacity, *new.shape[2:]) for new in (key, value))
-            if buffers is not None:
-                for old, new in zip(buffers, grown):
-                    new[:, :start] = old[:, :start]
-            buffers = self._buffers[layer] = (grown[0], grown[1])
-        for buffer, new in zip(buffers, (key, value)):
-            buffer[:, start:total] = new
-        return buffers[0][:, :total], buffers[1][:, :total], self._mask
+        if buffers is None or buffers[0].shape[1] < self.capacity:
+            shape = (len(self.lengths), self.capacity, *key.shape[1:])
+            grown = (key.new_zeros(shape), value.new_zeros(shape))
+            for old, larger in zip(buffers or (), grown):
+                larger[:, : old.shape[1]] = old
+            buffers = self._buffers[layer] = grown
+        tokens, places = new_keys(segments, key.device)
+        keys, values = (buffer.flatten(0, 1) for buffer in buffers)
+        keys[places], values[places] = key[tokens], value[tokens]
+        return keys, values
 
 
-_CACHE: ContextVar[KVCache | None] = ContextVar("kv_cache", default=None)
+_CACHE: ContextVar[Cache | None] = ContextVar("kv_cache", default=None)
 
 
 @contextmanager
-def kv_cache(cache: KVCache) -> Iterator[KVCache]:
+def kv_cache[C: Cache](cache: C) -> Iterator[C]:
     """Make every attention layer called inside read and extend ``cache``. Without gradients."""
     token = _CACHE.set(cache)
     try:
@@ -92,17 +81,6 @@ def kv_cache(cache: KVCache) -> Iterator[KVCache]:
             yield cache
     finally:
         _CACHE.reset(token)
-
-
-def packing_mask(segment_ids: Tensor) -> Tensor | None:
-    """Block-diagonal causal mask [B, 1, S, S] of ``segment_ids`` [B, S]; None when no row holds two samples (plain
-    causal).
-    """
-    if not bool((segment_ids > 0).any()):
-        return None
-    size = segment_ids.shape[1]
-    causal = torch.ones(size, size, dtype=torch.bool, device=segment_ids.device).tril()
-    return ((segment_ids.unsqueeze(2) == segment_ids.unsqueeze(1)) & causal).unsqueeze(1)
 
 
 class CoreAttention(MegatronModule):
@@ -115,25 +93,15 @@ class CoreAttention(MegatronModule):
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
-        """[S, B, heads * D] from query [S, B, heads, D], key and value [S, B, groups, D], mask as in the file's
-        docstring.
-        """
-        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: AttentionSegments, **_: Any) -> Tensor:
+        """[S, B, heads * D] from query [S, B, heads, D], key and value [S, B, groups, D]; zeros at padding."""
+        size, rows = query.shape[:2]
+        query, key, value = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
         cache = _CACHE.get()
         if cache is not None:
-            key, value, attention_mask = cache.append(self.layer_number, key, value)
+            key, value = cache.append(self.layer_number, key, value, attention_mask)
         dropout = self.config.attention_dropout if self.training else 0.0
         # Heads are split over tensor-parallel ranks: each must drop its own.
         with get_cuda_rng_tracker().fork() if dropout > 0.0 else nullcontext():
-            output = F.scaled_dot_product_attention(
-                query.transpose(1, 2),
-                key.transpose(1, 2),
-                value.transpose(1, 2),
-                attn_mask=attention_mask,
-                is_causal=attention_mask is None,
-                dropout_p=dropout,
-                scale=self.softmax_scale,
-                enable_gqa=query.shape[2] != key.shape[2],
-            )
-        return output.permute(2, 0, 1, 3).flatten(2)
+            output = segment_attention(query, key, value, attention_mask, scale=self.softmax_scale, dropout=dropout)
+        return output.view(rows, size, -1).transpose(0, 1).contiguous()

@@ -43,13 +43,14 @@ from megatron_omni.config.model import ModelConfig
 from megatron_omni.config.parallel import LOGITS_CHUNK, ParallelConfig
 from megatron_omni.config.parts import NEW_TOKEN_ROWS
 from megatron_omni.estimate import padded_vocab_size
-from megatron_omni.models.attention import CoreAttention, packing_mask
+from megatron_omni.models.attention import CoreAttention
 from megatron_omni.models.moe.context import TokenContext, token_context, without_stats
 from megatron_omni.models.rope import rotary_angles
 from megatron_omni.models.token_rows import NewTokenRows
 from megatron_omni.ops.token_log_probs import token_log_probs
 from megatron_omni.platform import adam
 from megatron_omni.platform.device import accelerator_present
+from megatron_omni.segments import AttentionSegments
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ class OmniStack(HybridStack):
     def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor | None,
-        attention_mask: Tensor | None,
+        attention: AttentionSegments,
         rotary_pos_emb: Tensor,
         ctx: TokenContext | None,
     ) -> Tensor:
@@ -177,7 +178,7 @@ class OmniStack(HybridStack):
         at_once = 2 if self.recompute == "full" else 1  # a block keeps one input, its attention's
         for start in range(0, len(layers), at_once):
             kinds, block = zip(*layers[start : start + at_once])
-            call = functools.partial(_run_layers, block, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb)
+            call = functools.partial(_run_layers, block, attention_mask=attention, rotary_pos_emb=rotary_pos_emb)
             replayed = self.recompute == "full" or (self.recompute == "moe" and MOE in kinds)
             if replayed and self.training and torch.is_grad_enabled():
                 hidden = _checkpointed(call, hidden, ctx)
@@ -310,7 +311,7 @@ class LanguageModel(HybridModel):
         *,
         input_ids: Tensor,
         position_ids: Tensor,
-        segment_ids: Tensor,
+        attention: AttentionSegments,
         ctx: TokenContext | None,
         decoder_input: Tensor | None = None,
         labels: Tensor | None = None,
@@ -320,9 +321,10 @@ class LanguageModel(HybridModel):
         """Loss of each token [B, S] fp32 (0 where unlabelled) with ``labels``, else logits; hidden states on earlier
         stages.
 
-        ``position_ids`` [3, B, S]; ``ctx`` of the full sequence in [S * B] order; ``decoder_input`` [S, B, H]
-        replaces the word embeddings; ``label_places`` [n] says where ``labels`` has any (batch.py); ``logits_positions``
-        [B, n] selects the positions whose logits [B, n, V] are wanted (all when None).
+        ``position_ids`` [3, B, S]; ``attention`` says who sees whom in the [B, S] grid; ``ctx`` of the full sequence in
+        [S * B] order; ``decoder_input`` [S, B, H] replaces the word embeddings; ``label_places`` [n] says where ``labels``
+        has any (batch.py); ``logits_positions`` [B, n] selects the positions whose logits [B, n, V] are wanted (all when
+        None).
         """
         size, tensor_size = position_ids.shape[2], self.pg_collection.tp.size()
         if size % tensor_size != 0:
@@ -341,7 +343,7 @@ class LanguageModel(HybridModel):
             base=self.model_config.rotary_base,
             sections=self.model_config.mrope_section,
         )
-        hidden = self.decoder(hidden, packing_mask(segment_ids), angles, self._shard_of(ctx))
+        hidden = self.decoder(hidden, attention, angles, self._shard_of(ctx))
         if not self.post_process:
             return hidden
         if self.config.sequence_parallel:

@@ -3,7 +3,7 @@
     hidden [S, B, H] = word embeddings of the ids
     hidden at IMAGE and VIDEO placeholders <- rows of vision(tiles), at AUDIO placeholders <- rows of audio(chunks),
                                               both in the order of the flattened [B, S] grid
-    loss [B, S] or logits = language(hidden, 3D positions, segments, token facts for the routers)
+    loss [B, S] or logits = language(hidden, 3D positions, who sees whom, token facts for the routers)
 
 Encoders are whole on every tensor-parallel (TP) rank, and share the work: each computes ceil(N / TP) tiles (or chunks)
 at most, and all gather the rows. The language model scatters hidden states over the sequence and gathers their gradient,
@@ -123,7 +123,7 @@ class OmniModel(MegatronModule):
         return self.language(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
-            segment_ids=batch.segment_ids,
+            attention=batch.attention,
             ctx=token_facts(
                 batch, seed=self.seed, step=step, stochastic=stochastic, aux_loss_scale=aux_loss_scale, stats=stats
             ),

@@ -2,10 +2,10 @@
 
 The data-reader rank of a replica (tensor-parallel rank 0 of the first pipeline stage) loads the micro-batches of a
 step. Their integer tensors go to every rank of the replica (labels are needed on the last stage, positions on all of
-them), all of a step at once: a header, which also brings the counts, and a buffer. Pictures and sound are a thousand
-times larger and only go to the tensor-parallel group of the first stage, the only one that embeds: a micro-batch at a
-time, pictures as the 8-bit pixels they are and sound in the model's precision. Those of the next micro-batch travel
-while this one is computed (:class:`StepData`), so a device holds two of them.
+them), all of a step at once: a header, which also brings the counts and who sees whom in attention, and a buffer.
+Pictures and sound are a thousand times larger and only go to the tensor-parallel group of the first stage, the only one
+that embeds: a micro-batch at a time, pictures as the 8-bit pixels they are and sound in the model's precision. Those of
+the next micro-batch travel while this one is computed (:class:`StepData`), so a device holds two of them.
 
 A reader that fails says so in the header; :func:`sum_over_ranks` then carries the news to the other replicas, so that
 every rank stops at the same step instead of waiting for a timeout.
@@ -22,13 +22,16 @@ from torch import Tensor
 
 from megatron_omni.batch import COUNTS, GRIDS, INDICES, MEDIA, OmniBatch
 from megatron_omni.platform.device import beside_computation, join_computation, pinned
+from megatron_omni.segments import AttentionSegments
 
 _MEDIA_DIMS = {"pixel_values": 4, "audio_features": 3}
 _DTYPES = (torch.uint8, torch.bfloat16, torch.float32)
 _NUM_SIZES = 2 + len(INDICES)
 _HEADER = _NUM_SIZES + len(COUNTS) + sum(1 + dims for dims in _MEDIA_DIMS.values())
 """Numbers per micro-batch: B, S, the length of each index, the counts and, for each medium, its dtype (-1: there is none)
-and shape."""
+and shape. Those of ``OmniBatch.attention`` follow."""
+_MESSAGE = 8192
+"""Numbers of a header's first message, whose size the receivers must know; what does not fit comes in a second one."""
 _ALIGNMENT = 16
 """Bytes: a tensor begins at a multiple of it in a buffer of bytes."""
 
@@ -45,12 +48,14 @@ class _Header(NamedTuple):
     """Of the indices."""
     counts: dict[str, int]
     media: list[MediaSpec]
+    attention: AttentionSegments
 
     @classmethod
     def of(cls, numbers: Sequence[int]) -> "_Header":
         rows, length, *lengths = numbers[:_NUM_SIZES]
         counts = dict(zip(COUNTS, numbers[_NUM_SIZES:]))
-        return cls((rows, length), lengths, counts, _specs(numbers[_NUM_SIZES + len(COUNTS) :]))
+        media = _specs(numbers[_NUM_SIZES + len(COUNTS) : _HEADER])
+        return cls((rows, length), lengths, counts, media, AttentionSegments.from_numbers(numbers[_HEADER:]))
 
     @property
     def sizes(self) -> dict[str, tuple[int, ...]]:
@@ -106,20 +111,12 @@ def share_step(
     if batches is not None:
         assert len(batches) == num_micro_batches, f"{len(batches)} micro-batches loaded, {num_micro_batches} expected"
         batches = [_in_precision(batch, precision) for batch in batches]
-    if alone:
-        if batches is None:
-            return None
-        numbers = [n for batch in batches for n in _header(batch)]
-    else:
-        header = torch.full((1 + num_micro_batches * _HEADER,), -1, dtype=torch.int64)
-        if is_reader and batches is not None:
-            header = torch.tensor([1, *(n for batch in batches for n in _header(batch))], dtype=torch.int64)
-        header = pinned(header).to(device, non_blocking=True)
-        dist.broadcast(header, dist.get_global_rank(pg.mp, 0), group=pg.mp)
-        status, *numbers = header.tolist()
-        if status < 0:
-            return None
-    headers = [_Header.of(numbers[i : i + _HEADER]) for i in range(0, len(numbers), _HEADER)]
+    numbers = None if batches is None else [_header(batch) for batch in batches]
+    if not alone:
+        numbers = _share_numbers(numbers if is_reader else None, group=pg.mp, device=device)
+    if numbers is None:
+        return None
+    headers = [_Header.of(row) for row in numbers]
     integers = _share_integers(batches, headers, pg=pg, device=device)
     if pg.pp.rank() > 0:
         return StepData(integers, lambda _: lambda: [None, None])
@@ -159,6 +156,30 @@ def _in_precision(batch: OmniBatch, precision: torch.dtype) -> OmniBatch:
     return batch if sound is None else replace(batch, audio_features=sound.to(precision))
 
 
+def _share_numbers(
+    rows: list[list[int]] | None, *, group: dist.ProcessGroup, device: torch.device
+) -> list[list[int]] | None:
+    """The reader's lists of integers on every rank of ``group``; None where it has none. One wait, or two for long ones."""
+    sent = [] if rows is None else [n for row in rows for n in (len(row), *row)]
+    first = torch.zeros(_MESSAGE, dtype=torch.int64)
+    first[0] = len(sent)
+    first[1 : 1 + len(sent)] = torch.tensor(sent[: _MESSAGE - 1], dtype=torch.int64)
+    reader = dist.get_global_rank(group, 0)
+    first = pinned(first).to(device, non_blocking=True)
+    dist.broadcast(first, reader, group=group)
+    length, *numbers = first.tolist()
+    if length > len(numbers):
+        rest = torch.tensor(sent[len(numbers) :] or [0] * (length - len(numbers)), dtype=torch.int64)
+        rest = pinned(rest).to(device, non_blocking=True)
+        dist.broadcast(rest, reader, group=group)
+        numbers += rest.tolist()
+    received, place = [], 0
+    while place < length:
+        start, place = place + 1, place + 1 + numbers[place]
+        received.append(numbers[start:place])
+    return received or None
+
+
 def _header(batch: OmniBatch) -> list[int]:
     numbers = [*batch.input_ids.shape, *(len(getattr(batch, name)) for name in INDICES)]
     numbers += [getattr(batch, name) for name in COUNTS]
@@ -166,7 +187,7 @@ def _header(batch: OmniBatch) -> list[int]:
         tensor = getattr(batch, name)
         present = tensor is not None and tensor.numel() > 0
         numbers += [_DTYPES.index(tensor.dtype), *tensor.shape] if present else [-1] * (1 + _MEDIA_DIMS[name])
-    return numbers
+    return numbers + batch.attention.numbers()
 
 
 def _specs(numbers: Sequence[int]) -> list[MediaSpec]:
@@ -199,7 +220,7 @@ def _share_integers(
     shared = []
     for header in headers:
         values: dict[str, Any] = {name: next(parts).view(size) for name, size in header.sizes.items()}
-        shared.append(OmniBatch(**(values | header.counts)))
+        shared.append(OmniBatch(**(values | header.counts), attention=header.attention))
     return shared
 
 

@@ -21,6 +21,7 @@ from megatron_omni.models.omni import token_facts
 from megatron_omni.parallel import groups
 from megatron_omni.parallel.schedule import run_step
 from megatron_omni.parallel.wrap import wrap_model
+from megatron_omni.segments import packed
 from tests.distributed.harness import Rank, run_ranks
 
 STEPS, MICRO_BATCHES, ROWS, VOCAB = 7, 4, 2, 250
@@ -51,14 +52,14 @@ def _batch(step: int, index: int) -> OmniBatch:
     return OmniBatch.of(
         input_ids=ids[:, :-1], labels=labels, position_ids=positions.expand(3, ROWS, size), segment_ids=zeros,
         sample_ids=zeros + torch.arange(ROWS)[:, None] + ROWS * index, sample_positions=positions, modality=zeros,
-        source_ids=zeros,
+        source_ids=zeros, attention=packed([[size]] * ROWS, size),
     )  # fmt: skip
 
 
 def _forward_step(batch, model, *, num_labels, step):
     ctx = token_facts(batch, seed=1, step=step, stochastic=True, aux_loss_scale=0.01, stats=None)
     losses = model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids, ctx=ctx,
+        input_ids=batch.input_ids, position_ids=batch.position_ids, attention=batch.attention, ctx=ctx,
         labels=batch.labels, label_places=batch.label_places,
     )  # fmt: skip
 

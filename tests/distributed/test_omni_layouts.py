@@ -29,6 +29,7 @@ from megatron_omni.positions import (
     position_ids,
     span_length,
 )
+from tests.attention import segments_of
 from tests.distributed.harness import Rank, run_ranks
 
 LENGTH = 32
@@ -97,6 +98,7 @@ def batch_of(name: str, rows_of: dict[str, list[list[Span]]] = ROWS) -> OmniBatc
         sample_positions=torch.arange(LENGTH).expand_as(ids),
         modality=modality,
         source_ids=torch.zeros_like(ids),
+        attention=segments_of(segments),
         pixel_values=torch.randn(tiles, 3, 10, 10, generator=generator) if tiles else None,
         audio_features=torch.randn(chunks, 6, 150, generator=generator) if chunks else None,
     )

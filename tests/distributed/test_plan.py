@@ -32,6 +32,7 @@ from megatron_omni.parallel.schedule import run_step
 from megatron_omni.parallel.wrap import unwrap_model, wrap_model
 from megatron_omni.training.optimizer import build_optimizer
 from megatron_omni.training.setup import freeze
+from tests.attention import segments_of
 from tests.distributed.harness import Rank, run_ranks
 
 MICRO_BATCHES = 3
@@ -127,6 +128,7 @@ def batch_of(recipe: Recipe, *, first_sample: int, packed: bool) -> OmniBatch:
     side, mels = model.vision.image_size, model.audio.num_mel_bins
     return OmniBatch.of(
         **ints,
+        attention=segments_of(ints["segment_ids"]),
         position_ids=torch.arange(LENGTH).expand(3, ROWS, LENGTH).clone(),
         pixel_values=torch.randint(256, (TILES, 3, side, side), dtype=torch.uint8),
         audio_features=torch.randn(CHUNKS, mels, int(model.audio.chunk_seconds * 100)),
@@ -248,7 +250,7 @@ def activations(recipe: Recipe, model: Any, pg: Any) -> tuple[int, float]:
     sent, received = sum(routed["sent"]), sum(routed["received"])
     shard_tokens = ROWS * LENGTH / tp * max(len(routed["sent"]), 1)
     batch = MicroBatch(
-        rows=ROWS, length=LENGTH, label_tokens=LABELS, tiles=TILES, chunks=CHUNKS, packed=packed,
+        rows=ROWS, length=LENGTH, label_tokens=LABELS, tiles=TILES, chunks=CHUNKS,
         mean_k=sent / shard_tokens,
         imbalance=received / sent / pg.expt_tp.size() if sent else 1.0,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from megatron_omni.batch import COUNTS, GRIDS, INDICES, MEDIA, OmniBatch
 from megatron_omni.config.parallel import ParallelConfig
 from megatron_omni.parallel.groups import place_in
 from megatron_omni.parallel.sharing import share_step, sum_over_ranks
+from tests.attention import drawn_segments
 from tests.distributed.harness import Rank, run_ranks
 
 CPU = torch.device("cpu")
@@ -25,7 +26,8 @@ def step_of(replica: int) -> list[OmniBatch]:
         ints["position_ids"] = torch.randint(0, 99, (3, 2, length), generator=generator)
         pixels = torch.randint(256, (tiles, 3, 3, 3), generator=generator).byte() if tiles else None
         sound = torch.randn(chunks, 8, 5, generator=generator) if chunks else None
-        return OmniBatch(**ints, **counts, pixel_values=pixels, audio_features=sound)
+        attention = drawn_segments(generator, 2 * length)
+        return OmniBatch(**ints, **counts, attention=attention, pixel_values=pixels, audio_features=sound)
 
     return [batch(5, 3, 2), batch(9, 0, 1), batch(4, 0, 0)]
 
@@ -51,7 +53,7 @@ def shared(rank: Rank, tensor: int, pipeline: int) -> bool:
             expected = [replace(batch, pixel_values=None, audio_features=None) for batch in expected]
         for a, b in zip(got, expected, strict=True):
             assert all(equal(getattr(a, name), getattr(b, name)) for name in (*GRIDS, *INDICES, *MEDIA))
-            assert all(getattr(a, name) == getattr(b, name) for name in COUNTS)
+            assert all(getattr(a, name) == getattr(b, name) for name in (*COUNTS, "attention"))
         assert got.shapes == [(2, 5), (2, 9), (2, 4)]
     # A reader that failed is known to its whole replica, and through the sum to every other.
     failing = place.dp_rank == 0

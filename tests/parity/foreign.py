@@ -20,6 +20,7 @@ from megatron_omni.config.parallel import ParallelConfig
 from megatron_omni.models.build import build_model
 from megatron_omni.parallel import groups
 from megatron_omni.parallel.schedule import run_step
+from megatron_omni.segments import packed
 from tests.distributed.harness import Rank
 
 VOCAB = 310
@@ -75,6 +76,7 @@ def text_batch() -> OmniBatch:
     return OmniBatch.of(
         input_ids=IDS, labels=IDS, position_ids=positions.expand(3, rows, size), segment_ids=zeros,
         sample_ids=zeros + torch.arange(rows)[:, None], sample_positions=positions, modality=zeros, source_ids=zeros,
+        attention=packed([[size]] * rows, size),
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from megatron_omni.models.attention import KVCache, kv_cache
 from megatron_omni.models.build import build_language_model
 from megatron_omni.models.language import LanguageModel
 from megatron_omni.parallel import groups
+from megatron_omni.segments import packed
 
 VOCAB, LAYERS, HEADS, KV_GROUPS, HEAD_DIM, WIDTH, FFN = 250, 3, 4, 2, 16, 64, 96
 
@@ -88,7 +89,7 @@ def _inputs(rows: int = 2, size: int = 24) -> dict[str, torch.Tensor]:
     return {
         "input_ids": ids,
         "position_ids": torch.arange(size).expand(3, rows, size),
-        "segment_ids": torch.zeros_like(ids),
+        "attention": packed([[size]] * rows, size),
     }
 
 
@@ -122,18 +123,22 @@ def test_packed_row_equals_its_samples_alone(pg: ProcessGroupCollection) -> None
     ours = build_language_model(_recipe(), pg)
     ids = _inputs(rows=1)["input_ids"]
     alone = [ours(**_slice(ids[:, part]), ctx=None) for part in (slice(0, 9), slice(9, 24))]
-    packed = ours(
+    together = ours(
         input_ids=ids,
         position_ids=torch.cat([torch.arange(9), torch.arange(15)]).expand(3, 1, 24),
-        segment_ids=torch.tensor([[0] * 9 + [1] * 15]),
+        attention=packed([[9, 15]], 24),
         ctx=None,
     )
-    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(together, torch.cat(alone, dim=1), rtol=1e-5, atol=1e-6)
 
 
 def _slice(ids: torch.Tensor) -> dict[str, torch.Tensor]:
     size = ids.shape[1]
-    return {"input_ids": ids, "position_ids": torch.arange(size).expand(3, 1, size), "segment_ids": ids * 0}
+    return {
+        "input_ids": ids,
+        "position_ids": torch.arange(size).expand(3, 1, size),
+        "attention": packed([[size]], size),
+    }
 
 
 def test_cached_decoding_equals_the_whole_sequence(pg: ProcessGroupCollection) -> None:
@@ -141,27 +146,28 @@ def test_cached_decoding_equals_the_whole_sequence(pg: ProcessGroupCollection) -
     ours = build_language_model(_recipe(), pg).eval()
     ids, lengths, new = _inputs()["input_ids"], torch.tensor([12, 8]), 5
     expected = ours(**_inputs(), ctx=None)
-    cache = KVCache()
-    prompt = torch.arange(12).expand(2, 12)
+    cache = KVCache(num_slots=2)
+    positions = torch.arange(12).expand(3, 2, 12)
     with kv_cache(cache):
-        cache.extend(prompt < lengths[:, None])
-        inputs = {"position_ids": prompt.expand(3, 2, 12), "segment_ids": torch.zeros(2, 12, dtype=torch.long)}
-        last = ours(input_ids=ids[:, :12], **inputs, ctx=None, logits_positions=(lengths - 1)[:, None])
+        attention = cache.extend([(0, 0, 12), (1, 12, 8)], 24)
+        last = ours(
+            input_ids=ids[:, :12], position_ids=positions, attention=attention, ctx=None,
+            logits_positions=(lengths - 1)[:, None],
+        )  # fmt: skip
         for step in range(new):
             position = lengths + step
             for row in range(2):
                 torch.testing.assert_close(last[row, 0], expected[row, position[row] - 1], rtol=1e-4, atol=1e-5)
-            # One valid token and one to throw away, as tensor parallelism needs.
-            cache.extend(torch.tensor([[True, False]]).expand(2, 2))
+            # One token of each and one to throw away, as tensor parallelism needs.
             token = ids.gather(1, position[:, None])
-            inputs = {
-                "position_ids": torch.stack([position, position * 0], dim=1).expand(3, 2, 2),
-                "segment_ids": torch.zeros(2, 2, dtype=torch.long),
-            }
-            first = torch.zeros(2, 1, dtype=torch.long)
-            last = ours(input_ids=torch.cat([token, token], dim=1), **inputs, ctx=None, logits_positions=first)
-            cache.truncate(cache.length - 1)
-    assert cache.length == 12 + new
+            last = ours(
+                input_ids=torch.cat([token, token], dim=1),
+                position_ids=torch.stack([position, position * 0], dim=1).expand(3, 2, 2),
+                attention=cache.extend([(0, 0, 1), (1, 2, 1)], 4),
+                ctx=None,
+                logits_positions=torch.zeros(2, 1, dtype=torch.long),
+            )
+    assert cache.lengths == [12 + new, 8 + new]
 
 
 def test_recompute_gives_the_same_gradients(pg: ProcessGroupCollection) -> None:

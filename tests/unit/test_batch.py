@@ -3,6 +3,7 @@
 import torch
 
 from megatron_omni.batch import IGNORE_LABEL, Modality, OmniBatch
+from tests.attention import segments_of
 
 TEXT, IMAGE, VIDEO, AUDIO = Modality
 ROWS = [
@@ -25,6 +26,7 @@ def batch() -> OmniBatch:
         sample_positions=zeros,
         modality=column(1),
         source_ids=zeros,
+        attention=segments_of(column(0)),
     )
 
 

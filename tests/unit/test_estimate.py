@@ -242,9 +242,20 @@ def test_step_time_by_hand() -> None:
     plan = make_plan(recipe, world_size=1, gpu=GPUS["H100-80GB"], batch=batch, efficiency=shares)
     tokens, width, ffn = 2048, 3584, 18944
     flops = 6 * tokens * (width * (2 * 3584 + 2 * 512) + 3 * width * ffn) + 6 * 100 * width * 1280
-    flops += 3 * 4 * tokens * 1024 * 3584 / 2
+    flops += 3 * 4 * tokens * 1025 / 2 * 3584
     assert plan.step.total == pytest.approx(2 * flops / 989e12, rel=1e-3)
     assert plan.step.messages == plan.step.gradients == plan.step.bubble == plan.step.encoders == 0.0
+
+
+def test_packed_samples_have_the_pairs_of_their_lengths() -> None:
+    recipe = full_plan("3_sft.yaml", 64).recipe
+    assert recipe.data.packing and recipe.data.seq_length == 16384
+    whole, packed = heaviest_batch(recipe), heaviest_batch(recipe, sample_length=1560)
+    assert whole.pairs == whole.rows * 16384 * 16385 / 2
+    assert packed.lengths == packed.rows * (*[1560] * 10, 784)
+    assert packed.pairs == packed.rows * (10 * 1560 * 1561 + 784 * 785) / 2
+    plans = [make_plan(recipe, world_size=64, gpu=GPUS["H100-80GB"], batch=batch) for batch in (whole, packed)]
+    assert plans[1].step.attention < plans[0].step.attention and plans[1].mfu < plans[0].mfu * 1.2
 
 
 def test_expected_mean_k_is_that_of_independent_logits() -> None:

@@ -10,6 +10,7 @@ from megatron_omni.config.data import SourceConfig
 from megatron_omni.losses.lm import lm_loss, loss_report, report_names
 from megatron_omni.tasks.supervised import SupervisedTask
 from megatron_omni.training.task import StepInfo
+from tests.attention import segments_of
 
 TEXT, IMAGE, VIDEO, AUDIO = Modality
 
@@ -29,6 +30,7 @@ def batch_of(rows: list[list[tuple[int, Modality, bool, int]]], source: int = 0)
         sample_positions=zeros,
         modality=column(1),
         source_ids=column(3),
+        attention=segments_of(column(0)),
     )
 
 

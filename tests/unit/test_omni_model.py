@@ -10,6 +10,7 @@ from megatron_omni.batch import IGNORE_LABEL, Modality, OmniBatch
 from megatron_omni.config.model import AudioConfig, ModelConfig, VisionConfig
 from megatron_omni.models.moe.context import RoutingStats
 from megatron_omni.models.omni import OmniModel
+from megatron_omni.segments import packed
 
 T, P, V, A = Modality
 WIDTH = 12
@@ -71,6 +72,7 @@ def batch_of(modality: list[list[int]], *, tiles: int = 0, chunks: int = 0) -> O
         sample_positions=torch.arange(length).expand(rows, -1),
         modality=kinds,
         source_ids=torch.zeros_like(grid),
+        attention=packed([[length - 1]] * rows, length),
         pixel_values=torch.randn(tiles, 3, 8, 8, generator=generator) if tiles else None,
         audio_features=torch.randn(chunks, 6, 20, generator=generator) if chunks else None,
     )

@@ -142,7 +142,8 @@ def assert_equal(a: list[OmniBatch], b: list[OmniBatch]) -> None:
     for x, y in zip(a, b):
         for name, tensor in vars(x).items():
             other = getattr(y, name)
-            assert (tensor is None) == (other is None) and (tensor is None or torch.equal(tensor, other)), name
+            same = torch.equal(tensor, other) if isinstance(tensor, torch.Tensor) else tensor == other
+            assert same, name
 
 
 def hang_until(released: threading.Event) -> None:

@@ -1,0 +1,165 @@
+"""Who sees whom in attention, as data: a list of segments, each a range of queries and the keys that it sees.
+
+    full      every query sees every key
+    causal    aligned at the end: of L queries and n keys, query i sees keys 0 .. n - L + i; the last L keys are its own
+
+A token that is in no segment is padding: it sees nothing and nothing sees it. Four uses, which a batch may mix:
+
+    causal           a sample of a packed row: each token sees those before it in its own sample
+    shared_prompt    one prompt and several responses: a response sees the prompt and itself
+    prefix           tokens that all see each other, then causal ones that see them too
+    cached           new tokens that see the keys of their slot in a cache, each slot with a length of its own
+
+Each is what a variable-length kernel takes, with different lengths of queries and keys (ops/segment_attention.py).
+Tokens are counted in the flattened [B, S] grid of a batch, keys of a cache in its flattened [slots, capacity]. All of
+it is plain numbers in host memory, from which shapes follow: nothing waits for a device.
+"""
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Queries that see one set of keys."""
+
+    queries: range
+    keys: tuple[range, ...]
+    """In order. Where ``causal``, the last range ends with the queries' own keys."""
+    causal: bool = True
+
+    @property
+    def num_keys(self) -> int:
+        """Keys of all ranges."""
+        return sum(map(len, self.keys))
+
+    @property
+    def own_keys(self) -> range:
+        """The keys of a causal segment's own queries."""
+        assert self.causal
+        return self.keys[-1][-len(self.queries) :]
+
+    @property
+    def num_pairs(self) -> int:
+        """(query, key) pairs with a score."""
+        length = len(self.queries)
+        return length * self.num_keys - self.causal * (length * (length - 1) // 2)
+
+    def shifted(self, by: int) -> "Segment":
+        """The same segment ``by`` tokens later."""
+        return Segment(_shifted(self.queries, by), tuple(_shifted(keys, by) for keys in self.keys), self.causal)
+
+
+class Cached(NamedTuple):
+    """New tokens of a sequence whose keys are kept in a slot of a cache."""
+
+    slot: int
+    start: int
+    """The first of them in the batch's grid."""
+    length: int
+    before: int
+    """Tokens that the slot holds already."""
+
+
+def causal(length: int) -> tuple[Segment, ...]:
+    """A sample of ``length`` tokens, each of which sees itself and those before it."""
+    return shared_prompt(length, ())
+
+
+def shared_prompt(prompt: int, responses: Sequence[int]) -> tuple[Segment, ...]:
+    """A prompt of so many tokens and then responses of so many: each sees the prompt and itself, not the others."""
+    segments, start = [Segment(range(prompt), (range(prompt),))], prompt
+    for length in responses:
+        own = range(start, start + length)
+        adjacent = start == prompt  # one range: it need not be gathered
+        segments.append(Segment(own, (range(own.stop),) if adjacent else tuple(filter(len, (range(prompt), own)))))
+        start += length
+    return _not_empty(segments)
+
+
+def prefix(length: int, rest: int) -> tuple[Segment, ...]:
+    """A prefix of ``length`` tokens that all see each other, then ``rest`` causal ones that see it too."""
+    whole = range(length + rest)
+    return _not_empty(
+        [Segment(whole[:length], (whole[:length],), causal=False), Segment(whole[length:], (whole,), causal=True)]
+    )
+
+
+def cached(new: Iterable[Cached], capacity: int) -> tuple[Segment, ...]:
+    """New tokens that see what their slot holds and themselves, in a cache of [slots, capacity] keys, flattened."""
+    segments = []
+    for slot, start, length, before in new:
+        assert before + length <= capacity, f"{before + length} tokens in a slot of {capacity}"
+        first = slot * capacity
+        segments.append(Segment(range(start, start + length), (range(first, first + before + length),)))
+    return _not_empty(segments)
+
+
+@dataclass(frozen=True)
+class AttentionSegments:
+    """The segments of a batch, in the order of their queries."""
+
+    segments: tuple[Segment, ...]
+    num_tokens: int
+    """Queries of the grid, padding included: B x S."""
+    derived: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What kernels made of the segments: made once and used by every layer."""
+
+    def __post_init__(self) -> None:
+        end = 0
+        for segment in self.segments:
+            queries, keys = segment.queries, segment.keys
+            assert end <= queries.start < queries.stop <= self.num_tokens, (
+                f"{queries} of {self.num_tokens}, after {end}"
+            )
+            assert keys and all(keys), f"no keys for {queries}"
+            assert not segment.causal or len(keys[-1]) >= len(queries), (
+                f"the keys of {queries} are not the last of {keys}"
+            )
+            end = queries.stop
+
+    @property
+    def num_pairs(self) -> int:
+        """(query, key) pairs with a score."""
+        return sum(segment.num_pairs for segment in self.segments)
+
+    def numbers(self) -> list[int]:
+        """All of it as integers; :meth:`from_numbers` reads them."""
+        numbers = [self.num_tokens]
+        for segment in self.segments:
+            ranges = (segment.queries, *segment.keys)
+            numbers += [int(segment.causal), len(ranges), *(end for r in ranges for end in (r.start, r.stop))]
+        return numbers
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[int]) -> "AttentionSegments":
+        """The description that gave these :meth:`numbers`."""
+        segments, place = [], 1
+        while place < len(numbers):
+            is_causal, num_ranges = numbers[place : place + 2]
+            ends = numbers[place + 2 : place + 2 + 2 * num_ranges]
+            queries, *keys = (range(start, stop) for start, stop in zip(ends[::2], ends[1::2]))
+            segments.append(Segment(queries, tuple(keys), bool(is_causal)))
+            place += 2 + 2 * num_ranges
+        return cls(tuple(segments), numbers[0])
+
+
+def packed(rows: Sequence[Sequence[int]], length: int) -> AttentionSegments:
+    """Causal samples, ``rows[b]`` their lengths one behind the other in row b of ``length`` tokens; the rest is padding."""
+    segments: list[Segment] = []
+    for row, lengths in enumerate(rows):
+        start = row * length
+        for sample in lengths:
+            segments += (segment.shifted(start) for segment in causal(sample))
+            start += sample
+        assert start <= (row + 1) * length, f"{sum(lengths)} tokens in a row of {length}"
+    return AttentionSegments(tuple(segments), len(rows) * length)
+
+
+def _shifted(tokens: range, by: int) -> range:
+    return range(tokens.start + by, tokens.stop + by)
+
+
+def _not_empty(segments: Iterable[Segment]) -> tuple[Segment, ...]:
+    return tuple(segment for segment in segments if segment.queries)
