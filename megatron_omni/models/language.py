@@ -102,10 +102,12 @@ def spec_provider() -> BackendSpecProvider:
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         logger.info(
-            "backends: linear=transformer_engine norm=transformer_engine attention=torch_sdpa adam=%s", adam.name()
+            "backends: linear=transformer_engine norm=transformer_engine attention=transformer_engine adam=%s",
+            adam.name(),
         )
         return TESpecProvider()
-    logger.info("backends: linear=megatron_local norm=own attention=torch_sdpa adam=%s", adam.name())
+    attention = "torch_varlen" if accelerator_present() else "torch_flash_cpu"  # ops/segment_attention.py
+    logger.info("backends: linear=megatron_local norm=own attention=%s adam=%s", attention, adam.name())
     return LocalSpecProvider()
 
 
