@@ -104,4 +104,4 @@ class CoreAttention(MegatronModule):
         # Heads are split over tensor-parallel ranks: each must drop its own.
         with get_cuda_rng_tracker().fork() if dropout > 0.0 else nullcontext():
             output = segment_attention(query, key, value, attention_mask, scale=self.softmax_scale, dropout=dropout)
-        return output.view(rows, size, -1).transpose(0, 1).contiguous()
+        return output.reshape(rows, size, -1).transpose(0, 1).contiguous()
