@@ -20,6 +20,7 @@ from megatron_omni.config.run import Recipe
 from megatron_omni.models.build import build_model
 from megatron_omni.models.parts import apply_freeze
 from megatron_omni.parallel import groups
+from megatron_omni.parallel.gradients import partial_gradients
 from megatron_omni.parallel.schedule import run_step
 from megatron_omni.parallel.wrap import unwrap_model, wrap_model
 from megatron_omni.positions import AudioSpan, ImageSpan, Span, TextSpan, VideoSpan
@@ -97,7 +98,10 @@ def look_at(rank: Rank, case: str) -> dict[str, Any]:
             return losses, lambda losses: (losses.sum() / 10, None)
 
         run_step(forward_step, [batch], model, pg=pg, recipe=recipe)
-        results[name] = {"rows": rows, "evaluated": evaluated, "trained": towers.take(), "grads": own_grads(model, pg)}
+        summed = sum(len(part) for part in partial_gradients(model, pg))
+        results[name] = {
+            "rows": rows, "evaluated": evaluated, "trained": towers.take(), "grads": own_grads(model, pg), "summed": summed
+        }  # fmt: skip
     groups.destroy()
     return results
 
@@ -170,3 +174,12 @@ def test_a_tower_gets_its_share_of_the_inputs(case: str) -> None:
                     if way == "backward" and frozen:
                         expected = []
                     assert counts == expected * (1 + replayed), (name, medium, way, index)
+
+
+def test_a_rank_sums_its_own_share_of_the_gradients_alone() -> None:
+    """With the distributed optimizer two data-parallel ranks sum half of them each; parameters are padded to 64 elements."""
+    whole = sum(len(grad) for key, (_, grad) in results(1)[0]["one"]["mixed"]["grads"].items() if is_whole(key))
+    alone = results(2)[0]["tp2"]["mixed"]["summed"]
+    first, second = (results(4)[index]["tp2_dp2"]["mixed"]["summed"] for index in (0, 2))
+    assert whole <= alone < 2 * whole and whole <= first + second < 1.1 * alone
+    assert max(first, second) < 0.75 * alone
