@@ -35,7 +35,7 @@ def _layer(compute: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], kernels:
     mask = problem.mask
 
     def run(x: Tensor, w1: Tensor, w2: Tensor, weights: Tensor) -> Tensor:
-        y = dispatch(x, mask, weights, lambda rows, offsets: compute(rows, w1, w2, offsets))
+        y = dispatch.begin(mask)(x, weights, lambda rows, offsets: compute(rows, w1, w2, offsets))
         return y.to(x.dtype)
 
     return prepare_leaves(run, x=problem.x, w1=problem.w1, w2=problem.w2, weights=problem.weights)

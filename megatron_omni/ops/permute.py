@@ -41,14 +41,19 @@ class Permutation(NamedTuple):
 
 
 @torch.no_grad()
-def build_permutation_reference(routing_map: Tensor) -> Permutation:
-    """Metadata of a routing map [T, E] bool, in plain torch."""
-    row_expert, row_token = routing_map.t().nonzero(as_tuple=True)
+def build_permutation_reference(routing_map: Tensor, *, num_assignments: int | None = None) -> Permutation:
+    """:func:`build_permutation` in plain torch."""
+
+    def assigned(entries: Tensor) -> tuple[Tensor, ...]:
+        found = entries.nonzero() if num_assignments is None else entries.nonzero_static(size=num_assignments)
+        return found.unbind(1)
+
+    row_expert, row_token = assigned(routing_map.t())
     zero = torch.zeros(1, dtype=torch.int64, device=routing_map.device)
     offsets = torch.cat([zero, routing_map.sum(0).cumsum(0)])
     token_offsets = torch.cat([zero, routing_map.sum(1).cumsum(0)])
     row_of = routing_map.cumsum(0) - 1 + offsets[:-1]
-    return Permutation(offsets, row_token, row_expert, token_offsets, row_of[routing_map])
+    return Permutation(offsets, row_token, row_expert, token_offsets, row_of[assigned(routing_map)])
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
@@ -86,6 +87,22 @@ def join_computation(*tensors: Tensor) -> None:
         stream.wait_stream(_side_stream())
         for tensor in tensors:
             tensor.record_stream(stream)
+
+
+def to_host(tensor: Tensor) -> Callable[[], list[Any]]:
+    """Set ``tensor`` on its way to the host. What is returned waits for it alone, and gives it as ``tolist`` does."""
+    if not accelerator_present():
+        return tensor.tolist
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> list[Any]:
+        arrived.synchronize()
+        return copy.tolist()
+
+    return wait
 
 
 class Gpu(NamedTuple):

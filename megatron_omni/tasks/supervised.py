@@ -32,7 +32,8 @@ class SupervisedTask:
         def loss_function(token_loss: Tensor) -> tuple[Tensor, Tensor]:
             weight = None
             if self._loss_weights is not None and info.training:
-                weight = self._loss_weights.to(token_loss.device)[batch.source_ids.clamp(min=0)]
+                self._loss_weights = self._loss_weights.to(token_loss.device)  # once: it waits for the device
+                weight = self._loss_weights[batch.source_ids.clamp(min=0)]
             loss = lm_loss(token_loss, batch.labels, num_label_tokens=info.num_label_tokens, token_weight=weight)
             return loss, loss_report(token_loss, batch, num_sources=self.num_sources)
 

@@ -99,11 +99,11 @@ def record_routing(
     aux_loss: Tensor | None = None,
 ) -> None:
     """Add one micro-batch of one layer to ``stats`` (this rank's tokens; the loss is the whole micro-batch's)."""
-    of_modality = torch.nn.functional.one_hot(ctx.modality, NUM_MODALITIES).to(torch.float64)
-    of_modality = of_modality * ~ctx.padding.unsqueeze(1)
+    counted = ~ctx.padding.unsqueeze(1)
+    of_modality = (_one_hot(ctx.modality, NUM_MODALITIES) & counted).to(torch.float64)
     mask = routing.mask.to(torch.float64)
     real = routing.mask[:, :num_routed].sum(1)
-    histogram = torch.bincount(real[~ctx.padding], minlength=num_routed + 1)
+    histogram = (_one_hot(real, num_routed + 1) & counted).sum(0)
     dropped = torch.zeros((), dtype=torch.float64, device=mask.device)
     if num_before_drop is not None:
         dropped = num_before_drop.to(torch.float64) - mask.sum()
@@ -116,6 +116,11 @@ def record_routing(
         (stats.dropped, dropped),
     ):
         total[layer] = total[layer] + value if layer in total else value
+
+
+def _one_hot(x: Tensor, size: int) -> Tensor:
+    """[n, size] bool of x [n]. Nothing is read back, as it is by ``F.one_hot`` and ``bincount``, which check x."""
+    return x.unsqueeze(1) == torch.arange(size, device=x.device)
 
 
 def reduce_stats(

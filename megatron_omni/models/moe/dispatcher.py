@@ -1,11 +1,13 @@
 """Token dispatch for a variable number of experts per token: rows go to the ranks of their experts and come back.
 
-Both dispatchers take the local tokens x [T, H], the routing map [T, E] over all real experts and per-assignment
-weights, and return y [T, H], the weighted sum of expert outputs per token in fp32. Zero rows are legal everywhere
-(every token may go to null, on one rank or on all): the collectives always run, with splits of zero, and the experts
-stay in the graph.
+Dispatch has two steps. ``begin`` takes the routing map [T, E] over all real experts, exchanges how many rows go where
+and sets these counts on their way to the host. What it returns takes the local tokens x [T, H], per-assignment weights
+and the experts, and returns y [T, H], the weighted sum of expert outputs per token in fp32. Every size follows from the
+counts: they are the one thing for which a layer waits for its device, and what the caller computes between the two
+steps hides it. Zero rows are legal everywhere (every token may go to null, on one rank or on all): the collectives
+always run, with splits of zero, and the experts stay in the graph.
 
-``AllToAllDispatcher``: permute by global expert; exchange counts, then rows, over the expert-parallel (EP) group;
+``AllToAllDispatcher``: permute by global expert; exchange rows over the expert-parallel (EP) group;
     with expert tensor parallelism (ETP) gather them over that group; group by local expert; experts; and the same way
     back (the ETP gather becomes a reduce-scatter). Rows travel unweighted: weights, and the estimator's factor on row
     gradients, are applied by the source rank when it sums a token's rows, so neither ever leaves it.
@@ -18,6 +20,7 @@ reduce-scatter, of an all-to-all the reverse all-to-all.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -26,24 +29,27 @@ from torch import Tensor
 
 from megatron_omni.models.moe.kernels import Kernels
 from megatron_omni.ops.permute import Permutation
+from megatron_omni.platform.device import to_host
 
 ExpertsFn = Callable[[Tensor, Tensor], Tensor]
 """(rows [A, H], offsets [E_local + 1]) -> [A, H]."""
 
 
-class Dispatcher(Protocol):
-    """Signature shared by the dispatchers."""
+class Dispatch(Protocol):
+    """The second step."""
 
     def __call__(
-        self,
-        x: Tensor,
-        routing_map: Tensor,
-        weights: Tensor,
-        experts: ExpertsFn,
-        *,
-        gradient_factor: Tensor | None = None,
+        self, x: Tensor, weights: Tensor, experts: ExpertsFn, *, gradient_factor: Tensor | None = None
     ) -> Tensor:
-        """y [T, H] in fp32 (float64 for float64 input)."""
+        """y [T, H] in fp32 (float64 for float64 input) from x [T, H], ``weights`` and ``gradient_factor`` [T, E]."""
+        ...
+
+
+class Dispatcher(Protocol):
+    """What the dispatchers have in common."""
+
+    def begin(self, routing_map: Tensor) -> Dispatch:
+        """The first step, for ``routing_map`` [T, E] bool."""
         ...
 
 
@@ -119,9 +125,11 @@ class _ReorderRows(torch.autograd.Function):
 
 def _gather_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[ranks, ...] of equal-shaped integer tensors."""
-    gathered = [torch.empty_like(counts) for _ in range(group.size())]
-    dist.all_gather(gathered, counts.contiguous(), group=group)
-    return torch.stack(gathered)
+    if group.size() == 1:
+        return counts.unsqueeze(0)
+    gathered = counts.new_empty(group.size(), *counts.shape)
+    dist.all_gather_into_tensor(gathered, counts.contiguous(), group=group)
+    return gathered
 
 
 def _with_zero(cumulative: Tensor) -> Tensor:
@@ -161,34 +169,51 @@ class AllToAllDispatcher:
         self.num_local_experts = num_experts // self.ep_size
         self.first_expert = ep_group.rank() * self.num_local_experts
 
-    def __call__(
+    def begin(self, routing_map: Tensor) -> Dispatch:
+        """See :class:`Dispatcher`."""
+        counts = routing_map.sum(0)  # [E] rows of each global expert
+        local = slice(self.first_expert, self.first_expert + self.num_local_experts)
+        received = _gather_counts(counts, self.ep_group)[:, local]  # [ep, E_local]: from each EP rank, by expert
+        held = _gather_counts(received, self.expt_tp_group)
+        sizes = torch.cat([counts.unflatten(0, (self.ep_size, -1)).sum(1), received.sum(1), held.sum((1, 2))])
+        return partial(self._dispatch, routing_map, held, to_host(sizes))
+
+    def _dispatch(
         self,
-        x: Tensor,
         routing_map: Tensor,
+        held: Tensor,
+        sizes: Callable[[], list[int]],
+        x: Tensor,
         weights: Tensor,
         experts: ExpertsFn,
         *,
         gradient_factor: Tensor | None = None,
     ) -> Tensor:
-        """See :class:`Dispatcher`."""
-        permutation = self.kernels.build_permutation(routing_map)
+        on_host = sizes()
+        sent_to, got_from = on_host[: self.ep_size], on_host[self.ep_size : 2 * self.ep_size]
+        held_by = on_host[2 * self.ep_size :]
+        permutation = self.kernels.build_permutation(routing_map, num_assignments=sum(sent_to))
         rows = self.kernels.permute(x, permutation)
         if self.ep_size * self.etp_size == 1:
             rows = experts(rows, permutation.offsets)
         else:
-            rows = self._remote(rows, permutation.offsets.diff(), experts)
+            rows = self._remote(rows, held, sent_to, got_from, held_by, experts)
         return _combine(self.kernels, rows, permutation, weights, gradient_factor, num_tokens=x.shape[0])
 
-    def _remote(self, rows: Tensor, counts: Tensor, experts: ExpertsFn) -> Tensor:
-        """Expert outputs of ``rows`` (``counts`` [E] per global expert, expert-major), in the same order."""
-        local = slice(self.first_expert, self.first_expert + self.num_local_experts)
-        received = _gather_counts(counts, self.ep_group)[:, local]  # [ep, E_local]: from each EP rank, by expert
-        held = _gather_counts(received, self.expt_tp_group) if self.etp_size > 1 else received.unsqueeze(0)
-        # One copy to the host for all split sizes.
-        sizes = torch.cat([counts.unflatten(0, (self.ep_size, -1)).sum(1), received.sum(1), held.sum((1, 2))]).tolist()
-        sent_to, got_from = sizes[: self.ep_size], sizes[self.ep_size : 2 * self.ep_size]
-        held_by = sizes[2 * self.ep_size :]
+    def _remote(
+        self,
+        rows: Tensor,
+        held: Tensor,
+        sent_to: list[int],
+        got_from: list[int],
+        held_by: list[int],
+        experts: ExpertsFn,
+    ) -> Tensor:
+        """Expert outputs of ``rows``, which lie by global expert, in the same order.
 
+        This rank sends ``sent_to`` [ep] rows and gets ``got_from`` [ep]; after the gather over the ETP group, of whose
+        ranks it has ``held_by`` [etp] rows, there are ``held`` [etp, ep, E_local] of each source and local expert.
+        """
         if self.ep_size > 1:
             rows = _AllToAllRows.apply(rows, got_from, sent_to, self.ep_group)
         if self.etp_size > 1:
@@ -198,7 +223,8 @@ class AllToAllDispatcher:
         reorder = self.num_local_experts > 1
         if reorder:
             chunk_expert = torch.arange(self.num_local_experts, device=rows.device).repeat(held[..., 0].numel())
-            order = torch.argsort(torch.repeat_interleave(chunk_expert, held.flatten()), stable=True)
+            expert_of = torch.repeat_interleave(chunk_expert, held.flatten(), output_size=sum(held_by))
+            order = torch.argsort(expert_of, stable=True)
             inverse = torch.argsort(order)
             rows = _ReorderRows.apply(rows, order, inverse)
         rows = experts(rows, offsets)
@@ -223,30 +249,35 @@ class AllGatherDispatcher:
         first = ep_group.rank() * num_local_experts
         self.local = slice(first, first + num_local_experts)
 
-    def __call__(
+    def begin(self, routing_map: Tensor) -> Dispatch:
+        """See :class:`Dispatcher`."""
+        num_tokens = torch.full((1,), len(routing_map), dtype=torch.int64, device=routing_map.device)
+        counts = _gather_counts(torch.cat([num_tokens, routing_map.sum(0)]), self.group)  # [ranks, 1 + E]
+        sizes = torch.cat([counts[:, 0], counts[:, 1:][:, self.local].sum().unsqueeze(0)])
+        return partial(self._dispatch, routing_map, to_host(sizes))
+
+    def _dispatch(
         self,
-        x: Tensor,
         routing_map: Tensor,
+        sizes: Callable[[], list[int]],
+        x: Tensor,
         weights: Tensor,
         experts: ExpertsFn,
         *,
         gradient_factor: Tensor | None = None,
     ) -> Tensor:
-        """See :class:`Dispatcher`."""
+        *tokens_of, num_assignments = sizes()
         num_experts = weights.shape[1]
         alone = self.group.size() == 1
-        sizes = [x.shape[0]]
         if not alone:
-            sizes = _gather_counts(torch.tensor([x.shape[0]], device=x.device), self.group).flatten().tolist()
-            x = _GatherRows.apply(x, sizes, self.group)
+            x = _GatherRows.apply(x, tokens_of, self.group)
             # Everything about assignments in one message; the columns of constants have no gradient.
             facts = [weights, routing_map.to(weights.dtype)] + ([] if gradient_factor is None else [gradient_factor])
-            packed = _GatherRows.apply(torch.cat(facts, dim=1), sizes, self.group)
+            packed = _GatherRows.apply(torch.cat(facts, dim=1), tokens_of, self.group)
             weights, routing_map = packed[:, :num_experts], packed[:, num_experts : 2 * num_experts] > 0.5
             gradient_factor = None if gradient_factor is None else packed[:, 2 * num_experts :].detach()
-        routing_map = routing_map[:, self.local]
-        permutation = self.kernels.build_permutation(routing_map)
+        permutation = self.kernels.build_permutation(routing_map[:, self.local], num_assignments=num_assignments)
         rows = experts(self.kernels.permute(x, permutation), permutation.offsets)
         local_factor = None if gradient_factor is None else gradient_factor[:, self.local]
         y = _combine(self.kernels, rows, permutation, weights[:, self.local], local_factor, num_tokens=x.shape[0])
-        return y if alone else _ReduceScatterRows.apply(y, sizes, self.group)
+        return y if alone else _ReduceScatterRows.apply(y, tokens_of, self.group)

@@ -52,7 +52,7 @@ class Kernels(NamedTuple):
     """One choice of ``model.moe.kernels``."""
 
     topp_route: Callable[..., Routing]
-    build_permutation: Callable[[Tensor], Permutation]
+    build_permutation: Callable[..., Permutation]
     assignment_values: Callable[[Tensor, Permutation], Tensor]
     permute: Callable[..., Tensor]
     unpermute: Callable[..., Tensor]

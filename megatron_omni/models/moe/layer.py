@@ -145,16 +145,18 @@ class OmniMoELayer(MoELayer):
         trains = torch.is_grad_enabled() and ctx.stochastic
         routed = self.router(x, ctx=ctx, with_aux_loss=trains or ctx.stats is not None)
         routing, num_routed = routed.routing, self.moe.num_routed_experts
+        # The host waits for the numbers of rows. Meanwhile the device has the shared experts to compute.
+        dispatch = self.token_dispatcher.begin(routing.mask[:, :num_routed])
+        shared = None if self.shared_experts is None else self.shared_experts(x, routing.shared_weights)
         factor = row_gradient_factor(routing.scale, estimator=self.moe.gradient_estimator) if ctx.stochastic else None
-        y = self.token_dispatcher(
+        y = dispatch(
             x,
-            routing.mask[:, :num_routed],
             routing.weights[:, :num_routed],
             self.experts,
             gradient_factor=None if factor is None else factor[:, :num_routed],
         )
-        if self.shared_experts is not None:
-            y = y + self.shared_experts(x, routing.shared_weights)
+        if shared is not None:
+            y = y + shared
         y = y.to(hidden_states.dtype).view(hidden_states.shape)
         if trains and ctx.aux_loss_scale:
             y = attach_loss(y, routed.aux_loss * ctx.aux_loss_scale)
