@@ -59,6 +59,8 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
         "sequence_parallel": parallel.tensor_model_parallel_size > 1,
         "variable_seq_lengths": True,
+        # A work-around for old versions of PyTorch: the host waits for the device after every message of a pipeline.
+        "batch_p2p_sync": False,
         # Ours is chosen by MoEConfig; Megatron's default is refused with variable lengths, dense models included.
         "moe_token_dispatcher_type": "alltoall",
         "calculate_per_token_loss": True,  # gradients are summed over data parallel ranks (parallel/wrap.py)

@@ -5,10 +5,9 @@ Around a step the caller zeroes the gradients (``model.zero_grad_buffer()``, ``o
 ``optimizer.step()`` after; when :func:`run_step` returns, the gradients are summed over ranks (gradients.py).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -16,12 +15,14 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_omni.batch import OmniBatch
 from megatron_omni.config.run import Recipe
 from megatron_omni.parallel.gradients import sum_gradients
+from megatron_omni.parallel.sharing import StepData
 
 # (model's loss output) -> (scalar to differentiate, report)
 LossFunction = Callable[[Tensor], tuple[Tensor, Any]]
@@ -65,22 +66,43 @@ def run_step(
     config.param_sync_func = None
     pipelined = pg.pp.size() > 1
     schedule = get_forward_backward_func(pp_size=pg.pp.size(), vp_size=None)
-    data = iter(batches)
-    first = next(data)
-    rows, length = first.input_ids.shape
+    shapes = batches.shapes if isinstance(batches, StepData) else [tuple(batch.input_ids.shape) for batch in batches]
+    rows, length = shapes[0]
     with torch.set_grad_enabled(not forward_only):
         reports: list[Any] = schedule(
             forward_step_func=partial(_megatron_forward_step, forward_step),
-            data_iterator=chain([first], data),
+            data_iterator=iter(batches),
             model=[model],
             num_microbatches=len(batches),
-            seq_length=length,  # shapes travel with the tensors: variable_seq_lengths
+            seq_length=length,  # of the first; variable_seq_lengths makes Megatron ask _Neighbours for each
             micro_batch_size=rows,
             forward_only=forward_only,
-            p2p_communicator=P2PCommunicator(pp_group=pg.pp, config=config) if pipelined else None,
+            p2p_communicator=_Neighbours(pg, config, shapes) if pipelined else None,
             pg_collection=pg,
         )
     return reports
+
+
+class _Neighbours(P2PCommunicator):
+    """Tensors of a stage to and from the next one, whose shapes are not exchanged first.
+
+    Micro-batches may differ in length, and Megatron's own communicator then sends every shape ahead and waits for it on
+    the host. But all ranks of a replica know those of the whole step, and 1F1B takes micro-batches in their order, in
+    the forward as in the backward.
+    """
+
+    def __init__(
+        self, pg: ProcessGroupCollection, config: TransformerConfig, shapes: Sequence[tuple[int, ...]]
+    ) -> None:
+        super().__init__(pp_group=pg.pp, config=config)
+        split = pg.tp.size() if config.sequence_parallel else 1
+        hidden = [(length // split, rows, config.hidden_size) for rows, length in shapes]
+        self._forward, self._backward = iter(hidden), iter(hidden)
+
+    def _communicate_shapes(
+        self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool
+    ) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+        return next(self._forward) if recv_prev else None, next(self._backward) if recv_next else None
 
 
 def _megatron_forward_step(
