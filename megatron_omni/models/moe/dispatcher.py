@@ -127,9 +127,9 @@ def _gather_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[ranks, ...] of equal-shaped integer tensors."""
     if group.size() == 1:
         return counts.unsqueeze(0)
-    gathered = counts.new_empty(group.size(), *counts.shape)
-    dist.all_gather_into_tensor(gathered, counts.contiguous(), group=group)
-    return gathered
+    gathered = counts.new_empty(group.size() * counts.numel())
+    dist.all_gather_into_tensor(gathered, counts.flatten(), group=group)
+    return gathered.view(group.size(), *counts.shape)
 
 
 def _with_zero(cumulative: Tensor) -> Tensor:
