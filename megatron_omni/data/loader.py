@@ -55,8 +55,8 @@ MAX_STAND_INS = 1000
 """Rows in a row that may fail before their source counts as unusable."""
 _LOGGED_PER_REASON = 3
 _KNOWN_SIZES = 1 << 18
-_TOKEN_BYTES = 80
-"""Of a token in a batch: ten integers."""
+_TOKEN_BYTES = 96
+"""Of a token in a batch: eleven integers, and one for its place if it is a placeholder or has a label."""
 
 
 class Place(NamedTuple):
