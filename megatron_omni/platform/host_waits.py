@@ -161,7 +161,10 @@ class _Recognised(TorchDispatchMode):
 
 def _waits(name: str, args: Any, kwargs: Mapping[str, Any]) -> bool:
     if name in _INDEXING:
-        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
+        # x[mask] = number is a fill. So is the backward of it.
+        filled = name != "index" and len(masks) == 1 and args[2].numel() == 1 and True not in args[3:4]
+        return bool(masks) and not filled
     if name == "repeat_interleave":
         return kwargs.get("output_size") is None
     if name == "build_permutation":  # ours (csrc/bindings_cuda.cpp)

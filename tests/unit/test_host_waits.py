@@ -72,6 +72,9 @@ def test_what_does_not_wait_is_not_counted() -> None:
         build_permutation(MASK.view(2, 3), num_assignments=3)
         assert len(x) == 6 and x.shape[0] and x.numel() and x.requires_grad
         X.masked_fill(MASK, 0).where(MASK, 1)
+        filled = x * 2
+        filled[MASK] = 0.0
+        backward(filled)
         x.new_zeros(3).copy_(X[:3])[0] = 1.0
     assert not waits.counts
 
