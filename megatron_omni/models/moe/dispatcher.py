@@ -21,6 +21,7 @@ reduce-scatter, of an all-to-all the reverse all-to-all.
 
 from collections.abc import Callable
 from functools import partial
+from itertools import batched
 from typing import Any, Protocol
 
 import torch
@@ -174,24 +175,24 @@ class AllToAllDispatcher:
         counts = routing_map.sum(0)  # [E] rows of each global expert
         local = slice(self.first_expert, self.first_expert + self.num_local_experts)
         received = _gather_counts(counts, self.ep_group)[:, local]  # [ep, E_local]: from each EP rank, by expert
-        held = _gather_counts(received, self.expt_tp_group)
-        sizes = torch.cat([counts.unflatten(0, (self.ep_size, -1)).sum(1), received.sum(1), held.sum((1, 2))])
-        return partial(self._dispatch, routing_map, held, to_host(sizes))
+        held = _gather_counts(received, self.expt_tp_group)  # [etp, ep, E_local]
+        return partial(self._dispatch, routing_map, held, to_host(torch.cat([counts, held.flatten()])))
 
     def _dispatch(
         self,
         routing_map: Tensor,
         held: Tensor,
-        sizes: Callable[[], list[int]],
+        numbers: Callable[[], list[int]],
         x: Tensor,
         weights: Tensor,
         experts: ExpertsFn,
         *,
         gradient_factor: Tensor | None = None,
     ) -> Tensor:
-        on_host = sizes()
-        sent_to, got_from = on_host[: self.ep_size], on_host[self.ep_size : 2 * self.ep_size]
-        held_by = on_host[2 * self.ep_size :]
+        ep = self.ep_size
+        by_rank = [sum(experts_of) for experts_of in batched(numbers(), self.num_local_experts)]
+        sent_to, got_from = by_rank[:ep], by_rank[ep * (1 + self.expt_tp_group.rank()) :][:ep]
+        held_by = [sum(sources) for sources in batched(by_rank[ep:], ep)]
         permutation = self.kernels.build_permutation(routing_map, num_assignments=sum(sent_to))
         rows = self.kernels.permute(x, permutation)
         if self.ep_size * self.etp_size == 1:
