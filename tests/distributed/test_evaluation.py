@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_omni.batch import IGNORE_LABEL
+from megatron_omni.batch import IGNORE_LABEL, OmniBatch, label_places
 from megatron_omni.checkpoint import commit
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.run import Recipe
@@ -28,14 +28,17 @@ def held_out(corpus: Path, **settings: Any) -> SourceConfig:
     return SourceConfig(name="held_out", path=str(corpus / "held_out.jsonl"), **settings)
 
 
+def unlabelled(batch: OmniBatch) -> OmniBatch:
+    labels = torch.full_like(batch.labels, IGNORE_LABEL)
+    return replace(batch, labels=labels, label_places=label_places(labels))
+
+
 def refusal(rank: Rank, recipe: Recipe) -> str:
     run = prepare(rank, recipe)
     loader = run.eval_loaders["held_out"]
     assert loader is not None
     read = loader.next_step
-    loader.next_step = lambda: [  # type: ignore[method-assign]
-        replace(batch, labels=torch.full_like(batch.labels, IGNORE_LABEL)) for batch in read()
-    ]
+    loader.next_step = lambda: [unlabelled(batch) for batch in read()]  # type: ignore[method-assign]
     with pytest.raises(ValueError) as caught:
         evaluate(run)
     return str(caught.value)
