@@ -28,7 +28,6 @@ from megatron.core.dist_checkpointing.dict_utils import (
     nested_values,
 )
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.serialization import load_tensors_metadata
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -40,8 +39,14 @@ from megatron_omni.checkpoint import commit, untrusted
 from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.checkpoint.reading import read_into_place, reason_of, together
 from megatron_omni.checkpoint.shards import FlatState, deal, expert_keys, is_described
-from megatron_omni.checkpoint.vocabulary_rows import stored_weights, take_rows
-from megatron_omni.config.parts import NEW_TOKEN_ROWS
+from megatron_omni.checkpoint.torch_dist import TorchDistReader
+from megatron_omni.checkpoint.vocabulary_rows import (
+    RowsReader,
+    stored_weights,
+    take_rows,
+    trained_alone,
+    with_rows_alone,
+)
 from megatron_omni.parallel.long_work import long_work
 
 RUN_CONFIG = "run_config.yaml"
@@ -61,24 +66,25 @@ def load_checkpoint(
     are not the model's, naming the tensor and both shapes.
     """
     metadata, flat = sharding_metadata(pg), FlatState(optimizer)
+    reader = together(directory, lambda _: RowsReader(directory, trained_alone(model)))
     weights = model.sharded_state_dict(prefix="", metadata=metadata)
     experts = expert_keys(weights)
     with flat.described():
         state = optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata)
     weights = stored_weights(weights)
-    _compare({"model": weights, "optimizer": state}, directory, prefix="")
-    objects = _objects(weights, directory)
+    _compare({"model": weights, "optimizer": state}, reader, prefix="")
+    objects = _objects(weights, reader)
     described, rest = extract_matching_values(state, is_described)
     wanted: dict[str, Any] = {"model": objects, "optimizer": rest}
-    layout = _read(lambda: dist_checkpointing.load_common_state_dict(directory), directory)["layout"]
+    layout = _by_megatron(lambda: dist_checkpointing.load_common_state_dict(directory), reader)["layout"]
     if layout["world_size"] == dist.get_world_size():
         wanted["rng"] = rng_shard()
-    loaded = _load(wanted, directory, experts=experts, pg=pg)
+    loaded = _load(wanted, reader, experts=experts, pg=pg)
     _set_objects(model, loaded.get("model", {}), objects)
     optimizer.load_state_dict(_without_tensors(loaded["optimizer"]))
     # Last, for the optimizer may have moved its state.
     own = [box for tensor in _tensors(described) for box in flat.own(tensor)]
-    read_into_place(directory, own=own, equal=_weights_in_place(model, weights), experts=experts, pg=pg)
+    read_into_place(reader, own=own, equal=_weights_in_place(model, weights), experts=experts, pg=pg)
     take_rows(model)
     if "rng" in loaded:
         _set_rng_state(loaded["rng"])
@@ -98,36 +104,40 @@ def load_weights(
     ``directory`` as :func:`find_checkpoint` returned it, so verified. Tensors whose names match a shell-style pattern of
     ``allow_missing`` may be absent from it and then stay as they are; those of ``allow_extra`` may be in it unused.
     """
+    reader = together(directory, lambda _: TorchDistReader(directory))
     weights = stored_weights(model.sharded_state_dict(prefix="", metadata=sharding_metadata(pg)))
     absent = _compare(
-        {"model": weights}, directory, prefix="optimizer.", allow_missing=allow_missing, allow_extra=allow_extra
+        {"model": weights}, reader, prefix="optimizer.", allow_missing=allow_missing, allow_extra=allow_extra
     )
     weights = {name: value for name, value in weights.items() if not _keys(value) & absent}
-    experts, objects = expert_keys(weights), _objects(weights, directory)
-    loaded = _load({"model": objects}, directory, experts=experts, pg=pg)
+    experts, objects = expert_keys(weights), _objects(weights, reader)
+    loaded = _load({"model": objects}, reader, experts=experts, pg=pg)
     _set_objects(model, loaded.get("model", {}), objects)
-    read_into_place(directory, own=[], equal=_weights_in_place(model, weights), experts=experts, pg=pg)
+    read_into_place(reader, own=[], equal=_weights_in_place(model, weights), experts=experts, pg=pg)
     take_rows(model)
     return absent
 
 
-def _load(wanted: dict[str, Any], directory: Path, *, experts: set[str], pg: ProcessGroupCollection) -> dict[str, Any]:
+def _load(
+    wanted: dict[str, Any], reader: TorchDistReader, *, experts: set[str], pg: ProcessGroupCollection
+) -> dict[str, Any]:
     """Megatron's ``load`` of ``wanted``, tensors in their place."""
-    return _read(lambda: dist_checkpointing.load(wanted, str(directory), _InPlace(experts, pg)), directory)
+    strategy = _InPlace(reader, experts, pg)
+    return _by_megatron(lambda: dist_checkpointing.load(wanted, str(reader.directory), strategy), reader)
 
 
 class _InPlace(TorchDistLoadShardedStrategy):
     """Megatron's way of loading objects; tensors are read into the memory that they stand for."""
 
-    def __init__(self, experts: set[str], pg: ProcessGroupCollection) -> None:
+    def __init__(self, reader: TorchDistReader, experts: set[str], pg: ProcessGroupCollection) -> None:
         super().__init__()
-        self._experts, self._pg = experts, pg
+        self._reader, self._experts, self._pg = reader, experts, pg
 
     def load(self, sharded_state_dict: Any, checkpoint_dir: Path, async_strategy: str = "mcore") -> Any:
         """The loaded state dict; all ranks call this together."""
         tensors, objects = extract_matching_values(sharded_state_dict, lambda value: isinstance(value, ShardedTensor))
         equal = list(nested_values(tensors))
-        read_into_place(Path(checkpoint_dir), own=[], equal=equal, experts=self._experts, pg=self._pg)
+        read_into_place(self._reader, own=[], equal=equal, experts=self._experts, pg=self._pg)
         loaded = dict_list_map_outplace(lambda tensor: tensor.data, tensors)
         load = super().load
         with warnings.catch_warnings():
@@ -138,13 +148,13 @@ class _InPlace(TorchDistLoadShardedStrategy):
         return merge(loaded, found)
 
 
-def _objects(weights: dict[str, Any], directory: Path) -> dict[str, Any]:
+def _objects(weights: dict[str, Any], reader: TorchDistReader) -> dict[str, Any]:
     """Entries of ``weights`` that are no tensors, as far as the checkpoint has them.
 
     They are modules' extra states. Which modules have one depends on the backend that made them: Transformer Engine's
     norms do, even where they keep nothing in it (without fp8 it is empty), PyTorch's do not.
     """
-    stored = untrusted.read_metadata(directory / ".metadata").state_dict_metadata
+    stored = reader.table.state_dict_metadata
     objects = {name: value for name, value in weights.items() if isinstance(value, ShardedObject)}
     assert all(name.endswith(EXTRA_STATE) for name in objects), objects
     return {name: value for name, value in objects.items() if value.unique_key in stored}
@@ -174,12 +184,13 @@ def _without_tensors(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _read(action: Callable[[], dict[str, Any]], directory: Path) -> dict[str, Any]:
-    """``action()``; what torch's reader refused or could not read becomes a CheckpointError."""
+def _by_megatron(action: Callable[[], dict[str, Any]], reader: TorchDistReader) -> dict[str, Any]:
+    """``action()``, which reads what ``reader`` does; what torch refused or could not read becomes a CheckpointError."""
     try:
-        return action()
+        with untrusted.known(reader.directory / ".metadata", reader.table):
+            return action()
     except CheckpointException as error:
-        raise CheckpointError(f"{directory}: {reason_of(error)}") from error
+        raise CheckpointError(f"{reader.directory}: {reason_of(error)}") from error
 
 
 def parameter_names(model: MegatronModule, keys: set[str], *, pg: ProcessGroupCollection) -> set[str]:
@@ -280,7 +291,7 @@ def _keys(value: Any) -> set[str]:
 
 def _compare(
     wanted: dict[str, Any],
-    directory: Path,
+    reader: TorchDistReader,
     *,
     prefix: str,
     allow_missing: Sequence[str] = (),
@@ -289,30 +300,24 @@ def _compare(
     """ValueError unless the checkpoint holds exactly the tensors of ``wanted``, over all ranks; keys with ``prefix``
     may be more, and what matches a pattern may be missing or extra. The names that are missing.
     """
-    stored = load_tensors_metadata(str(directory))
     here = {tensor.key: (tuple(tensor.global_shape), tensor.dtype) for tensor in _tensors(wanted)}
     everywhere: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, here)
     ours = {key: value for rank in everywhere for key, value in rank.items()}
-    absent = set()
+    directory, stored, absent = reader.directory, with_rows_alone(reader.tensors, ours), set()
     for key, (shape, dtype) in ours.items():
         if key not in stored:
             if _matches(key, allow_missing):
                 absent.add(key)
                 continue
-            if f".{NEW_TOKEN_ROWS}." in key:
-                raise ValueError(
-                    f"{directory}: an earlier version made it, which kept the optimizer's state of whole vocabulary matrices, "
-                    f"not of new token rows; start a new run with init_from={str(directory)!r}"
-                )
             raise ValueError(
                 f"{directory}: has no tensor {key!r}, which this model has; the recipe must describe the same model, or "
                 "name it in init_allow_missing"
             )
         there = stored[key]
-        if tuple(there.global_shape) != shape:
+        if there.shape != shape:
             raise ValueError(
-                f"{directory}: {key!r} has shape {list(there.global_shape)}, this model's has {list(shape)}; "
+                f"{directory}: {key!r} has shape {list(there.shape)}, this model's has {list(shape)}; "
                 "the recipe must describe the same model"
             )
         if there.dtype != dtype:

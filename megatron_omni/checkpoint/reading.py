@@ -24,7 +24,7 @@ from megatron_omni.parallel.long_work import Work, long_work
 
 
 def read_into_place(
-    directory: Path,
+    reader: TorchDistReader,
     *,
     own: Sequence[ShardedTensor],
     equal: Sequence[ShardedTensor],
@@ -38,15 +38,15 @@ def read_into_place(
     """
     shared = dealt(equal, experts, pg)
     ours = [*own, *(entry.tensor for entry in shared if entry.is_ours)]
-    together(directory, lambda work: _read(directory, ours, work))
+    together(reader.directory, lambda work: _read(reader, ours, work))
     for tensor, group, owner in shared:
         if group.size() > 1:
             broadcast_in_slices(tensor.data, owner=owner, group=group)
 
 
 @torch.no_grad()
-def _read(directory: Path, tensors: Sequence[ShardedTensor], work: Work) -> None:
-    reader = TorchDistReader(directory, moved=work.advance)
+def _read(reader: TorchDistReader, tensors: Sequence[ShardedTensor], work: Work) -> None:
+    reader.moved = work.advance
     for tensor in tensors:
         reader.fill(tensor.key, tensor.global_offset, tensor.data.detach()[(None,) * tensor.prepend_axis_num])
 

@@ -122,10 +122,11 @@ class StoredTensor:
 class TorchDistReader:
     """Reads parts of the tensors in a ``torch_dist`` directory. Nothing in it is trusted (``untrusted.py``)."""
 
-    def __init__(self, directory: Path, *, moved: Callable[[], None] = lambda: None) -> None:
-        """``moved`` is called for every piece that was read."""
-        self.directory, self._moved = directory, moved
-        table = read_metadata(directory / ".metadata")
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.moved: Callable[[], None] = lambda: None
+        """Called for every piece that was read."""
+        self.table = table = read_metadata(directory / ".metadata")
         self._storage: dict[MetadataIndex, _StorageInfo] = table.storage_data
         self._raw: dict[MetadataIndex, tuple[int, torch.dtype] | None] = {}
         self.tensors = {
@@ -183,7 +184,7 @@ class TorchDistReader:
             if raw is None:
                 whole = self._load(_window(file, info), where, info, device="cpu")
                 target.copy_(narrow_tensor_by_index(whole, within, target.shape))
-                self._moved()
+                self.moved()
             else:
                 self._read_rows(
                     file, raw, sizes, within, target, what=f"{self.directory / info.relative_path}: {key!r}"
@@ -208,7 +209,7 @@ class TorchDistReader:
             read_into(file, tensor_bytes(rows), position + (within[0] + first) * row, what=what)
             if not is_place:
                 part.copy_(narrow_tensor_by_index(rows, [0, *within[1:]], part.shape))
-            self._moved()
+            self.moved()
 
     def _load(self, view: io.BufferedReader, where: MetadataIndex, info: _StorageInfo, *, device: str) -> Any:
         try:

@@ -16,6 +16,8 @@ can miss them; ``checkpoint/distributed.py`` calls it when it is imported.
 import io
 import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -134,6 +136,19 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
+_known: dict[Path, Metadata] = {}
+
+
+@contextmanager
+def known(path: Path, metadata: Metadata) -> Iterator[None]:
+    """Inside the block torch's readers take ``metadata`` for what is in the file ``path``, which was read already."""
+    _known[path] = metadata
+    try:
+        yield
+    finally:
+        del _known[path]
+
+
 def install() -> None:
     """Make torch's distributed checkpoint readers restricted, in this process from now on. Safe to call again."""
     FileSystemReader.read_metadata = _reader_metadata  # type: ignore[method-assign]
@@ -142,7 +157,8 @@ def install() -> None:
 
 def _reader_metadata(self: FileSystemReader, *args: Any, **kwargs: Any) -> Metadata:
     """Torch's ``FileSystemReader.read_metadata``, through the restricted unpickler."""
-    metadata = read_metadata(Path(os.fspath(self._get_metadata_path(kwargs.get("rank")))))
+    path = Path(os.fspath(self._get_metadata_path(kwargs.get("rank"))))
+    metadata = _known[path] if path in _known else read_metadata(path)
     if getattr(metadata, "storage_meta", None) is None:
         metadata.storage_meta = StorageMeta()
     assert metadata.storage_meta is not None

@@ -2,7 +2,8 @@
 
 A resumed run may change what lies ahead: a source that joins later, a weight that changes later, rows appended to a file
 that nothing was drawn from yet. What was drawn must stay as it was, or samples would come twice or never. Both follow
-from the phases of the order (mixture.py) up to the cursor.
+from the phases of the order (mixture.py) up to the cursor. A state of an earlier version does not describe all of an order:
+nothing may change for it.
 """
 
 from dataclasses import fields
@@ -32,17 +33,30 @@ def _plain(part: Component) -> dict[str, Any]:
 def check_past(mixture: Mixture, saved: dict[str, Any], num_samples: int) -> None:
     """ValueError unless the first ``num_samples`` samples of ``mixture`` are those of the order ``saved``."""
     mine = describe_order(mixture)
-    problem = None if "components" in saved else "it is of an earlier version, which cannot be compared"
+    problem = None
+    if "components" not in saved and saved["sources"] != (sources := _as_before(mixture)):
+        problem = (
+            f"its sources were {saved['sources']}, are {sources}, and since an earlier version saved it none may change"
+        )
     for key in ("samples_per_item", "batch_by", "seed"):
         if saved[key] != mine[key]:
             problem = f"{key} was {saved[key]}, is {mine[key]}"
-    if problem is None and saved["components"] != mine["components"]:
+    if problem is None and saved.get("components", mine["components"]) != mine["components"]:
         problem = _other_sources(_described(saved), mixture, num_samples)
     if problem is not None:
         raise ValueError(
             f"the data changed since this state was saved: {problem}; restore it (what joins or changes later may "
             "change), or start a new run from the weights with init_from"
         )
+
+
+def _as_before(mixture: Mixture) -> list[list[Any]]:
+    """The components as earlier versions described them."""
+    return [
+        [part.name, part.num_rows, part.weight, part.from_sample, *map(list, part.reweight)]
+        + ([f"epochs {part.epochs}"] if part.epochs is not None else [])
+        for part in mixture.components
+    ]
 
 
 def _described(saved: dict[str, Any]) -> Mixture:

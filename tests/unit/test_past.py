@@ -74,6 +74,19 @@ def test_an_order_that_has_ended_before_the_cursor_is_refused() -> None:
         check_past(order(changed(A, epochs=2)), saved, 90)
 
 
+def test_a_state_of_an_earlier_version_wants_everything_as_it_was() -> None:
+    """Written as commit 6a02c20 did; the order of samples has been the same since."""
+    last = Component(name="c", num_rows=9, weight=2, reweight=((200, 0.5),), epochs=3)
+    sources = [["a", 40, 3, 0], ["b", 25, 1, 64], ["c", 9, 2, 0, [200, 0.5], "epochs 3"]]
+    saved = {"seed": 5, "batch_by": "mixed", "samples_per_item": 1, "sources": sources}
+    check_past(order(A, B, last), saved, 163)
+    for parts in ([A, B], [A, B, changed(last, epochs=None)], [changed(A, reweight=((163, 0.5),)), B, last]):
+        with pytest.raises(ValueError, match=r"its sources were .*since an earlier version saved it none may change"):
+            check_past(order(*parts), saved, 163)
+    with pytest.raises(ValueError, match="seed was 5, is 6"):
+        check_past(order(A, B, last, seed=6), saved, 163)
+
+
 def test_whatever_is_accepted_gives_the_same_samples() -> None:
     """Random pairs of mixtures, samples compared one by one; groups and a source a step among them."""
     dice, accepted = random.Random(1), 0
