@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from megatron_omni.checkpoint import commit, saving
+from megatron_omni.checkpoint import commit, saving, untrusted
 from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.checkpoint.distributed import find_checkpoint, sharding_metadata
 from megatron_omni.checkpoint.memory import SaveMemory
@@ -85,7 +85,16 @@ def compare_with_megatron(rank: Rank, recipe: Recipe) -> tuple[int, int]:
     run.state.step = 2
     begin_save(run, background=True, memory=memory).finish()
     move(run, 2)
+    tables: list[Path] = []
+
+    class Counting(untrusted._RestrictedUnpickler):
+        def __init__(self, file: Any, path: Path) -> None:
+            super().__init__(file, path)
+            tables.append(path)
+
+    untrusted._RestrictedUnpickler = Counting  # type: ignore[misc]
     resume(run, directory)
+    assert tables == [directory / ".metadata"], "each rank reads the table of a checkpoint once a load"
     assert all(torch.equal(now, then) for now, then in zip(state_of(run), saved, strict=True))
     kept = sum(tensor.nbytes for tensor in memory._memory.values())
     return kept, sum(len(tensor.blocks) for tensor in reader.tensors.values())
