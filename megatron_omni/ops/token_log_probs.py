@@ -111,7 +111,11 @@ class _VocabParallel(torch.autograd.Function):
 
 
 class _InChunks(torch.autograd.Function):
-    """``found(hidden, targets)``, ``rows`` rows at a time, without keeping anything of a chunk but its results."""
+    """``found(hidden, targets)``, ``rows`` rows at a time, without keeping anything of a chunk but its results.
+
+    They go into memory that was there before the chunk: a small tensor that outlives the large ones it was made beside
+    would split the heap that CPU runs keep (platform/allocator.py), and the next chunk's would find no room in it.
+    """
 
     @staticmethod
     def forward(
@@ -124,26 +128,33 @@ class _InChunks(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.found, ctx.rows, ctx.parameters = found, rows, parameters
         ctx.save_for_backward(targets, hidden)
-        chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
-        return tuple(torch.cat(parts) for parts in zip(*(found(*chunk) for chunk in chunks), strict=True))
+        results: tuple[Tensor, ...] = ()
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, start + rows)
+            parts = found(hidden[chunk], targets[chunk])
+            results = results or tuple(part.new_empty(len(hidden)) for part in parts)
+            for result, part in zip(results, parts, strict=True):
+                result[chunk] = part
+        return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         targets, hidden = ctx.saved_tensors
         trained = [p for p, wanted in zip(ctx.parameters, ctx.needs_input_grad[4:], strict=True) if wanted]
         sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
-        hidden_grads = []
-        for chunk, wanted, *given in zip(*(t.split(ctx.rows) for t in (hidden, targets, *grads)), strict=True):
-            leaf = chunk.detach().requires_grad_(ctx.needs_input_grad[3])
+        hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[3] else None
+        for start in range(0, len(hidden), ctx.rows):
+            chunk = slice(start, start + ctx.rows)
+            leaf = hidden[chunk].detach().requires_grad_(hidden_grad is not None)
             with torch.enable_grad():
-                results = ctx.found(leaf, wanted)
+                results = ctx.found(leaf, targets[chunk])
             leaves = [*([leaf] if leaf.requires_grad else []), *trained]
-            found = torch.autograd.grad(results, leaves, given, allow_unused=True)
-            if leaf.requires_grad:
-                hidden_grads.append(found[0])
+            found = torch.autograd.grad(results, leaves, [grad[chunk] for grad in grads], allow_unused=True)
+            if hidden_grad is not None:
+                hidden_grad[chunk] = found[0]
             for total, part in zip(sums, found[len(found) - len(trained) :], strict=True):
                 if part is not None:
                     total += part
         parts = iter(total.to(p.dtype) for total, p in zip(sums, trained, strict=True))
         by_parameter = [next(parts) if wanted else None for wanted in ctx.needs_input_grad[4:]]
-        return None, None, None, torch.cat(hidden_grads) if hidden_grads else None, *by_parameter
+        return None, None, None, hidden_grad, *by_parameter
