@@ -144,7 +144,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 from megatron_omni.ops.token_log_probs import token_log_probs
 from megatron_omni.platform.allocator import keep_freed_memory
-ROWS, WIDTH, VOCAB = int(sys.argv[1]), 2, 152_064
+ROWS, WIDTH, VOCAB = int(sys.argv[1]), 1, 152_064
 torch.set_num_threads(1)
 if counted := sys.argv[2] == "counted":
     keep_freed_memory()  # what is used again need not be zeroed again, which would be half of the time
