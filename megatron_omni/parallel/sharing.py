@@ -132,22 +132,25 @@ def sum_over_ranks(values: Sequence[int], *, device: torch.device) -> list[int]:
     """Sum of each value over all ranks of the run; one small collective, none on a single rank."""
     if dist.get_world_size() == 1:
         return list(values)
-    total = pinned(torch.tensor(values, dtype=torch.int64)).to(device, non_blocking=True)
-    dist.all_reduce(total)
-    return [int(value) for value in total.tolist()]
+    return _summed(values, group=None, device=device)
 
 
 def gathered[T](found: Sequence[T], *, group: dist.ProcessGroup, device: torch.device) -> list[T]:
     """What the ranks of ``group`` found, each thing once, in the same order on all; one integer where none found any."""
     if group.size() == 1:
         return list(found)
-    total = torch.tensor([len(found)], dtype=torch.int64, device=device)
-    dist.all_reduce(total, group=group)
-    if not total.item():
+    if _summed([len(found)], group=group, device=device) == [0]:
         return []
     everyone: list[list[T]] = [[] for _ in range(group.size())]
     dist.all_gather_object(everyone, list(found), group=group)
     return list(dict.fromkeys(item for items in everyone for item in items))
+
+
+def _summed(values: Sequence[int], *, group: dist.ProcessGroup | None, device: torch.device) -> list[int]:
+    total = pinned(torch.tensor(values, dtype=torch.int64)).to(device, non_blocking=True)
+    dist.all_reduce(total, group=group)
+    summed: list[int] = total.tolist()
+    return summed
 
 
 def _in_precision(batch: OmniBatch, precision: torch.dtype) -> OmniBatch:

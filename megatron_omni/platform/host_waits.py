@@ -12,9 +12,9 @@ in a backward pass without Python code of ours, to the function that started it.
 
 With an accelerator torch itself says when it waits (``torch.cuda.set_sync_debug_mode``). On a CPU nothing waits; there
 the operations that would are recognised, as if every tensor were a device's: values read by Python, and sizes that
-depend on values. Two kinds of code are left out by name, ``HOST_CODE``: what works in host memory on every machine, and
-what exists for CPUs alone. Not seen there: copies from and to pageable host memory. Explicit synchronisation counts on
-both. One thread is watched, that which enters, and the backward passes that it starts.
+depend on values. Modules of two kinds are left out by name, ``HOST_CODE``: those that work in host memory on every
+machine, and those that exist for CPUs alone. Not seen there: copies from and to pageable host memory. Explicit
+synchronisation counts on both. One thread is watched, that which enters, and the backward passes that it starts.
 """
 
 import sys
@@ -23,6 +23,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any, Self
 
 import torch
@@ -31,9 +32,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_omni.platform.device import accelerator_present
 
-HOST_CODE = ("megatron_omni.data.", "megatron_omni.batch", "megatron_omni.platform.cpu")
-"""Modules whose calls, and what they call, do not count on a CPU: the reader and the batch that it makes, in host memory;
-what stands there for a device."""
+HOST_CODE = ("megatron_omni.data.", "megatron_omni.batch.", "megatron_omni.positions.", "megatron_omni.platform.cpu.")
+"""Modules whose own waits do not count on a CPU: the reader and what it makes, in host memory; what stands there for a
+device."""
 _OURS = ("megatron_omni.", "megatron.core.")
 _READS = ("tolist", "cpu", "numpy", "__array__")
 """Methods of a tensor that give its values to Python without an operation that dispatch sees on a CPU."""
@@ -61,11 +62,13 @@ class HostWaits:
 
     def __enter__(self) -> Self:
         self._thread = threading.get_ident()
-        for holder in {torch.cuda, torch.cuda.Event, torch.cuda.Stream}:  # a CPU has one class for the last two
+        for holder in (torch.cuda, torch.cuda.Event):
             self._inside.enter_context(_watched(holder, "synchronize", self._noted))
         if accelerator_present():
             self._inside.enter_context(_torch_says(self._noted))
         else:
+            if torch.cuda.Stream is not torch.cuda.Event:  # platform/cpu.py has one class for both
+                self._inside.enter_context(_watched(torch.cuda.Stream, "synchronize", self._noted))
             for name in _READS:
                 self._inside.enter_context(_watched(Tensor, name, self._noted))
             self._inside.enter_context(_Recognised(self._noted))
@@ -91,15 +94,15 @@ class HostWaits:
 
 def _call_site() -> str | None:
     """``module:function`` of the wait that is being noted; None in ``HOST_CODE`` on a CPU."""
-    frame, site = sys._getframe(2), None
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         module = str(frame.f_globals.get("__name__", ""))
-        if not accelerator_present() and f"{module}.".startswith(tuple(f"{name.rstrip('.')}." for name in HOST_CODE)):
+        if not accelerator_present() and f"{module}.".startswith(HOST_CODE):
             return None
-        if site is None and module.startswith(_OURS) and not module.startswith("megatron_omni.platform."):
-            site = f"{module}:{frame.f_code.co_qualname}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return site or "elsewhere"
+        if module.startswith(_OURS) and not module.startswith("megatron_omni.platform."):
+            return f"{module}:{frame.f_code.co_qualname}"
+        frame = frame.f_back
+    return "elsewhere"
 
 
 @contextmanager

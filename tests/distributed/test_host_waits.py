@@ -18,7 +18,7 @@ from tests.distributed.tiny_run import EP, PP, TP, make_corpus, prepare, tiny_re
 
 DISPATCH = "megatron_omni.models.moe.dispatcher:AllToAllDispatcher._dispatch"
 HEADER = "megatron_omni.parallel.sharing:_share_numbers"
-SUMS = "megatron_omni.parallel.sharing:sum_over_ranks"
+SUMS = "megatron_omni.parallel.sharing:_summed"
 NORM = "megatron.core.optimizer.clip_grads:get_grad_norm_fp32"
 PLAIN, LOGGED, STEPS = 2, 3, 3
 """A step that is not logged, and one that is, whose forwards and backwards also count the experts that tokens use."""
@@ -59,8 +59,9 @@ BF16 = {"optim__precision": "bf16"}
 ALL_GATHER = {"model__moe__moe_token_dispatcher_type": "allgather"}
 LAYOUTS = {
     "one rank": (1, {}, {}),
-    "ep2": (2, EP, {SUMS: 1}),
-    "ep2, gathered": (2, EP | ALL_GATHER, {SUMS: 1}),
+    # Two data ranks also agree on stalled headers: the sources have no index.
+    "ep2": (2, EP, {SUMS: 2}),
+    "ep2, gathered": (2, EP | ALL_GATHER, {SUMS: 2}),
     "tp2": (2, TP | BF16, {SUMS: 1, HEADER: 1}),
     "pp2": (2, PP | BF16, {SUMS: 1, HEADER: 1}),
 }
