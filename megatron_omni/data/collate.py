@@ -24,9 +24,12 @@ def collate(
     source_ids: Sequence[int] | None = None,
     row_of: Sequence[int] | None = None,
     multiple_of: int = 1,
+    rule: PositionRule | None = None,
 ) -> OmniBatch:
     """One micro-batch. ``sample_ids`` are places in the global order (default: the sample's number here),
-    ``source_ids`` sources, ``row_of`` each sample's row, ascending (default: a row of its own).
+    ``source_ids`` sources, ``row_of`` each sample's row, ascending (default: a row of its own). With the model's
+    ``rule``: ValueError unless its encoders give a row for every placeholder. On a device, and with other ranks waiting,
+    it would be too late to find out.
     """
     if not samples:
         raise ValueError("collate needs at least one sample")
@@ -59,7 +62,7 @@ def collate(
 
     tiles = [sample.tiles for sample in samples if sample.tiles is not None]
     chunks = [sample.chunks for sample in samples if sample.chunks is not None]
-    return OmniBatch.of(
+    batch = OmniBatch.of(
         input_ids=padded([s.input_ids for s in samples], pad_id),
         labels=padded([s.labels for s in samples], IGNORE_LABEL),
         position_ids=padded([s.position_ids for s in samples], 0),
@@ -72,13 +75,12 @@ def collate(
         pixel_values=torch.cat(tiles) if tiles else None,
         audio_features=torch.cat(chunks) if chunks else None,
     )
+    if rule is not None:
+        _check_placeholders(batch, rule)
+    return batch
 
 
-def check_placeholders(batch: OmniBatch, rule: PositionRule) -> None:
-    """ValueError unless the encoders of a model with this ``rule`` give a row for every placeholder.
-
-    The reader asks: on a device, and with other ranks waiting, it would be too late.
-    """
+def _check_placeholders(batch: OmniBatch, rule: PositionRule) -> None:
     for names, places, inputs, rows_each, config in (
         ("IMAGE/VIDEO", batch.picture_places, batch.pixel_values, rule.pooled_side**2, "model.vision"),
         ("AUDIO", batch.sound_places, batch.audio_features, rule.num_query_tokens, "model.audio"),

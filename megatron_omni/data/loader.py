@@ -33,7 +33,7 @@ from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.run import Recipe
 from megatron_omni.data.blend import components
 from megatron_omni.data.cache import Lru
-from megatron_omni.data.collate import check_placeholders, collate
+from megatron_omni.data.collate import collate
 from megatron_omni.data.decode.cpu import MediaError
 from megatron_omni.data.mixture import DataEnded, Draw, Mixture
 from megatron_omni.data.packing import deal, fill_rows
@@ -284,16 +284,15 @@ class StepLoader:
                     row_of.append(number)
         if not samples:
             raise self._exhausted(rows[0][0].draw, skips)
-        batch = collate(
+        return collate(
             samples,
             pad_id=self.builder.tokenizer.pad_id,
             sample_ids=[place.sample_id for place in places],
             source_ids=[place.draw.source for place in places],
             row_of=row_of,
             multiple_of=self._length_multiple,
+            rule=self.builder.rule,
         )
-        check_placeholders(batch, self.builder.rule)
-        return batch
 
     def _planned_bytes(self, plan: Plan) -> int:
         """Memory of this rank's batches, from planned sizes."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_omni.batch import GRIDS, IGNORE_LABEL, INDICES, Modality
-from megatron_omni.data.collate import check_placeholders, collate
+from megatron_omni.data.collate import collate
 from megatron_omni.data.sample import Sample
 from megatron_omni.positions import PositionRule
 
@@ -80,14 +80,13 @@ RULE = PositionRule(pooled_side=2, num_query_tokens=3, audio_group_seconds=1.0, 
 )
 def test_the_reader_refuses_placeholders_that_the_encoders_do_not_fill(tiles, chunks, rule, said):
     with pytest.raises(ValueError, match=said):
-        check_placeholders(collate([sample(9, tiles=tiles, chunks=chunks)], pad_id=0), rule)
+        collate([sample(9, tiles=tiles, chunks=chunks)], pad_id=0, rule=rule)
     without = replace(sample(9, chunks=chunks, tiles=tiles), tiles=None, chunks=None)
     with pytest.raises(ValueError, match="nothing for the encoder" if rule is RULE else "is null"):
-        check_placeholders(collate([without], pad_id=0), rule)
+        collate([without], pad_id=0, rule=rule)
 
 
 def test_placeholders_that_the_encoders_fill_pass():
-    check_placeholders(
-        collate([sample(9, tiles=2, chunks=1)], pad_id=0), replace(RULE, pooled_side=1, num_query_tokens=1)
-    )
-    check_placeholders(collate([sample(9)], pad_id=0), replace(RULE, pooled_side=0, num_query_tokens=0))
+    one_row = replace(RULE, pooled_side=1, num_query_tokens=1)
+    assert collate([sample(9, tiles=2, chunks=1)], pad_id=0, rule=one_row).pixel_values is not None
+    assert collate([sample(9)], pad_id=0, rule=replace(RULE, pooled_side=0, num_query_tokens=0)).pixel_values is None
