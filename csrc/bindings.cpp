@@ -231,13 +231,6 @@ Tensor scatter_assignments(const Tensor& entries, const Tensor& row_token, const
 
 // ---- topp_route ------------------------------------------------------------------------------------------------------
 
-omni::cpu::Estimator estimator_of(c10::string_view name) {
-  if (name == "paper") return omni::cpu::Estimator::Paper;
-  if (name == "grin") return omni::cpu::Estimator::Grin;
-  TORCH_CHECK_VALUE(name == "none", "estimator: ", std::string(name), " is not paper, grin or none");
-  return omni::cpu::Estimator::None;
-}
-
 void check_shape(const Tensor& x, int64_t rows, int64_t columns, const char* name) {
   check_matrix(x, name);
   TORCH_CHECK_VALUE(x.size(0) == rows && x.size(1) == columns, name, ": has shape ", x.sizes(), ", must be [", rows, ", ",
@@ -255,15 +248,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topp_route(
     const Tensor& z, int64_t num_routed, int64_t num_null, double top_p, std::optional<int64_t> top_k,
     c10::string_view estimator, const std::optional<Tensor>& gumbel, const std::optional<Tensor>& bernoulli,
     std::optional<int64_t> max_routed, const std::optional<Tensor>& padding, const std::optional<Tensor>& keep) {
-  TORCH_CHECK_VALUE(z.scalar_type() == at::kFloat || z.scalar_type() == at::kDouble, "z: dtype ", z.scalar_type(),
-                    " must be float32 or float64");
-  check_matrix(z, "z");
-  TORCH_CHECK_VALUE(num_routed >= 1, "num_routed: ", num_routed, " must be at least 1");
-  TORCH_CHECK_VALUE(num_null >= 0, "num_null: ", num_null, " must not be negative");
-  const int64_t T = z.size(0), slots = num_routed + num_null, shared = z.size(1) - slots;
-  TORCH_CHECK_VALUE(shared >= 0, "z: has ", z.size(1), " columns for ", slots, " dynamic slots");
-  TORCH_CHECK_VALUE(!top_k || (*top_k >= 1 && *top_k <= slots), "top_k: ", top_k.value_or(0), " is not in 1..", slots);
-  TORCH_CHECK_VALUE(!max_routed || *max_routed >= 0, "max_routed: ", max_routed.value_or(0), " must not be negative");
+  const omni::ToppRoute r = omni::route_of(z, num_routed, num_null, top_p, top_k, omni::estimator_of(estimator), max_routed);
+  const int64_t T = r.T, slots = r.num_dynamic, shared = r.num_shared;
   check_like_logits(gumbel, z, slots, "gumbel");
   check_like_logits(bernoulli, z, slots, "bernoulli");
   if (padding) check_vector(*padding, T, at::kBool, "padding");
@@ -271,14 +257,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topp_route(
     TORCH_CHECK_VALUE(keep->scalar_type() == at::kBool, "keep: dtype ", keep->scalar_type(), " must be bool");
     check_shape(*keep, T, slots, "keep");
   }
-  const omni::cpu::ToppRoute r{
-      T, slots, shared, num_routed, top_p, top_k.value_or(0), max_routed.value_or(-1), estimator_of(estimator)};
   const auto index = z.options().dtype(at::kLong);
   Tensor mask = at::empty({T, slots}, z.options().dtype(at::kBool)), weights = at::empty({T, slots}, z.options());
   Tensor shared_weights = at::empty({T, shared}, z.options()), scale = at::empty({T, slots}, z.options());
   Tensor k = at::empty({T}, index), draw_rank = at::empty({T, slots}, index);
   omni::cpu::topp_route(r, dtype_of(z, "z"), z.const_data_ptr(), data_or_null(gumbel), data_or_null(bernoulli),
-                        padding ? padding->const_data_ptr<bool>() : nullptr, keep ? keep->const_data_ptr<bool>() : nullptr,
+                        omni::bool_or_null(padding), omni::bool_or_null(keep),
                         mask.mutable_data_ptr<bool>(), weights.mutable_data_ptr(), shared_weights.mutable_data_ptr(),
                         scale.mutable_data_ptr(), k.mutable_data_ptr<int64_t>(), draw_rank.mutable_data_ptr<int64_t>(),
                         pool());
@@ -297,12 +281,29 @@ Tensor topp_route_backward(const std::optional<Tensor>& grad_weights, const std:
   check_like_logits(shared_weights, weights, shared, "shared_weights");
   check_like_logits(grad_weights, weights, slots, "grad_weights");
   check_like_logits(grad_shared, weights, shared, "grad_shared");
-  const omni::cpu::ToppRoute r{T, slots, shared, slots, 0, 0, -1, estimator_of(estimator)};
+  const omni::ToppRoute r{T, slots, shared, slots, 0, 0, -1, omni::estimator_of(estimator)};
   Tensor grad_z = at::empty({T, slots + shared}, weights.options());
   omni::cpu::topp_route_backward(r, dtype_of(weights, "weights"), data_or_null(grad_weights), data_or_null(grad_shared),
                                  weights.const_data_ptr(), shared_weights.const_data_ptr(), scale.const_data_ptr(),
                                  grad_z.mutable_data_ptr(), pool());
   return grad_z;
+}
+
+// ---- release_route ---------------------------------------------------------------------------------------------------
+
+omni::ReleaseResults release_route(const Tensor& z, int64_t num_routed, int64_t num_null, double top_p,
+                                   std::optional<int64_t> top_k, double eps, const std::optional<Tensor>& gumbel,
+                                   const std::optional<Tensor>& bernoulli, std::optional<int64_t> max_routed,
+                                   const std::optional<Tensor>& padding, const std::optional<Tensor>& keep) {
+  return omni::release_route(z, num_routed, num_null, top_p, top_k, eps, gumbel, bernoulli, max_routed, padding, keep,
+                             [](auto... arguments) { omni::cpu::release_route(arguments..., pool()); });
+}
+
+Tensor release_route_backward(const std::optional<Tensor>& grad_weights, const std::optional<Tensor>& grad_shared,
+                              const Tensor& z, const Tensor& mask, const Tensor& draw_rank, const Tensor& multiplier,
+                              const std::optional<Tensor>& keep, double eps) {
+  return omni::release_route_backward(grad_weights, grad_shared, z, mask, draw_rank, multiplier, keep, eps,
+                                      [](auto... arguments) { omni::cpu::release_route_backward(arguments..., pool()); });
 }
 
 // ---- grouped_gemm ----------------------------------------------------------------------------------------------------
@@ -475,6 +476,11 @@ TORCH_LIBRARY(megatron_omni, m) {
         " -> (Tensor weights, Tensor shared_weights, Tensor mask, Tensor scale, Tensor k, Tensor draw_rank)");
   m.def("topp_route_backward(Tensor? grad_weights, Tensor? grad_shared, Tensor weights, Tensor shared_weights,"
         " Tensor scale, str estimator) -> Tensor");
+  m.def("release_route(Tensor z, int num_routed, int num_null, float top_p, int? top_k, float eps, Tensor? gumbel,"
+        " Tensor? bernoulli, int? max_routed, Tensor? padding, Tensor? keep=None)"
+        " -> (Tensor weights, Tensor shared_weights, Tensor mask, Tensor k, Tensor draw_rank, Tensor multiplier)");
+  m.def("release_route_backward(Tensor? grad_weights, Tensor? grad_shared, Tensor z, Tensor mask, Tensor draw_rank,"
+        " Tensor multiplier, Tensor? keep, float eps) -> Tensor");
   m.def("counter_uniform(Tensor sample_ids, Tensor positions, SymInt num_draws, int call) -> Tensor");
   m.def("grouped_gemm(Tensor x, Tensor w, Tensor offsets) -> Tensor");
   m.def("grouped_gemm_dgrad(Tensor dy, Tensor w, Tensor offsets) -> Tensor");
@@ -496,6 +502,8 @@ TORCH_LIBRARY_IMPL(megatron_omni, CPU, m) {
   m.impl("scatter_assignments", scatter_assignments);
   m.impl("topp_route", topp_route);
   m.impl("topp_route_backward", topp_route_backward);
+  m.impl("release_route", release_route);
+  m.impl("release_route_backward", release_route_backward);
   m.impl("counter_uniform", counter_uniform);
   m.impl("grouped_gemm", grouped_gemm);
   m.impl("grouped_gemm_dgrad", grouped_gemm_dgrad);

@@ -133,6 +133,35 @@ struct ToppRoute : torch::autograd::Function<ToppRoute> {
   }
 };
 
+struct ReleaseRoute : torch::autograd::Function<ReleaseRoute> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& z, int64_t num_routed, int64_t num_null, double top_p,
+                               optional<int64_t> top_k, double eps, const optional<Tensor>& gumbel,
+                               const optional<Tensor>& bernoulli, optional<int64_t> max_routed,
+                               const optional<Tensor>& padding, const optional<Tensor>& keep) {
+    static const auto op = find<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+        const Tensor&, int64_t, int64_t, double, optional<int64_t>, double, const optional<Tensor>&, const optional<Tensor>&,
+        optional<int64_t>, const optional<Tensor>&, const optional<Tensor>&)>("megatron_omni::release_route");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [weights, shared_weights, mask, k, draw_rank, multiplier] =
+        op.call(z, num_routed, num_null, top_p, top_k, eps, gumbel, bernoulli, max_routed, padding, keep);
+    ctx->save_for_backward({z, mask, draw_rank, multiplier, keep.value_or(Tensor())});
+    ctx->saved_data["eps"] = eps;
+    ctx->mark_non_differentiable({mask, k, draw_rank, multiplier});
+    ctx->set_materialize_grads(false);
+    return {weights, shared_weights, mask, k, draw_rank, multiplier};
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto op = find<Tensor(const optional<Tensor>&, const optional<Tensor>&, const Tensor&, const Tensor&,
+                                       const Tensor&, const Tensor&, const optional<Tensor>&, double)>(
+        "megatron_omni::release_route_backward");
+    const auto saved = ctx->get_saved_variables();
+    variable_list result(11);
+    result[0] = op.call(if_defined_contiguous(grads[0]), if_defined_contiguous(grads[1]), saved[0], saved[1], saved[2],
+                        saved[3], if_defined(saved[4]), ctx->saved_data["eps"].toDouble());
+    return result;
+  }
+};
+
 struct GroupedGemm : torch::autograd::Function<GroupedGemm> {
   using Op = Tensor(const Tensor&, const Tensor&, const Tensor&);
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& w, const Tensor& offsets) {
@@ -214,6 +243,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topp_route(
   return {out[0], out[1], out[2], out[3], out[4], out[5]};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> release_route(
+    const Tensor& z, int64_t num_routed, int64_t num_null, double top_p, optional<int64_t> top_k, double eps,
+    const optional<Tensor>& gumbel, const optional<Tensor>& bernoulli, optional<int64_t> max_routed,
+    const optional<Tensor>& padding, const optional<Tensor>& keep) {
+  auto out =
+      ReleaseRoute::apply(z, num_routed, num_null, top_p, top_k, eps, gumbel, bernoulli, max_routed, padding, keep);
+  return {out[0], out[1], out[2], out[3], out[4], out[5]};
+}
+
 Tensor grouped_gemm(const Tensor& x, const Tensor& w, const Tensor& offsets) { return GroupedGemm::apply(x, w, offsets); }
 
 std::tuple<Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& w1, const Tensor& w2, const Tensor& offsets,
@@ -230,6 +268,7 @@ TORCH_LIBRARY_IMPL(megatron_omni, Autograd, m) {
   m.impl("unpermute", unpermute);
   m.impl("gather_assignments", gather_assignments);
   m.impl("topp_route", topp_route);
+  m.impl("release_route", release_route);
   m.impl("grouped_gemm", grouped_gemm);
   m.impl("expert_mlp", expert_mlp);
 }

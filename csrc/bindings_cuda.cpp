@@ -38,10 +38,6 @@ void* stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
 const int64_t* index(const Tensor& x) { return x.const_data_ptr<int64_t>(); }
 
-void check(const optional<Tensor>& x, const Tensor& like, at::ScalarType dtype, at::IntArrayRef sizes, const char* name) {
-  if (x) check(*x, like, dtype, sizes, name);
-}
-
 // ---- permute ---------------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> build_permutation(const Tensor& routing_map,
@@ -145,13 +141,6 @@ Tensor scatter_assignments(const Tensor& entries, const Tensor& row_token, const
 
 // ---- topp_route ------------------------------------------------------------------------------------------------------
 
-omni::cuda::Estimator estimator_of(c10::string_view name) {
-  if (name == "paper") return omni::cuda::Estimator::Paper;
-  if (name == "grin") return omni::cuda::Estimator::Grin;
-  TORCH_CHECK_VALUE(name == "none", "estimator: ", std::string(name), " is not paper, grin or none");
-  return omni::cuda::Estimator::None;
-}
-
 void check_logits(const Tensor& z, const char* name) {
   TORCH_CHECK_VALUE(z.scalar_type() == at::kFloat || z.scalar_type() == at::kDouble, name, ": dtype ", z.scalar_type(),
                     " must be float32 or float64");
@@ -162,28 +151,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topp_route(
     const Tensor& z, int64_t num_routed, int64_t num_null, double top_p, optional<int64_t> top_k,
     c10::string_view estimator, const optional<Tensor>& gumbel, const optional<Tensor>& bernoulli,
     optional<int64_t> max_routed, const optional<Tensor>& padding, const optional<Tensor>& keep) {
-  check_logits(z, "z");
-  TORCH_CHECK_VALUE(num_routed >= 1, "num_routed: ", num_routed, " must be at least 1");
-  TORCH_CHECK_VALUE(num_null >= 0, "num_null: ", num_null, " must not be negative");
-  const int64_t T = z.size(0), slots = num_routed + num_null, shared = z.size(1) - slots;
-  TORCH_CHECK_VALUE(shared >= 0, "z: has ", z.size(1), " columns for ", slots, " dynamic slots");
+  const omni::ToppRoute r = omni::route_of(z, num_routed, num_null, top_p, top_k, omni::estimator_of(estimator), max_routed);
+  const int64_t T = r.T, slots = r.num_dynamic, shared = r.num_shared;
   TORCH_CHECK_VALUE(slots <= omni::cuda::kMaxSlots, "num_routed: ", slots, " dynamic slots, at most ",
                     omni::cuda::kMaxSlots, " on CUDA");
-  TORCH_CHECK_VALUE(!top_k || (*top_k >= 1 && *top_k <= slots), "top_k: ", top_k.value_or(0), " is not in 1..", slots);
-  TORCH_CHECK_VALUE(!max_routed || *max_routed >= 0, "max_routed: ", max_routed.value_or(0), " must not be negative");
   check(gumbel, z, z.scalar_type(), {T, slots}, "gumbel");
   check(bernoulli, z, z.scalar_type(), {T, slots}, "bernoulli");
   check(padding, z, at::kBool, {T}, "padding");
   check(keep, z, at::kBool, {T, slots}, "keep");
   const c10::cuda::CUDAGuard guard(z.device());
-  const omni::cuda::ToppRoute r{
-      T, slots, shared, num_routed, top_p, top_k.value_or(0), max_routed.value_or(-1), estimator_of(estimator)};
   const auto integers = z.options().dtype(at::kLong);
   Tensor mask = at::empty({T, slots}, z.options().dtype(at::kBool)), weights = at::empty({T, slots}, z.options());
   Tensor shared_weights = at::empty({T, shared}, z.options()), scale = at::empty({T, slots}, z.options());
   Tensor k = at::empty({T}, integers), draw_rank = at::empty({T, slots}, integers);
   omni::cuda::topp_route(r, dtype_of(z, "z"), z.const_data_ptr(), data_or_null(gumbel), data_or_null(bernoulli),
-                         padding ? padding->const_data_ptr<bool>() : nullptr, keep ? keep->const_data_ptr<bool>() : nullptr,
+                         omni::bool_or_null(padding), omni::bool_or_null(keep),
                          mask.mutable_data_ptr<bool>(), weights.mutable_data_ptr(), shared_weights.mutable_data_ptr(),
                          scale.mutable_data_ptr(), k.mutable_data_ptr<int64_t>(), draw_rank.mutable_data_ptr<int64_t>(),
                          stream());
@@ -201,12 +183,31 @@ Tensor topp_route_backward(const optional<Tensor>& grad_weights, const optional<
   check(grad_weights, weights, dtype, {T, slots}, "grad_weights");
   check(grad_shared, weights, dtype, {T, shared}, "grad_shared");
   const c10::cuda::CUDAGuard guard(weights.device());
-  const omni::cuda::ToppRoute r{T, slots, shared, slots, 0, 0, -1, estimator_of(estimator)};
+  const omni::ToppRoute r{T, slots, shared, slots, 0, 0, -1, omni::estimator_of(estimator)};
   Tensor grad_z = at::empty({T, slots + shared}, weights.options());
   omni::cuda::topp_route_backward(r, dtype_of(weights, "weights"), data_or_null(grad_weights), data_or_null(grad_shared),
                                   weights.const_data_ptr(), shared_weights.const_data_ptr(), scale.const_data_ptr(),
                                   grad_z.mutable_data_ptr(), stream());
   return grad_z;
+}
+
+// ---- release_route ---------------------------------------------------------------------------------------------------
+
+omni::ReleaseResults release_route(const Tensor& z, int64_t num_routed, int64_t num_null, double top_p,
+                                   optional<int64_t> top_k, double eps, const optional<Tensor>& gumbel,
+                                   const optional<Tensor>& bernoulli, optional<int64_t> max_routed,
+                                   const optional<Tensor>& padding, const optional<Tensor>& keep) {
+  const c10::cuda::CUDAGuard guard(z.device());
+  return omni::release_route(z, num_routed, num_null, top_p, top_k, eps, gumbel, bernoulli, max_routed, padding, keep,
+                             [](auto... arguments) { omni::cuda::release_route(arguments..., stream()); });
+}
+
+Tensor release_route_backward(const optional<Tensor>& grad_weights, const optional<Tensor>& grad_shared, const Tensor& z,
+                              const Tensor& mask, const Tensor& draw_rank, const Tensor& multiplier,
+                              const optional<Tensor>& keep, double eps) {
+  const c10::cuda::CUDAGuard guard(z.device());
+  return omni::release_route_backward(grad_weights, grad_shared, z, mask, draw_rank, multiplier, keep, eps,
+                                      [](auto... arguments) { omni::cuda::release_route_backward(arguments..., stream()); });
 }
 
 // ---- counter_rng -----------------------------------------------------------------------------------------------------
@@ -359,6 +360,8 @@ TORCH_LIBRARY_IMPL(megatron_omni, CUDA, m) {
   m.impl("scatter_assignments", scatter_assignments);
   m.impl("topp_route", topp_route);
   m.impl("topp_route_backward", topp_route_backward);
+  m.impl("release_route", release_route);
+  m.impl("release_route_backward", release_route_backward);
   m.impl("counter_uniform", counter_uniform);
   m.impl("grouped_gemm", grouped_gemm);
   m.impl("grouped_gemm_dgrad", grouped_gemm_dgrad);

@@ -28,6 +28,16 @@ struct Parallel {
   }
 };
 
+enum class Estimator : int32_t { None = 0, Grin = 1, Paper = 2 };
+
+struct ToppRoute {
+  int64_t T, num_dynamic, num_shared, num_routed;
+  double top_p;
+  int64_t top_k;       // 0: by top_p
+  int64_t max_routed;  // < 0: no cap
+  Estimator estimator;
+};
+
 namespace cpu {
 
 // ---- permute.cpp ----------------------------------------------------------------------------------------------------
@@ -89,15 +99,6 @@ void expert_mlp_backward(const void* dy, const void* x, const void* h, const voi
                          void* drow_weight, const Parallel& parallel);
 
 // ---- topp_route.cpp -------------------------------------------------------------------------------------------------
-enum class Estimator : int32_t { None = 0, Grin = 1, Paper = 2 };
-
-struct ToppRoute {
-  int64_t T, num_dynamic, num_shared, num_routed;
-  double top_p;
-  int64_t top_k;       // 0: by top_p
-  int64_t max_routed;  // < 0: no cap
-  Estimator estimator;
-};
 // z[T, num_dynamic + num_shared]; gumbel, bernoulli and keep [T, num_dynamic] and padding [T] may be null. A slot that
 // keep denies is not selected, nor is another in its place. F32 or F64.
 void topp_route(const ToppRoute& r, DType dtype, const void* z, const void* gumbel, const void* bernoulli,
@@ -107,6 +108,17 @@ void topp_route(const ToppRoute& r, DType dtype, const void* z, const void* gumb
 void topp_route_backward(const ToppRoute& r, DType dtype, const void* grad_weights, const void* grad_shared,
                          const void* weights, const void* shared_weights, const void* scale, void* grad_z,
                          const Parallel& parallel);
+
+// ---- release_route.cpp ----------------------------------------------------------------------------------------------
+// The routing of the published code (release_route.h): gumbel [T, num_dynamic, num_dynamic], eps the share of a logit that
+// makes a near tie, multiplier [T, num_dynamic] what the backward needs beside mask and draw_rank. bernoulli null: no
+// scale; the estimator of r is not read.
+void release_route(const ToppRoute& r, double eps, DType dtype, const void* z, const void* gumbel, const void* bernoulli,
+                   const bool* padding, const bool* keep, bool* mask, void* weights, void* shared_weights, int64_t* k,
+                   int64_t* draw_rank, void* multiplier, const Parallel& parallel);
+void release_route_backward(const ToppRoute& r, double eps, DType dtype, const void* grad_weights, const void* grad_shared,
+                            const void* z, const bool* mask, const bool* keep, const int64_t* draw_rank,
+                            const void* multiplier, void* grad_z, const Parallel& parallel);
 
 // ---- counter_rng.cpp ------------------------------------------------------------------------------------------------
 // out[t, i] in (0, 1): hash of call (the constants of the call, already mixed), sample_ids[t], positions[t] and i.

@@ -37,9 +37,6 @@ void unpermute_backward(const void* grad_y, const void* rows, const void* weight
                         DType dtype_grad, void* grad_rows, void* grad_weights, void* stream);
 
 // ---- topp_route.cu --------------------------------------------------------------------------------------------------
-using cpu::Estimator;
-using cpu::ToppRoute;
-
 // As cpu::topp_route; at most kMaxSlots dynamic slots.
 inline constexpr int64_t kMaxSlots = 1024;
 void topp_route(const ToppRoute& r, DType dtype, const void* z, const void* gumbel, const void* bernoulli,
@@ -47,6 +44,15 @@ void topp_route(const ToppRoute& r, DType dtype, const void* z, const void* gumb
                 int64_t* k, int64_t* draw_rank, void* stream);
 void topp_route_backward(const ToppRoute& r, DType dtype, const void* grad_weights, const void* grad_shared,
                          const void* weights, const void* shared_weights, const void* scale, void* grad_z, void* stream);
+
+// ---- release_route.cu -----------------------------------------------------------------------------------------------
+// As cpu::release_route and its gradient.
+void release_route(const ToppRoute& r, double eps, DType dtype, const void* z, const void* gumbel, const void* bernoulli,
+                   const bool* padding, const bool* keep, bool* mask, void* weights, void* shared_weights, int64_t* k,
+                   int64_t* draw_rank, void* multiplier, void* stream);
+void release_route_backward(const ToppRoute& r, double eps, DType dtype, const void* grad_weights, const void* grad_shared,
+                            const void* z, const bool* mask, const bool* keep, const int64_t* draw_rank,
+                            const void* multiplier, void* grad_z, void* stream);
 
 // ---- counter_rng.cu -------------------------------------------------------------------------------------------------
 // As cpu::counter_uniform.

@@ -13,8 +13,9 @@ __device__ inline uint64_t mix64(uint64_t x) {  // splitmix64 finaliser
   return x ^ (x >> 31);
 }
 
-__global__ void counter_uniform_kernel(const int64_t* sample_ids, const int64_t* positions, int64_t T, int64_t num_draws,
-                                       uint64_t call, float* out) {
+__global__ void __launch_bounds__(kThreads)
+counter_uniform_kernel(const int64_t* sample_ids, const int64_t* positions, int64_t T, int64_t num_draws,
+                       uint64_t call, float* out) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < T * num_draws; i += step) {
     const int64_t t = i / num_draws;

@@ -19,7 +19,8 @@ __device__ inline A sigmoid(A x) {
 
 // a = s silu(gate) up for the rows of some expert; rows past offsets[E] are not read by the GEMM that follows.
 template <class T, class Acc, int n>
-__global__ void swiglu_kernel(const T* h, const Acc* row_weight, const int64_t* offsets, int64_t E, int64_t F, T* a) {
+__global__ void __launch_bounds__(kThreads)
+swiglu_kernel(const T* h, const Acc* row_weight, const int64_t* offsets, int64_t E, int64_t F, T* a) {
   const int64_t per_row = F / n, total = offsets[E] * per_row;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < total; i += step) {
@@ -38,8 +39,9 @@ __global__ void swiglu_kernel(const T* h, const Acc* row_weight, const int64_t* 
 
 // A block a row. `a` holds da and receives a; dh receives (dgate | dup).
 template <class T, class Acc, int n>
-__global__ void swiglu_backward_kernel(const T* h, const Acc* row_weight, const int64_t* offsets, int64_t E, int64_t rows,
-                                       int64_t F, T* a, T* dh, Acc* drow_weight) {
+__global__ void __launch_bounds__(kThreads)
+swiglu_backward_kernel(const T* h, const Acc* row_weight, const int64_t* offsets, int64_t E, int64_t rows,
+                       int64_t F, T* a, T* dh, Acc* drow_weight) {
   __shared__ Acc partial[kThreads / kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t used = offsets[E];

@@ -19,12 +19,18 @@ struct Tile {
   int row;     // of the tile, from the expert's first row
 };
 
+inline constexpr int kSmallestTile = 16;    // rows of a tile at least: what a workspace must have room for
+inline constexpr int64_t kFewRows = 16;     // rows an expert on average, up to which reading the weights is the whole work
+
 // Every expert has less than one tile more than its rows fill.
 inline int64_t max_row_tiles(int64_t rows, int64_t experts, int tile_rows) { return rows / tile_rows + experts; }
 
+inline constexpr int kMapThreads = 256;
+
 // One block. An expert's first tile is the number of tiles of those before it, which each thread counts for itself.
 template <int tile_rows>
-__global__ void build_tile_map(const int64_t* offsets, int experts, int num_tiles, Tile* tiles) {
+__global__ void __launch_bounds__(kMapThreads)
+build_tile_map(const int64_t* offsets, int experts, int num_tiles, Tile* tiles) {
   for (int i = threadIdx.x; i < num_tiles; i += blockDim.x) tiles[i] = {-1, 0};
   __syncthreads();
   for (int e = threadIdx.x; e < experts; e += blockDim.x) {
@@ -121,7 +127,7 @@ dim3 plan_tiles(GroupedProblem<T, Out>& p, int64_t rows, int64_t E, void* worksp
     p.row_tiles = static_cast<int>(max_row_tiles(rows, E, tile_rows));
     auto* tiles = static_cast<Tile*>(workspace);
     p.tiles = tiles;
-    OMNI_LAUNCH(build_tile_map<tile_rows>, 1, 256, 0, stream, p.offsets, static_cast<int>(E), p.row_tiles, tiles);
+    OMNI_LAUNCH(build_tile_map<tile_rows>, 1, kMapThreads, 0, stream, p.offsets, static_cast<int>(E), p.row_tiles, tiles);
   }
   const int64_t blocks = static_cast<int64_t>(p.row_tiles) * p.column_tiles;
   if (blocks > INT32_MAX || E > 65535) throw std::runtime_error("grouped_gemm: too many tiles for one launch");

@@ -1,8 +1,12 @@
 // grouped_gemm on the tensor cores of any device from compute capability 8.0: bf16 and fp16, accumulating in fp32.
 //
-// A block of 8 warps computes a kTileM x 128 tile of one expert's result through the portable WMMA interface, its
-// operands arriving by cp.async in a ring of kStages. Operands keep in shared memory the order they have in memory, so a
-// transposed operand is only another fragment layout. Padding of 8 elements a row keeps fragment loads off one bank.
+// A block of 8 warps computes a tile of one expert's result through the portable WMMA interface, its operands arriving by
+// cp.async in a ring of stages. Operands keep in shared memory the order they have in memory, so a transposed operand is
+// only another fragment layout. Padding of 8 elements a row keeps fragment loads off one bank.
+//
+// Tiles of 128 and 64 rows are 128 columns wide. With up to kFewRows rows an expert (a decoded token; very fine experts)
+// all time goes into reading weights once: a tile is then 16 rows, half as wide so that twice as many blocks read, and
+// deep, with two groups of warps that share the reduction and are added in a fixed order.
 #if !defined(OMNI_EMULATE_CUDA)
 #include <cuda_pipeline.h>
 #include <mma.h>
@@ -15,15 +19,19 @@ namespace {
 
 namespace wmma = nvcuda::wmma;
 
-constexpr int kTileN = 128, kTileK = 32, kStages = 3, kPad = 8;
-constexpr int kThreads = 256, kWarpsM = 2, kWarpsN = 4;
+constexpr int kPad = 8, kThreads = 256;
 constexpr int kFragment = 16;   // a fragment is 16 x 16 x 16
 constexpr int kChunk = 8;       // elements a cp.async moves: 16 bytes
 constexpr int kSmallGroup = 256;  // rows an expert on average, below which 64-row tiles waste less
 
-// Tiles in shared memory as rows x (columns + kPad), in the order of the operand in memory.
+// Sizes of a tile, and how 8 warps share it: warps_m x warps_n parts of the result, each by warps_k warps. Tiles in shared
+// memory as rows x (columns + kPad), in the order of the operand in memory.
 template <Kind kind, int kTileM>
 struct Layout {
+  static constexpr bool is_few = kTileM == kSmallestTile;
+  static constexpr int kTileN = is_few ? 64 : 128, kTileK = is_few ? 64 : 32, kStages = is_few ? 4 : 3;
+  static constexpr int warps_m = is_few ? 1 : 2, warps_n = 4, warps_k = is_few ? 2 : 1;
+  static constexpr int frags_m = kTileM / warps_m / kFragment, frags_n = kTileN / warps_n / kFragment;
   static constexpr bool a_is_mk = kind != Kind::Wgrad;  // [m][k], else [k][m]
   static constexpr bool b_is_kn = kind != Kind::Dgrad;  // [k][n], else [n][k]
   static constexpr int a_rows = a_is_mk ? kTileM : kTileK, a_columns = a_is_mk ? kTileK : kTileM;
@@ -31,6 +39,7 @@ struct Layout {
   static constexpr int a_ld = a_columns + kPad, b_ld = b_columns + kPad;
   static constexpr int a_size = a_rows * a_ld, stage_size = a_size + b_rows * b_ld;  // elements
   static constexpr size_t shared_bytes = sizeof(uint16_t) * stage_size * kStages;
+  static_assert(warps_m * warps_n * warps_k * kWarp == kThreads);
   static_assert(shared_bytes >= kThreads / kWarp * kFragment * kFragment * sizeof(float), "staging of the epilogue");
 };
 
@@ -51,7 +60,8 @@ __global__ void __launch_bounds__(kThreads) mma_kernel(GroupedProblem<T, Out> p)
   using L = Layout<kind, kTileM>;
   using MajorA = std::conditional_t<L::a_is_mk, wmma::row_major, wmma::col_major>;
   using MajorB = std::conditional_t<L::b_is_kn, wmma::row_major, wmma::col_major>;
-  constexpr int frags_m = kTileM / kWarpsM / kFragment, frags_n = kTileN / kWarpsN / kFragment;
+  constexpr int kTileN = L::kTileN, kTileK = L::kTileK, kStages = L::kStages;
+  constexpr int frags_m = L::frags_m, frags_n = L::frags_n;
   OMNI_DYNAMIC_SHARED(shared);
 
   const Work work = work_of<kind>(p, kTileM);
@@ -79,7 +89,8 @@ __global__ void __launch_bounds__(kThreads) mma_kernel(GroupedProblem<T, Out> p)
   };
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int m0 = warp / kWarpsN * frags_m * kFragment, n0 = warp % kWarpsN * frags_n * kFragment;
+  const int part = warp % (L::warps_m * L::warps_n), share = L::warps_k > 1 ? warp / (L::warps_m * L::warps_n) : 0;
+  const int m0 = part / L::warps_n * frags_m * kFragment, n0 = part % L::warps_n * frags_n * kFragment;
   wmma::fragment<wmma::accumulator, kFragment, kFragment, kFragment, float> sum[frags_m][frags_n];
   for (int i = 0; i < frags_m; ++i) {
     for (int j = 0; j < frags_n; ++j) wmma::fill_fragment(sum[i][j], 0.0f);
@@ -97,7 +108,8 @@ __global__ void __launch_bounds__(kThreads) mma_kernel(GroupedProblem<T, Out> p)
     const T* const a = stages + step % kStages * L::stage_size;
     const T* const b = a + L::a_size;
 #pragma unroll
-    for (int k = 0; k < kTileK; k += kFragment) {
+    for (int k0 = 0; k0 < kTileK; k0 += L::warps_k * kFragment) {
+      const int k = k0 + share * kFragment;
       wmma::fragment<wmma::matrix_a, kFragment, kFragment, kFragment, T, MajorA> fa[frags_m];
       wmma::fragment<wmma::matrix_b, kFragment, kFragment, kFragment, T, MajorB> fb[frags_n];
       for (int i = 0; i < frags_m; ++i) {
@@ -116,31 +128,33 @@ __global__ void __launch_bounds__(kThreads) mma_kernel(GroupedProblem<T, Out> p)
   __pipeline_wait_prior(0);
   __syncthreads();  // the ring is free: each warp stages its fragments in it, one at a time
 
-  float* const staged = reinterpret_cast<float*>(shared) + warp * kFragment * kFragment;
+  constexpr int fragment_size = kFragment * kFragment, next_share = L::warps_m * L::warps_n * fragment_size;
+  float* const staged = reinterpret_cast<float*>(shared) + warp * fragment_size;
   const int r = lane / 2, c = lane % 2 * kChunk;  // a lane's 8 neighbours in a fragment
   for (int i = 0; i < frags_m; ++i) {
     for (int j = 0; j < frags_n; ++j) {
       wmma::store_matrix_sync(staged, sum[i][j], kFragment, wmma::mem_row_major);
-      __syncwarp();
+      L::warps_k > 1 ? __syncthreads() : __syncwarp();
       const int64_t m = row0 + m0 + i * kFragment + r, n = column0 + n0 + j * kFragment + c;
-      if (m < g.m && n < g.n) {
+      if (share == 0 && m < g.m && n < g.n) {
         auto* const target = reinterpret_cast<Pack<Out, kChunk>*>(g.d + m * g.d_m + n);
         Pack<Out, kChunk> result;
         if (p.accumulate) result = *target;
         for (int v = 0; v < kChunk; ++v) {
-          const float value = staged[r * kFragment + c + v];
+          float value = 0;
+          for (int s = 0; s < L::warps_k; ++s) value += staged[s * next_share + r * kFragment + c + v];
           result.value[v] = store_as<Out>(p.accumulate ? load_as<float>(result.value[v]) + value : value);
         }
         *target = result;
       }
-      __syncwarp();
+      L::warps_k > 1 ? __syncthreads() : __syncwarp();
     }
   }
 }
 
 template <Kind kind, int kTileM, class T, class Out>
 void launch(GroupedProblem<T, Out> p, int64_t rows, int64_t E, void* workspace, void* stream) {
-  const dim3 grid = plan_tiles<kind, kTileM, kTileN>(p, rows, E, workspace, stream);
+  const dim3 grid = plan_tiles<kind, kTileM, Layout<kind, kTileM>::kTileN>(p, rows, E, workspace, stream);
   constexpr size_t bytes = Layout<kind, kTileM>::shared_bytes;
   const auto kernel = mma_kernel<kind, kTileM, T, Out>;
   if (bytes > 48 * 1024) {
@@ -149,6 +163,12 @@ void launch(GroupedProblem<T, Out> p, int64_t rows, int64_t E, void* workspace, 
     if (status != cudaSuccess) throw std::runtime_error(std::string("grouped_gemm: ") + cudaGetErrorString(status));
   }
   OMNI_LAUNCH(kernel, grid, kThreads, bytes, stream, p);
+}
+
+template <Kind kind, class T>
+void launch_by_rows(const GroupedProblem<T, T>& p, int64_t rows, int64_t E, void* workspace, void* stream) {
+  if (rows <= kFewRows * E) return launch<kind, kSmallestTile>(p, rows, E, workspace, stream);
+  rows < kSmallGroup * E ? launch<kind, 64>(p, rows, E, workspace, stream) : launch<kind, 128>(p, rows, E, workspace, stream);
 }
 
 template <class T>
@@ -168,14 +188,8 @@ void dispatch(Kind kind, DType dtype_out, const void* a, const void* b, void* d,
     return;
   }
   const GroupedProblem<T, T> p{pa, pb, static_cast<T*>(d), offsets, K, N, nullptr, 0, 0, false};
-  const bool small = rows < kSmallGroup * E;
-  if (kind == Kind::Forward) {
-    small ? launch<Kind::Forward, 64>(p, rows, E, workspace, stream)
-          : launch<Kind::Forward, 128>(p, rows, E, workspace, stream);
-  } else {
-    small ? launch<Kind::Dgrad, 64>(p, rows, E, workspace, stream)
-          : launch<Kind::Dgrad, 128>(p, rows, E, workspace, stream);
-  }
+  kind == Kind::Forward ? launch_by_rows<Kind::Forward>(p, rows, E, workspace, stream)
+                        : launch_by_rows<Kind::Dgrad>(p, rows, E, workspace, stream);
 }
 
 }  // namespace

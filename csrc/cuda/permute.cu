@@ -27,9 +27,10 @@ __device__ inline int lane() { return threadIdx.x % kWarp; }
 // The rows of a token: one of each expert that the map names, in the order of the experts. rank_in_expert counts the
 // tokens up to and including t that the map gives to e. Where the map does not hold A entries the device stops, before
 // anything is written past the results.
-__global__ void fill_permutation_kernel(const bool* map, const int64_t* rank_in_expert, const int64_t* offsets,
-                                        const int64_t* token_offsets, int64_t T, int64_t E, int64_t A,
-                                        int64_t* row_token, int64_t* row_expert, int64_t* token_rows) {
+__global__ void __launch_bounds__(kThreads)
+fill_permutation_kernel(const bool* map, const int64_t* rank_in_expert, const int64_t* offsets,
+                        const int64_t* token_offsets, int64_t T, int64_t E, int64_t A,
+                        int64_t* row_token, int64_t* row_expert, int64_t* token_rows) {
   if (token_offsets[T] != A) __trap();
   for (int64_t t = first_row(); t < T; t += row_stride()) {
     int64_t position = token_offsets[t];
@@ -50,7 +51,8 @@ __global__ void fill_permutation_kernel(const bool* map, const int64_t* rank_in_
 
 // V: the unit of a copy, uint4 where rows are whole multiples of 16 bytes. `width` counts units.
 template <class V>
-__global__ void permute_kernel(const V* x, const int64_t* row_token, int64_t A, int64_t num_rows, int64_t width, V* out) {
+__global__ void __launch_bounds__(kThreads)
+permute_kernel(const V* x, const int64_t* row_token, int64_t A, int64_t num_rows, int64_t width, V* out) {
   for (int64_t row = first_row(); row < num_rows; row += row_stride()) {
     V* target = out + row * width;
     if (row < A) {
@@ -71,8 +73,9 @@ void launch_permute(const void* x, const int64_t* row_token, int64_t A, int64_t 
 }
 
 template <class In, class Out, class Acc, int n>
-__global__ void unpermute_kernel(const In* rows, const Acc* weights, const int64_t* token_offsets,
-                                 const int64_t* token_rows, int64_t T, int64_t H, Out* out) {
+__global__ void __launch_bounds__(kThreads)
+unpermute_kernel(const In* rows, const Acc* weights, const int64_t* token_offsets,
+                 const int64_t* token_rows, int64_t T, int64_t H, Out* out) {
   for (int64_t t = first_row(); t < T; t += row_stride()) {
     const int64_t begin = token_offsets[t], end = token_offsets[t + 1];
     for (int64_t c = static_cast<int64_t>(lane()) * n; c < H; c += kWarp * n) {
@@ -92,9 +95,10 @@ __global__ void unpermute_kernel(const In* rows, const Acc* weights, const int64
 }
 
 template <class In, class Grad, class Acc, int n>
-__global__ void unpermute_backward_kernel(const Grad* grad_y, const In* rows, const Acc* weights, const Acc* factor,
-                                          const int64_t* row_token, int64_t A, int64_t num_rows, int64_t H, In* grad_rows,
-                                          Acc* grad_weights) {
+__global__ void __launch_bounds__(kThreads)
+unpermute_backward_kernel(const Grad* grad_y, const In* rows, const Acc* weights, const Acc* factor,
+                          const int64_t* row_token, int64_t A, int64_t num_rows, int64_t H, In* grad_rows,
+                          Acc* grad_weights) {
   for (int64_t a = first_row(); a < num_rows; a += row_stride()) {
     if (a >= A) {
       for (int64_t c = lane(); grad_rows != nullptr && c < H; c += kWarp) grad_rows[a * H + c] = store_as<In>(Acc(0));

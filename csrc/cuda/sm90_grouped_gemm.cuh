@@ -21,6 +21,7 @@ namespace omni::cuda::sm90 {
 
 enum class Kind { Forward, Dgrad, Wgrad };
 
+inline constexpr int kGroupThreads = 256;
 inline constexpr int kSegmentAlignment = 256;  // of every array inside the workspace
 
 inline size_t aligned(size_t bytes) { return (bytes + kSegmentAlignment - 1) / kSegmentAlignment * kSegmentAlignment; }
@@ -61,7 +62,8 @@ struct Groups {  // device arrays of length E, all inside the workspace
 };
 
 template <Kind kind, class G, class Element, class ElementD, class StrideA, class StrideB, class StrideD>
-__global__ void build_groups(
+__global__ void __launch_bounds__(kGroupThreads)
+build_groups(
     G groups, const Element* a, const Element* b, ElementD* d, const int64_t* offsets, int experts, int64_t k, int64_t n) {
   for (int e = blockIdx.x * blockDim.x + threadIdx.x; e < experts; e += gridDim.x * blockDim.x) {
     const int64_t first = offsets[e];
@@ -157,7 +159,7 @@ struct GroupedGemm {
     const auto* b = static_cast<const Element*>(p.b);
     auto* d = static_cast<ElementD*>(p.d);
     build_groups<kind, GroupArrays, Element, ElementD, StrideA, StrideB, StrideD>
-        <<<1, 256, 0, stream>>>(groups, a, b, d, p.offsets, static_cast<int>(p.experts), p.k, p.n);
+        <<<1, kGroupThreads, 0, stream>>>(groups, a, b, d, p.offsets, static_cast<int>(p.experts), p.k, p.n);
     check(cudaGetLastError(), "build_groups");
 
     cutlass::KernelHardwareInfo hardware;
@@ -185,5 +187,31 @@ struct GroupedGemm {
     check(gemm.run(stream), "launch");
   }
 };
+
+using LargeTile = cute::Shape<cute::_128, cute::_256, cute::_64>;
+using SmallTile = cute::Shape<cute::_64, cute::_256, cute::_64>;
+using Pair = cute::Shape<cute::_2, cute::_1, cute::_1>;
+using Single = cute::Shape<cute::_1, cute::_1, cute::_1>;
+
+// y or dx. 128 x 256 fills the register file of two consumer warpgroups; the pair of a cluster shares each tile of w. 64
+// rows a tile: less padding below about 512 rows an expert; one warpgroup's epilogue hides behind the other's products.
+template <Kind kind, class Element>
+void run_by_rows(const Problem& problem) {
+  if (problem.large) {
+    GroupedGemm<kind, Element, Element, LargeTile, Pair, false>::run(problem);
+  } else {
+    GroupedGemm<kind, Element, Element, SmallTile, Single, true>::run(problem);
+  }
+}
+
+// Tiles lie in [K, N], so their shape does not depend on the rows of an expert; those are the length of the reduction.
+template <class Element>
+void run_wgrad(const Problem& problem, bool into_fp32) {
+  if (into_fp32) {
+    GroupedGemm<Kind::Wgrad, Element, float, LargeTile, Pair, false>::run(problem);
+  } else {
+    GroupedGemm<Kind::Wgrad, Element, Element, LargeTile, Pair, false>::run(problem);
+  }
+}
 
 }  // namespace omni::cuda::sm90

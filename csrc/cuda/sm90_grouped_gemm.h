@@ -14,11 +14,12 @@
 namespace omni::cuda::sm90 {
 
 struct Problem {
-  const void* a;           // x or dy (bf16)
-  const void* b;           // w or dy (bf16)
-  void* d;                 // y, dx (bf16) or dw (bf16 or fp32)
+  const void* a;           // x or dy
+  const void* b;           // w or dy
+  void* d;                 // y, dx or dw
   const int64_t* offsets;  // [E + 1], device
   int64_t experts, k, n;   // K and N of w
+  bool large;              // 128 x 256 tiles, else 64 x 256, for few rows an expert; wgrad has one size
   float beta;              // 1 adds to dw, 0 overwrites
   void* workspace;         // device, 256-byte aligned
   size_t workspace_bytes;
@@ -29,12 +30,12 @@ struct Problem {
 size_t workspace_bytes(int64_t experts);
 
 // Each throws std::runtime_error when CUTLASS refuses or the launch fails. K and N must be multiples of 8 and every
-// pointer 16-byte aligned. Large: 128 x 256 tiles, small: 64 x 256 tiles, for few rows an expert.
-void forward_large(const Problem& problem);
-void forward_small(const Problem& problem);
-void dgrad_large(const Problem& problem);
-void dgrad_small(const Problem& problem);
-void wgrad_bf16(const Problem& problem);
-void wgrad_fp32(const Problem& problem);
+// pointer 16-byte aligned. Elements are bf16 or fp16; dw may be fp32 (main_grad).
+void forward_bf16(const Problem& problem);
+void forward_fp16(const Problem& problem);
+void dgrad_bf16(const Problem& problem);
+void dgrad_fp16(const Problem& problem);
+void wgrad_bf16(const Problem& problem, bool into_fp32);
+void wgrad_fp16(const Problem& problem, bool into_fp32);
 
 }  // namespace omni::cuda::sm90

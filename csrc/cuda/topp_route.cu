@@ -55,7 +55,7 @@ __device__ inline bool before(T x, int a, T y, int b) {
 }
 
 template <class T>
-__global__ void topp_route_kernel(ToppRoute r, Inputs<T> in, Outputs<T> out) {
+__global__ void __launch_bounds__(kMaxWarps * kWarp) topp_route_kernel(ToppRoute r, Inputs<T> in, Outputs<T> out) {
   OMNI_DYNAMIC_SHARED(shared);
   const int n = static_cast<int>(r.num_dynamic), lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int warps = blockDim.x / kWarp;
@@ -151,8 +151,9 @@ __global__ void topp_route_kernel(ToppRoute r, Inputs<T> in, Outputs<T> out) {
 // With v the softmax (weights / s): grad_z = v (g - <v, g>), g the gradient of v: s grad_weights for the paper's
 // estimator, grad_weights otherwise. A slot that was not selected has v = 0 and gets 0.
 template <class T>
-__global__ void topp_route_backward_kernel(ToppRoute r, const T* grad_weights, const T* grad_shared, const T* weights,
-                                           const T* shared_weights, const T* scale, T* grad_z) {
+__global__ void __launch_bounds__(kMaxWarps * kWarp)
+topp_route_backward_kernel(ToppRoute r, const T* grad_weights, const T* grad_shared, const T* weights,
+                           const T* shared_weights, const T* scale, T* grad_z) {
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   const int64_t n = r.num_dynamic, m = r.num_shared;
   for (int64_t t = static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / kWarp; t < r.T;

@@ -19,8 +19,8 @@ Capacity (``capacity_keep``) may remove assignments between the two: route once 
 statistics want, and again with ``keep``.
 
 Gradient of the weights, with w~ the softmax before the scale: ``dz = w~ (dw~ - <w~, dw~>)``, dw~ = s dw (``paper``) or
-dw. ``topp_route`` is one op, ``megatron_omni::topp_route`` (gradient: csrc/bindings_autograd.cpp), for the paper's
-rule; ``topp_route_reference`` and the functions it is made of are the definition, and what ``release`` runs on. T
+dw. ``topp_route`` is one op in either mode, ``megatron_omni::topp_route`` or ``megatron_omni::release_route``
+(gradients: csrc/bindings_autograd.cpp); ``topp_route_reference`` and the functions it is made of are the definition. T
 tokens, E columns.
 """
 
@@ -278,6 +278,7 @@ def topp_route_reference(
 
 
 _topp_route = extension.op("topp_route")
+_release_route = extension.op("release_route")
 
 
 @extension.register_fake("topp_route")
@@ -303,6 +304,22 @@ def _(
     return weights.new_empty(weights.shape[0], weights.shape[1] + shared_weights.shape[1])
 
 
+@extension.register_fake("release_route")
+def _(z: Tensor, num_routed: int, num_null: int, *settings: Any) -> tuple[Tensor, ...]:
+    num_slots = num_routed + num_null
+    weights = z.new_empty(z.shape[0], num_slots)
+    shared_weights = z.new_empty(z.shape[0], z.shape[1] - num_slots)
+    k = z.new_empty(z.shape[0], dtype=torch.int64)
+    draw_rank = torch.empty_like(weights, dtype=torch.int64)
+    mask = torch.empty_like(weights, dtype=torch.bool)
+    return weights, shared_weights, mask, k, draw_rank, torch.empty_like(weights)
+
+
+@extension.register_fake("release_route_backward")
+def _(grad_weights: Tensor | None, grad_shared: Tensor | None, z: Tensor, *saved: Any) -> Tensor:
+    return torch.empty_like(z)
+
+
 def topp_route(
     z: Tensor,
     rule: RoutingRule,
@@ -319,13 +336,17 @@ def topp_route(
     [T, E_d] uniform draws, both taken in z's dtype (float32 or float64). Arguments that do not fit raise ValueError with
     the argument's name.
     """
-    if rule.mode == "release":
-        return topp_route_reference(z, rule, gumbel=gumbel, bernoulli=bernoulli, padding=padding, keep=keep)
     top_k = fixed_count(rule.num_slots, top_p=rule.top_p, top_k=rule.top_k)
     if gumbel is not None and gumbel.dtype != z.dtype:
         gumbel = gumbel.to(z.dtype)
     if bernoulli is not None and bernoulli.dtype != z.dtype:
         bernoulli = bernoulli.to(z.dtype)
+    if rule.mode == "release":
+        weights, shared_weights, mask, k, _, _ = _release_route(
+            z, rule.num_routed, rule.num_null, rule.top_p, top_k, rule.release_eps,
+            gumbel, bernoulli if rule.estimator == "grin" else None, rule.max_routed, padding, keep,
+        )  # fmt: skip
+        return Routing(mask=mask, weights=weights, shared_weights=shared_weights, scale=torch.ones_like(weights), k=k)
     weights, shared_weights, mask, scale, k, _ = _topp_route(
         z, rule.num_routed, rule.num_null, rule.top_p, top_k, rule.estimator,
         gumbel, bernoulli, rule.max_routed, padding, keep,

@@ -15,6 +15,7 @@ from megatron_omni.ops import topp_route as route
 from megatron_omni.ops.permute import build_permutation
 
 from .cuda_emulation import Kernels
+from .test_release_route import arguments as release_arguments
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -210,6 +211,47 @@ def test_topp_route_refuses_what_does_not_fit(cuda):
         cuda.topp_route(sizes, 0.5, F32, *[None] * 11)
 
 
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "options"),
+    [
+        (150, (4, 1, 2), {"top_p": 0.7}),
+        (40, (4, 1, 2), {"top_p": 0.9, "max_routed": 1}),
+        (9, (40, 3, 0), {"top_p": 0.6, "top_k": 4}),
+        (3, (1, 0, 0), {"top_p": 0.5}),
+        (0, (4, 1, 2), {"top_p": 0.7}),
+    ],
+)
+@pytest.mark.parametrize("sampled", [True, False])
+def test_release_route(cuda, dtype, tokens, sizes, options, sampled):
+    """The CPU's op, whose source it is and which tests/ops/test_release_route.py holds to the reference."""
+    routed, null, shared = sizes
+    slots = routed + null
+    z, given = release_arguments(*sizes, tokens=tokens, dtype=dtype, sampled=sampled, capped=sampled)
+    top_k, max_routed = options.get("top_k"), options.get("max_routed")
+    tensors = (given["gumbel"], given["bernoulli"], given["padding"], given["keep"])
+    expected = torch.ops.megatron_omni.release_route(
+        z, routed, null, options["top_p"], top_k, 0.01, *tensors[:2], max_routed, *tensors[2:]
+    )
+    shape = torch.tensor([tokens, slots, shared, routed, top_k or 0, -1 if max_routed is None else max_routed, 0])
+    mask, k = Result(tokens, slots, dtype=torch.bool), Result(tokens, dtype=torch.int64)
+    weights, shared_weights = Result(tokens, slots, dtype=dtype), Result(tokens, shared, dtype=dtype)
+    rank, multiplier = Result(tokens, slots, dtype=torch.int64), Result(tokens, slots, dtype=dtype)
+    outs = (mask, weights, shared_weights, k, rank, multiplier)
+    cuda.release_route(shape, options["top_p"], 0.01, dtype, z, *tensors, *(o.out for o in outs))
+    for got, wanted in zip((weights, shared_weights, mask, k, rank, multiplier), expected, strict=True):
+        torch.testing.assert_close(got.check(), wanted, rtol=1e-6, atol=1e-12)
+
+    upstream = torch.randn(tokens, slots, dtype=dtype), torch.randn(tokens, shared, dtype=dtype)
+    saved = (z, mask.out, rank.out, multiplier.out)
+    exact = torch.ops.megatron_omni.release_route_backward(*upstream, *saved, given["keep"], 0.01)
+    grad_z = Result(tokens, slots + shared, dtype=dtype)
+    cuda.release_route_backward(
+        shape, 0.01, dtype, *upstream, z, mask.out, given["keep"], rank.out, multiplier.out, grad_z.out
+    )
+    torch.testing.assert_close(grad_z.check(), exact, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("tokens", "draws"), [(0, 4), (70, 5), (3, 300), (4, 0)])
 def test_counter_uniform_bit_for_bit(cuda, tokens, draws):
     sample_ids = torch.randint(-(1 << 62), 1 << 62, (tokens,))
@@ -221,7 +263,8 @@ def test_counter_uniform_bit_for_bit(cuda, tokens, draws):
     assert torch.equal(out.check(), expected)
 
 
-GROUPS = [(3, 0, 5), (0, 0), (70, 1, 0, 130)]
+GROUPS = [(3, 0, 5), (0, 0), (70, 1, 0, 130), (40, 0, 0, 0, 1)]
+"""Tiles of 16 rows (few an expert), none, tiles of 64, and 16 again with an expert that takes three."""
 SHAPES = [(8, 16), (40, 136), (136, 72), (65, 7)]
 
 
@@ -261,6 +304,18 @@ def test_grouped_gemm(cuda, dtype, K, N, counts):
         assert not out.out[used:].any()
 
 
+def test_grouped_gemm_by_tiles_of_128_rows(cuda):
+    """256 rows an expert and more, one of them not a multiple of a tile."""
+    torch.manual_seed(0)
+    K, N, counts = 40, 24, (300,)
+    x, dy = (torch.randn(300, width).to(BF16) for width in (K, N))
+    w, workspace = torch.randn(1, K, N).to(BF16), cuda.workspace(300, 1)
+    for source, transpose, matrix in ((x, 0, w[0]), (dy, 1, w[0].t())):
+        out = Result(300, matrix.shape[1], dtype=BF16)
+        cuda.grouped_gemm(source, w, offsets_of(counts), 300, 1, K, N, BF16, transpose, out.out, workspace)
+        assert_as_exact_as(out.check(), source.double() @ matrix.double(), source @ matrix)
+
+
 @pytest.mark.parametrize("offsets", [(1, 2, 3), (0, 3, 2), (0, -1, 2), (0, 2, 5)])
 def test_wrong_offsets_stop_the_device(cuda, offsets):
     x, w, out = torch.zeros(4, 8), torch.zeros(2, 8, 8), Result(4, 8, dtype=F32)
@@ -271,7 +326,9 @@ def test_wrong_offsets_stop_the_device(cuda, offsets):
         cuda.grouped_wgrad(x, x, wrong, 4, 2, 8, 8, F32, F32, 0, w, workspace)
 
 
-@pytest.mark.parametrize(("dtype", "dw_dtype"), [(BF16, BF16), (BF16, F32), (F16, F32), (F32, F32), (F64, F64)])
+@pytest.mark.parametrize(
+    ("dtype", "dw_dtype"), [(BF16, BF16), (BF16, F32), (F16, F16), (F16, F32), (F32, F32), (F64, F64)]
+)
 @pytest.mark.parametrize(("K", "N"), SHAPES)
 @pytest.mark.parametrize("counts", GROUPS)
 @pytest.mark.parametrize("accumulate", [0, 1])
@@ -306,7 +363,7 @@ def swiglu_mlp(x, w1, w2, counts, row_weight):
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32, F64])
+@pytest.mark.parametrize("dtype", [BF16, F16, F32, F64])
 @pytest.mark.parametrize(("H", "F"), [(16, 24), (40, 8), (9, 5)])
 @pytest.mark.parametrize("counts", [(3, 0, 5), (0, 0), (70, 1)])
 @pytest.mark.parametrize("weighted", [True, False])

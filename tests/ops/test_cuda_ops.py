@@ -1,7 +1,7 @@
 """Every op on a GPU against the float64 reference, forward and gradients; skipped where there is none.
 
 Rule: the error (2-norm) of a kernel is at most twice that of the reference in the same dtype on the same device. Shapes are
-chosen so that every path of csrc/cuda/grouped_gemm.cu is taken on Hopper: large and small tiles, WMMA (fp16), plain.
+chosen so that every path of csrc/cuda/grouped_gemm.cu is taken on Hopper: large and small tiles, few rows, plain.
 """
 
 from itertools import pairwise
@@ -21,6 +21,7 @@ from megatron_omni.ops.permute import (
 )
 from megatron_omni.ops.topp_route import RoutingRule, topp_route, topp_route_reference
 from megatron_omni.platform.device import accelerator_present
+from tests.ops.test_release_route import arguments as release_arguments
 
 DEVICE = "cuda"
 pytestmark = [
@@ -125,7 +126,32 @@ def test_topp_route(estimator, routed, null, shared, options):
     torch.testing.assert_close(mine.cpu(), exact)
 
 
-GROUPS = {"large tiles": (900, 0, 513, 700), "small tiles": (64, 0, 1, 300, 129), "empty": (0, 0), "one": (1,)}
+GROUPS = {
+    "large tiles": (900, 0, 513, 700),
+    "small tiles": (64, 0, 1, 300, 129),
+    "few rows": (1, 0, 3, 16, 30, 0, 2, 5),
+    "empty": (0, 0),
+    "one": (1,),
+}
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0.7}, {"top_p": 0.9, "max_routed": 1}, {"top_p": 0.5, "top_k": 2}])
+def test_release_route(options):
+    """float64, so that near ties fall on the same side: the CPU's op, and its gradient."""
+    z, given = release_arguments(4, 1, 2, tokens=600)
+    rule = RoutingRule(num_routed=4, num_null=1, mode="release", estimator="grin", **options)
+
+    def route(device):
+        leaf = z.to(device, copy=True).requires_grad_()
+        out = topp_route(leaf, rule, **{name: value.to(device) for name, value in given.items()})
+        upstream = torch.arange(out.weights.numel(), dtype=F64, device=device).view_as(out.weights).cos()
+        total = (out.weights * upstream).sum() + out.shared_weights.square().sum()
+        return out, torch.autograd.grad(total, leaf)[0]
+
+    (expected, exact), (got, mine) = route("cpu"), route(DEVICE)
+    for name, a, b in zip(expected._fields, got, expected):
+        torch.testing.assert_close(a.cpu(), b, msg=lambda text, name=name: f"{name}: {text}")
+    torch.testing.assert_close(mine.cpu(), exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -21,6 +21,7 @@ BUILD = ROOT / "build" / "cuda_emulation"
 KERNELS = (
     "permute",
     "topp_route",
+    "release_route",
     "counter_rng",
     "grouped_gemm",
     "grouped_gemm_mma",

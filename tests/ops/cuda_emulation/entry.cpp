@@ -20,8 +20,8 @@ const char* guarded(const F& f) {
   }
 }
 DType dt(int64_t code) { return static_cast<DType>(code); }
-cuda::ToppRoute route(const int64_t* sizes, double top_p) {
-  return {sizes[0], sizes[1], sizes[2], sizes[3], top_p, sizes[4], sizes[5], static_cast<cuda::Estimator>(sizes[6])};
+omni::ToppRoute route(const int64_t* sizes, double top_p) {
+  return {sizes[0], sizes[1], sizes[2], sizes[3], top_p, sizes[4], sizes[5], static_cast<omni::Estimator>(sizes[6])};
 }
 }  // namespace
 
@@ -61,6 +61,21 @@ const char* topp_route_backward(I sizes, double top_p, int64_t dtype, P grad_wei
   return guarded([=] {
     cuda::topp_route_backward(route(sizes, top_p), dt(dtype), grad_weights, grad_shared, weights, shared_weights, scale,
                               grad_z, nullptr);
+  });
+}
+const char* release_route(I sizes, double top_p, double eps, int64_t dtype, P z, P gumbel, P bernoulli, const bool* padding,
+                          const bool* keep, bool* mask, void* weights, void* shared_weights, int64_t* k, int64_t* draw_rank,
+                          void* multiplier) {
+  return guarded([=] {
+    cuda::release_route(route(sizes, top_p), eps, dt(dtype), z, gumbel, bernoulli, padding, keep, mask, weights,
+                        shared_weights, k, draw_rank, multiplier, nullptr);
+  });
+}
+const char* release_route_backward(I sizes, double eps, int64_t dtype, P grad_weights, P grad_shared, P z, const bool* mask,
+                                   const bool* keep, const int64_t* draw_rank, P multiplier, void* grad_z) {
+  return guarded([=] {
+    cuda::release_route_backward(route(sizes, 0), eps, dt(dtype), grad_weights, grad_shared, z, mask, keep, draw_rank,
+                                 multiplier, grad_z, nullptr);
   });
 }
 const char* counter_uniform(I sample_ids, I positions, int64_t T, int64_t num_draws, int64_t call, float* out) {

@@ -36,7 +36,7 @@ std::vector<int64_t> draw_order(const Token<Real>& t, int64_t n) {
 }
 
 template <class Real>
-void check_token(const cpu::ToppRoute& r, const Token<Real>& t) {
+void check_token(const ToppRoute& r, const Token<Real>& t) {
   const int64_t n = r.num_dynamic, S = r.num_shared;
   const double u = kOps * unit<Real>();
   const auto order = draw_order(t, n);
@@ -74,8 +74,8 @@ void check_token(const cpu::ToppRoute& r, const Token<Real>& t) {
       const bool larger = t.z[other] > t.z[e] || (t.z[other] == t.z[e] && other < e);
       if (larger && t.draw_rank[other] > t.draw_rank[e]) largest = false;
     }
-    const double keep = r.estimator == cpu::Estimator::Paper ? 5.0 / 8 : 1.0 / 4;
-    const bool full = r.estimator == cpu::Estimator::None || !t.bernoulli || largest || t.bernoulli[e] < keep;
+    const double keep = r.estimator == Estimator::Paper ? 5.0 / 8 : 1.0 / 4;
+    const bool full = r.estimator == Estimator::None || !t.bernoulli || largest || t.bernoulli[e] < keep;
     const double scale = full ? 1 : 1.0 / 3, weight = mask[e] ? scale * std::exp(t.z[e] - top) / total : 0;
     check(t.scale[e], scale, unit<Real>(), "scale", e);
     check(t.weights[e], weight, u * weight, "weights", e);
@@ -87,7 +87,7 @@ void check_token(const cpu::ToppRoute& r, const Token<Real>& t) {
 }
 
 template <class Real>
-void check_gradient(const cpu::ToppRoute& r, const Token<Real>& t, const Real* grad, const Real* grad_shared,
+void check_gradient(const ToppRoute& r, const Token<Real>& t, const Real* grad, const Real* grad_shared,
                     const Real* grad_z) {
   const int64_t n = r.num_dynamic, S = r.num_shared;
   std::vector<double> w(n + S), d(n + S);
@@ -96,7 +96,7 @@ void check_gradient(const cpu::ToppRoute& r, const Token<Real>& t, const Real* g
     const bool dynamic = e < n;
     w[e] = dynamic ? t.weights[e] / double(t.scale[e]) : t.shared[e - n];
     d[e] = dynamic ? (grad ? grad[e] : 0) : (grad_shared ? grad_shared[e - n] : 0);
-    if (dynamic && r.estimator == cpu::Estimator::Paper) d[e] *= t.scale[e];
+    if (dynamic && r.estimator == Estimator::Paper) d[e] *= t.scale[e];
     if (!std::isfinite(w[e])) return;
     dot += w[e] * d[e];
     size += std::fabs(w[e] * d[e]);
@@ -127,8 +127,8 @@ void routing(int64_t T, int64_t routed, int64_t null, int64_t shared, bool wild)
   }
   for (int variant = 0; variant < 8; ++variant) {
     const Parallel& parallel = cases++ % 2 ? one : many;
-    const auto estimator = static_cast<cpu::Estimator>(variant % 3);
-    const cpu::ToppRoute r{T, slots, shared, routed, kTopP, variant == 6 ? slots : 0, variant == 7 ? 1 : -1, estimator};
+    const auto estimator = static_cast<Estimator>(variant % 3);
+    const ToppRoute r{T, slots, shared, routed, kTopP, variant == 6 ? slots : 0, variant == 7 ? 1 : -1, estimator};
     Guarded<bool> mask(T * slots);
     Guarded<Real> weights(T * slots), shared_weights(T * shared), scale(T * slots), grad_z(T * width);
     Guarded<int64_t> k(T), draw_rank(T * slots);
