@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv ext ext-cuda quickstart test miniature dali wandb mutants stress lint types layers docs checks clean
+.PHONY: help venv ext ext-cuda gpu-check quickstart test miniature dali wandb mutants stress lint types layers docs checks clean
 
 # The first Python >= 3.12 that really runs (a pyenv shim may exist and refuse).
 PYTHON := $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python python3.13 python3; do \
@@ -16,6 +16,7 @@ TRIALS ?= 100
 MODULES ?= data ops models training checkpoint
 SEED ?= 0
 COUNT ?= 40
+OUT ?= gpu_report
 KERNELS := megatron_omni/ops/_kernels.so
 CSRC := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 
@@ -41,6 +42,9 @@ ext-cuda: venv ## compile the CUDA side of csrc (needs nvcc, no GPU) and check w
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["cuda-build"])') 2>&1 | { grep -v '^WARNING: Location' || true; }
 	OMNI_BUILD_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python tools/check_cuda_objects.py
+
+gpu-check: venv ## what a GPU says of all this, in 8 minutes, into the new folder OUT=DIR (docs/gpu.md)
+	$(BIN)/python tools/gpu_check.py --out "$(OUT)"
 
 quickstart: venv ## compose a small real corpus, train the tiny recipe, score it, show what it made (FAST=1: a few minutes; OVERWRITE=1)
 	$(BIN)/python -m examples.quickstart.run $(if $(filter 1,$(FAST)),--fast) $(if $(filter 1,$(OVERWRITE)),--overwrite)

@@ -113,6 +113,8 @@ __device__ inline Work work_of(const GroupedProblem<T, Out>& p, int tile_rows) {
 // 16-bit elements on tensor cores: K and N multiples of 8, pointers 16-byte aligned, compute capability 8.0 or later.
 void mma_grouped_gemm(Kind kind, DType dtype, DType dtype_out, const void* a, const void* b, void* d, const int64_t* offsets,
                       int64_t rows, int64_t E, int64_t K, int64_t N, bool accumulate, void* workspace, void* stream);
+// Shared memory that a block of a kernel of the first family asks for, by the rows of its tile (16, 64, 128; wgrad 128).
+size_t mma_shared_bytes(Kind kind, int tile_rows);
 // Any element, any size.
 void simt_grouped_gemm(Kind kind, DType dtype, DType dtype_out, const void* a, const void* b, void* d, const int64_t* offsets,
                        int64_t rows, int64_t E, int64_t K, int64_t N, bool accumulate, void* workspace, void* stream);

@@ -204,4 +204,17 @@ void mma_grouped_gemm(Kind kind, DType dtype, DType dtype_out, const void* a, co
   check_launch("grouped_gemm");
 }
 
+size_t mma_shared_bytes(Kind kind, int tile_rows) {
+  const auto by_rows = [&](auto few, auto small, auto large) {
+    return tile_rows == kSmallestTile ? few.shared_bytes : tile_rows == 64 ? small.shared_bytes : large.shared_bytes;
+  };
+  switch (kind) {
+    case Kind::Forward:
+      return by_rows(Layout<Kind::Forward, kSmallestTile>{}, Layout<Kind::Forward, 64>{}, Layout<Kind::Forward, 128>{});
+    case Kind::Dgrad:
+      return by_rows(Layout<Kind::Dgrad, kSmallestTile>{}, Layout<Kind::Dgrad, 64>{}, Layout<Kind::Dgrad, 128>{});
+    default: return Layout<Kind::Wgrad, 128>::shared_bytes;
+  }
+}
+
 }  // namespace omni::cuda

@@ -4,6 +4,7 @@ This is the same source that nvcc compiles: indices, bounds, barriers, ragged gr
 hardware are not. Inputs that must not be read are NaN, results start as NaN and lie before a guard that must stay.
 """
 
+import runpy
 import shutil
 from itertools import pairwise
 
@@ -14,7 +15,7 @@ from megatron_omni.ops import counter_rng
 from megatron_omni.ops import topp_route as route
 from megatron_omni.ops.permute import build_permutation
 
-from .cuda_emulation import Kernels
+from .cuda_emulation import ROOT, Kernels
 from .test_release_route import arguments as release_arguments
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
@@ -314,6 +315,12 @@ def test_grouped_gemm_by_tiles_of_128_rows(cuda):
         out = Result(300, matrix.shape[1], dtype=BF16)
         cuda.grouped_gemm(source, w, offsets_of(counts), 300, 1, K, N, BF16, transpose, out.out, workspace)
         assert_as_exact_as(out.check(), source.double() @ matrix.double(), source @ matrix)
+
+
+def test_shared_memory_of_the_tiles_is_what_the_table_of_occupancy_says(cuda):
+    checker = runpy.run_path(str(ROOT / "tools" / "check_cuda_objects.py"))
+    for kind, tile in [(0, 16), (0, 64), (0, 128), (1, 16), (1, 64), (1, 128), (2, 128)]:
+        assert cuda.mma_shared_bytes(kind, tile) == checker["mma_shared"](kind, tile), (kind, tile)
 
 
 @pytest.mark.parametrize("offsets", [(1, 2, 3), (0, 3, 2), (0, -1, 2), (0, 2, 5)])

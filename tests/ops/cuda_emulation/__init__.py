@@ -83,6 +83,11 @@ class Kernels:
         size.restype = ctypes.c_int64
         return torch.full((size(ctypes.c_int64(rows), ctypes.c_int64(experts)),), 0xFF, dtype=torch.uint8)
 
+    def mma_shared_bytes(self, kind: int, tile_rows: int) -> int:
+        size = _library().mma_shared_bytes
+        size.restype = ctypes.c_int64
+        return int(size(ctypes.c_int64(kind), ctypes.c_int64(tile_rows)))
+
     def __getattr__(self, name: str) -> Any:
         function = getattr(_library(), name)
         function.restype = ctypes.c_char_p

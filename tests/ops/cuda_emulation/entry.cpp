@@ -1,4 +1,5 @@
 // kernels_cuda.h as C functions for ctypes: dtypes as integers, null for success, else the message.
+#include "../../../csrc/cuda/gemm_tiles.cuh"
 #include "../../../csrc/kernels_cuda.h"
 
 #include <exception>
@@ -84,6 +85,9 @@ const char* counter_uniform(I sample_ids, I positions, int64_t T, int64_t num_dr
   });
 }
 int64_t grouped_gemm_workspace(int64_t rows, int64_t E) { return static_cast<int64_t>(cuda::grouped_gemm_workspace(rows, E)); }
+int64_t mma_shared_bytes(int64_t kind, int64_t tile_rows) {
+  return static_cast<int64_t>(cuda::mma_shared_bytes(static_cast<cuda::Kind>(kind), static_cast<int>(tile_rows)));
+}
 const char* grouped_gemm(P x, P w, I offsets, int64_t rows, int64_t E, int64_t K, int64_t N, int64_t dtype,
                          int64_t transpose_w, void* y, void* workspace) {
   return guarded(

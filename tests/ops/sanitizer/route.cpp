@@ -153,6 +153,51 @@ void routing(int64_t T, int64_t routed, int64_t null, int64_t shared, bool wild)
   }
 }
 
+// The published code's routing and its gradient: nothing beside the results is touched, whatever the logits are, and what
+// holds of every result holds. The values are compared with the reference in tests/ops/test_release_route.py.
+template <class Real>
+void release(int64_t T, int64_t routed, int64_t null, int64_t shared, bool wild) {
+  const int64_t slots = routed + null, width = slots + shared;
+  std::normal_distribution<Real> normal;
+  Guarded<Real> z(T * width), gumbel(T * slots * slots), bernoulli(T * slots), grad(T * slots), grad_shared(T * shared);
+  Guarded<bool> padding(T), keep(T * slots);
+  for (int64_t i = 0; i < T * width; ++i) z[i] = 1 + (i % 3 ? Real(0.02) : Real(1)) * normal(generator);  // near ties
+  for (int64_t i = 0; i < T * slots * slots; ++i) gumbel[i] = normal(generator);
+  for (int64_t i = 0; i < T * slots; ++i) bernoulli[i] = static_cast<Real>(draw() + 0.5), keep[i] = i % 3 != 1;
+  fill(grad);
+  fill(grad_shared);
+  for (int64_t t = 0; t < T; ++t) padding[t] = t % 5 == 4;
+  if (wild && T * slots > 4) {
+    z[1] = std::numeric_limits<Real>::quiet_NaN();
+    z[3] = std::numeric_limits<Real>::infinity();
+    z[4] = -std::numeric_limits<Real>::infinity();
+  }
+  for (int variant = 0; variant < 4; ++variant) {
+    const Parallel& parallel = cases++ % 2 ? one : many;
+    const ToppRoute r{T, slots, shared, routed, kTopP, variant == 2 ? slots : 0, variant == 3 ? 1 : -1, Estimator::None};
+    const bool draws = variant & 1, caps = variant & 2;
+    Guarded<bool> mask(T * slots);
+    Guarded<Real> weights(T * slots), shared_weights(T * shared), multiplier(T * slots), grad_z(T * width);
+    Guarded<int64_t> k(T), draw_rank(T * slots);
+    const DType dtype = sizeof(Real) == 4 ? DType::F32 : DType::F64;
+    cpu::release_route(r, 0.01, dtype, z.data, draws ? gumbel.data : nullptr, draws ? bernoulli.data : nullptr, padding.data,
+                       caps ? keep.data : nullptr, mask.data, weights.data, shared_weights.data, k.data, draw_rank.data,
+                       multiplier.data, parallel);
+    cpu::release_route_backward(r, 0.01, dtype, draws ? grad.data : nullptr, caps ? grad_shared.data : nullptr, z.data,
+                                mask.data, caps ? keep.data : nullptr, draw_rank.data, multiplier.data, grad_z.data, parallel);
+    for (int64_t t = 0; t < T; ++t) {
+      int64_t selected = 0;
+      for (int64_t e = t * slots; e < (t + 1) * slots; ++e) {
+        selected += mask[e];
+        check_true(draw_rank[e] >= 0 && draw_rank[e] <= slots, "draw_rank");
+        check_true(mask[e] || weights[e] == 0 || weights[e] != weights[e], "weight of a slot that was not selected");
+        check_true(!mask[e] || !(padding[t] || (caps && !keep[e])), "a slot that must not be selected");
+      }
+      check_true(selected == k[t] && (k[t] > 0 || padding[t] || caps), "k");
+    }
+  }
+}
+
 // megatron_omni/ops/counter_rng.py
 void draws(int64_t n) {
   constexpr int64_t kTokens = 11;
@@ -190,6 +235,9 @@ int main(int argc, char** argv) {
           for (const int64_t shared : {0, 2}) {
             routing<float>(T, routed, null, shared, T == 9);
             routing<double>(T, routed, null, shared, T == 9);
+            if (routed > 25 || engine != "portable") continue;  // no vectors: the same on every engine
+            release<float>(T, routed, null, shared, T == 9);
+            release<double>(T, routed, null, shared, T == 9);
           }
     for (const int64_t n : {0, 1, 15, 16, 17, 133}) draws(n);
     if (failures > before) std::printf("engine %s: %d wrong\n", engine.c_str(), failures - before);
