@@ -20,7 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,10 @@ OBJECTS = ROOT / "build" / "csrc" / "cuda"
 HOPPER_KERNELS = {f"sm90_{kind}_{dtype}": 2 for kind in ("forward", "dgrad", "wgrad") for dtype in ("bf16", "fp16")}
 """CUTLASS kernels that each file must hold."""
 BEGIN, END = "<!-- kernels in the CUDA objects -->", "<!-- end of kernels -->"
-MAY_SPILL = ("simt_kernel",)
-"""Kernels for correctness, not speed."""
+HELPERS = ("check_offsets", "zero_tail", "zero_empty_experts", "build_tile_map", "build_groups")
+"""One block, or a fill with zeros: not in the table."""
+MAY_SPILL = ("simt_kernel", "release_route")
+"""Kernels for correctness, not speed; a thread of release_route keeps some words of its token there."""
 
 
 @dataclass
@@ -64,10 +66,10 @@ class Multiprocessor:
     registers: int = 65536
     warps: int = 64
     blocks: int = 32
-    reserved: int = 1024
-    """Bytes of shared memory that the system takes for each block."""
 
 
+RESERVED = 1024
+"""Bytes of shared memory that the system takes for each block."""
 MULTIPROCESSORS = {"sm_80": Multiprocessor(164 << 10), "sm_90a": Multiprocessor(228 << 10)}
 
 
@@ -76,7 +78,7 @@ def occupancy(kernel: Kernel, dynamic: int, sm: Multiprocessor) -> int:
     warps = -(-kernel.threads // 32)
     registers = -(-kernel.registers * 32 // 256) * 256  # a warp's, allocated by 256
     by_registers = sm.registers // registers // 4 * 4 // warps if registers else sm.blocks
-    by_shared = sm.shared // (-(-(kernel.shared + dynamic + sm.reserved) // 128) * 128)
+    by_shared = sm.shared // (-(-(kernel.shared + dynamic + RESERVED) // 128) * 128)
     return min(sm.blocks, sm.warps // warps, by_registers, by_shared)
 
 
@@ -160,11 +162,9 @@ def read_resources(lines: Iterable[str], kernels: Kernels) -> None:
         elif name and "REG:" in line:
             found = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
             kernel = kernels.setdefault(arch, {}).setdefault(name, Kernel())
-            kernel.registers, kernel.shared, kernel.stack = (
-                found["REG"],
-                found["SHARED"],
-                found["STACK"] + found["LOCAL"],
-            )
+            kernel.registers, kernel.stack = found["REG"], found["STACK"] + found["LOCAL"]
+            # From 9.0 on what the system takes is in it, of kernels that use any.
+            kernel.shared = found["SHARED"] - (RESERVED if arch == "sm_90a" and found["SHARED"] >= RESERVED else 0)
 
 
 def read_threads(lines: Iterable[str], kernels: Kernels) -> None:
@@ -214,8 +214,8 @@ def family(name: str) -> str:
     """What a row of the table is about: the kernel without namespaces and element types; tiles and kinds stay."""
     if match := re.search(r"mma_kernel<\(.*?Kind\)(\d), (\d+)", name):
         return f"mma_kernel, {('forward', 'dgrad', 'wgrad')[int(match[1])]}, tiles of {match[2]} rows"
-    if "device_kernel" in name:
-        rows = re.search(r"cute::C<(64|128)>, cute::C<256>, cute::C<64>", name)
+    if "device_kernel" in name:  # too long for c++filt
+        rows = re.search(r"(?:Pingpong|Cooperative)E+\w*?ILi(\d+)E+\w*?ILi256E", name)
         return f"CUTLASS, tiles of {rows[1] if rows else '?'} x 256"
     plain = re.sub(r"\(anonymous namespace\)::", "", name).split("<")[0].split("(")[0]
     return plain.split("::")[-1].split(" ")[-1]
@@ -266,7 +266,9 @@ def add_rows(rows: dict[tuple[str, str, str], Row], name: str, arch: str, functi
     """Join the kernels of one object and architecture by family."""
     names = demangled(functions)
     for mangled, kernel in functions.items():
-        row = rows.setdefault((name, family(names[mangled]), arch), Row())
+        if (what := family(names[mangled])) in HELPERS:
+            continue
+        row = rows.setdefault((name, what, arch), Row())
         dynamic = dynamic_shared(names[mangled])
         row.kernels += 1
         row.registers = max(row.registers, kernel.registers)
@@ -291,13 +293,25 @@ def nvcc_release() -> str:
 
 def markdown(found: Found) -> str:
     """The table of docs/kernels.md."""
-    columns = ["file", "kernel", "device", "instances", "registers", "threads", "shared", "spilled", "blocks", "warps"]
+    columns = ["file", "kernel", "instances", "threads", "registers", "shared", "local", "blocks", "warps"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for (name, kernel, arch), row in sorted(found.rows.items()):
-        warps = row.blocks * -(-row.threads // 32)
-        shared = "rest" if row.shared is None else f"{row.shared / 1024:.1f}"
-        cells = [name, kernel, arch, row.kernels, row.registers, row.threads, shared, row.stack, row.blocks, warps]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    for name, kernel in sorted({(name, kernel) for name, kernel, _ in found.rows}):
+        both = [found.rows.get((name, kernel, arch)) for arch in MULTIPROCESSORS]
+
+        def each(value: Callable[[Row], Any], both: list[Row | None] = both) -> str:
+            cells = ["-" if row is None else str(value(row)) for row in both]
+            return cells[0] if len(set(cells)) == 1 else " / ".join(cells)
+
+        cells = [
+            each(lambda row: row.kernels),
+            each(lambda row: row.threads),
+            each(lambda row: row.registers),
+            each(lambda row: "rest" if row.shared is None else f"{row.shared / 1024:.1f}"),
+            each(lambda row: row.stack),
+            each(lambda row: row.blocks),
+            each(lambda row: row.blocks * -(-row.threads // 32)),
+        ]
+        lines.append("| " + " | ".join([name, kernel, *cells]) + " |")
     return f"Compiled by nvcc {nvcc_release()}.\n\n" + "\n".join(lines)
 
 

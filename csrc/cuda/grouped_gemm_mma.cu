@@ -31,6 +31,9 @@ struct Layout {
   static constexpr bool is_few = kTileM == kSmallestTile;
   static constexpr int kTileN = is_few ? 64 : 128, kTileK = is_few ? 64 : 32, kStages = is_few ? 4 : 3;
   static constexpr int warps_m = is_few ? 1 : 2, warps_n = 4, warps_k = is_few ? 2 : 1;
+  // Blocks of an SM at least, which bounds registers: few rows want as many reads in flight as fit. With two blocks of
+  // 128-row tiles nvcc spills (docs/kernels.md).
+  static constexpr int min_blocks = is_few ? 4 : kTileM == 64 ? 2 : 1;
   static constexpr int frags_m = kTileM / warps_m / kFragment, frags_n = kTileN / warps_n / kFragment;
   static constexpr bool a_is_mk = kind != Kind::Wgrad;  // [m][k], else [k][m]
   static constexpr bool b_is_kn = kind != Kind::Dgrad;  // [k][n], else [n][k]
@@ -56,7 +59,7 @@ __device__ inline void load_tile(T* target, const T* source, int64_t ld, int64_t
 }
 
 template <Kind kind, int kTileM, class T, class Out>
-__global__ void __launch_bounds__(kThreads) mma_kernel(GroupedProblem<T, Out> p) {
+__global__ void __launch_bounds__(kThreads, Layout<kind, kTileM>::min_blocks) mma_kernel(GroupedProblem<T, Out> p) {
   using L = Layout<kind, kTileM>;
   using MajorA = std::conditional_t<L::a_is_mk, wmma::row_major, wmma::col_major>;
   using MajorB = std::conditional_t<L::b_is_kn, wmma::row_major, wmma::col_major>;
