@@ -31,9 +31,9 @@ struct Layout {
   static constexpr bool is_few = kTileM == kSmallestTile;
   static constexpr int kTileN = is_few ? 64 : 128, kTileK = is_few ? 64 : 32, kStages = is_few ? 4 : 3;
   static constexpr int warps_m = is_few ? 1 : 2, warps_n = 4, warps_k = is_few ? 2 : 1;
-  // Blocks of an SM at least, which bounds registers: few rows want as many reads in flight as fit. With two blocks of
-  // 128-row tiles nvcc spills (docs/kernels.md).
-  static constexpr int min_blocks = is_few ? 4 : kTileM == 64 ? 2 : 1;
+  // Blocks of an SM at least, which bounds registers: few rows want as many reads in flight as fit. Of tiles of 128 rows
+  // nvcc chooses (0): held to two blocks it spills (docs/kernels.md).
+  static constexpr int min_blocks = is_few ? 4 : kTileM == 64 ? 2 : 0;
   static constexpr int frags_m = kTileM / warps_m / kFragment, frags_n = kTileN / warps_n / kFragment;
   static constexpr bool a_is_mk = kind != Kind::Wgrad;  // [m][k], else [k][m]
   static constexpr bool b_is_kn = kind != Kind::Dgrad;  // [k][n], else [n][k]
