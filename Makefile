@@ -16,12 +16,12 @@ TRIALS ?= 100
 MODULES ?= data ops models training checkpoint
 SEED ?= 0
 COUNT ?= 40
-OUT ?= gpu_report
+OUT ?= runs/gpu_check
 KERNELS := megatron_omni/ops/_kernels.so
 CSRC := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.installed $(KERNELS) ## make .venv and install the package with its test tools
 
