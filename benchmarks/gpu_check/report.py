@@ -77,13 +77,15 @@ def _tests(found: dict[str, Any]) -> list[str]:
 
 def _step(found: dict[str, Any]) -> list[str]:
     times, held = found["step_s"], found["memory"]
-    waits = ", ".join(f"{name} {n}" for name, n in found["host_waits_by_call"].items()) or "none"
+    calls = ", ".join(f"{name} {n}" for name, n in found["waiting_calls"].items()) or "none"
+    sites = [[f"`{site}`", str(n)] for site, n in found["host_waits_by_site"].items()]
     return [
         f"{found['recipe']} on one rank, {found['parameters_m']:.1f}M parameters, {found['trained_m']:.1f}M trained; "
         f"{found['tokens']} tokens a step: {times['median']:.3f} s (from {times['least']:.3f} to {times['most']:.3f}, the "
         f"first {times['first']:.1f}), {found['tokens_s']:.0f} tokens/s.",
-        f"Host waits of a step: {found['host_waits']} ({waits}); {found['kernel_launches']} kernels, "
-        f"{found['device_ms']:.1f} ms.",
+        f"{found['kernel_launches']} kernels, {found['device_ms']:.1f} ms; calls that wait, and copies to the host: {calls}. "
+        f"Host waits of a step, by the function that waits: {found['host_waits']}.",
+        table(["function", "waits"], sites),
         table(
             ["GiB", "planned", "measured"],
             [

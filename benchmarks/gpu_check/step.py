@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu_check.step --out step.json [--steps 8]
 
-The model is model.py's. After ``WARM_UP`` steps that nobody times, ``--steps`` are timed and one more is profiled. Host
-waits are counted in that one: on a GPU the calls that stop the host until the device is done (``WAITS``) and copies to the
-host; on a CPU, where nothing waits, the operations that would (``WOULD_WAIT``). Kernels are named with their share.
+The model is model.py's. After ``WARM_UP`` steps that nobody times, ``--steps`` are timed; one more is watched for the
+places where the host waits for its device (platform/host_waits.py), and one more is profiled: kernels by their share, and
+calls that stop the host until the device is done (``WAITS``) or copy to it (``TO_HOST``).
 
 Memory: what is held between steps against ``static_bytes`` (exact by definition), the peak of a step against the plan's,
 which expects the heaviest micro-batch (docs/parallelism.md). On a CPU only the plan's figures are there.
@@ -25,8 +25,6 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 """Calls of the runtime that return when the device is done. ``cudaMemcpyAsync`` is no wait; copies to the host are counted
 by what the device did (``TO_HOST``)."""
 TO_HOST = "Memcpy DtoH"
-WOULD_WAIT = ("aten::_local_scalar_dense", "aten::nonzero")
-"""``item()``, ``bool()``; ``nonzero``, boolean indexing. ``tolist`` of several values is a copy to the host alone."""
 KERNELS = 25
 """The longest, named in the report."""
 GIB = 2**30
@@ -55,6 +53,7 @@ def measure(folder: Path, *, steps: int) -> dict[str, Any]:
     from benchmarks.gpu_check.model import RECIPE, make_job, parameters
     from megatron_omni.parallel.groups import destroy
     from megatron_omni.platform.device import accelerator_present, synchronize
+    from megatron_omni.platform.host_waits import HostWaits
     from megatron_omni.tasks.supervised import SupervisedTask
     from megatron_omni.training.setup import setup
 
@@ -68,8 +67,10 @@ def measure(folder: Path, *, steps: int) -> dict[str, Any]:
         synchronize()
         times.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() if accelerator_present() else None
-    with torch.profiler.profile(activities=torch.profiler.supported_activities()) as profile:
+    with HostWaits() as waits:
         one_step(run, WARM_UP + steps + 1)
+    with torch.profiler.profile(activities=torch.profiler.supported_activities()) as profile:
+        one_step(run, WARM_UP + steps + 2)
         synchronize()
     timed = times[WARM_UP:]
     found = {
@@ -81,6 +82,8 @@ def measure(folder: Path, *, steps: int) -> dict[str, Any]:
         "tokens_s": job.recipe.data.seq_length * job.recipe.data.global_batch_size / statistics.median(timed),
         "losses": [float(loss) for loss in losses],
         "memory": memory(job.recipe, held=held, peak=peak),
+        "host_waits": waits.counts.total(),
+        "host_waits_by_site": dict(waits.counts.most_common()),
         **profiled(profile),
     }
     destroy()
@@ -127,14 +130,14 @@ def memory(recipe: Any, *, held: int | None, peak: int | None) -> dict[str, floa
 
 
 def profiled(profile: Any) -> dict[str, Any]:
-    """Waits of the host and the longest kernels of a profiled step."""
+    """The longest kernels of a profiled step (on a CPU: operations), and the calls that wait."""
     from megatron_omni.platform.device import accelerator_present
 
     on_device = accelerator_present()
     calls: Counter[str] = Counter()
     spent: dict[str, list[float]] = {}
     for event in profile.events():
-        if event.name in WAITS or event.name in WOULD_WAIT or event.name.startswith(TO_HOST):
+        if event.name in WAITS or event.name.startswith(TO_HOST):
             calls[event.name] += 1
         if event.is_user_annotation:  # a range around others
             continue
@@ -144,10 +147,8 @@ def profiled(profile: Any) -> dict[str, Any]:
             entry[1] += event.time_range.elapsed_us()
     total = sum(us for _, us in spent.values()) or 1.0
     longest = sorted(spent.items(), key=lambda item: -item[1][1])[:KERNELS]
-    waits = sum(n for name, n in calls.items() if name in WAITS) if on_device else sum(calls.values())
     return {
-        "host_waits": waits,
-        "host_waits_by_call": dict(calls.most_common()),
+        "waiting_calls": dict(calls.most_common()),
         "kernel_launches": sum(int(n) for n, _ in spent.values()),
         "device_ms": total / 1e3,
         "kernels": [{"name": n, "calls": int(c), "ms": us / 1e3, "share": us / total} for n, (c, us) in longest],

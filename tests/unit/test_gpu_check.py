@@ -38,7 +38,8 @@ def test_every_part_has_a_twin_that_passes_here(tmp_path):
     assert parts["ops"]["result"]["passed"] > 20 and parts["ops"]["result"]["failed"] == 0
     step = parts["step"]["result"]
     assert len(step["losses"]) == 5 and 0 < step["step_s"]["median"] < step["step_s"]["first"] * 10
-    assert step["host_waits"] == sum(step["host_waits_by_call"].values()) > 0
+    dispatch = "megatron_omni.models.moe.dispatcher:AllToAllDispatcher._dispatch"
+    assert step["host_waits"] == sum(step["host_waits_by_site"].values()) >= step["host_waits_by_site"][dispatch] > 0
     assert step["memory"]["planned_peak_gib"] > step["memory"]["planned_between_steps_gib"] > 0
     assert sum(kernel["share"] for kernel in step["kernels"]) == pytest.approx(1, abs=0.3)
     timed = {(row["figure"], row["contender"]) for row in parts["kernels"]["result"]["rows"]}
