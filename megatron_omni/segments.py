@@ -8,16 +8,16 @@ A token that is in no segment is padding: it sees nothing and nothing sees it. F
     causal           a sample of a packed row: each token sees those before it in its own sample
     shared_prompt    one prompt and several responses: a response sees the prompt and itself
     prefix           tokens that all see each other, then causal ones that see them too
-    cached           new tokens that see the keys of their slot in a cache, each slot with a length of its own
+    cached           new tokens that see the keys of their sequence in a cache, of any length (generation/cache.py)
 
 Each is what a variable-length kernel takes, with different lengths of queries and keys (ops/segment_attention.py).
-Tokens are counted in the flattened [B, S] grid of a batch, keys of a cache in its flattened [slots, capacity]. All of
-it is plain numbers in host memory, from which shapes follow: nothing waits for a device.
+Tokens are counted in the flattened [B, S] grid of a batch, keys of a cache from its first. All of it is plain
+numbers in host memory, from which shapes follow: nothing waits for a device.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +51,6 @@ class Segment:
         return Segment(_shifted(self.queries, by), tuple(_shifted(keys, by) for keys in self.keys), self.causal)
 
 
-class Cached(NamedTuple):
-    """New tokens of a sequence whose keys are kept in a slot of a cache."""
-
-    slot: int
-    start: int
-    """The first of them in the batch's grid."""
-    length: int
-    before: int
-    """Tokens that the slot holds already."""
-
-
 def causal(length: int) -> tuple[Segment, ...]:
     """A sample of ``length`` tokens, each of which sees itself and those before it."""
     return shared_prompt(length, ())
@@ -84,16 +73,6 @@ def prefix(length: int, rest: int) -> tuple[Segment, ...]:
     return _not_empty(
         [Segment(whole[:length], (whole[:length],), causal=False), Segment(whole[length:], (whole,), causal=True)]
     )
-
-
-def cached(new: Iterable[Cached], capacity: int) -> tuple[Segment, ...]:
-    """New tokens that see what their slot holds and themselves, in a cache of [slots, capacity] keys, flattened."""
-    segments = []
-    for slot, start, length, before in new:
-        assert before + length <= capacity, f"{before + length} tokens in a slot of {capacity}"
-        first = slot * capacity
-        segments.append(Segment(range(start, start + length), (range(first, first + before + length),)))
-    return _not_empty(segments)
 
 
 @dataclass(frozen=True)

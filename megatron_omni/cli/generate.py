@@ -102,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
     p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus to sample from (default 1, all)")
     p.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the sampling (default 0)")
-    p.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts decoded together (default 16)")
+    p.add_argument("--batch-size", type=int, default=16, metavar="N", help="answers computed together (default 16)")
     p.add_argument("overrides", nargs="*", metavar="key=value", help=f"one of {', '.join(OVERRIDES)}")
     p.set_defaults(media=[])
     return p
@@ -206,9 +206,9 @@ def run(request: Request) -> int:
     from megatron_omni.generation.load import open_checkpoint
     from megatron_omni.generation.request import Sampling
 
-    sampling = Sampling(temperature=request.temperature, top_p=request.top_p)
+    sampling = Sampling(temperature=request.temperature, top_p=request.top_p, seed=request.seed)
     checkpoint = open_checkpoint(request.checkpoint, overrides=request.overrides)
-    settings: dict[str, Any] = {"max_new_tokens": request.max_new_tokens, "sampling": sampling, "seed": request.seed}
+    settings: dict[str, Any] = {"max_new_tokens": request.max_new_tokens, "sampling": sampling}
     settings |= {"batch_size": request.batch_size, "out": request.out}
     if request.jsonl is None:
         answer_one(checkpoint, parse_record(request.record, where="command line"), **settings)

@@ -10,7 +10,6 @@ import logging
 from collections import Counter
 from dataclasses import dataclass
 
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
@@ -18,7 +17,7 @@ from megatron_omni.data.decode.cpu import MediaError
 from megatron_omni.data.record import Record, RecordError
 from megatron_omni.data.sample import Sample, SampleBuilder
 from megatron_omni.data.sources import Source
-from megatron_omni.generation.batches import generate_all
+from megatron_omni.generation.batches import generate_all, shared
 
 logger = logging.getLogger(__name__)
 
@@ -86,16 +85,13 @@ def score_source(
         tokenizer=builder.tokenizer,
         max_new_tokens=max_new_tokens,
     )
-    if pg.dp.size() > 1:
-        counts: list[Counter[str]] = [Counter()] * pg.dp.size()
-        dist.all_gather_object(counts, skipped, group=pg.dp)
-        skipped = sum(counts, Counter())
+    everywhere: Counter[str] = sum(shared({pg.dp.rank(): skipped}, pg).values(), Counter())
     answers = [_scored(row, source[row], builder.tokenizer.decode(ids)) for row, ids in sorted(given.items())]
     return TaskScore(
         name=source.name,
         score=sum(answer.correct for answer in answers) / max(len(answers), 1),
         count=len(answers),
-        skipped=dict(skipped),
+        skipped=dict(everywhere),
         answers=answers,
     )
 

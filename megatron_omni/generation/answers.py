@@ -23,7 +23,7 @@ from megatron_omni.data.record import Record, RecordError
 from megatron_omni.data.sample import Sample
 from megatron_omni.data.sources import JsonlSource
 from megatron_omni.foreign import parse_json, read_json
-from megatron_omni.generation.batches import generate_windows, joined
+from megatron_omni.generation.batches import generate_windows, shared
 from megatron_omni.generation.load import Checkpoint
 from megatron_omni.generation.request import Sampling
 
@@ -60,7 +60,6 @@ def answer_all(
     out: Path,
     max_new_tokens: int,
     sampling: Sampling,
-    seed: int,
     batch_size: int,
 ) -> bool:
     """Answer every record of ``source`` that has no line yet; whether any record of the file has an answer.
@@ -75,7 +74,7 @@ def answer_all(
         "max_new_tokens": max_new_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "seed": seed,
+        "seed": sampling.seed,
         "changes": sorted(changes),
     }
     first = _agreed(_lines_there(out, asked) if dist.get_rank() == 0 else 0)
@@ -106,10 +105,9 @@ def answer_all(
             tokenizer=checkpoint.builder.tokenizer,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            seed=seed,
         )
         for numbers, answers in windows:
-            errors = joined({n: failed[n] for n in numbers if n in failed}, checkpoint.pg)
+            errors = shared({n: failed[n] for n in numbers if n in failed}, checkpoint.pg)
             if dist.get_rank() == 0:
                 texts = {n: checkpoint.builder.tokenizer.decode(ids) for n, ids in answers.items()}
                 _append(out, source, numbers, texts, errors)

@@ -1,30 +1,124 @@
-"""Many prompts: built a window at a time, batched by length and dealt to the data-parallel ranks.
+"""Many prompts answered by the engine, on every layout: what training, evaluation and the command line call.
 
-Prompts go to the ranks in turn; within a window of some batches each rank sorts its own by length, so that the rows of
-a batch need about the same padding. Every rank makes the same number of :func:`generate` calls, some perhaps with
-nothing to answer, because with expert parallelism they need one another.
+Prompts are dealt in turn to the data-parallel ranks; the leader of each replica builds its own, a few ahead of what the
+engine computes, so that few media are in memory. A window of prompts at a time, all ranks learn all answers.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from megatron_omni.data.sample import Sample
-from megatron_omni.generation.engine import generate
+from megatron_omni.data.tokenizer import Tokenizer
+from megatron_omni.generation.engine import Engine, EngineLimits
+from megatron_omni.generation.request import (
+    GREEDY,
+    Alternatives,
+    FinishedEvent,
+    FinishReason,
+    Request,
+    Sampling,
+    TokenEvent,
+    Usage,
+)
+from megatron_omni.generation.sampling import derived_seed
 
-BATCHES_PER_WINDOW = 8
-"""Batches of prompts whose media are held in memory together."""
+PROMPTS_PER_WINDOW = 8
+"""Prompts of a window for each answer that is computed together."""
 
 
-def generate_all(
-    model: nn.Module, build_prompt: Callable[[int], Sample | None], num_prompts: int, **settings: Any
-) -> dict[int, list[int]]:
-    """Token ids of the answer to every prompt, by its number: all windows of :func:`generate_windows`."""
-    windows = generate_windows(model, build_prompt, range(num_prompts), **settings)
-    return {n: answer for _, answers in windows for n, answer in answers.items()}
+@dataclass(kw_only=True)
+class Result:
+    """A finished answer."""
+
+    name: str
+    sample: int
+    ids: list[int] = field(default_factory=list)
+    """Its tokens without the one that ended it."""
+    end_id: int | None = None
+    """The token that ended it, where one did."""
+    logprobs: list[float] = field(default_factory=list)
+    """Of the tokens, the one that ended it included; empty unless asked for."""
+    top: list[Alternatives] = field(default_factory=list)
+    text: str = ""
+    reasoning: str = ""
+    reason: FinishReason = "stop"
+    stop: int | str | None = None
+    usage: Usage | None = None
+
+    def add(self, event: TokenEvent | FinishedEvent) -> None:
+        """Take over what an event says."""
+        self.text += event.text
+        self.reasoning += event.reasoning
+        if isinstance(event, FinishedEvent):
+            self.reason, self.stop, self.usage = event.reason, event.stop, event.usage
+            return
+        if event.is_end:
+            self.end_id = event.id
+        else:
+            self.ids.append(event.id)
+        if event.logprob is not None:
+            self.logprobs.append(event.logprob)
+            self.top.append(event.top)
+
+
+def answered(engine: Engine, requests: Iterable[Request]) -> Iterator[Result]:
+    """Results as answers finish, on the leader; ``requests`` are taken a few ahead of what is computed.
+
+    FloatingPointError where logits are not finite. The other ranks of the replica are in ``engine.follow()``; with
+    expert parallelism all leaders call this together, some perhaps without a request.
+    """
+    results: dict[tuple[str, int], Result] = {}
+    left = iter(requests)
+    more = True
+    while True:
+        while more and engine.state().waiting < engine.limits.max_running:
+            request = next(left, None)
+            more = request is not None
+            if request is not None:
+                engine.submit(request)
+        for event in engine.step():
+            if not isinstance(event, TokenEvent | FinishedEvent):
+                continue
+            if isinstance(event, FinishedEvent) and event.reason == "error":
+                raise FloatingPointError(event.message)
+            key = event.name, event.sample
+            results.setdefault(key, Result(name=event.name, sample=event.sample)).add(event)
+            if isinstance(event, FinishedEvent):
+                yield results.pop(key)
+        if not engine.busy and not more:
+            return
+
+
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sample],
+    *,
+    tokenizer: Tokenizer,
+    max_new_tokens: int,
+    pg: ProcessGroupCollection,
+    sampling: Sampling = GREEDY,
+    rows: Sequence[int] | None = None,
+    limits: EngineLimits | None = None,
+) -> list[list[int]]:
+    """Token ids of the answer to each of this replica's prompts, without the token that ended it; on all of its ranks.
+
+    ``rows`` names the prompts for the sampler (default: their number in the list), so that an answer does not depend on
+    what is asked beside it. All ranks call this together, with expert parallelism those of all replicas. ValueError for
+    a prompt that cannot be answered, FloatingPointError where logits are not finite.
+    """
+    names = list(range(len(prompts)) if rows is None else rows)
+    assert len(names) == len(prompts), "one row name for each prompt"
+    requests = (
+        _request(str(i), prompt, name, max_new_tokens, sampling) for i, (name, prompt) in enumerate(zip(names, prompts))
+    )
+    with Engine(model, tokenizer=tokenizer, pg=pg, limits=limits) as engine:
+        answers = _led(engine, requests)
+    given = shared({int(name): ids for name, ids in answers.items()}, pg, over_replicas=False)
+    return [given[i] for i in range(len(prompts))]
 
 
 def generate_windows(
@@ -32,36 +126,69 @@ def generate_windows(
     build_prompt: Callable[[int], Sample | None],
     prompts: range,
     *,
-    batch_size: int,
+    tokenizer: Tokenizer,
+    max_new_tokens: int,
     pg: ProcessGroupCollection,
-    **settings: Any,
+    sampling: Sampling = GREEDY,
+    batch_size: int = 32,
+    limits: EngineLimits | None = None,
 ) -> Iterator[tuple[range, dict[int, list[int]]]]:
     """Token ids of the answers to some prompts at a time, the same on every rank; all ranks call this together.
 
     Yields the numbers of a window and the answers by number. ``build_prompt(n)`` is called once for each n of
-    ``prompts``, on one data-parallel rank; None leaves the prompt out. ``settings`` are those of :func:`generate`; a
-    prompt's number names it for the sampler, so that an answer depends on nothing else that is asked.
+    ``prompts``, by the leader of one replica; None leaves the prompt out. A prompt's number names it for the sampler, so
+    that an answer depends on nothing else that is asked. ``batch_size`` answers are computed together.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    limits = replace(limits or EngineLimits(), max_running=batch_size)
+    limits = replace(limits, max_batch_tokens=max(limits.max_batch_tokens, 2 * batch_size))
     rank, ranks = pg.dp.rank(), pg.dp.size()
-    window = batch_size * ranks * BATCHES_PER_WINDOW
-    for start in range(0, len(prompts), window):
-        numbers = prompts[start : start + window]
-        answers: dict[int, list[int]] = {}
-        mine = [(n, prompt) for n in numbers[rank::ranks] if (prompt := build_prompt(n)) is not None]
-        mine.sort(key=lambda item: -item[1].length)  # longest first: what does not fit in memory fails at once
-        for first in range(0, -(-len(numbers) // ranks), batch_size):
-            names = [n for n, _ in mine[first : first + batch_size]]
-            batch = [prompt for _, prompt in mine[first : first + batch_size]]
-            answers |= zip(names, generate(model, batch, rows=names, pg=pg, **settings), strict=True)
-        yield numbers, joined(answers, pg)
+    window = batch_size * ranks * PROMPTS_PER_WINDOW
+    with Engine(model, tokenizer=tokenizer, pg=pg, limits=limits) as engine:
+        for start in range(0, len(prompts), window):
+            numbers = prompts[start : start + window]
+            requests = (
+                _request(str(n), prompt, n, max_new_tokens, sampling)
+                for n in numbers[rank::ranks]
+                if (prompt := build_prompt(n)) is not None
+            )
+            answers = _led(engine, requests)
+            yield numbers, shared({int(name): ids for name, ids in answers.items()}, pg)
 
 
-def joined(mine: dict[int, Any], pg: ProcessGroupCollection) -> dict[int, Any]:
-    """What every data-parallel rank has, by prompt; all of them call this together."""
-    if pg.dp.size() == 1:
-        return mine
-    parts: list[dict[int, Any]] = [{}] * pg.dp.size()
-    dist.all_gather_object(parts, mine, group=pg.dp)
-    return {n: value for part in parts for n, value in part.items()}
+def generate_all(
+    model: nn.Module, build_prompt: Callable[[int], Sample | None], num_prompts: int, **settings: object
+) -> dict[int, list[int]]:
+    """Token ids of the answer to every prompt, by its number: all windows of :func:`generate_windows`."""
+    windows = generate_windows(model, build_prompt, range(num_prompts), **settings)  # type: ignore[arg-type]
+    return {n: answer for _, answers in windows for n, answer in answers.items()}
+
+
+def _request(name: str, prompt: Sample, row: int, max_new_tokens: int, sampling: Sampling) -> Request:
+    sampling = replace(sampling, seed=derived_seed(sampling.seed, row))
+    return Request(name=name, prompt=prompt, max_new_tokens=max_new_tokens, sampling=sampling)
+
+
+def _led(engine: Engine, requests: Iterable[Request]) -> dict[str, list[int]]:
+    """Ids of the answers by name, on the leader of each replica; the other ranks compute with it and have none."""
+    if not engine.leads:
+        engine.follow()
+        return {}
+    answers = {result.name: result.ids for result in answered(engine, requests)}
+    engine.release()
+    return answers
+
+
+def shared[T](mine: dict[int, T], pg: ProcessGroupCollection, *, over_replicas: bool = True) -> dict[int, T]:
+    """What the leaders of all replicas have, or that of this one, on every rank; all of them call this together."""
+    whole = mine
+    if pg.mp.rank() == 0 and over_replicas and pg.dp.size() > 1:
+        parts: list[dict[int, T]] = [{}] * pg.dp.size()
+        dist.all_gather_object(parts, mine, group=pg.dp)
+        whole = {n: value for part in parts for n, value in part.items()}
+    if pg.mp.size() > 1:
+        box = [whole]
+        dist.broadcast_object_list(box, group=pg.mp, group_src=0)
+        whole = box[0]
+    return whole

@@ -1,195 +1,398 @@
-"""Cached generation on every layout: one forward of the right-padded prompts, then one token a call.
+"""The engine: many requests of any length at once, on every layout (docs/generation.md).
 
-    prefill    the batch of prompts through the whole model; encoders run here and never again; keys and values of every
-               attention layer go into a ``KVCache`` (models/attention.py)
-    decode i   the chosen tokens [B, 1] alone; all three position channels of a row are p + i, p = one more than the
-               largest position of its prompt (docs/model.md 3); finished rows are padding and cost no expert
+    with Engine(model, tokenizer=tokenizer, pg=pg) as engine:      # all ranks
+        if not engine.leads:
+            engine.follow()                                        # until the leader leaves
+        else:
+            engine.submit(request)
+            while engine.busy:
+                for event in engine.step(): ...
 
-Pipeline stages hand hidden states to the next by point-to-point messages. The last stage chooses the tokens and
-broadcasts them to its pipeline and tensor groups: every rank of a model replica returns the same answers. Expert
-parallelism makes data-parallel ranks meet in every MoE layer: with EP > 1 all of them must call :func:`generate` the
-same number of times with the same settings, each with prompts of its own or none; the loop runs until the last of them
-has finished.
+The first rank of every model replica leads it: it holds the scheduler, tells events, and sends each step's plan to the
+replica's other ranks (replica.py). A step computes a token for every answer that decodes and parts of prompts that wait.
 
-Under tensor parallelism hidden states stay split over tokens (sequence parallelism), so a decoding step feeds one token
-and fill-up to the size of the tensor group, which the cache does not keep. Routing is deterministic and drops none.
-
-Shapes: B prompts, S longest prompt (padded), H hidden size, V vocabulary.
+Replicas are independent, each with the requests of its own leader. With expert parallelism they meet in every MoE layer:
+then they step together, one without work computes padding, and all are ``busy`` until the last has finished.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import cast
+import time
+from dataclasses import dataclass
+from types import TracebackType
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor, nn
+from torch import nn
 
-from megatron_omni.batch import IGNORE_LABEL, Modality, OmniBatch
-from megatron_omni.data.collate import collate
-from megatron_omni.data.sample import Sample
 from megatron_omni.data.tokenizer import Tokenizer
-from megatron_omni.generation.request import GREEDY, Sampling
-from megatron_omni.generation.sampling import INVALID_TOKEN, next_tokens
-from megatron_omni.models.attention import KVCache, kv_cache
-from megatron_omni.models.omni import OmniModel
-from megatron_omni.parallel.groups import place_in
-from megatron_omni.platform.device import device
-from megatron_omni.segments import packed
+from megatron_omni.generation.extents import extent_size
+from megatron_omni.generation.prefix import media_digests, prefixes, whole_prompt
+from megatron_omni.generation.replica import NOTHING_TO_DO, STEP, STOP, Orders, Replica, Scored, media_places, unwrapped
+from megatron_omni.generation.request import (
+    Alternatives,
+    EngineState,
+    Event,
+    FinishedEvent,
+    FinishReason,
+    PromptEvent,
+    Request,
+    TokenEvent,
+    Usage,
+    check_ids,
+)
+from megatron_omni.generation.sampling import INVALID_TOKEN
+from megatron_omni.generation.scheduler import Answer, Prefix, Scheduler, StepPlan
+from megatron_omni.generation.text import Piece, TextStream
+from megatron_omni.platform.device import device, memory_bytes
+
+IDLE_SECONDS = 5.0
+"""Ranks that wait hear from the leader at least so often, as far as it is called."""
+CACHE_SHARE = 0.3
+"""Of the device's memory, for the cache where its size is not given."""
+NOT_FINITE = "the model's logits are not finite: the checkpoint is damaged or training diverged"
 
 
-def generate(
-    model: nn.Module,
-    prompts: Sequence[Sample],
-    *,
-    tokenizer: Tokenizer,
-    max_new_tokens: int,
-    pg: ProcessGroupCollection,
-    sampling: Sampling = GREEDY,
-    seed: int = 0,
-    rows: Sequence[int] | None = None,
-) -> list[list[int]]:
-    """Token ids of the answer to each prompt, without the token that ended it; the same on every rank of the replica.
+@dataclass(frozen=True, kw_only=True)
+class EngineLimits:
+    """What an engine may take."""
 
-    ``rows`` names the prompts for the sampler (default: their number in the list), so that an answer does not depend on
-    the batch it was in. FloatingPointError where logits are not finite.
-    """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    names = list(range(len(prompts)) if rows is None else rows)
-    assert len(names) == len(prompts), "one row name for each prompt"
-    if not prompts and pg.ep.size() == 1:
-        return []
-    omni = _unwrap(model)
-    if prompts:
-        prompt = collate(prompts, pad_id=tokenizer.pad_id, multiple_of=pg.tp.size())
-        ends = [(sample.length, sample.next_position) for sample in prompts]
-    else:
-        prompt, ends = _idle_prompt(pg.tp.size()), [(1, 1)]
-    lengths, positions = torch.tensor(ends).unbind(1)
-    answers: list[list[int]] = [[] for _ in prompts]
-    active = [True] * len(prompts) or [False]
-    with _evaluation_mode(omni), kv_cache(KVCache(len(active))) as cache:
-        logits = _forward(omni, prompt, cache, pg, new=[length for length, _ in ends], last=lengths - 1)
-        for step in range(max_new_tokens):
-            chosen = torch.full_like(lengths, INVALID_TOKEN, device=device())
-            if logits is not None:
-                chosen = next_tokens(
-                    logits, sampling, vocab_size=tokenizer.vocab_size, seed=seed, rows=names or [0], step=step
-                )
-            tokens = _broadcast_from_last_stage(chosen, pg).tolist()
-            for row in (i for i, running in enumerate(active) if running):
-                active[row] = tokens[row] not in tokenizer.eos_ids
-                if active[row]:
-                    answers[row].append(tokens[row])
-            if not _anyone_continues(answers, active, pg) or step + 1 == max_new_tokens:
-                break
-            following = decode_batch(
-                tokens, active, lengths=lengths + step, positions=positions + step, width=pg.tp.size()
+    max_running: int = 32
+    """Answers computed together."""
+    max_batch_tokens: int = 512
+    """Tokens of a step, at least two for each running answer."""
+    cache_tokens: int | None = None
+    """Positions of a replica's cache; None: for ``max_running`` answers of the model's longest sequence, at most
+    :data:`CACHE_SHARE` of the device's memory."""
+    prefix_cache: bool = False
+    """Keep keys and values of finished answers for prompts that begin alike, while nobody needs the place."""
+    deterministic: bool = False
+    """The bits of an answer do not depend on what is computed beside it (one rank; slow)."""
+
+
+class _Told:
+    """What the leader keeps of an answer that has not finished."""
+
+    def __init__(self, answer: Answer, request: Request, number: int, sample: int, stream: TextStream | None) -> None:
+        self.answer, self.request, self.number, self.sample, self.stream = answer, request, number, sample, stream
+        self.joined = False
+        """The replica knows of it."""
+        self.cached = 0
+        self.ids: list[int] = []
+        """The tokens that it has said."""
+        self.of_prompt: list[tuple[float, Alternatives]] = []
+
+
+class Engine:
+    """One model replica's engine; its ranks make it together. A context: the model evaluates inside."""
+
+    def __init__(
+        self, model: nn.Module, *, tokenizer: Tokenizer, pg: ProcessGroupCollection, limits: EngineLimits | None = None
+    ) -> None:
+        self.limits = limits = limits or EngineLimits()
+        self.tokenizer, self.pg = tokenizer, pg
+        self.leads = pg.mp.rank() == 0
+        tokens = _agreed(_cache_tokens(model, limits, pg), pg)
+        self._scheduler = Scheduler(
+            budget_tokens=tokens, max_running=limits.max_running, max_batch_tokens=limits.max_batch_tokens
+        )
+        self._replica = Replica(
+            model, pg=pg, cache_tokens=tokens, eos_ids=tokenizer.eos_ids, deterministic=limits.deterministic
+        )
+        self._told: dict[int, _Told] = {}
+        self._open: dict[int, list[int]] = {}
+        """Request number -> its answers that have not finished."""
+        self._numbers: dict[str, int] = {}
+        self._unsent: dict[int, Request] = {}
+        """Requests that the replica has not got."""
+        self._answers_gone: list[int] = []
+        self._requests_gone: list[int] = []
+        self._events: list[Event] = []
+        self._next_answer = self._next_request = 0
+        self._others_busy = self._closed = self._released = False
+        self._last_word = time.monotonic()
+        self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
+        self._modes = [(module, module.training) for module in self._replica.omni.modules()]
+        self._replica.omni.eval()
+
+    # ------------------------------------------------------------------------------------------- what a caller uses
+
+    def submit(self, request: Request) -> None:
+        """See :class:`~megatron_omni.generation.request.RequestEngine`."""
+        assert self.leads, "requests go to the leader of a replica"
+        self._check(request)
+        number, self._next_request = self._next_request, self._next_request + 1
+        self._numbers[request.name], self._unsent[number], self._open[number] = number, request, []
+        shared = self._prefixes_of(request, number)
+        for sample in range(request.n):
+            answer = Answer(
+                number=self._next_answer,
+                known=request.prompt.length,
+                prefixes=shared,
+                keep=self.limits.prefix_cache and request.reuse_prefix,
+                group=number if request.n > 1 else None,
             )
-            new = [int(running) for running in active]
-            logits = _forward(omni, following, cache, pg, new=new, last=torch.zeros_like(lengths))
-    return answers
+            self._next_answer += 1
+            stream = None
+            if request.has_text:
+                stream = TextStream(self.tokenizer, stop=request.stop, reasoning=request.reasoning)
+            self._told[answer.number] = _Told(answer, request, number, sample, stream)
+            self._open[number].append(answer.number)
+            self._scheduler.add(answer)
 
+    def cancel(self, name: str) -> None:
+        """See :class:`~megatron_omni.generation.request.RequestEngine`."""
+        for answer in list(self._open.get(self._numbers.get(name, -1), ())):
+            self._finish(answer, "cancelled")
 
-def decode_batch(
-    tokens: Sequence[int], active: Sequence[bool], *, lengths: Tensor, positions: Tensor, width: int = 1
-) -> OmniBatch:
-    """The batch [B, width] of one decoding step: the token of each row, then padding; rows not active are all padding.
+    def step(self) -> list[Event]:
+        """See :class:`~megatron_omni.generation.request.RequestEngine`."""
+        assert self.leads and not self._closed
+        busy = self._scheduler.busy
+        if self.pg.ep.size() > 1:
+            self._others_busy = busy = _anyone(busy, self.pg.dp)
+        if busy:
+            plan = self._scheduler.plan()
+            tokens, of_prompts = self._order(STEP, plan)
+            self._scheduler.advance(plan)
+            self._count(plan)
+            for scored in of_prompts:
+                self._told[scored.answer].of_prompt.append((scored.logprob or 0.0, scored.top))
+            for scored in tokens:
+                self._take(scored)
+        elif self._answers_gone or self._requests_gone or time.monotonic() - self._last_word > IDLE_SECONDS:
+            self._order(NOTHING_TO_DO, StepPlan())
+        events, self._events = self._events, []
+        return events
 
-    In host memory. ``lengths`` [B] are the tokens before this one in each row, ``positions`` [B] its position in all
-    three channels.
-    """
-    running = torch.zeros(len(tokens), width, dtype=torch.bool)
-    running[:, 0] = torch.tensor(active)
-    input_ids = torch.where(running, torch.tensor(tokens).unsqueeze(1), 0)
-    return OmniBatch.of(
-        input_ids=input_ids,
-        labels=torch.full_like(input_ids, IGNORE_LABEL),
-        position_ids=positions.unsqueeze(1).expand(3, -1, width),
-        segment_ids=torch.where(running, 0, -1),
-        sample_ids=torch.where(running, 0, -1),
-        sample_positions=lengths.unsqueeze(1).expand(-1, width),
-        modality=torch.full_like(input_ids, int(Modality.TEXT)),
-        source_ids=torch.zeros_like(input_ids),
-        attention=packed([[int(running)] for running in active], width),
-    )
+    @property
+    def busy(self) -> bool:
+        """See :class:`~megatron_omni.generation.request.RequestEngine`."""
+        return self._scheduler.busy or self._others_busy or bool(self._events)
 
+    def state(self) -> EngineState:
+        """See :class:`~megatron_omni.generation.request.RequestEngine`."""
+        scheduler = self._scheduler
+        return EngineState(
+            waiting=len(scheduler.waiting),
+            running=len(scheduler.running),
+            cache_tokens=scheduler.pool.taken - scheduler.kept_tokens,
+            prefix_tokens=scheduler.kept_tokens,
+            budget_tokens=scheduler.pool.budget,
+            set_back=scheduler.num_set_back,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            generated_tokens=self._generated_tokens,
+        )
 
-def _idle_prompt(width: int) -> OmniBatch:
-    """One token, for a rank that has nothing to answer but whose experts are needed."""
-    nothing = torch.zeros(1, dtype=torch.int64)
-    return decode_batch([0], [True], lengths=nothing, positions=nothing, width=width)
+    def weights_changed(self) -> None:
+        """See :class:`~megatron_omni.generation.request.RequestEngine`."""
+        assert not self._scheduler.busy, "running answers have keys and values of the old weights"
+        self._scheduler.forget_kept()
 
+    def follow(self) -> None:
+        """Compute what the leader plans, until it closes the engine; the other ranks of a replica call this."""
+        assert not self.leads
+        self._replica.follow()
 
-def _forward(
-    omni: OmniModel,
-    batch: OmniBatch,
-    cache: KVCache,
-    pg: ProcessGroupCollection,
-    *,
-    new: Sequence[int],
-    last: Tensor,
-) -> Tensor | None:
-    """This stage's part of one forward: logits [B, V] float32 at positions ``last`` [B], None before the last stage.
+    def release(self) -> None:
+        """Let the other ranks return from :meth:`follow`; they may follow again."""
+        self._order(STOP, StepPlan())
+        self._released = True
 
-    Row b's first ``new[b]`` tokens follow those that slot b of the cache holds.
-    """
-    where = place_in(pg)
-    rows, length = batch.input_ids.shape
-    if not where.is_first_stage:
-        batch = replace(batch, pixel_values=None, audio_features=None)
-    tokens = [(row, row * length, number) for row, number in enumerate(new)]
-    batch = replace(batch, attention=cache.extend(tokens, rows * length)).to(device())
-    if not where.is_first_stage:
-        shape = (length // where.tp_size, rows, omni.config.hidden_size)
-        hidden = torch.empty(shape, dtype=next(omni.parameters()).dtype, device=device())
-        dist.recv(hidden, group=pg.pp, group_src=where.pp_rank - 1)
-        omni.set_input_tensor(hidden)
-    where_asked = last.unsqueeze(1).to(device())
-    output = omni(batch, step=0, stochastic=False, compute_loss=False, logits_positions=where_asked)
-    if where.is_last_stage:
-        return output.squeeze(1).float()
-    dist.send(output.contiguous(), group=pg.pp, group_dst=where.pp_rank + 1)
-    return None
-
-
-def _broadcast_from_last_stage(tokens: Tensor, pg: ProcessGroupCollection) -> Tensor:
-    """The last stage's tokens (those of its first tensor rank) on every rank of the replica."""
-    if pg.pp.size() > 1:
-        dist.broadcast(tokens, group=pg.pp, group_src=pg.pp.size() - 1)
-    if pg.tp.size() > 1:
-        dist.broadcast(tokens, group=pg.tp, group_src=0)
-    return tokens
-
-
-def _anyone_continues(answers: list[list[int]], active: list[bool], pg: ProcessGroupCollection) -> bool:
-    """Whether a row is unfinished, here or (EP > 1) on any data-parallel rank; raises on all of them for bad logits."""
-    broken = any(answer and answer[-1] == INVALID_TOKEN for answer in answers)
-    state = torch.tensor([any(active), broken], dtype=torch.int32, device=device())
-    if pg.ep.size() > 1:
-        dist.all_reduce(state, op=dist.ReduceOp.MAX, group=pg.dp)
-    if state[1]:
-        raise FloatingPointError("the model's logits are not finite: the checkpoint is damaged or training diverged")
-    return bool(state[0])
-
-
-def _unwrap(model: nn.Module) -> OmniModel:
-    """The OmniModel under data-parallel and precision wrappers."""
-    while not isinstance(model, OmniModel):
-        model = cast(nn.Module, model.module)
-    return model
-
-
-@contextmanager
-def _evaluation_mode(omni: OmniModel) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode afterwards (frozen encoders may have been in it before)."""
-    modes = [(module, module.training) for module in omni.modules()]
-    omni.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
+    def close(self) -> None:
+        """See :class:`~megatron_omni.generation.request.RequestEngine`."""
+        if self._closed:
+            return
+        self._closed = True
+        if self.leads and not self._released:
+            self.release()
+        del self._replica.cache
+        for module, mode in self._modes:
             module.training = mode
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------------------ requests
+
+    def _check(self, request: Request) -> None:
+        prompt, model = request.prompt, self._replica.omni.language.model_config
+        if request.name in self._numbers:
+            raise ValueError(f"name is {request.name!r}, which a request that has not finished has")
+        check_ids(prompt.input_ids.unique().tolist(), model.vocab_size, "prompt")
+        check_ids(request.stop_ids, model.vocab_size, "stop_ids")
+        wanted = f"prompt has {prompt.length} tokens and max_new_tokens is {request.max_new_tokens}, together "
+        if not self._scheduler.fits(request.num_tokens):
+            raise ValueError(
+                f"{wanted}{request.num_tokens}; an answer can have {self._scheduler.pool.largest} positions of the cache: "
+                "shorten either, or raise cache_tokens"
+            )
+        pictures, sound = media_places(prompt.modality.numpy())
+        for config, places, inputs, rows in (
+            ("model.vision", pictures, prompt.tiles, model.vision.pooled_side**2 if model.vision else 0),
+            ("model.audio", sound, prompt.chunks, model.audio.num_query_tokens if model.audio else 0),
+        ):
+            given = 0 if inputs is None else len(inputs)
+            if len(places) != given * rows or (given and not rows):
+                raise ValueError(
+                    f"prompt has {len(places)} placeholders for {given} encoder inputs of {config}, which gives {rows} "
+                    "rows for each; build it with the model's own recipe"
+                )
+
+    def _prefixes_of(self, request: Request, number: int) -> list[Prefix]:
+        """Beginnings of the prompt that may be shared; none where the logits of all of its tokens are wanted."""
+        if request.prompt_logprobs is not None:
+            return []
+        sample, blocks = request.prompt, []
+        if self.limits.prefix_cache and request.reuse_prefix:
+            ids, positions = sample.input_ids.numpy(), sample.position_ids.numpy()
+            blocks = prefixes(ids, positions, media_digests(sample), salt=request.salt)
+        return whole_prompt(blocks, request=number, num_tokens=sample.length) if request.n > 1 else blocks
+
+    # ------------------------------------------------------------------------------------------------ steps and events
+
+    def _order(self, op: int, plan: StepPlan) -> tuple[list[Scored], list[Scored]]:
+        """Have the replica carry out ``plan``, with word of who is new and who has gone."""
+        new = [told for told in map(self._told.__getitem__, plan.admitted) if not told.joined]
+        for told in new:
+            told.joined, told.cached = True, told.answer.cached
+            self._cached_tokens += told.cached
+        sent = {told.number: self._unsent.pop(told.number) for told in new if told.number in self._unsent}
+        orders = Orders(
+            op=op,
+            chunks=plan.chunks,
+            copies=plan.copies,
+            requests=tuple(sent),
+            joined=tuple((told.answer.number, told.number, told.sample) for told in new),
+            answers_gone=tuple(self._answers_gone),
+            requests_gone=tuple(self._requests_gone),
+        )
+        self._answers_gone, self._requests_gone = [], []
+        self._last_word, self._released = time.monotonic(), False
+        return self._replica.lead(orders, list(sent.values()))
+
+    def _count(self, plan: StepPlan) -> None:
+        for chunk in plan.chunks:
+            length = self._told[chunk.answer].request.prompt.length
+            self._prompt_tokens += max(0, min(chunk.start + chunk.length, length) - chunk.start)
+
+    def _take(self, scored: Scored) -> None:
+        """One more token of an answer, and whatever follows from it."""
+        told = self._told[scored.answer]
+        request = told.request
+        if not told.ids and told.sample == 0 and request.prompt_logprobs is not None:
+            self._events.append(
+                PromptEvent(
+                    name=request.name,
+                    logprobs=tuple(logprob for logprob, _ in told.of_prompt),
+                    top=tuple(top[: request.prompt_logprobs] for _, top in told.of_prompt),
+                )
+            )
+        if scored.token == INVALID_TOKEN:
+            self._finish(scored.answer, "error", message=NOT_FINITE)
+            return
+        told.ids.append(scored.token)
+        self._generated_tokens += 1
+        is_end = scored.token in request.stop_ids or (scored.token in self.tokenizer.eos_ids and not request.ignore_eos)
+        piece = Piece() if is_end or told.stream is None else told.stream.add(scored.token)
+        self._events.append(
+            TokenEvent(
+                name=request.name,
+                sample=told.sample,
+                id=scored.token,
+                logprob=scored.logprob,
+                top=scored.top[: request.logprobs or 0],
+                text=piece.text,
+                reasoning=piece.reasoning,
+                is_end=is_end,
+            )
+        )
+        if is_end:
+            self._finish(scored.answer, "stop", stop=scored.token)
+        elif piece.stop is not None:
+            self._finish(scored.answer, "stop", stop=piece.stop)
+        elif len(told.ids) == request.max_new_tokens:
+            self._finish(scored.answer, "length")
+        else:
+            self._scheduler.add_token(scored.answer)
+
+    def _finish(
+        self, number: int, reason: FinishReason, *, stop: int | str | None = None, message: str | None = None
+    ) -> None:
+        told = self._told.pop(number)
+        request = told.request
+        self._scheduler.finish(number, self._all_prefixes(told), spoilt=reason in ("error", "cancelled"))
+        if told.joined:
+            self._answers_gone.append(number)
+        self._open[told.number].remove(number)
+        if not self._open[told.number]:
+            del self._open[told.number], self._numbers[request.name]
+            if self._unsent.pop(told.number, None) is None:
+                self._requests_gone.append(told.number)
+        stream = told.stream
+        last = Piece() if stream is None or isinstance(stop, str) else stream.flush()
+        self._events.append(
+            FinishedEvent(
+                name=request.name,
+                sample=told.sample,
+                reason=reason,
+                usage=Usage(
+                    prompt=request.prompt.length,
+                    cached=told.cached,
+                    completion=len(told.ids),
+                    reasoning=0 if stream is None else stream.num_reasoning_tokens,
+                ),
+                stop=stop,
+                text=last.text,
+                reasoning=last.reasoning,
+                message=message,
+            )
+        )
+
+    def _all_prefixes(self, told: _Told) -> list[Prefix] | None:
+        """Beginnings of all that an answer has said: a conversation that goes on begins so. None: it is not kept."""
+        if not told.answer.keep or not told.joined:
+            return None
+        sample, said = told.request.prompt, np.array(told.ids, dtype=np.int64)
+        positions = np.broadcast_to(sample.next_position + np.arange(len(said)), (3, len(said)))
+        return prefixes(
+            np.concatenate([sample.input_ids.numpy(), said]),
+            np.concatenate([sample.position_ids.numpy(), positions], axis=1),
+            np.concatenate([media_digests(sample), np.zeros_like(said)]),
+            salt=told.request.salt,
+        )
+
+
+def _cache_tokens(model: nn.Module, limits: EngineLimits, pg: ProcessGroupCollection) -> int:
+    """Positions of the cache of a replica."""
+    if limits.cache_tokens is not None:
+        return limits.cache_tokens
+    language = unwrapped(model).language
+    config = language.model_config
+    whole = limits.max_running * extent_size(config.max_position_embeddings)
+    heads = max(1, language.config.num_query_groups // pg.tp.size())
+    layers = config.num_layers // pg.pp.size()
+    bytes_each = 2 * layers * heads * config.kv_channels * next(language.parameters()).element_size()
+    return min(whole, int(CACHE_SHARE * memory_bytes() / bytes_each))
+
+
+def _agreed(number: int, pg: ProcessGroupCollection) -> int:
+    """The leader's number on all ranks of a replica."""
+    if pg.mp.size() == 1:
+        return number
+    box = torch.tensor([number], dtype=torch.int64, device=device())
+    dist.broadcast(box, group=pg.mp, group_src=0)
+    return int(box)
+
+
+def _anyone(flag: bool, group: dist.ProcessGroup) -> bool:
+    """Whether the flag is set on any rank of ``group``."""
+    box = torch.tensor([flag], dtype=torch.int32, device=device())
+    dist.all_reduce(box, op=dist.ReduceOp.MAX, group=group)
+    return bool(box)

@@ -116,6 +116,8 @@ class Request:
     """Text between ``<think>`` and ``</think>`` is given apart (text.py)."""
     reuse_prefix: bool = True
     """May share the cache of an earlier prompt that begins alike, and may leave its own to later ones."""
+    salt: str = ""
+    """Only prompts of the same salt share: how fast an answer comes tells nothing of what others asked."""
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "name", self.name, "a text")
@@ -242,8 +244,8 @@ class RequestEngine(Protocol):
 
     def submit(self, request: Request) -> None:
         """Take a request. Nothing is computed before the next :meth:`step`; its n samples wait for a place in the order
-        of arrival. ValueError where it can never be answered here: more tokens than the model's positions or than the
-        cache, a token that the vocabulary has not, a name that is taken."""
+        of arrival. ValueError where it can never be answered here: more tokens than the cache has positions, a token that
+        the vocabulary has not, media that the model has no encoder for, a name that is taken."""
         ...
 
     def cancel(self, name: str) -> None:
@@ -272,7 +274,7 @@ class RequestEngine(Protocol):
         ...
 
     def close(self) -> None:
-        """Let the other ranks go (their ``follow()`` returns) and free the cache."""
+        """Let the other ranks go (their ``follow()`` returns), free the cache and leave the model as it was."""
         ...
 
 

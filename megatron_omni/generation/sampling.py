@@ -1,15 +1,32 @@
-"""Choice of the next token from logits: greedy, temperature and top-p (nucleus), as pure functions.
+"""Choice of the next token from logits, for many answers at once, each with settings of its own.
 
-p = softmax(z / temperature) over the real vocabulary (columns added to make the table divisible are never chosen). The
-nucleus is the shortest prefix of the tokens, sorted by falling p (ties: lower id first), whose sum reaches ``top_p``
-(Holtzman et al. 2019). A token is drawn by inverting the cumulative sum of the nucleus *in the order of token ids*,
-with one uniform number per (seed, row, step): the draw does not depend on what else is in the batch nor on the layout
-of the model, and a rounding difference in the logits moves it only when it falls on a boundary.
+For one row of logits z [V], V the model's vocabulary (the columns that the loss is over, models/language.py):
 
-Shapes: B rows, V columns of the logits (padded vocabulary). Arithmetic is float64.
+    z <- z / r where z > 0 else z r      tokens of the prompt or the answer, r = repetition_penalty (Keskar et al. 2019)
+    z <- z - f count - p [count > 0]     count = times that the answer has the token, f frequency_, p presence_penalty
+    z <- -inf                            tokens that may not be chosen yet (``min_new_tokens``)
+    greedy: the largest z, the lowest id among equals
+    q = softmax(z / temperature)
+    q <- 0 where q < min_p max q
+    q <- 0 but the ``top_k`` most likely
+    q <- 0 but the nucleus: the shortest run of the tokens, sorted by falling q, whose sum reaches top_p of the sum of q
+                                         (Holtzman et al. 2019); among equals the lower id first
+
+A token is drawn by inverting the cumulative sum of q *in the order of token ids*, with one uniform number for each
+(seed, number of the token in the answer): the draw does not depend on what else is computed nor on the layout of the
+model, and a rounding difference in the logits moves it only when it falls on a boundary.
+
+Probabilities are float32, their sums float64. The k most likely tokens and the nucleus are found without sorting: both
+are the smallest set of the largest values whose weights reach a goal, which two histograms over the upper and the lower
+half of a float32's bits give exactly (:func:`smallest_upper_set`). On an accelerator no shape depends on a value, so
+nothing waits for it.
+
+Shapes: R rows, V columns.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,48 +36,165 @@ from megatron_omni.platform.seeds import named_seed
 
 INVALID_TOKEN = -1
 """Returned in place of a token where a row's logits are not finite."""
+_HALF_BITS = 15
+"""A float32 from 0 to 2 has 30 bits."""
 
 
-def uniform_draw(seed: int, row: int, step: int) -> float:
-    """A number in [0, 1) that belongs to (seed, row, step) for all time, with 53 bits."""
-    return (named_seed(seed, "sampling", row, step) >> 10) / 2**53
+def derived_seed(seed: int, number: int) -> int:
+    """Seed of sample ``number`` of a request with ``seed``; its own is that of sample 0."""
+    return seed if number == 0 else named_seed(seed, "sample", number)
 
 
-def nucleus_mask(probabilities: Tensor, top_p: float) -> Tensor:
-    """[B, V] bool: the smallest set of most likely tokens whose probability reaches ``top_p``; at least one token."""
-    if top_p >= 1.0:
-        return torch.ones_like(probabilities, dtype=torch.bool)
-    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    kept = torch.ones_like(ordered, dtype=torch.bool)
-    kept[:, 1:] = ordered.cumsum(-1)[:, :-1] < top_p
-    return torch.zeros_like(kept).scatter_(-1, order, kept)
+def uniform_draw(seed: int, step: int) -> float:
+    """A number in [0, 1) that belongs to (seed, step) for all time, with 53 bits."""
+    return (named_seed(seed, "sampling", step) >> 10) / 2**53
 
 
-def next_token_probabilities(logits: Tensor, sampling: Sampling, *, vocab_size: int) -> Tensor:
-    """[B, vocab_size] float64 distribution that a temperature above 0 samples from; rows sum to 1."""
-    assert sampling.temperature > 0.0, "greedy decoding has no distribution"
-    probabilities = torch.softmax(logits[:, :vocab_size].double() / sampling.temperature, dim=-1)
-    kept = probabilities * nucleus_mask(probabilities, sampling.top_p)
-    return kept / kept.sum(-1, keepdim=True)
+class History:
+    """What an answer with penalties has said: counts that grow by one token at a time."""
+
+    def __init__(self, prompt: Tensor, vocab_size: int, device: torch.device) -> None:
+        """``prompt`` [L] int64 ids, anywhere; ids from ``vocab_size`` on count nothing."""
+        self.in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        self.in_prompt[prompt[prompt < vocab_size].to(device)] = True
+        self.count = torch.zeros(vocab_size, dtype=torch.float32, device=device)
+
+    def add(self, token: int) -> None:
+        """The answer has one more token."""
+        self.count[token] += 1.0
+
+    def penalise(self, logits: Tensor, sampling: Sampling) -> None:
+        """Apply the penalties to ``logits`` [V] in place."""
+        said = self.count > 0
+        if sampling.repetition_penalty != 1.0:
+            penalised = torch.where(
+                logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty
+            )
+            logits.copy_(torch.where(said | self.in_prompt, penalised, logits))
+        logits.sub_(sampling.frequency_penalty * self.count + sampling.presence_penalty * said)
 
 
-def next_tokens(
-    logits: Tensor, sampling: Sampling, *, vocab_size: int, seed: int, rows: Sequence[int], step: int
-) -> Tensor:
-    """[B] int64: the token that follows each row of ``logits`` [B, V]; INVALID_TOKEN where they are not finite.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """How the token of one row is chosen."""
 
-    ``rows`` names each row of the batch (the prompt's number in the caller's list), ``step`` counts generated tokens.
-    """
-    assert logits.size(0) == len(rows), "one row name for each row of logits"
-    real = logits[:, :vocab_size]
-    if sampling.temperature == 0.0:
-        tokens = real.argmax(-1)
+    sampling: Sampling
+    step: int
+    """Number of the token in the answer."""
+    history: History | None = None
+    """Of the answer, where there are penalties."""
+    forbidden: Sequence[int] = field(default=())
+    """Tokens that cannot be chosen."""
+
+
+def choose(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
+    """[R] int64: the token of each row of ``logits`` [R, V] float32; INVALID_TOKEN where they are not finite."""
+    assert len(logits) == len(choices), "one choice for each row of logits"
+    finite = logits.sum(-1).isfinite()  # one that is not makes the sum so
+    changed = [i for i, c in enumerate(choices) if c.history is not None or c.forbidden]
+    if changed:
+        logits = logits.clone()
+        for i in changed:
+            if (history := choices[i].history) is not None:
+                history.penalise(logits[i], choices[i].sampling)
+            if choices[i].forbidden:
+                logits[i, list(choices[i].forbidden)] = -torch.inf
+    drawn = [i for i, c in enumerate(choices) if c.sampling.temperature > 0.0]
+    if len(drawn) < len(choices):
+        tokens = logits.argmax(-1)
+        if drawn:
+            tokens[drawn] = _drawn(logits[drawn], [choices[i] for i in drawn])
     else:
-        cumulative = next_token_probabilities(logits, sampling, vocab_size=vocab_size).cumsum(-1)
-        total = cumulative[:, -1:]
-        draws = [uniform_draw(seed, row, step) for row in rows]
-        point = total * torch.tensor(draws, dtype=torch.float64, device=logits.device).unsqueeze(-1)
-        point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
-        # right=True: the first token whose cumulative sum exceeds the point, hence one of positive probability.
-        tokens = torch.searchsorted(cumulative, point, right=True).squeeze(-1).clamp_(max=vocab_size - 1)
-    return torch.where(torch.isfinite(real).all(-1), tokens, INVALID_TOKEN)
+        tokens = _drawn(logits, choices)
+    return torch.where(finite, tokens, INVALID_TOKEN)
+
+
+def token_log_probabilities(logits: Tensor, tokens: Tensor, *, top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[R] float32 log-probabilities of ``tokens`` [R] under the model, and the ``top`` most likely ids and theirs,
+    [R, top] each, falling. A token of INVALID_TOKEN gets the value of any."""
+    normalizer = logits.logsumexp(-1, keepdim=True)
+    chosen = logits.gather(-1, tokens.clamp_min(0).unsqueeze(-1)) - normalizer
+    values, ids = logits.topk(min(top, logits.shape[-1]), dim=-1)
+    return chosen.squeeze(-1), ids, values - normalizer
+
+
+def smallest_upper_set(values: Tensor, weights: Tensor, goal: Tensor) -> Tensor:
+    """[R, V] bool: per row the smallest set of the largest ``values`` whose ``weights`` sum to ``goal`` or more.
+
+    ``values`` [R, V] float32 from 0 to 1; ``weights`` [R, V] float64, not negative; ``goal`` [R, 1] float64, positive.
+    Among equal values the lower index first; all where the sum of all is less than the goal.
+    """
+    bits = values.contiguous().view(torch.int32)  # as integers they are in the same order
+    upper = bits >> _HALF_BITS
+    bucket, goal = _crossed(upper, weights, goal)
+    inside = upper == bucket
+    if values.device.type == "cpu":  # few columns, and nothing waits
+        columns = inside.any(0).nonzero().squeeze(1)
+        bits, inside, weights = bits[:, columns], inside[:, columns], weights[:, columns]
+    weights = weights * inside
+    edge, goal = _crossed(bits & ((1 << _HALF_BITS) - 1), weights, goal)
+    edge = (bucket << _HALF_BITS) | edge
+    kept = values > edge.view(torch.float32)
+    ties = bits == edge
+    weights = weights * ties
+    ties &= weights.cumsum(-1) - weights < goal  # ties have one value, so this is exact enough
+    if values.device.type == "cpu":
+        kept[:, columns] |= ties
+        return kept
+    return kept | ties
+
+
+def _crossed(buckets: Tensor, weights: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+    """[R, 1] int32: the bucket, from the highest down, with which the sum of weights reaches the goal; what of the goal
+    is left when all above it are taken."""
+    sums = weights.new_zeros(len(weights), 1 << _HALF_BITS).scatter_add_(-1, buckets.long(), weights)
+    sums = sums.flip(-1).cumsum(-1)
+    place = torch.searchsorted(sums, goal).clamp_max_(sums.shape[-1] - 1)
+    above = torch.where(place > 0, sums.gather(-1, (place - 1).clamp_min(0)), 0.0)
+    return (sums.shape[-1] - 1 - place).int(), goal - above
+
+
+def _drawn(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
+    """[R] tokens of rows with a temperature."""
+
+    def column(values: list[Any], dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=logits.device).unsqueeze(-1)
+
+    settings = [choice.sampling for choice in choices]
+    scaled = logits / column([s.temperature for s in settings], torch.float32)
+    weights = torch.softmax(scaled, -1)
+    if any(s.min_p > 0.0 for s in settings):
+        least = weights.amax(-1, keepdim=True) * column([s.min_p for s in settings], torch.float32)
+        weights = torch.where(weights >= least, weights, 0.0)
+    if any(s.top_k > 0 for s in settings):
+        goal = column([s.top_k or logits.shape[-1] for s in settings])
+        weights = torch.where(smallest_upper_set(weights, (weights > 0).double(), goal), weights, 0.0)
+    if any(s.top_p < 1.0 for s in settings):
+        wide = weights.double()
+        goal = wide.sum(-1, keepdim=True) * column([s.top_p if s.top_p < 1.0 else 2.0 for s in settings])
+        weights = torch.where(smallest_upper_set(weights, wide, goal), weights, 0.0)
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    point = total * column([uniform_draw(choice.sampling.seed, choice.step) for choice in choices])
+    point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
+    # right=True: the first token whose cumulative sum exceeds the point, hence one of positive probability.
+    return torch.searchsorted(cumulative, point, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+
+
+def next_token_probabilities(logits: Tensor, choice: Choice) -> Tensor:
+    """[V] float64 distribution of the next token after ``logits`` [V], straight from the definition above; the
+    reference of :func:`choose`."""
+    z, s = logits.double().clone(), choice.sampling
+    assert s.temperature > 0.0, "greedy decoding has no distribution"
+    if choice.history is not None:
+        count, seen = choice.history.count, (choice.history.count > 0) | choice.history.in_prompt
+        z[seen] = torch.where(z[seen] > 0, z[seen] / s.repetition_penalty, z[seen] * s.repetition_penalty)
+        z -= s.frequency_penalty * count + s.presence_penalty * (count > 0)
+    z[list(choice.forbidden)] = -torch.inf
+    q = torch.softmax(z / s.temperature, -1)
+    q[q < s.min_p * q.max()] = 0.0
+    order = q.sort(descending=True, stable=True).indices
+    q[order[s.top_k or len(q) :]] = 0.0
+    reached = q[order].cumsum(-1) >= s.top_p * q.sum()
+    q[order[int(reached.int().argmax()) + 1 :] if s.top_p < 1.0 else []] = 0.0
+    return q / q.sum()

@@ -66,11 +66,15 @@ class Chunk:
     """Its last token is the last known one: the logits there choose the next."""
 
 
+NOTHING = -1
+
+
 @dataclass(frozen=True, slots=True)
 class Copy:
     """Move ``length`` positions of the cache; the two places do not overlap."""
 
     source: int
+    """NOTHING: zeros."""
     target: int
     length: int
 
@@ -129,6 +133,7 @@ class Scheduler:
         """Prefix -> whose extents hold it."""
         self._computing: dict[int, Answer] = {}
         """Group -> who computes its prompt."""
+        self._spoilt: list[Copy] = []
 
     @property
     def busy(self) -> bool:
@@ -151,7 +156,8 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """The next step; empty where there is nothing to compute."""
-        step = _Step()
+        step = _Step(copies=self._spoilt)
+        self._spoilt = []
         self._grow(step)
         self._admit(step)
         self._share_out(step)
@@ -171,12 +177,19 @@ class Scheduler:
         assert answer.computed == answer.known, "a token follows from the last known one"
         answer.known += 1
 
-    def finish(self, number: int, prefixes: Sequence[Prefix] | None = None) -> None:
-        """An answer leaves, wherever it is. ``prefixes`` of all that it said, in place of its prompt's, if it is kept."""
+    def finish(self, number: int, prefixes: Sequence[Prefix] | None = None, *, spoilt: bool = False) -> None:
+        """An answer leaves, wherever it is. ``prefixes`` of all that it said, in place of its prompt's, if it is kept.
+
+        ``spoilt``: its keys and values may not be finite. Nobody may find them, and the next plan overwrites them.
+        """
         if self.waiting.pop(number, None) is not None:
             return
         answer = self.running.pop(number)
         extent = self._let_go(answer)
+        if spoilt:
+            self._spoilt.append(Copy(NOTHING, extent.offset, extent.size))
+            self.pool.free(extent)
+            return
         held = [p for p in prefixes or answer.prefixes if p.num_tokens <= answer.computed]
         if answer.keep and held and not any(isinstance(h, _Kept) for h in self._holders.get(held[-1].name, ())):
             kept = self._kept[extent.offset] = _Kept(extent, held)

@@ -187,17 +187,6 @@ def varlen_calls(segments: AttentionSegments, num_keys: int, device: torch.devic
     return segments.derived[name]
 
 
-def new_keys(segments: AttentionSegments, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens of all queries of causal ``segments``, and the places of their own keys: [n] int64 each."""
-    name = ("new keys", device)
-    if name not in segments.derived:
-        segments.derived[name] = (
-            _sent(_joined(s.queries for s in segments.segments), device),
-            _sent(_joined(s.own_keys for s in segments.segments), device),
-        )
-    return segments.derived[name]
-
-
 def _joined(ranges: Iterable[range]) -> Tensor:
     return torch.cat([torch.arange(r.start, r.stop) for r in ranges] or [torch.arange(0)])
 

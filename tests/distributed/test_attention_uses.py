@@ -4,7 +4,6 @@ One step of four micro-batches: packed samples, two prompts with responses, pref
 that fills its row. What they must equal is one rank whose attention is the masked formula in float64.
 """
 
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -19,8 +18,11 @@ from megatron_omni.config.parallel import ParallelConfig
 from megatron_omni.config.run import Recipe
 from megatron_omni.data.collate import collate
 from megatron_omni.data.sample import Sample
+from megatron_omni.generation.cache import KVCache
+from megatron_omni.generation.extents import Extent
+from megatron_omni.generation.scheduler import Chunk
 from megatron_omni.models import attention
-from megatron_omni.models.attention import KVCache, kv_cache
+from megatron_omni.models.attention import kv_cache
 from megatron_omni.models.build import build_model
 from megatron_omni.parallel.schedule import run_step
 from megatron_omni.parallel.wrap import unwrap_model, wrap_model
@@ -123,15 +125,16 @@ def one_step(rank: Rank, parallel: ParallelConfig, by_formula: bool) -> dict[str
     found: dict[str, Any] = {"losses": {}, "grads": grads}
     slots = [torch.randint(0, 60, (13,), generator=torch.Generator().manual_seed(slot)) for slot in range(3)]
     whole = logits(row_of_tokens([(ids, 0) for ids in slots]))
-    with kv_cache(KVCache(num_slots=3)) as cache:
-        pieces = []
-        for new in CACHED:
-            parts = [
-                (slots[slot][before : before + n], before) for (slot, _, n) in new for before in [cache.lengths[slot]]
-            ]
-            batch = row_of_tokens(parts)
-            batch = replace(batch, attention=cache.extend(new, batch.input_ids.numel()))
-            pieces.append((new, logits(batch)))
+    cache, lengths, pieces = KVCache(3 * 32), [0, 0, 0], []
+    for new in CACHED:
+        chunks = [Chunk(slot, lengths[slot], n, Extent(32 * slot, 32), False) for slot, _, n in new]
+        places = torch.cat([torch.arange(c.start, c.start + c.length) + c.extent.offset for c in chunks])
+        cache.begin(chunks, places)
+        with kv_cache(cache):
+            parts = [(slots[c.answer][c.start : c.start + c.length], c.start) for c in chunks]
+            pieces.append((new, logits(row_of_tokens(parts))))
+        for slot, _, n in new:
+            lengths[slot] += n
     if omni.post_process:
         found["losses"] = {name: loss.numpy() for name, loss in zip(mine, losses)}
         assert whole is not None

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -11,11 +12,14 @@ from megatron_omni.batch import IGNORE_LABEL, label_places
 from megatron_omni.config.model import ModelConfig
 from megatron_omni.config.optim import OptimConfig
 from megatron_omni.config.run import Recipe
-from megatron_omni.models.attention import KVCache, kv_cache
+from megatron_omni.generation.cache import KVCache
+from megatron_omni.generation.extents import Extent
+from megatron_omni.generation.scheduler import Chunk
+from megatron_omni.models.attention import kv_cache
 from megatron_omni.models.build import build_language_model
 from megatron_omni.models.language import LanguageModel
 from megatron_omni.parallel import groups
-from megatron_omni.segments import packed
+from megatron_omni.segments import AttentionSegments, packed
 
 VOCAB, LAYERS, HEADS, KV_GROUPS, HEAD_DIM, WIDTH, FFN = 250, 3, 4, 2, 16, 64, 96
 
@@ -142,32 +146,34 @@ def _slice(ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def test_cached_decoding_equals_the_whole_sequence(pg: ProcessGroupCollection) -> None:
-    """Two prompts of different length, the shorter one padded at its end, then five single tokens each."""
+    """Two prompts of different length in one row, one of them in two parts, then a token of each and padding a step."""
     ours = build_language_model(_recipe(), pg).eval()
-    ids, lengths, new = _inputs()["input_ids"], torch.tensor([12, 8]), 5
+    ids, lengths = _inputs()["input_ids"], [12, 8]
     expected = ours(**_inputs(), ctx=None)
-    cache = KVCache(num_slots=2)
-    positions = torch.arange(12).expand(3, 2, 12)
-    with kv_cache(cache):
-        attention = cache.extend([(0, 0, 12), (1, 12, 8)], 24)
-        last = ours(
-            input_ids=ids[:, :12], position_ids=positions, attention=attention, ctx=None,
-            logits_positions=(lengths - 1)[:, None],
-        )  # fmt: skip
-        for step in range(new):
-            position = lengths + step
-            for row in range(2):
-                torch.testing.assert_close(last[row, 0], expected[row, position[row] - 1], rtol=1e-4, atol=1e-5)
-            # One token of each and one to throw away, as tensor parallelism needs.
-            token = ids.gather(1, position[:, None])
-            last = ours(
-                input_ids=torch.cat([token, token], dim=1),
-                position_ids=torch.stack([position, position * 0], dim=1).expand(3, 2, 2),
-                attention=cache.extend([(0, 0, 1), (1, 2, 1)], 4),
+    cache = KVCache(128)
+    extents = [Extent(32, 32), Extent(64, 32)]
+
+    def compute(parts: list[tuple[int, int, int]]) -> None:
+        """(row, start, length) of each part; every logit is compared."""
+        chunks = [Chunk(row, start, length, extents[row], False) for row, start, length in parts]
+        tokens = [(row, i) for row, start, length in parts for i in range(start, start + length)]
+        padding = 4 - len(tokens) % 4
+        rows, places = (torch.tensor([t[i] for t in tokens]) for i in (0, 1))
+        cache.begin(chunks, places + 32 * (rows + 1))
+        size = len(tokens) + padding
+        with kv_cache(cache):
+            logits = ours(
+                input_ids=F.pad(ids[rows, places], (0, padding))[None],
+                position_ids=F.pad(places, (0, padding)).expand(3, 1, size),
+                attention=AttentionSegments((), size),  # the cache knows
                 ctx=None,
-                logits_positions=torch.zeros(2, 1, dtype=torch.long),
             )
-    assert cache.lengths == [12 + new, 8 + new]
+        torch.testing.assert_close(logits[0, : len(tokens)], expected[rows, places], rtol=1e-4, atol=1e-5)
+
+    compute([(0, 0, 7)])
+    compute([(1, 0, 8), (0, 7, 5)])
+    for step in range(5):
+        compute([(row, lengths[row] + step, 1) for row in (0, 1)])
 
 
 def test_recompute_gives_the_same_gradients(pg: ProcessGroupCollection) -> None:

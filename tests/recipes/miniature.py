@@ -267,7 +267,7 @@ def rehearse(rank: Rank, recipe: Recipe, data: Path) -> None:
     dist.barrier()
     sizes = [f"parallel.{f.name}={getattr(recipe.parallel, f.name)}" for f in _sizes(recipe.parallel)]
     checkpoint = open_checkpoint(Path(recipe.run_dir), overrides=sizes, pg=pg)
-    settings = {"max_new_tokens": 4, "sampling": Sampling(temperature=0.0, top_p=1.0), "seed": 0, "batch_size": 1}
+    settings = {"max_new_tokens": 4, "sampling": Sampling(), "batch_size": 1}
     answer_one(checkpoint, parse_record(question(data)), out=Path(recipe.run_dir) / "answer", **settings)
     dist.barrier()
     assert (Path(recipe.run_dir) / "answer" / ANSWER).is_file()

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_omni.cli.generate import main, parse, user_record
 from megatron_omni.data.record import parse_record
-from megatron_omni.generation.engine import generate
+from megatron_omni.generation.batches import generate
 from megatron_omni.generation.load import open_checkpoint
 from tests.distributed.harness import Rank, run_ranks
 from tests.distributed.tiny_run import chat, make_corpus, run_tiny, tiny_recipe

@@ -1,47 +1,80 @@
-"""Choice of the next token: the nucleus against its definition, temperature, and draws that belong to their row."""
+"""Choice of the next token: every rule against its definition in float64, and draws that belong to their answer."""
 
+import itertools
 import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_omni.generation.request import GREEDY, Sampling
 from megatron_omni.generation.sampling import (
     INVALID_TOKEN,
+    Choice,
+    History,
+    choose,
+    derived_seed,
     next_token_probabilities,
-    next_tokens,
-    nucleus_mask,
+    smallest_upper_set,
+    token_log_probabilities,
     uniform_draw,
 )
 
 
-def nucleus_by_definition(probabilities: list[float], top_p: float) -> set[int]:
-    """Add tokens from the most likely one down until the sum reaches ``top_p``."""
+def upper_set_by_definition(values: list[float], weights: list[float], goal: float) -> set[int]:
+    """Add places from the largest value down, the lower place first, until the weights reach the goal."""
     chosen: set[int] = set()
     mass = 0.0
-    for token in sorted(range(len(probabilities)), key=lambda t: (-probabilities[t], t)):
-        chosen.add(token)
-        mass += probabilities[token]
-        if mass >= top_p:
+    for place in sorted(range(len(values)), key=lambda t: (-values[t], t)):
+        chosen.add(place)
+        mass += weights[place]
+        if mass >= goal:
             break
     return chosen
 
 
-@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.5, 0.9, 0.999, 1.0])
-def test_nucleus_equals_its_definition(top_p: float) -> None:
+def rows_of_probabilities(rows: int = 50, columns: int = 300) -> Tensor:
     generator = torch.Generator().manual_seed(5)
-    probabilities = torch.softmax(3 * torch.randn(50, 37, dtype=torch.float64, generator=generator), dim=-1)
-    mask = nucleus_mask(probabilities, top_p)
-    for row in range(50):
-        assert set(mask[row].nonzero().flatten().tolist()) == nucleus_by_definition(probabilities[row].tolist(), top_p)
+    scales = torch.linspace(0.01, 8.0, rows).unsqueeze(1)  # from flat ones to one token that has nearly all
+    return torch.softmax(scales * torch.randn(rows, columns, generator=generator), dim=-1)
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.5, 0.9, 0.999, 1.5])
+def test_the_nucleus_equals_its_definition(top_p: float) -> None:
+    values = rows_of_probabilities()
+    goal = top_p * values.sum(-1, keepdim=True, dtype=torch.float64)
+    kept = smallest_upper_set(values, values.double(), goal)
+    for row in range(len(values)):
+        # What is summed in another order may differ in the last bits, and so in the token that reaches the goal exactly.
+        expected = upper_set_by_definition(values[row].tolist(), values[row].double().tolist(), float(goal[row]))
+        assert set(kept[row].nonzero().flatten().tolist()) == expected
+
+
+@pytest.mark.parametrize("k", [1, 2, 17, 299, 300, 400])
+def test_the_most_likely_tokens_equal_their_definition(k: int) -> None:
+    values = rows_of_probabilities()
+    values[:, 40:90] = values[:, 7:8]  # fifty equals, through which some k cut
+    kept = smallest_upper_set(values, torch.ones_like(values).double(), torch.full((50, 1), float(k)).double())
+    for row in range(len(values)):
+        order = sorted(range(300), key=lambda t: (-float(values[row, t]), t))
+        assert set(kept[row].nonzero().flatten().tolist()) == set(order[:k])
+
+
+def test_values_that_differ_in_their_last_bit_are_told_apart() -> None:
+    one = torch.tensor(0.25)
+    more = torch.nextafter(one, torch.tensor(1.0))
+    values = torch.stack([one, more, one, more, torch.tensor(0.0)]).unsqueeze(0)
+    weights = torch.ones(1, 5, dtype=torch.float64)
+    for goal, expected in enumerate([[1], [1, 3], [0, 1, 3], [0, 1, 2, 3]], 1):
+        kept = smallest_upper_set(values, weights, torch.tensor([[float(goal)]], dtype=torch.float64))
+        assert kept[0].nonzero().flatten().tolist() == expected
 
 
 def test_a_sum_that_reaches_top_p_exactly_ends_the_nucleus() -> None:
-    assert nucleus_mask(torch.tensor([[0.15, 0.5, 0.3, 0.05]], dtype=torch.float64), 0.8).sum() == 2
-
-
-def test_ties_of_the_nucleus_go_to_the_lower_token() -> None:
-    assert nucleus_mask(torch.full((1, 4), 0.25, dtype=torch.float64), 0.5).tolist() == [[True, True, False, False]]
+    values = torch.tensor([[0.125, 0.5, 0.25, 0.125]])
+    assert smallest_upper_set(values, values.double(), torch.tensor([[0.75]]).double()).sum() == 2
+    assert smallest_upper_set(torch.full((1, 4), 0.25), torch.full((1, 4), 0.25).double(),
+                              torch.tensor([[0.5]]).double()).tolist() == [[True, True, False, False]]  # fmt: skip
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
@@ -49,73 +82,152 @@ def test_temperature_divides_the_logits(temperature: float) -> None:
     logits = [2.0, -1.0, 0.5, 0.0]
     weights = [math.exp(z / temperature) for z in logits]
     expected = [w / sum(weights) for w in weights]
-    got = next_token_probabilities(torch.tensor([logits]), Sampling(temperature=temperature), vocab_size=4)
-    assert got[0].tolist() == pytest.approx(expected, rel=1e-12)
+    got = next_token_probabilities(torch.tensor(logits), choice(Sampling(temperature=temperature)))
+    assert got.tolist() == pytest.approx(expected, rel=1e-12)
 
 
-def test_probabilities_outside_the_nucleus_are_zero_and_the_rest_sums_to_one() -> None:
-    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64))
-    got = next_token_probabilities(logits, Sampling(temperature=1.0, top_p=0.7), vocab_size=4)
-    assert got[0].tolist() == pytest.approx([0.625, 0.375, 0.0, 0.0], rel=1e-12)
+def test_limits_act_in_their_order_each_on_what_the_one_before_left() -> None:
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64))
+
+    def kept(**limits: float) -> list[float]:
+        return next_token_probabilities(logits, choice(Sampling(temperature=1.0, **limits))).tolist()
+
+    assert kept(top_p=0.7) == pytest.approx([0.625, 0.375, 0.0, 0.0], rel=1e-12)
+    assert kept(min_p=0.3) == pytest.approx([0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0.0], rel=1e-12)
+    assert kept(top_k=2, top_p=0.6) == pytest.approx([1.0, 0.0, 0.0, 0.0]), "0.5 is 0.625 of what two tokens have"
 
 
-def test_greedy_takes_the_largest_real_column() -> None:
-    logits = torch.tensor([[0.0, 3.0, 1.0, 99.0], [2.0, -1.0, 0.0, 99.0]])
-    assert next_tokens(logits, GREEDY, vocab_size=3, seed=0, rows=[0, 1], step=0).tolist() == [1, 0]
+def test_penalties_by_hand() -> None:
+    history = History(torch.tensor([0, 3, 99]), 5, torch.device("cpu"))
+    for token in (1, 1, 3):
+        history.add(token)
+    logits = torch.tensor([2.0, 4.0, 6.0, -3.0, 1.0])
+    settings = Sampling(temperature=1.0, repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25, seed=1)
+    history.penalise(logits, settings)
+    assert logits.tolist() == [1.0, 2.0 - 0.5 - 0.5, 6.0, -6.0 - 0.5 - 0.25, 1.0]
 
 
-def test_padded_columns_are_never_sampled() -> None:
-    logits = torch.zeros(200, 8)
-    logits[:, 5:] = 50.0
-    tokens = next_tokens(logits, Sampling(temperature=1.0), vocab_size=5, seed=1, rows=range(200), step=3)
-    assert set(tokens.tolist()) == {0, 1, 2, 3, 4}
+def choice(sampling: Sampling, step: int = 0, **more: object) -> Choice:
+    return Choice(sampling=sampling, step=step, **more)
 
 
-def test_frequencies_follow_the_distribution() -> None:
-    probabilities = torch.tensor([0.1, 0.0, 0.6, 0.3], dtype=torch.float64)
-    n = 20_000
-    logits = torch.log(probabilities + 1e-300).expand(n, 4)
-    tokens = next_tokens(logits, Sampling(temperature=1.0), vocab_size=4, seed=11, rows=range(n), step=0)
-    share = torch.bincount(tokens, minlength=4) / n
-    # Five standard deviations of a binomial share with 20,000 draws is at most 0.018.
-    assert torch.allclose(share.double(), probabilities, atol=0.018)
-    assert share[1] == 0
+def test_greedy_takes_the_largest_and_the_first_of_equals() -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0, 3.0], [2.0, -1.0, 0.0, 1.0]])
+    assert choose(logits, [choice(GREEDY)] * 2).tolist() == [1, 0]
 
 
-def test_a_draw_belongs_to_its_seed_row_and_step() -> None:
-    logits = torch.randn(6, 100, generator=torch.Generator().manual_seed(2))
-    sampling = Sampling(temperature=1.5, top_p=0.95)
-    rows = [4, 9, 0, 17, 3, 8]
-    together = next_tokens(logits, sampling, vocab_size=97, seed=3, rows=rows, step=5)
-    for i, row in enumerate(rows):
-        alone = next_tokens(logits[i : i + 1], sampling, vocab_size=97, seed=3, rows=[row], step=5)
-        assert together[i] == alone[0]
-    backwards = next_tokens(logits.flip(0), sampling, vocab_size=97, seed=3, rows=rows[::-1], step=5)
-    assert backwards.flip(0).tolist() == together.tolist()
+def test_forbidden_tokens_are_never_chosen() -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0], [0.0, 3.0, 1.0]])
+    choices = [choice(GREEDY, forbidden=(1,)), choice(Sampling(temperature=1e-3), forbidden=(1, 2))]
+    assert choose(logits, choices).tolist() == [2, 0]
+    assert logits[0, 1] == 3.0, "the logits are the caller's"
 
 
-def test_draws_differ_between_seeds_rows_and_steps() -> None:
-    draws = {uniform_draw(seed, row, step) for seed in range(8) for row in range(8) for step in range(8)}
+LIMITS = {
+    "temperature": {"temperature": 0.8},
+    "top_p": {"temperature": 1.0, "top_p": 0.8},
+    "top_k": {"temperature": 1.3, "top_k": 6},
+    "min_p": {"temperature": 1.0, "min_p": 0.2},
+    "penalties": {"temperature": 1.0, "repetition_penalty": 1.7, "presence_penalty": 0.4, "frequency_penalty": 0.3},
+    "all": {"temperature": 1.2, "top_p": 0.9, "top_k": 9, "min_p": 0.05, "repetition_penalty": 1.3,
+            "presence_penalty": -0.4, "frequency_penalty": 0.3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_frequencies_follow_the_distribution(name: str) -> None:
+    """Chi-square of 6,000 draws against the reference."""
+    n, vocabulary = 6_000, 24
+    logits = 1.5 * torch.randn(vocabulary, generator=torch.Generator().manual_seed(8))
+    sampling = Sampling(seed=3, **LIMITS[name])
+    history = None
+    if sampling.penalised:
+        history = History(torch.tensor([1, 4, 4]), vocabulary, torch.device("cpu"))
+        for token in (2, 2, 4, 9):
+            history.add(token)
+    rule = choice(sampling, history=history)
+    expected = next_token_probabilities(logits, rule)
+    tokens = torch.cat(
+        [
+            choose(logits.expand(20, -1), [choice(sampling, step, history=history) for step in range(a, a + 20)])
+            for a in range(0, n, 20)
+        ]
+    )
+    counts = torch.bincount(tokens, minlength=vocabulary).double()
+    possible = expected > 0
+    assert counts[~possible].sum() == 0
+    chi_square = ((counts - n * expected).square()[possible] / (n * expected)[possible]).sum()
+    freedom = int(possible.sum()) - 1
+    assert chi_square < freedom + 4.5 * math.sqrt(2 * freedom) + 4.5, f"{chi_square} with {freedom} degrees of freedom"
+
+
+def test_every_draw_is_the_one_that_the_reference_gives() -> None:
+    """The token is where the reference's cumulative sum passes the draw, boundaries within rounding aside."""
+    vocabulary, rows = 2_000, 30
+    generator = torch.Generator().manual_seed(6)
+    logits = torch.linspace(0.1, 6, rows).unsqueeze(1) * torch.randn(rows, vocabulary, generator=generator)
+    settings = [Sampling(seed=i, **limits) for i, limits in zip(range(rows), itertools.cycle(LIMITS.values()))]
+    choices = [choice(s, step=7) for s in settings]
+    tokens = choose(logits, choices).tolist()
+    for row, rule in enumerate(choices):
+        before = next_token_probabilities(logits[row], rule).cumsum(-1)
+        draw = uniform_draw(rule.sampling.seed, 7)
+        low = float(before[tokens[row] - 1]) if tokens[row] else 0.0
+        assert low - 1e-5 <= draw <= float(before[tokens[row]]) + 1e-5
+
+
+def test_a_row_is_chosen_as_if_it_were_alone() -> None:
+    logits = torch.randn(12, 100, generator=torch.Generator().manual_seed(2))
+    kinds = [GREEDY, *(Sampling(seed=3, **limits) for limits in LIMITS.values())]
+    choices = [
+        choice(kind, step, history=History(torch.tensor([step]), 100, torch.device("cpu")) if kind.penalised else None)
+        for step, kind in zip(range(12), itertools.cycle(kinds))
+    ]
+    together = choose(logits, choices)
+    assert together.tolist() == [int(choose(logits[i : i + 1], [choices[i]])) for i in range(12)]
+    assert choose(logits.flip(0), choices[::-1]).flip(0).tolist() == together.tolist()
+
+
+def test_draws_differ_between_seeds_samples_and_steps() -> None:
+    draws = {
+        uniform_draw(derived_seed(seed, sample), step)
+        for seed in range(8) for sample in range(8) for step in range(8)
+    }  # fmt: skip
     assert len(draws) == 512
     assert all(0.0 <= u < 1.0 for u in draws)
     assert abs(sum(draws) / 512 - 0.5) < 0.07  # 5 standard errors of a uniform mean
-    assert uniform_draw(-1, 0, 0) != uniform_draw(1, 0, 0)
+    assert uniform_draw(-1, 0) != uniform_draw(1, 0)
+    assert derived_seed(5, 0) == 5, "the first sample of a request is the request's only one"
 
 
 def test_a_rounding_difference_in_the_logits_does_not_move_the_draw() -> None:
     generator = torch.Generator().manual_seed(4)
     logits = torch.randn(500, 64, generator=generator)
     noisy = logits + 1e-6 * torch.randn(500, 64, generator=generator)
-    sampling = Sampling(temperature=1.0)
-    first, second = (next_tokens(z, sampling, vocab_size=64, seed=0, rows=range(500), step=0) for z in (logits, noisy))
+    choices = [choice(Sampling(temperature=1.0), step) for step in range(500)]
+    first, second = (choose(z, choices) for z in (logits, noisy))
     assert (first != second).sum() <= 1
 
 
 def test_rows_without_finite_logits_are_reported_and_leave_the_others_alone() -> None:
-    logits = torch.tensor([[0.0, 1.0], [math.nan, 1.0], [1.0, 0.0]])
+    logits = torch.tensor([[0.0, 1.0], [math.nan, 1.0], [1.0, 0.0], [math.inf, 0.0], [0.0, -math.inf]])
     for sampling in (GREEDY, Sampling(temperature=1e-3)):
-        tokens = next_tokens(logits, sampling, vocab_size=2, seed=0, rows=[0, 1, 2], step=0)
-        assert tokens.tolist() == [1, INVALID_TOKEN, 0]
+        tokens = choose(logits, [choice(sampling)] * 5)
+        assert tokens.tolist() == [1, INVALID_TOKEN, 0, INVALID_TOKEN, INVALID_TOKEN]
+
+
+def test_log_probabilities_are_those_of_the_model() -> None:
+    logits = 3 * torch.randn(7, 50, generator=torch.Generator().manual_seed(1))
+    tokens = torch.tensor([0, 49, 3, INVALID_TOKEN, 9, 9, 20])
+    chosen, ids, values = token_log_probabilities(logits, tokens, top=5)
+    expected = torch.log_softmax(logits.double(), -1)
+    known = tokens >= 0
+    torch.testing.assert_close(
+        chosen[known].double(), expected[known].gather(1, tokens[known].unsqueeze(1)).squeeze(1), rtol=0, atol=1e-6
+    )
+    best, places = expected.sort(descending=True)
+    torch.testing.assert_close(values.double(), best[:, :5], rtol=0, atol=1e-6)
+    assert torch.equal(ids, places[:, :5])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from megatron_omni.generation.extents import SMALLEST, Extent, ExtentPool, extent_size
-from megatron_omni.generation.scheduler import Answer, Prefix, Scheduler, StepPlan
+from megatron_omni.generation.scheduler import NOTHING, Answer, Copy, Prefix, Scheduler, StepPlan
 
 
 def positions(extents: Iterable[Extent]) -> list[int]:
@@ -180,6 +180,18 @@ def test_the_youngest_is_set_back_and_computed_again() -> None:
     told.finish(old)
     plan = told.step()
     assert plan.admitted == (young,) and plan.num_tokens == len(said)
+
+
+def test_what_a_spoilt_answer_leaves_is_overwritten_before_anyone_reads_there() -> None:
+    told = Told()
+    (spoilt,) = told.add("a" * 20, keep=True)
+    told.step()
+    told.scheduler.finish(spoilt, spoilt=True)
+    assert told.scheduler.kept_tokens == 0
+    told.add("a" * 20)
+    plan = told.scheduler.plan()
+    assert plan.copies == (Copy(NOTHING, 0, SMALLEST),)
+    assert [chunk.start for chunk in plan.chunks] == [0]
 
 
 def test_limits_that_cannot_work_are_refused() -> None:

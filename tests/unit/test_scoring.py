@@ -1,16 +1,19 @@
 """Exact-match scoring: what counts, how records are batched and shared out, and what is left out."""
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import nn
 
-from megatron_omni.data.sample import Sample, SampleBuilder
+from megatron_omni.data.sample import SampleBuilder
 from megatron_omni.data.sources import JsonlSource
 from megatron_omni.evaluation.scoring import TaskScore, score_source
 from megatron_omni.generation import batches
+from megatron_omni.generation.batches import Result
+from megatron_omni.generation.request import Request
 from megatron_omni.models.build import build_model
 from tests.distributed.harness import Rank, run_ranks
 from tests.distributed.tiny_run import chat, make_corpus, tiny_recipe
@@ -30,7 +33,7 @@ class Group:
 
 
 class Groups:
-    dp = Group()
+    dp = mp = Group()
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +52,28 @@ def source_of(corpus: Path, rows: list[dict[str, Any]], name: str) -> JsonlSourc
     return JsonlSource(path, name=name)
 
 
-def answering(monkeypatch: pytest.MonkeyPatch, builder: SampleBuilder, answer: Any) -> list[list[int]]:
-    """Replace the model by ``answer(question text) -> text``; the prompt lengths of every call are returned."""
-    calls: list[list[int]] = []
+def answering(monkeypatch: pytest.MonkeyPatch, builder: SampleBuilder, answer: Any) -> None:
+    """Replace the model by ``answer(question text) -> text``."""
 
-    def generate(model: nn.Module, prompts: list[Sample], **settings: Any) -> list[list[int]]:
-        calls.append([prompt.length for prompt in prompts])
-        texts = [builder.tokenizer.decode(prompt.input_ids.tolist()) for prompt in prompts]
-        return [builder.tokenizer.encode(answer(text)) for text in texts]
+    class Answering:
+        leads = True
 
-    monkeypatch.setattr(batches, "generate", generate)
-    return calls
+        def __init__(self, model: nn.Module, **_: Any) -> None: ...
+
+        def __enter__(self) -> "Answering":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def release(self) -> None: ...
+
+    def answered(engine: Answering, requests: Iterable[Request]) -> Iterator[Result]:
+        for request in requests:
+            text = answer(builder.tokenizer.decode(request.prompt.input_ids.tolist()))
+            yield Result(name=request.name, sample=0, ids=builder.tokenizer.encode(text))
+
+    monkeypatch.setattr(batches, "Engine", Answering)
+    monkeypatch.setattr(batches, "answered", answered)
 
 
 def test_share_of_exact_answers(monkeypatch: pytest.MonkeyPatch, corpus: Path, builder: SampleBuilder) -> None:
@@ -69,19 +83,7 @@ def test_share_of_exact_answers(monkeypatch: pytest.MonkeyPatch, corpus: Path, b
     assert (score.name, score.score, score.count, score.skipped) == ("exact", 0.5, 4, {})
     assert [answer.correct for answer in score.answers] == [True, True, False, False]
     assert [(a.row, a.question, a.expected) for a in score.answers][2] == (2, "say three", "three")
-
-
-def test_batches_hold_prompts_of_similar_length(
-    monkeypatch: pytest.MonkeyPatch, corpus: Path, builder: SampleBuilder
-) -> None:
-    rows = [chat("red " * (7 * i % 10 + 1), "one") for i in range(10)]
-    calls = answering(monkeypatch, builder, lambda text: "one")
-    score = score_source(nn.Identity(), builder, source_of(corpus, rows, "lengths"), pg=Groups, batch_size=4)
-    assert [len(call) for call in calls] == [4, 4, 2]
-    lengths = [length for call in calls for length in call]
-    assert lengths == sorted(lengths, reverse=True)
-    assert [answer.row for answer in score.answers] == list(range(10))
-    limited = score_source(nn.Identity(), builder, source_of(corpus, rows, "lengths"), pg=Groups, limit=3)
+    limited = score_source(nn.Identity(), builder, source_of(corpus, rows, "exact"), pg=Groups, limit=3, batch_size=1)
     assert [answer.row for answer in limited.answers] == [0, 1, 2]
 
 

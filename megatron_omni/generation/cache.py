@@ -1,0 +1,177 @@
+"""Keys and values of all answers of a model replica: one row of positions a layer, and attention over it.
+
+    keys, values [N, groups, D] a layer, N positions in all; an answer's lie in its extent, in order (extents.py)
+
+The tokens of a step are one row [T] (engine.py): first answers that decode, one token each, then longer chunks, then
+padding. Extents of one size are the rows of a table, ``keys.view(-1, size, groups, D)``; decoding answers whose rows are
+neighbours are computed together, over as many keys as the longest has, without copying any. The queries of a group are
+the rows of one small product, so keys are never repeated. Longer chunks are segments (segments.py), causal at their end.
+On a CUDA device all chunks are: its variable-length kernel takes them in one call.
+
+``alike``: every token by itself, over exactly the keys that it sees. That is the same product whatever is computed
+beside it, so its bits do not depend on the other answers, on how a prompt was cut or on where it lies; it is slow.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_omni.generation.scheduler import NOTHING, Chunk, Copy
+from megatron_omni.ops.segment_attention import segment_attention
+from megatron_omni.segments import AttentionSegments, Segment
+
+_KEYS_MULTIPLE = 16
+"""Keys of a table that are computed together are rounded up to this."""
+
+
+class _Together(NamedTuple):
+    """Neighbouring rows of a table whose answers have one token in this step."""
+
+    first: int
+    """Their first token in the row of the step."""
+    row: int
+    """Their first row in the table."""
+    num_rows: int
+    size: int
+    """Positions of a row of the table."""
+    keys: int
+    """How many of them are computed."""
+    mask: Tensor | None
+    """[rows, 1, 1, keys], 0 or -inf; None where all have as many keys."""
+
+
+class KVCache:
+    """The row of positions, and the places of one step's tokens in it."""
+
+    def __init__(self, num_positions: int, *, alike: bool = False) -> None:
+        self.num_positions, self.alike = num_positions, alike
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._reached = 0
+        self._places: Tensor | None = None
+        self._together: list[_Together] = []
+        self._segments: tuple[Segment, ...] = ()
+        self._attention: AttentionSegments | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all layers, as far as they were used."""
+        return sum(2 * keys.nbytes for keys, _ in self._layers.values())
+
+    def move(self, copies: Sequence[Copy]) -> None:
+        """Carry out ``copies`` in their order."""
+        for copy in copies:
+            self._reach(max(copy.source, copy.target) + copy.length)
+            target = slice(copy.target, copy.target + copy.length)
+            for row in (row for layer in self._layers.values() for row in layer):
+                if copy.source == NOTHING:
+                    row[target] = 0.0
+                else:
+                    row[target] = row[copy.source : copy.source + copy.length]
+
+    def begin(self, chunks: Sequence[Chunk], places: Tensor) -> None:
+        """Announce the next forward: ``chunks`` in the order of :func:`in_step_order`, ``places`` [n] int64 of all of
+        their tokens in the cache, on the device."""
+        self._places, self._together, self._segments, self._attention = places, [], (), None
+        self._reach(max((chunk.extent.offset + chunk.extent.size for chunk in chunks), default=0))
+        first = 0
+        run: list[Chunk] = []
+        segments = []
+        for chunk in chunks:
+            together = chunk.length == 1 and not (self.alike or places.is_cuda)
+            if run and not (together and _neighbours(run[-1], chunk)):
+                self._close(run, first - len(run))
+                run = []
+            if together:
+                run.append(chunk)
+            else:
+                offset = chunk.extent.offset
+                keys = range(offset, offset + chunk.start + chunk.length)
+                segments.append(Segment(range(first, first + chunk.length), (keys,)))
+            first += chunk.length
+        self._close(run, first - len(run))
+        self._segments = tuple(segments)
+
+    def _close(self, run: Sequence[Chunk], first: int) -> None:
+        if not run:
+            return
+        extent = run[0].extent
+        lengths = [chunk.start + 1 for chunk in run]
+        keys = max(lengths)
+        mask = None
+        if min(lengths) < keys:
+            keys = min(-(-keys // _KEYS_MULTIPLE) * _KEYS_MULTIPLE, extent.size)
+            here = self._places
+            assert here is not None
+            seen = torch.arange(keys, device=here.device) < torch.tensor(lengths, device=here.device).unsqueeze(1)
+            mask = torch.zeros(len(run), 1, 1, keys, device=here.device).masked_fill_(~seen[:, None, None], -torch.inf)
+        self._together.append(_Together(first, extent.offset // extent.size, len(run), extent.size, keys, mask))
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """[T, heads, D] of ``query`` [T, heads, D], ``key`` and ``value`` [T, groups, D]: store the new keys and values
+        and let every token see those of its answer up to itself. Padding stays zero."""
+        assert self._places is not None, "call begin() before each cached forward"
+        keys, values = self._of(layer, key, value)
+        count = len(self._places)
+        keys.index_copy_(0, self._places, key[:count])
+        values.index_copy_(0, self._places, value[:count])
+        if self.alike:
+            return self._alike(query, keys, values, scale)
+        if self._segments:
+            self._attention = self._attention or AttentionSegments(self._segments, len(query))
+            output = segment_attention(query, keys, values, self._attention, scale=scale)
+        else:
+            output = torch.zeros_like(query)
+        grouped, written = (x.unflatten(1, (key.shape[1], -1)) for x in (query, output))  # [T, groups, heads each, D]
+        for t in self._together:
+            end = t.row + t.num_rows
+            tables = (x[: end * t.size].view(end, t.size, *x.shape[1:]) for x in (keys, values))
+            k, v = (table[t.row :, : t.keys].transpose(1, 2) for table in tables)
+            tokens = slice(t.first, t.first + t.num_rows)
+            mask = None if t.mask is None else t.mask.to(query.dtype)
+            written[tokens] = F.scaled_dot_product_attention(grouped[tokens], k, v, attn_mask=mask, scale=scale)
+        return output
+
+    def _alike(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
+        output = torch.zeros_like(query)
+        grouped, written = (x.unflatten(1, (keys.shape[1], -1)) for x in (query, output))
+        for segment in self._segments:
+            (seen,) = segment.keys
+            for i in segment.queries:
+                own = slice(seen.start, seen.stop - segment.queries.stop + 1 + i)
+                k, v = (x[own].transpose(0, 1)[None] for x in (keys, values))
+                written[i] = F.scaled_dot_product_attention(grouped[i][None], k, v, scale=scale)[0]
+        return output
+
+    def _of(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of a layer. What nobody wrote is zero: it is masked, but must be finite."""
+        if layer not in self._layers:
+            length = self.num_positions if key.is_cuda else self._reached
+            self._layers[layer] = (key.new_zeros(length, *key.shape[1:]), value.new_zeros(length, *value.shape[1:]))
+        return self._layers[layer]
+
+    def _reach(self, end: int) -> None:
+        """Rows up to position ``end``. On a CPU they grow as they are needed."""
+        if end <= self._reached:
+            return
+        self._reached = min(max(end, 2 * self._reached), self.num_positions)
+        for number, layer in self._layers.items():
+            if len(layer[0]) < self._reached:
+                longer = tuple(row.new_zeros(self._reached, *row.shape[1:]) for row in layer)
+                for new, old in zip(longer, layer):
+                    new[: len(old)] = old
+                self._layers[number] = (longer[0], longer[1])
+
+
+def in_step_order(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """Chunks as they lie in the row of a step: those of one token by their place in the cache, then the longer ones."""
+    short = [chunk for chunk in chunks if chunk.length == 1]
+    short.sort(key=lambda chunk: (chunk.extent.size, chunk.extent.offset))
+    return short + [chunk for chunk in chunks if chunk.length > 1]
+
+
+def _neighbours(one: Chunk, other: Chunk) -> bool:
+    size = one.extent.size
+    return other.extent.size == size and other.extent.offset == one.extent.offset + size

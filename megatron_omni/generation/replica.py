@@ -1,0 +1,405 @@
+"""Every rank's part of the engine: the same requests and answers on all ranks of a model replica, and a step's forward.
+
+The first rank leads: :meth:`Replica.lead` sends :class:`Orders` as integers, the requests that are new as objects, and
+all ranks carry them out. The others are in :meth:`Replica.follow`. An order is a plan (scheduler.py): copies in the
+cache, then one forward of one row [1, T] that holds the chunks one behind the other. The last stage chooses the tokens,
+one broadcast brings them to all ranks. Media are encoded by the first stage when their first placeholder is computed,
+those of all prompts together, and their rows are dropped after the last.
+
+T is a multiple of the tensor-parallel size and of :data:`ROWS`; padding costs no expert.
+
+Shapes: T tokens of a step, R rows of logits, V vocabulary, H hidden size.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor, nn
+
+from megatron_omni.batch import Modality
+from megatron_omni.generation.cache import KVCache, in_step_order
+from megatron_omni.generation.extents import Extent
+from megatron_omni.generation.request import Alternatives, Request, Sampling
+from megatron_omni.generation.sampling import Choice, History, choose, derived_seed, token_log_probabilities
+from megatron_omni.generation.scheduler import Chunk, Copy
+from megatron_omni.models.attention import kv_cache
+from megatron_omni.models.moe.context import TokenContext
+from megatron_omni.models.omni import OmniModel
+from megatron_omni.parallel.groups import place_in
+from megatron_omni.platform.device import device
+from megatron_omni.segments import AttentionSegments
+
+ROWS = 4
+"""Rows of every matrix product are a multiple of it: of fewer, some CPUs take another kernel, with other roundings."""
+MEDIA_AT_ONCE = 32
+"""Tiles or chunks of sound that an encoder computes together."""
+_FIRST_MESSAGE = 512
+"""Integers of the first message of an order; what does not fit follows in a second one."""
+
+NOTHING_TO_DO, STEP, STOP = range(3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orders:
+    """What the leader has its replica do."""
+
+    op: int
+    chunks: tuple[Chunk, ...] = ()
+    copies: tuple[Copy, ...] = ()
+    requests: tuple[int, ...] = ()
+    """Numbers of the requests that are new; they follow as objects."""
+    joined: tuple[tuple[int, int, int], ...] = ()
+    """(answer, request, sample) of the answers that are new."""
+    answers_gone: tuple[int, ...] = ()
+    requests_gone: tuple[int, ...] = ()
+
+    def numbers(self) -> list[int]:
+        """All of it as integers; :meth:`from_numbers` reads them."""
+        lists = [
+            [v for c in self.chunks for v in (c.answer, c.start, c.length, c.extent.offset, c.extent.size, c.ends)],
+            [v for c in self.copies for v in (c.source, c.target, c.length)],
+            self.requests,
+            [v for joined in self.joined for v in joined],
+            self.answers_gone,
+            self.requests_gone,
+        ]
+        return [self.op, *map(len, lists), *(v for values in lists for v in values)]
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[int]) -> "Orders":
+        """The orders that gave these :meth:`numbers`."""
+        op, *sizes = numbers[:7]
+        lists, place = [], 7
+        for size in sizes:
+            lists.append(numbers[place : place + size])
+            place += size
+        chunks, copies, requests, joined, answers_gone, requests_gone = lists
+        return cls(
+            op=op,
+            chunks=tuple(Chunk(a, s, n, Extent(o, z), bool(e)) for a, s, n, o, z, e in _in_rows(chunks, 6)),
+            copies=tuple(Copy(*row) for row in _in_rows(copies, 3)),
+            requests=tuple(requests),
+            joined=tuple((a, r, s) for a, r, s in _in_rows(joined, 3)),
+            answers_gone=tuple(answers_gone),
+            requests_gone=tuple(requests_gone),
+        )
+
+
+def _in_rows(values: Sequence[int], width: int) -> Iterator[Sequence[int]]:
+    return (values[i : i + width] for i in range(0, len(values), width))
+
+
+class Scored(NamedTuple):
+    """A token that was chosen, or one of a prompt, with its log-probability where that was asked for."""
+
+    answer: int
+    token: int
+    logprob: float | None
+    top: Alternatives
+
+
+class Prompt:
+    """A request on a rank."""
+
+    def __init__(self, request: Request, *, encodes: bool) -> None:
+        sample = request.prompt
+        self.request = request
+        self.ids, self.positions = sample.input_ids.numpy(), sample.position_ids.numpy()
+        self.length, self.next_position = sample.length, sample.next_position
+        self.places = media_places(sample.modality.numpy())
+        self.inputs = (sample.tiles, sample.chunks) if encodes else (None, None)
+        self.rows: list[Tensor | None] = [None, None]
+        """[n, H] for the placeholders of pictures and of sound, from the first that is computed to the last."""
+
+
+def media_places(modality: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the placeholders of pictures and of sound stand in a prompt."""
+    pictures = (modality == int(Modality.IMAGE)) | (modality == int(Modality.VIDEO))
+    return np.flatnonzero(pictures), np.flatnonzero(modality == int(Modality.AUDIO))
+
+
+@dataclass(eq=False)
+class _Answer:
+    """An answer on a rank."""
+
+    prompt: Prompt
+    sampling: Sampling
+    """The request's, with this sample's seed."""
+    history: History | None
+    made: list[int] = field(default_factory=list)
+
+
+class Replica:
+    """The ranks of one model replica, from the view of one of them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        pg: ProcessGroupCollection,
+        cache_tokens: int,
+        eos_ids: Sequence[int],
+        deterministic: bool,
+    ) -> None:
+        self.omni, self.pg = unwrapped(model), pg
+        self.place = place_in(pg)
+        self.cache = KVCache(cache_tokens, alike=deterministic)
+        self._eos_ids, self._deterministic = tuple(eos_ids), deterministic
+        self._multiple = math.lcm(ROWS, self.place.tp_size)
+        self._prompts: dict[int, Prompt] = {}
+        self._answers: dict[int, _Answer] = {}
+
+    # ------------------------------------------------------------------------------------------------------- messages
+
+    def lead(self, orders: Orders, requests: Sequence[Request] = ()) -> tuple[list[Scored], list[Scored]]:
+        """Have all ranks carry out ``orders``; the chosen tokens and what was wanted of prompts' tokens, in the order of
+        :func:`in_step_order`."""
+        if self.pg.mp.size() > 1:
+            numbers = orders.numbers()
+            message = torch.zeros(_FIRST_MESSAGE, dtype=torch.int64)
+            message[0] = len(numbers)
+            first = numbers[: _FIRST_MESSAGE - 1]
+            message[1 : 1 + len(first)] = torch.tensor(first)
+            dist.broadcast(message.to(device()), group=self.pg.mp, group_src=0)
+            if len(numbers) > len(first):
+                dist.broadcast(torch.tensor(numbers[len(first) :]).to(device()), group=self.pg.mp, group_src=0)
+            if requests:
+                dist.broadcast_object_list(list(requests), group=self.pg.mp, group_src=0, device=device())
+        return self._carry_out(orders, requests)
+
+    def follow(self) -> None:
+        """Carry out orders until the leader says stop."""
+        orders = Orders(op=NOTHING_TO_DO)
+        while orders.op != STOP:
+            message = torch.zeros(_FIRST_MESSAGE, dtype=torch.int64, device=device())
+            dist.broadcast(message, group=self.pg.mp, group_src=0)
+            length, *numbers = message.tolist()
+            if length > len(numbers):
+                rest = torch.zeros(length - len(numbers), dtype=torch.int64, device=device())
+                dist.broadcast(rest, group=self.pg.mp, group_src=0)
+                numbers += rest.tolist()
+            orders = Orders.from_numbers(numbers[:length])
+            requests: list[Request | None] = [None] * len(orders.requests)
+            if requests:
+                dist.broadcast_object_list(requests, group=self.pg.mp, group_src=0, device=device())
+            self._carry_out(orders, cast(list[Request], requests))
+
+    @torch.inference_mode()
+    def _carry_out(self, orders: Orders, requests: Sequence[Request]) -> tuple[list[Scored], list[Scored]]:
+        for answer in orders.answers_gone:
+            del self._answers[answer]
+        for number in orders.requests_gone:
+            del self._prompts[number]
+        for number, request in zip(orders.requests, requests, strict=True):
+            self._prompts[number] = Prompt(request, encodes=self.place.is_first_stage)
+        for answer, number, sample in orders.joined:
+            self._answers[answer] = self._new_answer(self._prompts[number], sample)
+        self.cache.move(orders.copies)
+        if orders.op != STEP:
+            return [], []
+        return self._step(in_step_order(orders.chunks))
+
+    def _new_answer(self, prompt: Prompt, sample: int) -> _Answer:
+        sampling = prompt.request.sampling
+        sampling = replace(sampling, seed=derived_seed(sampling.seed, sample))
+        history = None
+        if sampling.penalised and self.place.is_last_stage:
+            vocabulary = self.omni.language.model_config.vocab_size
+            history = History(prompt.request.prompt.input_ids, vocabulary, device())
+        return _Answer(prompt, sampling, history)
+
+    # --------------------------------------------------------------------------------------------------------- a step
+
+    def _step(self, chunks: list[Chunk]) -> tuple[list[Scored], list[Scored]]:
+        numbers, rows, scored = self._numbers(chunks)
+        logits = self._forward(chunks, numbers, rows)
+        chosen = [chunk.answer for chunk in chunks if chunk.ends]
+        results = self._results(logits, chosen, scored)
+        tokens: list[Scored] = []
+        for answer, row in zip(chosen, results):
+            tokens.append(_scored(answer, row))
+            here = self._answers[answer]
+            here.made.append(tokens[-1].token)
+            if here.history is not None and tokens[-1].token >= 0:
+                here.history.add(tokens[-1].token)
+        return tokens, [_scored(answer, row) for (answer, _), row in zip(scored, results[len(chosen) :])]
+
+    def _numbers(self, chunks: Sequence[Chunk]) -> tuple[np.ndarray, list[int], list[tuple[int, int]]]:
+        """Of every token its id, three positions and place in the cache, [5, T] int64; the tokens whose logits are
+        wanted; and (answer, id that followed) of those among them that are of a prompt."""
+        count = sum(chunk.length for chunk in chunks)
+        numbers = np.zeros((5, max(1, -(-count // self._multiple)) * self._multiple), dtype=np.int64)
+        ends: list[int] = []
+        of_prompts: list[int] = []
+        scored: list[tuple[int, int]] = []
+        first = 0
+        for chunk in chunks:
+            answer = self._answers[chunk.answer]
+            prompt, end = answer.prompt, chunk.start + chunk.length
+            given = max(0, min(end, prompt.length) - chunk.start)
+            if given:
+                source, target = slice(chunk.start, chunk.start + given), slice(first, first + given)
+                numbers[0, target] = prompt.ids[source]
+                numbers[1:4, target] = prompt.positions[:, source]
+                if prompt.request.prompt_logprobs is not None:
+                    known = min(end, prompt.length - 1)
+                    of_prompts += range(first, first + known - chunk.start)
+                    scored += [(chunk.answer, int(i)) for i in prompt.ids[chunk.start + 1 : known + 1]]
+            if given < chunk.length:
+                made, target = chunk.start + given - prompt.length, slice(first + given, first + chunk.length)
+                numbers[0, target] = answer.made[made : made + chunk.length - given]
+                at = prompt.next_position + made
+                numbers[1:4, target] = at if chunk.length == 1 else np.arange(at, at + chunk.length - given)
+            at = chunk.extent.offset + chunk.start
+            numbers[4, first : first + chunk.length] = at if chunk.length == 1 else np.arange(at, at + chunk.length)
+            first += chunk.length
+            if chunk.ends:
+                ends.append(first - 1)
+        return numbers, ends + of_prompts, scored
+
+    def _forward(self, chunks: Sequence[Chunk], numbers: np.ndarray, rows: list[int]) -> Tensor | None:
+        """This stage's part: logits [R, V] float32 of ``rows``, None before the last stage."""
+        language, place = self.omni.language, self.place
+        count, length = sum(chunk.length for chunk in chunks), numbers.shape[1]
+        on_device = torch.from_numpy(numbers).to(device(), non_blocking=True)
+        self.cache.begin(chunks, on_device[4, :count])
+        hidden = None
+        if place.is_first_stage:
+            hidden = language.embed(on_device[:1])
+            self._place_media(chunks, hidden)
+        else:
+            received = torch.empty(
+                (length // place.tp_size, 1, language.config.hidden_size), dtype=_dtype(language), device=device()
+            )
+            dist.recv(received, group=self.pg.pp, group_src=place.pp_rank - 1)
+            language.set_input_tensor(received)
+        # As many rows as a product wants, some of them twice; a step that chooses nothing still has its output layer.
+        wanted = (rows or [0]) + [(rows or [0])[-1]] * (-max(len(rows), 1) % ROWS)
+        with kv_cache(self.cache):
+            output = language(
+                input_ids=on_device[:1],
+                position_ids=on_device[1:4].unsqueeze(1),
+                attention=AttentionSegments((), length),  # the cache knows who sees whom
+                ctx=facts(count, length),
+                decoder_input=hidden,
+                logits_positions=torch.tensor([wanted], device=device()),
+            )
+        if place.is_last_stage:
+            return output[0, : len(rows)].float()
+        dist.send(output.contiguous(), group=self.pg.pp, group_dst=place.pp_rank + 1)
+        return None
+
+    def _results(
+        self, logits: Tensor | None, chosen: Sequence[int], scored: Sequence[tuple[int, int]]
+    ) -> list[list[float]]:
+        """Of every row of logits the token, its log-probability and the most likely ids and theirs, on every rank."""
+        if not chosen and not scored:
+            return []
+        asked = [self._answers[a].prompt.request.logprobs for a in chosen]
+        asked += [self._answers[a].prompt.request.prompt_logprobs for a, _ in scored]
+        top = max((n for n in asked if n is not None), default=None)
+        width = 1 if top is None else 2 + 2 * top
+        if logits is None:
+            results = torch.empty(len(asked), width, dtype=torch.float64, device=device())
+        else:
+            tokens = torch.tensor([i for _, i in scored], dtype=torch.int64, device=device())
+            if chosen:
+                tokens = torch.cat([choose(logits[: len(chosen)], [self._choice(a) for a in chosen]), tokens])
+            results = tokens.double().unsqueeze(1)
+            if top is not None:
+                logprob, ids, values = token_log_probabilities(logits, tokens, top=top)
+                results = torch.cat([results, logprob.double().unsqueeze(1), ids.double(), values.double()], dim=1)
+        if self.place.pp_size > 1:
+            dist.broadcast(results, group=self.pg.pp, group_src=self.place.pp_size - 1)
+        if self.place.tp_size > 1:
+            dist.broadcast(results, group=self.pg.tp, group_src=0)
+        return [
+            row if n is not None else row[:1]
+            for n, row in zip(asked, results.tolist())  # the one wait for the device
+        ]
+
+    def _choice(self, number: int) -> Choice:
+        answer = self._answers[number]
+        request, forbidden = answer.prompt.request, tuple[int, ...]()
+        if len(answer.made) < request.min_new_tokens:
+            forbidden = (*request.stop_ids, *(() if request.ignore_eos else self._eos_ids))
+        return Choice(sampling=answer.sampling, step=len(answer.made), history=answer.history, forbidden=forbidden)
+
+    # ---------------------------------------------------------------------------------------------------------- media
+
+    def _place_media(self, chunks: Sequence[Chunk], hidden: Tensor) -> None:
+        """Put the encoders' rows in place of the placeholders of ``chunks`` in ``hidden`` [T, 1, H]."""
+        uses = []
+        first = 0
+        for chunk in chunks:
+            prompt = self._answers[chunk.answer].prompt
+            if chunk.start < prompt.length:
+                for kind, places in enumerate(prompt.places):
+                    low, high = np.searchsorted(places, (chunk.start, chunk.start + chunk.length))
+                    if low < high:
+                        uses.append((prompt, kind, low, high, first - chunk.start))
+            first += chunk.length
+        for kind in (0, 1):
+            without = {id(p): p for p, k, *_ in uses if k == kind and p.rows[kind] is None}
+            self._encode(list(without.values()), kind)
+        for prompt, kind, low, high, shift in uses:
+            places, rows = prompt.places[kind], prompt.rows[kind]
+            assert rows is not None
+            where = torch.from_numpy(places[low:high] + shift).to(hidden.device)
+            hidden[:, 0].index_copy_(0, where, rows[low:high].to(hidden.dtype))
+        for prompt, kind, _, high, _ in uses:
+            if high == len(prompt.places[kind]):
+                prompt.rows[kind] = None
+
+    def _encode(self, prompts: Sequence[Prompt], kind: int) -> None:
+        """Rows of the pictures (kind 0) or sound (1) of several prompts, computed together."""
+        encoder = (self.omni.vision, self.omni.audio)[kind]
+        alone = [[prompt] for prompt in prompts]
+        for group in alone if self._deterministic else [list(prompts)] if prompts else []:
+            inputs = torch.cat([cast(Tensor, prompt.inputs[kind]) for prompt in group])
+            assert encoder is not None
+            rows = torch.cat([encoder(part.to(device())).flatten(0, 1) for part in inputs.split(MEDIA_AT_ONCE)])
+            for prompt, own in zip(group, rows.split([len(prompt.places[kind]) for prompt in group])):
+                prompt.rows[kind] = own
+
+
+def facts(count: int, length: int) -> TokenContext:
+    """What routers ask of the tokens of a step, of which ``count`` are none of padding; they draw nothing."""
+    numbers = torch.zeros(length, dtype=torch.int64, device=device())
+    padding = torch.arange(length, device=device()) >= count
+    return TokenContext(
+        sample_ids=numbers,
+        sample_positions=numbers,
+        modality=numbers,
+        has_label=padding,
+        padding=padding,
+        seed=0,
+        step=0,
+        stochastic=False,
+        aux_loss_scale=0.0,
+    )
+
+
+def _scored(answer: int, row: Sequence[float]) -> Scored:
+    token, *rest = row
+    if not rest:
+        return Scored(answer, int(token), None, ())
+    top = (len(rest) - 1) // 2
+    return Scored(answer, int(token), rest[0], tuple(zip(map(int, rest[1 : 1 + top]), rest[1 + top :])))
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+def unwrapped(model: nn.Module) -> OmniModel:
+    """The OmniModel under data-parallel and precision wrappers."""
+    while not isinstance(model, OmniModel):
+        model = cast(nn.Module, model.module)
+    return model
