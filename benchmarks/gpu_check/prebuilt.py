@@ -26,11 +26,16 @@ GPUS = {"sm_80": (8, 0), "sm_90a": (9, 0)}
 """Compute capabilities that the objects have code for; PTX of sm_80 runs on every later one."""
 
 
+def sources() -> list[Path]:
+    """All that the objects are made of."""
+    kinds = (".h", ".cpp", ".cu", ".cuh")
+    return sorted([ROOT / "setup.py", *(path for path in (ROOT / "csrc").rglob("*") if path.suffix in kinds)])
+
+
 def sources_digest() -> str:
-    """SHA-256 over the names and bytes of csrc and setup.py."""
+    """SHA-256 over their names and bytes."""
     digest = hashlib.sha256()
-    files = [ROOT / "setup.py", *(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh"))]
-    for path in sorted(files):
+    for path in sources():
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
@@ -48,10 +53,13 @@ def facts_here() -> dict[str, str]:
 
 
 def pack(folder: Path) -> None:
-    """Copy what ``make ext-cuda`` built; ValueError where it is not there or too large."""
-    missing = [name for name in FILES if not (OPS / name).is_file()]
-    if missing:
-        raise ValueError(f"{OPS / missing[0]} is not built; run make ext-cuda")
+    """Copy what ``make ext-cuda`` built; ValueError where it is not there, older than its sources, or too large."""
+    newest = max(sources(), key=lambda path: path.stat().st_mtime)
+    for path in (OPS / name for name in FILES):
+        if not path.is_file():
+            raise ValueError(f"{path} is not built; run make ext-cuda")
+        if path.stat().st_mtime < newest.stat().st_mtime:
+            raise ValueError(f"{path} is older than {newest}; run make ext-cuda")
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ValueError(f"{folder}: is not empty; give a new folder")

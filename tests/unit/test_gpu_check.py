@@ -170,6 +170,28 @@ def test_objects_that_cannot_be_used_are_named(tmp_path):
         prebuilt.check(tmp_path, HERE, capability=None)
 
 
+def test_objects_are_packed_and_put_in_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(prebuilt, "OPS", tmp_path / "here")
+    prebuilt.OPS.mkdir()
+    with pytest.raises(ValueError, match=r"_kernels.so is not built; run make ext-cuda"):
+        prebuilt.pack(tmp_path / "packed")
+    for name in prebuilt.FILES:
+        (prebuilt.OPS / name).write_bytes(name.encode())
+    prebuilt.pack(tmp_path / "packed")
+    os.utime(prebuilt.OPS / prebuilt.FILES[1], (0, 0))
+    with pytest.raises(ValueError, match=r"_kernels_cuda.so is older than .*; run make ext-cuda"):
+        prebuilt.pack(tmp_path / "again")
+    with pytest.raises(ValueError, match="packed: is not empty"):
+        os.utime(prebuilt.OPS / prebuilt.FILES[1])
+        prebuilt.pack(tmp_path / "packed")
+    monkeypatch.setattr(prebuilt, "OPS", tmp_path / "there")
+    prebuilt.OPS.mkdir()
+    prebuilt.install(tmp_path / "packed")
+    assert {path.name: path.read_bytes() for path in prebuilt.OPS.iterdir()} == {
+        name: name.encode() for name in prebuilt.FILES
+    }
+
+
 def test_facts_here_are_those_of_this_machine():
     facts = prebuilt.facts_here()
     assert facts["torch"] == torch.__version__
