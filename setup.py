@@ -33,7 +33,7 @@ BINDINGS = [CSRC / "bindings_autograd.cpp", CSRC / "bindings.cpp"]
 CXX_FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-uninitialized"]  # gcc 12: its own headers
 SM80 = ["-gencode", "arch=compute_80,code=[sm_80,compute_80]"]  # with PTX, for devices that are younger than this
 SM90A = ["-gencode", "arch=compute_90a,code=sm_90a"]
-CUDA_JOB_BYTES = 16 << 30  # physical memory for each nvcc at once: a CUTLASS file takes 5 GB
+CUDA_JOB_BYTES = 10 << 30  # physical memory for each nvcc at once: a CUTLASS file takes 5 GB
 
 
 def find_package(name: str) -> Path | None:
