@@ -80,10 +80,10 @@ def _calls(rank: Rank, recipe: Recipe) -> tuple[int, int]:
 
 def test_messages_between_stages_go_as_asked() -> None:
     batched = run_ranks(_calls, 2, recipe_with(pipeline=2))[0]
-    no_wait = run_ranks(_calls, 2, recipe_with(pipeline=2, batch_p2p_sync=False))[0]
+    waiting = run_ranks(_calls, 2, recipe_with(pipeline=2, batch_p2p_sync=True))[0]
     single = run_ranks(_calls, 2, recipe_with(pipeline=2, batch_p2p_comm=False))[0]
-    assert batched[0] == no_wait[0] > single[0], "shapes alone still travel in batches"
-    assert no_wait[1] < batched[1], "batch_p2p_sync=False leaves out synchronisations"
+    assert batched[0] == waiting[0] > single[0] == 0, "no shape is sent ahead in a batch of its own"
+    assert waiting[1] - batched[1] == waiting[0], "batch_p2p_sync=True: a synchronisation after every batch"
 
 
 def test_every_field_that_may_be_set_is_tested_above() -> None:
