@@ -1,0 +1,162 @@
+"""The engine as the process that speaks HTTP sees it: requests go in, their events come out into mailboxes.
+
+A request has one owner, the block of :meth:`EngineClient.ask`: when it is left, for whatever reason, the mailbox is gone
+and the engine is told to cancel what has not finished. Messages to the engine leave in order through one thread, because
+a prompt with media may take longer to write than the event loop may stand still.
+"""
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+
+from megatron_omni.config.run import Recipe
+from megatron_omni.generation.request import Event, FinishedEvent
+from megatron_omni.serve.errors import ApiError, bad_request, server_fault
+from megatron_omni.serve.link import Cancel, Drained, Draining, Failed, FromEngine, Happened, ModelFacts, Opened, Ready
+from megatron_omni.serve.link import Refused as RefusedByEngine
+
+
+class Mailbox:
+    """Events of some requests that are answered together. What waits in it is at most the answers themselves."""
+
+    def __init__(self, samples: int) -> None:
+        self.unfinished = samples
+        self.token_bytes: dict[int, bytes] = {}
+        self._events: list[Event] = []
+        self._error: ApiError | None = None
+        self._something = asyncio.Event()
+
+    def put(self, event: Event, token_bytes: Mapping[int, bytes]) -> None:
+        """One more event."""
+        self._events.append(event)
+        if token_bytes:
+            self.token_bytes.update(token_bytes)
+        if isinstance(event, FinishedEvent):
+            self.unfinished -= 1
+        self._something.set()
+
+    def fail(self, error: ApiError) -> None:
+        """Nothing more will come."""
+        self._error = self._error or error
+        self._something.set()
+
+    async def take(self, seconds: float) -> list[Event]:
+        """All events since the last call; none where none came within ``seconds``. ApiError after :meth:`fail`."""
+        if not self._something.is_set():
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._something.wait()
+            except TimeoutError:
+                return []
+        self._something.clear()
+        events, self._events = self._events, []
+        if self._error is not None and not events:
+            raise self._error
+        if self._error is not None:
+            self._something.set()
+        return events
+
+
+class EngineClient:
+    """One end of the socket pair to the engine; lives in an event loop."""
+
+    def __init__(self, connection: Connection, *, happened: Callable[[Happened], None]) -> None:
+        self.facts: ModelFacts | None = None
+        self.recipe: Recipe | None = None
+        self.ready = self.draining = False
+        self.failed: str | None = None
+        self.last_sign = time.monotonic()
+        self.opened, self.told_to_drain, self.ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self.grace_seconds = 0.0
+        self._happened = happened
+        self._connection = connection
+        self._boxes: dict[str, Mailbox] = {}
+        self._over: ApiError | None = None
+        self._outgoing: queue.SimpleQueue[bytes | Cancel | Drained] = queue.SimpleQueue()
+        self._sender = threading.Thread(target=self._send_all, name="to the engine", daemon=True)
+        self._sender.start()
+        asyncio.get_running_loop().add_reader(connection.fileno(), self._read)
+
+    # -------------------------------------------------------------------------------------------- requests
+
+    @contextmanager
+    def ask(self, requests: dict[str, bytes], *, samples: int) -> Iterator[Mailbox]:
+        """Hand over pickled requests by name, with ``samples`` answers in all; what is unfinished at the end is cancelled.
+
+        ``requests`` is emptied: they may be large, and are needed no more.
+        """
+        if self._over is not None:
+            raise self._over
+        box, names = Mailbox(samples), list(requests)
+        self._boxes |= dict.fromkeys(names, box)
+        try:
+            for name in names:
+                self._outgoing.put(requests.pop(name))
+            yield box
+        finally:
+            for name in names:
+                del self._boxes[name]
+                if box.unfinished:
+                    self._outgoing.put(Cancel(name))
+
+    def end_all(self, error: ApiError) -> None:
+        """End every request, those to come too."""
+        self._over = error
+        for box in self._boxes.values():
+            box.fail(error)
+
+    def close(self) -> None:
+        """Let the engine stop; nothing is said after this."""
+        self._outgoing.put(Drained())
+        self._sender.join(timeout=5.0)
+
+    # -------------------------------------------------------------------------------------------- the wire
+
+    def _send_all(self) -> None:
+        try:
+            message: bytes | Cancel | Drained = b""
+            while not isinstance(message, Drained):
+                message = self._outgoing.get()
+                if isinstance(message, bytes):
+                    self._connection.send_bytes(message)
+                else:
+                    self._connection.send(message)
+        except OSError:  # the engine is gone; the reader says so
+            return
+
+    def _read(self) -> None:
+        try:
+            while self._connection.poll():
+                self._on(self._connection.recv())
+        except (EOFError, OSError):
+            asyncio.get_running_loop().remove_reader(self._connection.fileno())
+            self._on(Failed("the model's process has ended"))
+
+    def _on(self, message: FromEngine) -> None:
+        self.last_sign = time.monotonic()
+        match message:
+            case Happened():
+                for event in message.events:
+                    if (box := self._boxes.get(event.name)) is not None:
+                        box.put(event, message.token_bytes)
+                self._happened(message)
+            case RefusedByEngine():
+                if (box := self._boxes.get(message.name)) is not None:
+                    box.fail(bad_request(message.message))
+            case Opened():
+                self.facts, self.recipe = message.facts, message.recipe
+                self.opened.set()
+            case Ready():
+                self.ready = True
+            case Draining():
+                self.draining, self.grace_seconds = True, message.grace_seconds
+                self.told_to_drain.set()
+            case Failed():
+                if self.failed is None:
+                    self.ready, self.failed = False, message.message
+                    self.end_all(server_fault(message.message, code="engine_dead"))
+                    self.ended.set()

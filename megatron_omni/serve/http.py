@@ -1,0 +1,102 @@
+"""The process that speaks HTTP: ``python -m megatron_omni.serve.http LINK SOCKET``, started by ``megatron-omni serve``.
+
+LINK and SOCKET are inherited descriptors: of the pair of sockets to the engine's process, and of the port that is
+listened at. It takes no signals: the engine's process says when to stop, and its end is this one's.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+
+from megatron_omni.config.outcome import EXIT_FAILURE
+
+_FLUSH_SECONDS = 5
+"""For last words to clients, when the time is over."""
+
+
+def main(words: list[str]) -> int:
+    """Serve until the engine's process says stop, or ends; the exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    link, listening = Connection(int(words[0])), socket.socket(fileno=int(words[1]))
+    return asyncio.run(serve(link, listening))
+
+
+async def serve(link: Connection, listening: socket.socket) -> int:
+    """Answer requests at ``listening``; the exit status."""
+    import uvicorn
+
+    from megatron_omni.serve.app import application
+    from megatron_omni.serve.builders import Builders
+    from megatron_omni.serve.engine_client import EngineClient
+    from megatron_omni.serve.errors import unavailable
+    from megatron_omni.serve.metrics import Metrics
+    from megatron_omni.serve.server import Server
+    from megatron_omni.serve.settings import Settings
+
+    class QuietServer(uvicorn.Server):
+        """Leaves signals alone."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    settings: Settings = link.recv()
+    metrics = Metrics()
+    engine = EngineClient(link, happened=metrics.happened)
+    server = Server(settings, engine, metrics)
+    config = uvicorn.Config(
+        application(server),
+        http="h11",
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=_FLUSH_SECONDS,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
+    )
+    http = QuietServer(config)
+    serving = asyncio.create_task(http.serve(sockets=[listening]))
+
+    async def start_builders() -> None:
+        await engine.opened.wait()
+        assert engine.recipe is not None
+        builders = Builders(engine.recipe, number=settings.builders, seconds=settings.build_seconds)
+        await builders.start()
+        server.builders = builders
+        await asyncio.Event().wait()  # until cancelled: that it ends is an error
+
+    async def stop_when_told() -> None:
+        await engine.told_to_drain.wait()
+        await server.door.until_empty(engine.grace_seconds)
+        engine.end_all(unavailable("the server stops", code="shutting_down"))
+        await server.door.until_empty(_FLUSH_SECONDS)
+
+    tasks = [asyncio.ensure_future(work) for work in (stop_when_told(), engine.ended.wait(), start_builders())]
+    done, _ = await asyncio.wait([*tasks, serving], return_when=asyncio.FIRST_COMPLETED)
+    if engine.failed is not None:
+        await server.door.until_empty(_FLUSH_SECONDS)  # every stream gets its last event
+    http.should_exit = True
+    await serving
+    for task in tasks:
+        task.cancel()
+    if server.builders is not None:
+        server.builders.close()
+    for task in done:
+        task.result()
+    engine.close()
+    return EXIT_FAILURE if engine.failed is not None else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
