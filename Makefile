@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv ext ext-cuda gpu-check quickstart test miniature dali wandb mutants stress lint types layers docs checks clean
+.PHONY: help venv ext ext-cuda gpu-check quickstart demo test miniature dali wandb mutants stress stress-serve lint types layers docs checks clean
 
 # The first Python >= 3.12 that really runs (a pyenv shim may exist and refuse).
 PYTHON := $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python python3.13 python3; do \
@@ -12,7 +12,10 @@ BIN := $(VENV)/bin
 FAST ?= 0
 OVERWRITE ?= 0
 JOBS ?= 2
+PORT ?= 8000
 TRIALS ?= 100
+CLIENTS ?= 200
+MINUTES ?= 5
 MODULES ?= data ops models training checkpoint
 SEED ?= 0
 COUNT ?= 40
@@ -49,6 +52,9 @@ gpu-check: venv ## what a GPU says of all this, in 8 minutes, into the new folde
 quickstart: venv ## compose a small real corpus, train the tiny recipe, score it, show what it made (FAST=1: a few minutes; OVERWRITE=1)
 	$(BIN)/python -m examples.quickstart.run $(if $(filter 1,$(FAST)),--fast) $(if $(filter 1,$(OVERWRITE)),--overwrite)
 
+demo: venv ## serve the quickstart's model with a page to talk to it (trains it first where it is not there; PORT=8000)
+	$(BIN)/python -m examples.serve.demo --port $(PORT)
+
 # Whole files go to a worker, in the order of their names: fixtures are made once, and what takes longest is not last.
 test: venv ## run the tests, JOBS=2 processes side by side (CPU, gloo)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not miniature" -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 10
@@ -68,6 +74,9 @@ mutants: venv ## change MODULES in COUNT=40 small ways and list what no test see
 stress: venv ## random faults on small runs and both shapes of SLURM job, by hand (TRIALS=100); docs/reliability.md has results
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.stress.faults --trials $(TRIALS)
 	OMNI_STRESS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm tests/unit/test_flipped_bits.py
+
+stress-serve: venv ## 200 clients of a server for five minutes, by hand (CLIENTS=200 MINUTES=5)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.stress.clients --clients $(CLIENTS) --minutes $(MINUTES)
 
 lint: venv ## ruff
 	$(BIN)/ruff check .

@@ -5,16 +5,21 @@ quickstart's files in small. Words in capitals (``RECIPE``) stand for the reader
 to a command so that it ends soon; nothing is taken away from it.
 """
 
+import contextlib
 import io
 import json
 import os
 import re
 import shlex
+import signal
 import socket
+import threading
+import time
 import tomllib
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
@@ -108,6 +113,9 @@ def run(place: Path, words: list[str], ranks: int = 1) -> list[tuple[int, str]]:
 
 def _run(rank: Rank, place: Path, words: list[str], port: int) -> tuple[int, str]:
     os.chdir(place)
+    if words[0] == "serve":  # a server ends when it is told to
+        words = [*words[:-1], str(port)]
+        threading.Thread(target=_stop_when_ready, args=(port,), daemon=True).start()
     if rank.world_size > 1:
         values = {"RANK": rank.index, "WORLD_SIZE": rank.world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in values.items()}
@@ -118,6 +126,15 @@ def _run(rank: Rank, place: Path, words: list[str], port: int) -> tuple[int, str
         except SystemExit as end:
             status = int(end.code or 0)
     return status, "" if status == 0 else out.getvalue() + err.getvalue()
+
+
+def _stop_when_ready(port: int) -> None:
+    while True:
+        with contextlib.suppress(OSError):
+            urlopen(f"http://127.0.0.1:{port}/ready")
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        time.sleep(0.2)
 
 
 def shorter(words: list[str]) -> list[str]:
