@@ -19,6 +19,6 @@ COPY examples/slurm examples/slurm
 ENV PIP_CONSTRAINT=/tmp/pins.txt OMNI_BUILD_CUDA=1
 RUN PIP_CONSTRAINT= pip list --format=freeze | grep -iE '^(torch|numpy|transformer[-_]engine)==' > /tmp/pins.txt && \
     pip install --no-cache-dir --no-deps nvidia-cutlass==4.2.0.0 && \
-    pip install --no-cache-dir --no-build-isolation --editable .
+    pip install --no-cache-dir --no-build-isolation --editable '.[serve]'
 
 CMD ["megatron-omni", "doctor"]

@@ -1,0 +1,198 @@
+"""What serving costs beside the engine: the same requests through the engine in one process, and over HTTP.
+
+    python -m benchmarks.bench_serve --checkpoint runs/quickstart --json FILE [--streams 32] [--requests 128] [--repeat 3]
+
+Each of ``--streams`` clients sends its next request when the last token of the one before has come; prompts of 32 tokens,
+128 new ones, greedy, every token a chunk of a stream. The engine's process has one core, HTTP and the client the other
+one. Both ways are taken in turn ``--repeat`` times, medians are written: ``tokens_per_s`` by the wall clock, and
+``tokens_per_cpu_s``, tokens for each second that the engine's process computed, which other programs disturb less.
+``overhead`` is the share of the engine's tokens that serving costs. Needs two cores; the first two are taken.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import psutil
+
+PROMPT_TOKENS, NEW_TOKENS = 32, 128
+ENGINE_CORE, HTTP_CORE = 0, 1
+
+
+def prompts(number: int, vocab_size: int) -> list[list[int]]:
+    """Random ids, the same for both ways."""
+    pick = random.Random(0)
+    return [[pick.randrange(vocab_size // 2, vocab_size) for _ in range(PROMPT_TOKENS)] for _ in range(number)]
+
+
+def measure_direct(checkpoint: Path, streams: int, number: int) -> dict[str, float]:
+    """In this process: the engine alone."""
+    os.sched_setaffinity(0, {ENGINE_CORE})
+    from megatron_omni.platform.device import install
+
+    install()
+    from megatron_omni.generation.engine import Engine, EngineLimits
+    from megatron_omni.generation.load import open_checkpoint
+    from megatron_omni.generation.request import FinishedEvent, Request
+
+    opened = open_checkpoint(checkpoint)
+    builder = opened.builder
+    limits = EngineLimits(max_running=streams)
+    with Engine(opened.load_model(), tokenizer=builder.tokenizer, pg=opened.pg, limits=limits) as engine:
+        for measured in (False, True):
+            waiting = [
+                Request(
+                    name=str(i), prompt=builder.build_text(ids), max_new_tokens=NEW_TOKENS, ignore_eos=True, text=True
+                )
+                for i, ids in enumerate(prompts(number if measured else streams, builder.tokenizer.vocab_size))
+            ]
+            start, cpu = time.perf_counter(), time.process_time()
+            tokens = running = 0
+            while waiting or engine.busy:
+                while waiting and running < streams:
+                    engine.submit(waiting.pop())
+                    running += 1
+                for event in engine.step():
+                    if isinstance(event, FinishedEvent):
+                        tokens += event.usage.completion
+                        running -= 1
+    return {"tokens": tokens, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+
+
+async def one_stream(port: int, model: str, waiting: list[list[int]]) -> int:
+    """Requests one after the other over one connection; tokens that came. No client's library: it would be measured."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    tokens = 0
+    while waiting:
+        body = json.dumps({
+            "model": model, "prompt": waiting.pop(), "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True,
+            "ignore_eos": True, "stream_options": {"include_usage": True},
+        }).encode()  # fmt: skip
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        writer.write(head.encode() + b"\r\n\r\n" + body)
+        said = b""
+        while not said.endswith(b"0\r\n\r\n"):  # the last chunk of the response
+            said = said[-4096:] + await reader.read(1 << 16)
+        tokens += int(re.findall(rb'"completion_tokens": (\d+)', said)[-1])
+    writer.close()
+    return tokens
+
+
+def measure_http(checkpoint: Path, streams: int, number: int) -> dict[str, float]:
+    """A server on the one core, HTTP and this process on the other."""
+    words = [
+        sys.executable,
+        "-m",
+        "megatron_omni.cli.serve",
+        str(checkpoint),
+        "--port",
+        "0",
+        "--max-running",
+        str(streams),
+    ]
+    server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        said = re.search(r"serving (\S+) at http://127.0.0.1:(\d+)/", server.stdout.readline())
+        assert said is not None, "the server did not start"
+        model, port = said[1], int(said[2])
+        while True:
+            try:
+                urlopen(f"http://127.0.0.1:{port}/ready")
+                break
+            except OSError:
+                time.sleep(0.2)
+        engine = psutil.Process(server.pid)
+        _pin(engine.pid, ENGINE_CORE)
+        for process in engine.children(recursive=True):
+            _pin(process.pid, HTTP_CORE)
+        os.sched_setaffinity(0, {HTTP_CORE})
+        vocab_size = _vocab_size(checkpoint)
+
+        async def run(waiting: list[list[int]]) -> int:
+            return sum(await asyncio.gather(*(one_stream(port, model, waiting) for _ in range(streams))))
+
+        asyncio.run(run(prompts(streams, vocab_size)))
+        before, start = _cpu_seconds(engine), time.perf_counter()
+        tokens = asyncio.run(run(prompts(number, vocab_size)))
+        return {"tokens": tokens, "seconds": time.perf_counter() - start, "cpu_seconds": _cpu_seconds(engine) - before}
+    finally:
+        server.terminate()
+        server.wait()
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+
+
+def _pin(pid: int, core: int) -> None:
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(thread.name), {core})
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+def _vocab_size(checkpoint: Path) -> int:
+    from megatron_omni.checkpoint.commit import find
+    from megatron_omni.checkpoint.distributed import tokenizer_path
+    from megatron_omni.data.tokenizer import load_tokenizer
+
+    directory = find(checkpoint)
+    assert directory is not None
+    return load_tokenizer(tokenizer_path(directory)).vocab_size
+
+
+def main() -> None:
+    """Measure both ways in turn and write the medians."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--requests", type=int, default=128)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument(
+        "--direct", action="store_true", help="this process is the engine's (used by the command itself)"
+    )
+    options = parser.parse_args()
+    if options.direct:
+        print(json.dumps(measure_direct(options.checkpoint, options.streams, options.requests)))
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    taken: dict[str, list[dict[str, float]]] = {"engine": [], "http": []}
+    words = [sys.executable, "-m", "benchmarks.bench_serve", "--direct", "--checkpoint", str(options.checkpoint)]
+    words += ["--streams", str(options.streams), "--requests", str(options.requests)]
+    for _ in range(options.repeat):
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+        taken["engine"].append(json.loads(done.stdout.splitlines()[-1]))
+        taken["http"].append(measure_http(options.checkpoint, options.streams, options.requests))
+    rows: list[dict[str, Any]] = []
+    for way, runs in taken.items():
+        assert {run["tokens"] for run in runs} == {options.requests * NEW_TOKENS}, "not every token came"
+        row: dict[str, Any] = {
+            "model": str(options.checkpoint), "streams": options.streams, "requests": options.requests, "way": way,
+            "tokens_per_s": round(statistics.median(run["tokens"] / run["seconds"] for run in runs), 1),
+            "tokens_per_cpu_s": round(statistics.median(run["tokens"] / run["cpu_seconds"] for run in runs), 1),
+        }  # fmt: skip
+        rows.append(row)
+        row["overhead"] = round(1 - row["tokens_per_s"] / rows[0]["tokens_per_s"], 3)
+        row["cpu_overhead"] = round(1 - row["tokens_per_cpu_s"] / rows[0]["tokens_per_cpu_s"], 3)
+        print(row)
+    if options.json is not None:
+        options.json.write_text(
+            json.dumps({"machine": platform.processor() or platform.machine(), "rows": rows}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    main()
