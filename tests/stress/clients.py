@@ -23,11 +23,15 @@ from typing import Any
 import openai
 import psutil
 
-from tests.distributed.tiny_run import make_corpus, run_tiny, tiny_recipe
-from tests.serve.conftest import SEQ_LENGTH, Trained
-from tests.serve.harness import Running, serving
-from tests.serve.test_server import QUESTIONS, ask, direct_answers, mixed
-from tests.unit.tiny_data import write_clip
+from megatron_omni.platform.device import install
+
+install()
+
+from tests.distributed.tiny_run import make_corpus, run_tiny, tiny_recipe  # noqa: E402
+from tests.serve.conftest import SEQ_LENGTH, Trained  # noqa: E402
+from tests.serve.harness import Running, serving  # noqa: E402
+from tests.serve.test_server import QUESTIONS, ask, direct_answers, mixed  # noqa: E402
+from tests.unit.tiny_data import write_clip  # noqa: E402
 
 PATIENCE_SECONDS = 300.0
 
