@@ -95,8 +95,10 @@ async def one_client(
     await client.close()
 
 
-async def _streamed(client: openai.AsyncOpenAI, content: Any, leave_after: int | None) -> str | None:
-    stream = await client.chat.completions.create(**ask(content, stream=True))
+async def _streamed(
+    client: openai.AsyncOpenAI, content: Any, leave_after: int | None = None, **settings: Any
+) -> str | None:
+    stream = await client.chat.completions.create(**ask(content, stream=True, **settings))
     text, count = "", 0
     async for chunk in stream:
         text += chunk.choices[0].delta.content or ""
@@ -156,16 +158,19 @@ def trial(server: Running, trained: Trained, answers: list[str], clients: int, s
     if now["omni:kv_cache_usage_perc"] or now["omni:media_bytes_waiting"]:
         wrong.append(f"held: {now}")
 
+    started = now["omni:request_started_total"]
+
     async def while_it_stops() -> list[str]:
         client = server.async_client(timeout=PATIENCE_SECONDS)
-        streams = [asyncio.create_task(_streamed(client, QUESTIONS[1], None)) for _ in range(min(clients, 100))]
-        while server.metrics()["omni:num_requests_waiting"] or not server.metrics()["omni:num_requests_running"]:
+        long = {"max_completion_tokens": 150, "extra_body": {"ignore_eos": True}}
+        streams = [asyncio.create_task(_streamed(client, "red", **long)) for _ in range(min(clients, 100))]
+        while (await asyncio.to_thread(server.metrics))["omni:request_started_total"] < started + len(streams):
             await asyncio.sleep(0.05)
         os.kill(server.ranks[0].pid, signal.SIGTERM)
         return [text or "" for text in await asyncio.gather(*streams)]
 
     texts = asyncio.run(while_it_stops())
-    if set(texts) != {answers[1]} or server.wait() != [0]:
+    if len(set(texts)) != 1 or not texts[0] or server.wait() != [0]:
         wrong.append(f"SIGTERM: {Counter(texts)}, status {server.wait()}")
     return wrong
 
