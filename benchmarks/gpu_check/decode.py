@@ -13,8 +13,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 ROUNDS = 3
 
@@ -44,11 +43,11 @@ def measure(folder: Path, *, tokens: int, batches: list[int]) -> dict[str, Any]:
     from benchmarks.measure import copy_ceiling
     from megatron_omni.data.record import parse_record
     from megatron_omni.data.sample import SampleBuilder
-    from megatron_omni.data.tokenizer import Tokenizer
-    from megatron_omni.generation.engine import generate
+    from megatron_omni.generation.engine import Engine, EngineLimits
+    from megatron_omni.generation.extents import extent_size
     from megatron_omni.models.build import build_model
     from megatron_omni.parallel.groups import destroy, initialize
-    from megatron_omni.platform.device import device, synchronize
+    from megatron_omni.platform.device import device
     from megatron_omni.platform.seeds import seed_everything
     from tests.recipes.miniature_data import question
 
@@ -58,26 +57,19 @@ def measure(folder: Path, *, tokens: int, batches: list[int]) -> dict[str, Any]:
     builder = SampleBuilder(job.recipe)
     prompt = builder.build_prompt(parse_record(question(job.data)))
     model = build_model(job.recipe, pg).to(device())
-    inner = builder.tokenizer
-    endless = cast(Tokenizer, SimpleNamespace(pad_id=inner.pad_id, vocab_size=inner.vocab_size, eos_ids=()))
-    # ``endless``: drawn weights must not end an answer early.
     language = sum(p.numel() * p.element_size() for p in model.language.parameters())
-
-    def seconds(batch: int, count: int) -> float:
-        synchronize()
-        start = time.perf_counter()
-        answers = generate(model, [prompt] * batch, tokenizer=endless, max_new_tokens=count, pg=pg)
-        synchronize()
-        assert [len(answer) for answer in answers] == [count] * batch, [len(answer) for answer in answers]
-        return time.perf_counter() - start
 
     rows = []
     for batch in batches:
-        seconds(batch, 2)
-        spent = [(seconds(batch, 1 + tokens) - seconds(batch, 1)) / tokens for _ in range(ROUNDS)]
-        rows.append(
-            {"batch": batch, "ms_a_token": 1e3 * statistics.median(spent), "prompt_ms": 1e3 * seconds(batch, 1)}
-        )
+        limits = EngineLimits(max_running=batch, cache_tokens=batch * extent_size(prompt.length + tokens + 1))
+        with Engine(model, tokenizer=builder.tokenizer, pg=pg, limits=limits) as engine:
+            seconds(engine, prompt, batch, 2)
+            spent = [
+                (seconds(engine, prompt, batch, 1 + tokens) - seconds(engine, prompt, batch, 1)) / tokens
+                for _ in range(ROUNDS)
+            ]
+            prompts = seconds(engine, prompt, batch, 1)
+        rows.append({"batch": batch, "ms_a_token": 1e3 * statistics.median(spent), "prompt_ms": 1e3 * prompts})
     read = copy_ceiling(device=torch.device(device().type), threads=1) / 2
     destroy()
     return {
@@ -87,6 +79,21 @@ def measure(folder: Path, *, tokens: int, batches: list[int]) -> dict[str, Any]:
         "decode": rows,
         "weights_read_ms": 1e3 * language / read,
     }
+
+
+def seconds(engine: Any, prompt: Any, batch: int, count: int) -> float:
+    """Of ``batch`` answers of ``count`` tokens; drawn weights do not end one earlier."""
+    from megatron_omni.generation.batches import answered
+    from megatron_omni.generation.request import Request
+    from megatron_omni.platform.device import synchronize
+
+    asked = {"prompt": prompt, "max_new_tokens": count, "ignore_eos": True, "reuse_prefix": False}
+    synchronize()
+    start = time.perf_counter()
+    lengths = [len(result.ids) for result in answered(engine, (Request(name=str(i), **asked) for i in range(batch)))]
+    synchronize()
+    assert lengths == [count] * batch, lengths
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":
