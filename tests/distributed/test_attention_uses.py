@@ -4,6 +4,7 @@ One step of four micro-batches: packed samples, two prompts with responses, pref
 that fills its row. What they must equal is one rank whose attention is the masked formula in float64.
 """
 
+import re
 from functools import cache
 from typing import Any
 
@@ -109,7 +110,12 @@ def one_step(rank: Rank, parallel: ParallelConfig, by_formula: bool) -> dict[str
         return losses, lambda losses: (losses.sum() / 100, losses.detach().clone())
 
     losses = run_step(loss_step, [batch_of(name) for name in mine], model, pg=pg, recipe=recipe)
-    grads = {name: p.main_grad.numpy().copy() for name, p in omni.named_parameters() if is_watched(name)}
+    earlier = pg.pp.rank() * len(omni.language.decoder.layers)
+    grads = {
+        global_name(name, earlier): p.main_grad.numpy().copy()
+        for name, p in omni.named_parameters()
+        if is_watched(name)
+    }
 
     def logits_step(batch: OmniBatch, model: Any) -> tuple[Tensor, Any]:
         logits = model(batch, step=0, stochastic=False, compute_loss=False)
@@ -148,6 +154,11 @@ def one_step(rank: Rank, parallel: ParallelConfig, by_formula: bool) -> dict[str
 def is_watched(name: str) -> bool:
     """Whole on every rank; a key's bias moves no softmax, so its gradient is rounding."""
     return ("vision." in name or "norm" in name) and not name.endswith("k_proj.bias")
+
+
+def global_name(name: str, earlier: int) -> str:
+    """A stage counts its own layers: with those of ``earlier`` stages."""
+    return re.sub(r"(?<=language\.decoder\.layers\.)\d+", lambda found: str(int(found[0]) + earlier), name)
 
 
 def row_of_tokens(parts: list[tuple[Tensor, int]]) -> OmniBatch:
