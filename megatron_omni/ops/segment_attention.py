@@ -29,6 +29,7 @@ from megatron_omni.segments import AttentionSegments, Segment
 
 _FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the public product hides the log-sum
 _FLASH_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_LENGTH_STEP = 512
 
 
 def segment_attention(
@@ -163,6 +164,7 @@ class VarlenCall(NamedTuple):
     """[n + 1] int32: where the queries of each segment begin."""
     cu_seqlens_k: Tensor
     max_seqlen_q: int
+    """At least the longest: a multiple of ``_LENGTH_STEP``, so that kernels built for a length are built for few."""
     max_seqlen_k: int
 
 
@@ -178,8 +180,8 @@ def varlen_calls(segments: AttentionSegments, num_keys: int, device: torch.devic
                 keys=_tokens((keys for s in kind for keys in s.keys), num_keys, device),
                 cu_seqlens_q=_cumulated((len(s.queries) for s in kind), device),
                 cu_seqlens_k=_cumulated((s.num_keys for s in kind), device),
-                max_seqlen_q=max(len(s.queries) for s in kind),
-                max_seqlen_k=max(s.num_keys for s in kind),
+                max_seqlen_q=_bound(len(s.queries) for s in kind),
+                max_seqlen_k=_bound(s.num_keys for s in kind),
             )
             for kind in kinds
             if kind
@@ -189,6 +191,10 @@ def varlen_calls(segments: AttentionSegments, num_keys: int, device: torch.devic
 
 def _joined(ranges: Iterable[range]) -> Tensor:
     return torch.cat([torch.arange(r.start, r.stop) for r in ranges] or [torch.arange(0)])
+
+
+def _bound(lengths: Iterable[int]) -> int:
+    return -(-max(lengths) // _LENGTH_STEP) * _LENGTH_STEP
 
 
 def _tokens(ranges: Iterable[range], number: int, device: torch.device) -> Tensor | None:
