@@ -103,49 +103,52 @@ class _Blocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: list[Block], scale: float) -> Tensor:
-        output = torch.zeros_like(query, memory_format=torch.contiguous_format)
+        result = torch.zeros_like(query, memory_format=torch.contiguous_format)
+        q, k, v, output = map(_heads, (query, key, value, result))
         # The kernel gives log-sums in single precision, in double for double.
-        log_sum = query.new_zeros(query.shape[1], len(query), dtype=torch.promote_types(query.dtype, torch.float32))
-        for block in blocks:
-            inputs = (_heads(query, block.queries), _heads(key, block.keys), _heads(value, block.keys))
-            part, part_sum = _FLASH_CPU(*inputs, 0.0, block.causal, scale=scale)
-            out, total = _heads(output, block.queries), log_sum[None, :, block.queries]
-            if not block.first:
+        log_sum = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        for rows, columns, causal, first in blocks:
+            part, part_sum = _FLASH_CPU(q[:, :, rows], k[:, :, columns], v[:, :, columns], 0.0, causal, scale=scale)
+            out, total = output[:, :, rows], log_sum[:, :, rows]
+            if not first:
                 joint = torch.logaddexp(total, part_sum)
-                out *= (total - joint).exp().unsqueeze(-1)
-                part = part * (part_sum - joint).exp().unsqueeze(-1)
-                part, part_sum = part + out, joint
+                part = out * (total - joint).exp().unsqueeze(-1) + part * (part_sum - joint).exp().unsqueeze(-1)
+                part_sum = joint
             out.copy_(part)
             total.copy_(part_sum)
-        ctx.save_for_backward(query, key, value, output, log_sum)
+        ctx.save_for_backward(query, key, value, result, log_sum)
         ctx.blocks, ctx.scale = blocks, scale
-        return output
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, output, log_sum = ctx.saved_tensors
-        grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
-        for block in ctx.blocks:
-            rows, columns = block.queries, block.keys
-            parts = _FLASH_CPU_BACKWARD(
-                _heads(grad, rows),
-                _heads(query, rows),
-                _heads(key, columns),
-                _heads(value, columns),
-                _heads(output, rows),
-                log_sum[None, :, rows],
+        *inputs, result, log_sum = ctx.saved_tensors
+        grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
+        g, q, k, v, output, dq, dk, dv = map(_heads, (grad, *inputs, result, *grads))
+        for rows, columns, causal, first in ctx.blocks:
+            dq_part, dk_part, dv_part = _FLASH_CPU_BACKWARD(
+                g[:, :, rows],
+                q[:, :, rows],
+                k[:, :, columns],
+                v[:, :, columns],
+                output[:, :, rows],
+                log_sum[:, :, rows],
                 0.0,
-                block.causal,
+                causal,
                 scale=ctx.scale,
             )
-            for total, part, tokens in zip(grads, parts, (rows, columns, columns)):
-                _heads(total, tokens).add_(part)
+            if first:
+                dq[:, :, rows] = dq_part
+            else:
+                dq[:, :, rows] += dq_part
+            dk[:, :, columns] += dk_part
+            dv[:, :, columns] += dv_part
         return (*grads, None, None)
 
 
-def _heads(x: Tensor, tokens: slice) -> Tensor:
-    """[1, heads, L, D] view of some tokens of [T, heads, D]."""
-    return x[tokens].transpose(0, 1).unsqueeze(0)
+def _heads(x: Tensor) -> Tensor:
+    """[1, heads, T, D] view of [T, heads, D]."""
+    return x.transpose(0, 1).unsqueeze(0)
 
 
 # ----------------------------------------------------------------------------------- CUDA: a variable-length kernel
@@ -288,9 +291,9 @@ def _by_segment(
         parts += [
             query.new_zeros(queries.start - end, *query.shape[1:]),
             F.scaled_dot_product_attention(
-                _heads(query, _slice(queries)),
-                _heads(torch.cat([key[part] for part in keys]), slice(None)),
-                _heads(torch.cat([value[part] for part in keys]), slice(None)),
+                _heads(query[_slice(queries)]),
+                _heads(torch.cat([key[part] for part in keys])),
+                _heads(torch.cat([value[part] for part in keys])),
                 attn_mask=causal_lower_right(len(queries), segment.num_keys) if segment.causal and not square else None,
                 is_causal=segment.causal and square,
                 dropout_p=dropout,
