@@ -282,6 +282,7 @@ def run(command: Command, http: Connection | None, port: int) -> None:
     from megatron_omni.generation.load import open_checkpoint
     from megatron_omni.serve.leader import Leader, facts_of, start_engine
     from megatron_omni.serve.link import Opened
+    from megatron_omni.serve.replicas import Replicas, take_part
 
     checkpoint = open_checkpoint(command.checkpoint, overrides=command.overrides)
     if http is not None:
@@ -290,9 +291,14 @@ def run(command: Command, http: Connection | None, port: int) -> None:
     if http is None:
         for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 says when to stop
             signal.signal(number, signal.SIG_IGN)
-        engine.follow()
+        if engine.leads:
+            take_part(engine, checkpoint.pg.dp)
+        else:
+            engine.follow()
         return
-    leader = Leader(engine, checkpoint.builder.tokenizer, http, grace_seconds=command.grace_seconds)
+    leader = Leader(
+        Replicas(engine, checkpoint.pg.dp), checkpoint.builder.tokenizer, http, grace_seconds=command.grace_seconds
+    )
     scheme = "https" if command.settings.ssl_certfile else "http"
     host = f"[{command.host}]" if ":" in command.host else command.host
     print(f"serving {command.settings.name} at {scheme}://{host}:{port}/ (OpenAI's API under /v1)", flush=True)

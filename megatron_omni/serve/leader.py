@@ -11,7 +11,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,8 +24,9 @@ from megatron_omni.data.tokenizer import Tokenizer
 from megatron_omni.foreign import read_bytes
 from megatron_omni.generation.engine import Engine, EngineLimits
 from megatron_omni.generation.load import Checkpoint
-from megatron_omni.generation.request import Event, PromptEvent, Request, RequestEngine, TokenEvent
-from megatron_omni.serve.link import Cancel, Drained, Draining, Failed, Happened, ModelFacts, Ready, Refused
+from megatron_omni.generation.request import Event, PromptEvent, TokenEvent
+from megatron_omni.serve.link import Drained, Draining, Failed, Happened, ModelFacts, Ready, Refused
+from megatron_omni.serve.replicas import Command, Replicas
 
 IDLE_SECONDS = 1.0
 TORCH_DISTRIBUTED = Path(torch.distributed.__file__).parent
@@ -33,10 +34,10 @@ ENGINE_ENDED = "the model has ended; the server ends with it and has to be start
 
 
 class Leader:
-    """Feeds one engine from one connection until HTTP says that the last client has gone."""
+    """Feeds the engines from one connection until HTTP says that the last client has gone."""
 
-    def __init__(self, engine: RequestEngine, tokenizer: Tokenizer, http: Connection, *, grace_seconds: float) -> None:
-        self._engine, self._tokenizer, self._http, self._grace_seconds = engine, tokenizer, http, grace_seconds
+    def __init__(self, engines: Replicas, tokenizer: Tokenizer, http: Connection, *, grace_seconds: float) -> None:
+        self._engines, self._tokenizer, self._http, self._grace_seconds = engines, tokenizer, http, grace_seconds
         self._signals = 0
         self._told_to_drain = self._drained = False
 
@@ -47,48 +48,46 @@ class Leader:
         self._http.send(Ready())
         try:
             while not self._drained:
-                self._read(IDLE_SECONDS if not self._engine.busy else 0.0)
+                commands = self._read(IDLE_SECONDS if not self._engines.busy else 0.0)
                 if self._signals and not self._told_to_drain:
                     self._told_to_drain = True
                     self._http.send(Draining(self._grace_seconds))
-                self._step()
+                self._turn(commands)
         except BaseException:
             self._say_failed()
             raise
-        self._engine.close()
+        self._engines.close()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self._signals += 1
         if self._signals > 1:
             os._exit(128 + number)
 
-    def _read(self, seconds: float) -> None:
-        """Take what HTTP has sent."""
+    def _read(self, seconds: float) -> list[Command]:
+        """What HTTP has sent."""
+        commands: list[Command] = []
         while self._http.poll(seconds):
             try:
                 message = self._http.recv()
             except EOFError:
                 raise RuntimeError("the process that speaks HTTP has ended") from None
             seconds = 0.0
-            match message:
-                case Request():
-                    try:
-                        self._engine.submit(message)
-                    except ValueError as error:
-                        self._http.send(Refused(message.name, str(error)))
-                case Cancel():
-                    self._engine.cancel(message.name)
-                case Drained():
-                    self._drained = True
+            if isinstance(message, Drained):
+                self._drained = True
+            else:
+                commands.append(message)
+        return commands
 
-    def _step(self) -> None:
-        busy, start = self._engine.busy, time.perf_counter()
-        events = self._engine.step()
+    def _turn(self, commands: Sequence[Command]) -> None:
+        busy, start = self._engines.busy or bool(commands), time.perf_counter()
+        turn = self._engines.turn(commands)
+        for name, message in turn.refused:
+            self._http.send(Refused(name, message))
         self._http.send(
             Happened(
-                events=events,
-                token_bytes={token: self._tokenizer.token_bytes(token) for token in set(_tokens_to_name(events))},
-                state=self._engine.state(),
+                events=turn.events,
+                token_bytes={token: self._tokenizer.token_bytes(token) for token in set(_tokens_to_name(turn.events))},
+                state=turn.state,
                 step_seconds=time.perf_counter() - start if busy else None,
             )
         )
@@ -138,11 +137,5 @@ def facts_of(checkpoint: Checkpoint, name: str) -> ModelFacts:
 
 
 def start_engine(checkpoint: Checkpoint, limits: EngineLimits) -> Engine:
-    """The engine with the checkpoint's weights; all ranks call this together. ValueError for more than one replica."""
-    ranks, of_replica = torch.distributed.get_world_size(), checkpoint.pg.mp.size()
-    if ranks != of_replica:
-        raise ValueError(
-            f"{ranks} ranks, but the model takes {of_replica} with these parallel sizes: a server is one replica of the "
-            f"model; start {of_replica} ranks (and more servers behind a load balancer), or raise the sizes"
-        )
+    """This replica's engine with the checkpoint's weights; all ranks call this together."""
     return Engine(checkpoint.load_model(), tokenizer=checkpoint.builder.tokenizer, pg=checkpoint.pg, limits=limits)

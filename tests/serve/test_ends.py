@@ -1,5 +1,6 @@
 """How a server ends, what it refuses before it starts, and who is let in."""
 
+import asyncio
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ from megatron_omni.cli.serve import main, parse
 from megatron_omni.serve.guard import Guard
 from tests.serve.conftest import Trained
 from tests.serve.harness import serving
+from tests.serve.test_server import QUESTIONS, ask, direct_answers
 
 LONG = {
     "model": "tiny", "messages": [{"role": "user", "content": "red"}], "temperature": 0, "max_completion_tokens": 220,
@@ -94,6 +96,28 @@ def test_two_ranks_answer_alike_and_a_dead_one_ends_the_server(trained: Trained,
         assert server.wait() == [1, -signal.SIGKILL], log.read_text()
     lines = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in log.read_text(), log.read_text()
+
+
+def test_replicas_share_the_requests(trained: Trained, tmp_path: Path) -> None:
+    """Two replicas that meet in every MoE layer: answers are those of one rank, whichever replica gives them."""
+    direct = direct_answers(trained)[: len(QUESTIONS)]
+    expert = "parallel.expert_model_parallel_size=2"
+    with serving(trained.run_dir, expert, "--max-running", "3", ranks=2, log=tmp_path / "log") as server:
+
+        async def ask_all() -> list[Any]:
+            client = server.async_client()
+            many = [client.chat.completions.create(**ask(question)) for question in [*QUESTIONS, *QUESTIONS]]
+            return await asyncio.gather(*many, client.chat.completions.create(**ask(QUESTIONS[0], n=3)))
+
+        *answers, three = asyncio.run(ask_all())
+        assert [answer.choices[0].message.content for answer in answers] == [*direct, *direct]
+        assert {choice.message.content for choice in three.choices} == {direct[0]}
+        assert (server.metrics()["omni:num_requests_running"], server.metrics()["omni:kv_cache_usage_perc"]) == (0, 0)
+        listener = Listener(server.client())
+        assert server.stop() == [0, 0], (tmp_path / "log").read_text()
+        listener.join(120)
+        assert (listener.error, listener.reason) == (None, "length")
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 BAD = {
