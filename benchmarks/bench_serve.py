@@ -4,9 +4,10 @@
 
 Each of ``--streams`` clients sends its next request when the last token of the one before has come; prompts of 32 tokens,
 128 new ones, greedy, every token a chunk of a stream. The engine's process has one core, HTTP and the client the other
-one. Both ways are taken in turn ``--repeat`` times, medians are written: ``tokens_per_s`` by the wall clock, and
-``tokens_per_cpu_s``, tokens for each second that the engine's process computed, which other programs disturb less.
-``overhead`` is the share of the engine's tokens that serving costs. Needs two cores; the first two are taken.
+one. Both ways are taken in turn ``--repeat`` times, medians are written: ``tokens_per_s`` by the wall clock less the time
+that the engine's process was ready and waited for its core (/proc/PID/schedstat: what other programs took), and
+``tokens_per_cpu_s``, tokens for each second that it computed. ``overhead`` is the share of the engine's tokens that serving
+costs, ``seconds_waited`` says how busy the machine was. Needs two cores of a Linux machine; the first two are taken.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def measure_direct(checkpoint: Path, streams: int, number: int) -> dict[str, flo
                 )
                 for i, ids in enumerate(prompts(number if measured else streams, builder.tokenizer.vocab_size))
             ]
-            start, cpu = time.perf_counter(), time.process_time()
+            before = _clocks(os.getpid())
             tokens = running = 0
             while waiting or engine.busy:
                 while waiting and running < streams:
@@ -67,7 +68,7 @@ def measure_direct(checkpoint: Path, streams: int, number: int) -> dict[str, flo
                     if isinstance(event, FinishedEvent):
                         tokens += event.usage.completion
                         running -= 1
-    return {"tokens": tokens, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+    return _outcome(tokens, before, _clocks(os.getpid()))
 
 
 async def one_stream(port: int, model: str, waiting: list[list[int]]) -> int:
@@ -124,9 +125,9 @@ def measure_http(checkpoint: Path, streams: int, number: int) -> dict[str, float
             return sum(await asyncio.gather(*(one_stream(port, model, waiting) for _ in range(streams))))
 
         asyncio.run(run(prompts(streams, vocab_size)))
-        before, start = _cpu_seconds(engine), time.perf_counter()
+        before = _clocks(engine.pid)
         tokens = asyncio.run(run(prompts(number, vocab_size)))
-        return {"tokens": tokens, "seconds": time.perf_counter() - start, "cpu_seconds": _cpu_seconds(engine) - before}
+        return _outcome(tokens, before, _clocks(engine.pid))
     finally:
         server.terminate()
         server.wait()
@@ -138,9 +139,15 @@ def _pin(pid: int, core: int) -> None:
         os.sched_setaffinity(int(thread.name), {core})
 
 
-def _cpu_seconds(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return times.user + times.system
+def _clocks(pid: int) -> tuple[float, float, float]:
+    """Seconds by the wall clock, on a core, and ready but waiting for one, of a process' main thread."""
+    computed, waited, _ = map(int, Path(f"/proc/{pid}/schedstat").read_text().split())
+    return time.perf_counter(), computed / 1e9, waited / 1e9
+
+
+def _outcome(tokens: int, before: tuple[float, float, float], after: tuple[float, float, float]) -> dict[str, float]:
+    wall, computed, waited = (b - a for a, b in zip(before, after))
+    return {"tokens": tokens, "seconds": wall - waited, "cpu_seconds": computed, "seconds_waited": waited}
 
 
 def _vocab_size(checkpoint: Path) -> int:
@@ -184,6 +191,7 @@ def main() -> None:
             "tokens_per_s": round(statistics.median(run["tokens"] / run["seconds"] for run in runs), 1),
             "tokens_per_cpu_s": round(statistics.median(run["tokens"] / run["cpu_seconds"] for run in runs), 1),
         }  # fmt: skip
+        row["seconds_waited"] = round(statistics.median(run["seconds_waited"] for run in runs), 2)
         rows.append(row)
         row["overhead"] = round(1 - row["tokens_per_s"] / rows[0]["tokens_per_s"], 3)
         row["cpu_overhead"] = round(1 - row["tokens_per_cpu_s"] / rows[0]["tokens_per_cpu_s"], 3)

@@ -465,7 +465,7 @@ def test_the_job_script_serves(tmp_path: Path) -> None:
 
     text = (ROOT / "examples" / "serve" / "serve.sbatch").read_text()
     assert subprocess.run(["bash", "-n", ROOT / "examples" / "serve" / "serve.sbatch"], check=False).returncode == 0
-    (command,) = re.findall(r"^launch -m megatron_omni\.cli\.serve ((?:.*\\\n)*.*)&$", text, re.MULTILINE)
+    (command,) = re.findall(r"^launch -m megatron_omni\.cli\.serve ((?:.*\\\n)*[^#\n]*)", text, re.MULTILINE)
     (tmp_path / "serve_keys.txt").write_text("a-long-secret\n")
     filled = command.replace("\\\n", " ").replace('"$checkpoint"', str(tmp_path)).replace('"$@"', "")
     filled = filled.replace("$SLURM_NTASKS_PER_NODE", "4").replace("serve_keys.txt", str(tmp_path / "serve_keys.txt"))

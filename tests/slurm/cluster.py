@@ -104,7 +104,7 @@ def two_nodes(root: Path) -> Iterator[Cluster]:
     root.chmod(0o755)
     for name in ("state", *(f"spool.{node}" for node in NODES)):
         (root / name).mkdir()
-    ports = _free_ports(3)
+    ports = free_ports(3)
     host = socket.gethostname().split(".")[0]
     text = CONFIGURATION.format(host=host, ports=ports, user=getpass.getuser(), root=root, cpus=CPUS)
     (root / "slurm.conf").write_text(text)
@@ -159,7 +159,8 @@ def _wait_for_file(path: Path) -> None:
         time.sleep(0.05)
 
 
-def _free_ports(number: int) -> list[int]:
+def free_ports(number: int) -> list[int]:
+    """Ports of this machine that nobody listens at."""
     sockets = [socket.socket() for _ in range(number)]
     try:
         for probe in sockets:

@@ -5,6 +5,7 @@ Skipped, with its reason, where SLURM or munge is not installed. The first start
 is SLURM's own ranks; ``OMNI_STRESS=1`` (`make stress`) preempts both shapes.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -12,14 +13,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
+from openai import OpenAI, OpenAIError
 
 from megatron_omni.config.load import recipe_to_yaml
 from megatron_omni.config.run import Recipe
 from tests.distributed.test_resume import exact
 from tests.distributed.tiny_run import make_corpus, records, run_tiny, tiny_recipe
-from tests.slurm.cluster import NODES, Cluster, missing_programs, two_nodes
+from tests.slurm.cluster import NODES, Cluster, free_ports, missing_programs, two_nodes
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "examples" / "slurm").glob("*.sbatch"))
@@ -121,6 +124,38 @@ def test_preflight_looks_at_every_node_and_a_dry_run_at_the_recipe(cluster: Clus
     text = (place / "dry.txt").read_text()
     assert state["JobState"] == "COMPLETED" and "fullest of 4 rank(s):" in text and "\nseed: 5\n" in text, text
     assert not (tmp_path / "run").exists()
+
+
+def test_a_served_checkpoint_answers_until_its_job_is_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+    place, port = site(tmp_path / "site", ("torchrun",)), free_ports(1)[0]
+    shutil.copytree(ROOT / "examples" / "serve", place / "examples" / "serve")
+    (place / "serve_keys.txt").write_text("a-long-secret\n")
+    run_tiny(tiny_recipe(make_corpus(tmp_path / "corpus"), tmp_path / "tiny", train_iters=1), 1)
+    ranks = ("--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--output=log.txt")
+    words = ("examples/serve/serve.sbatch", str(tmp_path / "tiny"), "--port", str(port))
+    job = cluster.submit(*ranks, *words, cwd=place)
+    log, url = place / "log.txt", f"http://127.0.0.1:{port}"
+    _wait_until_ready(url, log)
+    client = OpenAI(base_url=f"{url}/v1", api_key="a-long-secret", max_retries=0)
+    question = {"model": "tiny", "messages": [{"role": "user", "content": "red"}], "max_completion_tokens": 4}
+    assert client.chat.completions.create(**question).usage.completion_tokens > 0
+    cluster.call("scancel", job)
+    cluster.wait_for(job, {"CANCELLED"})
+    deadline = time.monotonic() + 60
+    with pytest.raises(OpenAIError):
+        while time.monotonic() < deadline:
+            client.chat.completions.create(**question)
+    assert "2 ranks" in log.read_text() and "Traceback" not in log.read_text(), log.read_text()
+
+
+def _wait_until_ready(url: str, log: Path) -> None:
+    deadline = time.monotonic() + 300
+    while True:
+        with contextlib.suppress(OSError):
+            urlopen(f"{url}/ready")
+            return
+        assert time.monotonic() < deadline, log.read_text() if log.exists() else "no output"
+        time.sleep(0.2)
 
 
 def _stop_while_it_starts(cluster: Cluster, job: str) -> None:
