@@ -66,7 +66,8 @@ def parser() -> argparse.ArgumentParser:
     p = _Parser(
         prog="megatron-omni serve",
         description="Serve a trained checkpoint: OpenAI's API over HTTP, and a page to talk to it.",
-        epilog="The sizes of the layout default to 1 whatever the checkpoint was trained on.",
+        epilog="The sizes of the layout default to 1 whatever the checkpoint was trained on; what is left of the world "
+        "size are further replicas, which share the requests.",
     )
     p.add_argument("checkpoint", type=Path, help="run directory, or one of its checkpoints/iter_* directories")
     p.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine only)")

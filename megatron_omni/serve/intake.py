@@ -17,6 +17,8 @@ from megatron_omni.serve.settings import Settings
 
 _PATIENCE_SECONDS, _LEAST_BYTES_PER_SECOND = 20.0, 16 << 10
 """A body may take so long, and a second more for so many bytes: slower clients hold memory for nothing."""
+_DISCARDED_BYTES, _DISCARDING_SECONDS = 8 << 20, 5.0
+"""Of a body that is too large."""
 _LARGE_BYTES = 1 << 20
 """A body from here on is parsed in a thread."""
 
@@ -118,7 +120,7 @@ async def read_json(headers: Headers, receive: Receive, place: Place, most_bytes
 async def read_body(headers: Headers, receive: Receive, place: Place, most_bytes: int) -> bytes:
     """The bytes of a body, counted while they come."""
     promised = headers.get("content-length", "0")
-    _check_size(int(promised) if promised.isdigit() else 0, most_bytes)
+    await _check_size(int(promised) if promised.isdigit() else 0, most_bytes, receive, more=True)
     parts: list[bytes] = []
     total, start = 0, time.monotonic()
     while True:
@@ -133,17 +135,31 @@ async def read_body(headers: Headers, receive: Receive, place: Place, most_bytes
             raise ClientGone
         part = message.get("body", b"")
         total += len(part)
-        _check_size(total, most_bytes)
+        await _check_size(total, most_bytes, receive, more=message.get("more_body", False))
         place.hold(total)
         parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts)
 
 
-def _check_size(num_bytes: int, most_bytes: int) -> None:
+async def _check_size(num_bytes: int, most_bytes: int, receive: Receive, *, more: bool) -> None:
     if num_bytes > most_bytes:
+        if more:
+            await _discard(receive)
         raise ApiError(413, f"the body has more than {most_bytes} bytes: send smaller media", code="body_too_large",
                        headers={"Connection": "close"})  # fmt: skip
+
+
+async def _discard(receive: Receive) -> None:
+    """Read on for a little: a client that is cut off while it sends never sees why."""
+    left = _DISCARDED_BYTES
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARDING_SECONDS):
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 async def while_connected[T](receive: Receive, work: Coroutine[Any, Any, T]) -> T:
