@@ -71,8 +71,9 @@ wandb: venv ## install Weights & Biases (log.wandb_project); `make test` then ru
 mutants: venv ## change MODULES in COUNT=40 small ways and list what no test sees, by hand (SEED=0); tools/mutants.py
 	$(BIN)/python tools/mutants.py $(MODULES) --seed $(SEED) --count $(COUNT) --jobs $(JOBS)
 
-stress: venv ## random faults on small runs and both shapes of SLURM job, by hand (TRIALS=100); docs/reliability.md has results
+stress: venv ## random faults on small runs, random requests and both shapes of SLURM job, by hand (TRIALS=100); docs/reliability.md has results
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.stress.faults --trials $(TRIALS)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.stress.answers
 	OMNI_STRESS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm tests/unit/test_flipped_bits.py
 
 stress-serve: venv ## 200 clients of a server for five minutes, by hand (CLIENTS=200 MINUTES=5)

@@ -48,6 +48,7 @@ class KVCache:
 
     def __init__(self, num_positions: int, *, alike: bool = False) -> None:
         self.num_positions, self.alike = num_positions, alike
+        self.rotation: tuple[Tensor, Tensor] | None = None
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._reached = 0
         self._places: Tensor | None = None

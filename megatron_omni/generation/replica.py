@@ -36,7 +36,8 @@ from megatron_omni.platform.device import device
 from megatron_omni.segments import AttentionSegments
 
 ROWS = 4
-"""Rows of every matrix product are a multiple of it: of fewer, some CPUs take another kernel, with other roundings."""
+"""Rows of matrix products are a multiple of it: with two or three, some CPUs take another kernel, with other roundings,
+and no less time. With one row they do, too, in much less time: so one row alone stays one, unless bits must be alike."""
 MEDIA_AT_ONCE = 32
 """Tiles or chunks of sound that an encoder computes together."""
 _FIRST_MESSAGE = 512
@@ -151,7 +152,6 @@ class Replica:
         self.place = place_in(pg)
         self.cache = KVCache(cache_tokens, alike=deterministic)
         self._eos_ids, self._deterministic = tuple(eos_ids), deterministic
-        self._multiple = math.lcm(ROWS, self.place.tp_size)
         self._prompts: dict[int, Prompt] = {}
         self._answers: dict[int, _Answer] = {}
 
@@ -234,7 +234,7 @@ class Replica:
         """Of every token its id, three positions and place in the cache, [5, T] int64; the tokens whose logits are
         wanted; and (answer, id that followed) of those among them that are of a prompt."""
         count = sum(chunk.length for chunk in chunks)
-        numbers = np.zeros((5, max(1, -(-count // self._multiple)) * self._multiple), dtype=np.int64)
+        numbers = np.zeros((5, self._padded(count, self.place.tp_size)), dtype=np.int64)
         ends: list[int] = []
         of_prompts: list[int] = []
         scored: list[tuple[int, int]] = []
@@ -263,6 +263,13 @@ class Replica:
                 ends.append(first - 1)
         return numbers, ends + of_prompts, scored
 
+    def _padded(self, count: int, tensor_size: int = 1) -> int:
+        """Rows of a product for ``count`` tokens."""
+        if count == tensor_size == 1 and not self._deterministic:
+            return 1
+        multiple = math.lcm(ROWS, tensor_size)
+        return -(-max(count, 1) // multiple) * multiple
+
     def _forward(self, chunks: Sequence[Chunk], numbers: np.ndarray, rows: list[int]) -> Tensor | None:
         """This stage's part: logits [R, V] float32 of ``rows``, None before the last stage."""
         language, place = self.omni.language, self.place
@@ -280,7 +287,7 @@ class Replica:
             dist.recv(received, group=self.pg.pp, group_src=place.pp_rank - 1)
             language.set_input_tensor(received)
         # As many rows as a product wants, some of them twice; a step that chooses nothing still has its output layer.
-        wanted = (rows or [0]) + [(rows or [0])[-1]] * (-max(len(rows), 1) % ROWS)
+        wanted = rows + [rows[-1] if rows else 0] * (self._padded(len(rows)) - len(rows))
         with kv_cache(self.cache):
             output = language(
                 input_ids=on_device[:1],

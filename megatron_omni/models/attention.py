@@ -4,8 +4,9 @@ Megatron's attention module projects, applies rotary angles and hands over query
 B, groups, D] (this tensor-parallel rank's share); the output is [S, B, heads * D]. Where Megatron has a mask, it hands
 on the batch's ``AttentionSegments``, which say who sees whom (segments.py); ops/segment_attention.py computes.
 
-Decoding: inside ``kv_cache(cache)`` the cache computes, over the keys and values that it keeps (generation/cache.py).
-This sits below Megatron's attention module, so it is the same on every layout.
+Decoding: inside ``kv_cache(cache)`` the cache computes, over the keys and values that it keeps (generation/cache.py), in
+layers that have only what that needs (decoding.py). This sits below everything that a layout changes. The rotation of
+queries and keys is computed once for all layers.
 """
 
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ from megatron_omni.segments import AttentionSegments
 
 class Cache(Protocol):
     """What attention asks of a cache."""
+
+    rotation: tuple[Tensor, Tensor] | None
+    """Of the new tokens (rope.py), the same in every layer; set by :class:`~.language.LanguageModel`."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """[T, heads, D] of ``query`` [T, heads, D], ``key`` and ``value`` [T, groups, D] of the T new tokens: store their
@@ -45,6 +49,11 @@ def kv_cache(cache: Cache) -> Iterator[None]:
         _CACHE.reset(token)
 
 
+def current_cache() -> Cache | None:
+    """The cache that attention computes with, inside :func:`kv_cache`."""
+    return _CACHE.get()
+
+
 class CoreAttention(MegatronModule):
     """Scaled dot-product attention with grouped keys and values, built by Megatron's ``SelfAttention``."""
 
@@ -57,10 +66,6 @@ class CoreAttention(MegatronModule):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: AttentionSegments, **_: Any) -> Tensor:
         """[S, B, heads * D] from query [S, B, heads, D], key and value [S, B, groups, D]; zeros at padding."""
-        cache = _CACHE.get()
-        if cache is not None:
-            output = cache.attend(self.layer_number, query[:, 0], key[:, 0], value[:, 0], self.softmax_scale)
-            return output.flatten(1).unsqueeze(1)
         size, rows = query.shape[:2]
         query, key, value = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
         dropout = self.config.attention_dropout if self.training else 0.0

@@ -43,9 +43,10 @@ from megatron_omni.config.model import ModelConfig
 from megatron_omni.config.parallel import LOGITS_CHUNK, ParallelConfig
 from megatron_omni.config.parts import NEW_TOKEN_ROWS
 from megatron_omni.estimate import padded_vocab_size
-from megatron_omni.models.attention import CoreAttention
+from megatron_omni.models.attention import CoreAttention, current_cache
+from megatron_omni.models.decoding import cached_layers
 from megatron_omni.models.moe.context import TokenContext, token_context, without_stats
-from megatron_omni.models.rope import rotary_angles
+from megatron_omni.models.rope import rotary_angles, rotation
 from megatron_omni.models.token_rows import NewTokenRows
 from megatron_omni.ops.token_log_probs import token_log_probs
 from megatron_omni.platform import adam
@@ -67,6 +68,8 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # one operation where these are six
+            return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return normed.to(x.dtype) * self.weight
@@ -168,7 +171,7 @@ class OmniStack(HybridStack):
         self,
         hidden_states: Tensor | None,
         attention: AttentionSegments,
-        rotary_pos_emb: Tensor,
+        rotary_pos_emb: Tensor | None,
         ctx: TokenContext | None,
     ) -> Tensor:
         """Hidden states after this stage's layers; the first stage gets them as argument, the others from the
@@ -176,6 +179,11 @@ class OmniStack(HybridStack):
         """
         hidden = hidden_states if self.pre_process else self.input_tensor
         assert hidden is not None, "no hidden states: the previous stage's output was not set"
+        cache = current_cache()
+        if cache is not None:
+            is_attention = [kind == ATTENTION for kind in self.layer_type_list]
+            hidden = cached_layers(zip(is_attention, self.layers), hidden, cache, ctx)
+            return self.final_norm(hidden) if self.post_process else hidden
         layers = list(zip(self.layer_type_list, self.layers))
         at_once = 2 if self.recompute == "full" else 1  # a block keeps one input, its attention's
         for start in range(0, len(layers), at_once):
@@ -345,7 +353,10 @@ class LanguageModel(HybridModel):
             base=self.model_config.rotary_base,
             sections=self.model_config.mrope_section,
         )
-        hidden = self.decoder(hidden, attention, angles, self._shard_of(ctx))
+        cache = current_cache()
+        if cache is not None:
+            cache.rotation = rotation(angles, self.config.pipeline_dtype)
+        hidden = self.decoder(hidden, attention, angles if cache is None else None, self._shard_of(ctx))
         if not self.post_process:
             return hidden
         if self.config.sequence_parallel:

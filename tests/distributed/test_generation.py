@@ -45,7 +45,12 @@ QUESTIONS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = make_corpus(tmp_path_factory.mktemp("generation") / "corpus")
+    return make_media(tmp_path_factory.mktemp("generation") / "corpus")
+
+
+def make_media(directory: Path) -> Path:
+    """The corpus of the training tests and a clip without sound."""
+    make_corpus(directory)
     with av.open(str(directory / "v.mp4"), "w") as container:
         stream = container.add_stream("mpeg4", rate=4)
         stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
