@@ -126,13 +126,14 @@ class KVCache:
         else:
             output = torch.zeros_like(query)
         grouped, written = (x.unflatten(1, (key.shape[1], -1)) for x in (query, output))  # [T, groups, heads each, D]
-        for t in self._together:
+        for i, t in enumerate(self._together):
+            if t.mask is not None and t.mask.dtype != query.dtype:  # once, for all layers
+                self._together[i] = t = t._replace(mask=t.mask.to(query.dtype))
             end = t.row + t.num_rows
             tables = (x[: end * t.size].view(end, t.size, *x.shape[1:]) for x in (keys, values))
             k, v = (table[t.row :, : t.keys].transpose(1, 2) for table in tables)
             tokens = slice(t.first, t.first + t.num_rows)
-            mask = None if t.mask is None else t.mask.to(query.dtype)
-            written[tokens] = F.scaled_dot_product_attention(grouped[tokens], k, v, attn_mask=mask, scale=scale)
+            written[tokens] = F.scaled_dot_product_attention(grouped[tokens], k, v, attn_mask=t.mask, scale=scale)
         return output
 
     def _alike(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:

@@ -206,7 +206,8 @@ def test_every_use_equals_the_masked_formula(layout: str) -> None:
         for name, grad in rank["grads"].items():
             want = expected["grads"][name]
             scale = float(abs(want).max())
-            assert grad == pytest.approx(want, rel=1e-3, abs=2e-5 * scale + 1e-9), name
+            # A bias of keys moves all scores of a query alike: its gradient is rounding.
+            assert grad == pytest.approx(want, rel=1e-3, abs=2e-5 * scale + 1e-7), name
             seen.add(name)
         for slot, cached in rank.get("cached", {}).items():
             assert len(cached) == sum(n for new in CACHED for i, _, n in new if i == slot) >= 6

@@ -19,13 +19,17 @@ from typing import Any
 
 import torch
 
-from megatron_omni.data.sample import Sample, SampleBuilder
-from megatron_omni.generation.batches import Result, answered
-from megatron_omni.generation.engine import Engine, EngineLimits
-from megatron_omni.generation.request import Request, Sampling
-from megatron_omni.models.build import build_model
-from tests.distributed.harness import Rank, run_ranks
-from tests.distributed.test_generation import (
+from megatron_omni.platform.device import install
+
+install()  # before anything imports megatron.core
+
+from megatron_omni.data.sample import Sample, SampleBuilder  # noqa: E402
+from megatron_omni.generation.batches import Result, answered  # noqa: E402
+from megatron_omni.generation.engine import Engine, EngineLimits  # noqa: E402
+from megatron_omni.generation.request import Request, Sampling  # noqa: E402
+from megatron_omni.models.build import build_model  # noqa: E402
+from tests.distributed.harness import Rank, run_ranks  # noqa: E402
+from tests.distributed.test_generation import (  # noqa: E402
     TIE,
     by_name,
     extended,
