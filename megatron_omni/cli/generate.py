@@ -56,6 +56,7 @@ class Request:
     top_p: float
     seed: int
     batch_size: int
+    deterministic: bool
     overrides: list[str]
 
 
@@ -103,6 +104,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus to sample from (default 1, all)")
     p.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the sampling (default 0)")
     p.add_argument("--batch-size", type=int, default=16, metavar="N", help="answers computed together (default 16)")
+    p.add_argument(
+        "--deterministic", action="store_true", help="the same bits whatever is answered beside it (one rank; slow)"
+    )
     p.add_argument("overrides", nargs="*", metavar="key=value", help=f"one of {', '.join(OVERRIDES)}")
     p.set_defaults(media=[])
     return p
@@ -144,6 +148,7 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         top_p=args.top_p,
         seed=args.seed,
         batch_size=args.batch_size,
+        deterministic=args.deterministic,
         overrides=args.overrides,
     )
 
@@ -203,6 +208,7 @@ def run(request: Request) -> int:
     from megatron_omni.data.record import parse_record
     from megatron_omni.data.sources import JsonlSource
     from megatron_omni.generation.answers import answer_all, answer_one
+    from megatron_omni.generation.engine import EngineLimits
     from megatron_omni.generation.load import open_checkpoint
     from megatron_omni.generation.request import Sampling
 
@@ -210,6 +216,7 @@ def run(request: Request) -> int:
     checkpoint = open_checkpoint(request.checkpoint, overrides=request.overrides)
     settings: dict[str, Any] = {"max_new_tokens": request.max_new_tokens, "sampling": sampling}
     settings |= {"batch_size": request.batch_size, "out": request.out}
+    settings["limits"] = EngineLimits(deterministic=request.deterministic)
     if request.jsonl is None:
         answer_one(checkpoint, parse_record(request.record, where="command line"), **settings)
         return 0

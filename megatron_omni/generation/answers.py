@@ -24,6 +24,7 @@ from megatron_omni.data.sample import Sample
 from megatron_omni.data.sources import JsonlSource
 from megatron_omni.foreign import parse_json, read_json
 from megatron_omni.generation.batches import generate_windows, shared
+from megatron_omni.generation.engine import EngineLimits
 from megatron_omni.generation.load import Checkpoint
 from megatron_omni.generation.request import Sampling
 
@@ -61,6 +62,7 @@ def answer_all(
     max_new_tokens: int,
     sampling: Sampling,
     batch_size: int,
+    limits: EngineLimits,
 ) -> bool:
     """Answer every record of ``source`` that has no line yet; whether any record of the file has an answer.
 
@@ -75,6 +77,7 @@ def answer_all(
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "seed": sampling.seed,
+        "deterministic": limits.deterministic,
         "changes": sorted(changes),
     }
     first = _agreed(_lines_there(out, asked) if dist.get_rank() == 0 else 0)
@@ -105,6 +108,7 @@ def answer_all(
             tokenizer=checkpoint.builder.tokenizer,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
+            limits=limits,
         )
         for numbers, answers in windows:
             errors = shared({n: failed[n] for n in numbers if n in failed}, checkpoint.pg)
