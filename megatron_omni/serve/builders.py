@@ -26,17 +26,14 @@ class Builders:
     def __init__(self, recipe: Recipe, *, number: int, seconds: float) -> None:
         self._recipe, self._seconds = recipe, seconds
         self._threads = ThreadPoolExecutor(number, thread_name_prefix="builder")
+        self._builders = [_Builder(recipe) for _ in range(number)]
         self._idle: asyncio.Queue[_Builder] = asyncio.Queue()
-        for _ in range(number):
-            self._idle.put_nowait(_Builder(recipe))
-        self._number = number
 
     async def start(self) -> None:
         """Wait until every builder is ready."""
         loop = asyncio.get_running_loop()
-        builders = [self._idle.get_nowait() for _ in range(self._number)]
-        await asyncio.gather(*(loop.run_in_executor(self._threads, builder.start) for builder in builders))
-        for builder in builders:
+        await asyncio.gather(*(loop.run_in_executor(self._threads, builder.start) for builder in self._builders))
+        for builder in self._builders:
             self._idle.put_nowait(builder)
 
     async def build(self, job: Job) -> tuple[Built, bytes]:
@@ -49,10 +46,10 @@ class Builders:
         return await asyncio.shield(done)
 
     def close(self) -> None:
-        """End all processes."""
-        while not self._idle.empty():
-            self._idle.get_nowait().close()
+        """End all processes, whatever they do. They take no other signal, and Python would wait for them."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        for builder in self._builders:
+            builder.kill()
 
 
 class _Builder:
@@ -61,13 +58,17 @@ class _Builder:
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
         self._process: multiprocessing.process.BaseProcess | None = None
+        self._killed = False
 
     def start(self) -> None:
         """Start the process and wait until it is ready."""
         self._jobs, theirs = _CONTEXT.Pipe()
-        self._process = _CONTEXT.Process(target=_work, args=(theirs, self._recipe), daemon=True)
-        self._process.start()
+        process = _CONTEXT.Process(target=_work, args=(theirs, self._recipe), daemon=True)
+        process.start()
+        self._process = process
         theirs.close()
+        if self._killed:  # in the meantime
+            process.kill()
         if not self._jobs.poll(_START_SECONDS):
             raise TimeoutError(f"a builder was not ready after {_START_SECONDS:g} s")
         self._jobs.recv()
@@ -90,6 +91,12 @@ class _Builder:
             self.close()
             raise bad_request("the process that decoded the media ended: they are damaged, or take too much memory",
                               param="messages", code="invalid_media") from None  # fmt: skip
+
+    def kill(self) -> None:
+        """End the process for good; a thread that waits for it sees the end of its pipe."""
+        self._killed = True
+        if (process := self._process) is not None:
+            process.kill()
 
     def close(self) -> None:
         """End the process; the next job starts another."""

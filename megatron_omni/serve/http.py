@@ -72,9 +72,12 @@ async def serve(link: Connection, listening: socket.socket) -> int:
         await engine.opened.wait()
         assert engine.recipe is not None
         builders = Builders(engine.recipe, number=settings.builders, seconds=settings.build_seconds)
-        await builders.start()
-        server.builders = builders
-        await asyncio.Event().wait()  # until cancelled: that it ends is an error
+        try:
+            await builders.start()
+            server.builders = builders
+            await asyncio.Event().wait()  # until cancelled: that it ends is an error
+        finally:
+            builders.close()
 
     async def stop_when_told() -> None:
         await engine.told_to_drain.wait()
@@ -90,8 +93,7 @@ async def serve(link: Connection, listening: socket.socket) -> int:
     await serving
     for task in tasks:
         task.cancel()
-    if server.builders is not None:
-        server.builders.close()
+    await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
         task.result()
     engine.close()

@@ -1,6 +1,7 @@
 """How a server ends, what it refuses before it starts, and who is let in."""
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import threading
@@ -16,7 +17,7 @@ import pytest
 from megatron_omni.cli.serve import main, parse
 from megatron_omni.serve.guard import Guard
 from tests.serve.conftest import Trained
-from tests.serve.harness import serving
+from tests.serve.harness import _rank, serving
 from tests.serve.test_server import QUESTIONS, ask, direct_answers
 
 LONG = {
@@ -96,6 +97,24 @@ def test_two_ranks_answer_alike_and_a_dead_one_ends_the_server(trained: Trained,
         assert server.wait() == [1, -signal.SIGKILL], log.read_text()
     lines = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in log.read_text(), log.read_text()
+
+
+@pytest.mark.parametrize("children", [2, 5], ids=["while it starts", "ready"])
+def test_nothing_outlives_a_server_that_is_killed(trained: Trained, tmp_path: Path, children: int) -> None:
+    """HTTP alone, then with its server of builders, a tracker and two builders."""
+    log = tmp_path / "log"
+    log.touch()
+    server = multiprocessing.get_context("fork").Process(
+        target=_rank, args=([str(trained.run_dir), "--port", "0"], 0, 1, 0, log, {})
+    )
+    server.start()
+    family = psutil.Process(server.pid)
+    while len(found := family.children(recursive=True)) < children:
+        assert server.is_alive(), log.read_text()
+    server.kill()
+    server.join()
+    _, alive = psutil.wait_procs(found, timeout=60)
+    assert not alive, log.read_text()
 
 
 def test_replicas_share_the_requests(trained: Trained, tmp_path: Path) -> None:
