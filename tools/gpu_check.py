@@ -5,14 +5,14 @@
     python tools/gpu_check.py --out DIR --dry-run          # every part's CPU twin, here; a minute
     python tools/gpu_check.py --list-wheels                # what must be installed beside PyTorch
 
-Parts, the most important first: csrc is built; tests/ops/test_cuda_ops.py; a bf16 training step of a model of middle size with the
-flags of recipes/3_sft.yaml, profiled (host waits counted, kernels named), its memory against the plan's; the kernels'
-goals against torch; a decoding step. Each has a limit of time and ends alone. DIR gets gpu_check.md, gpu_check.json and a
-log of each part; both files are written again after every part. Exit status: 0 all passed, 1 some did not, 2 bad input.
+Parts, the most important first: csrc is built; tests/ops/test_cuda_ops.py; a bf16 training step of a model of middle
+size with the flags of recipes/3_sft.yaml, profiled (host waits counted, kernels named), its memory against the plan's;
+the kernels' goals against torch; a decoding step. Each has a limit of time and ends alone. DIR gets gpu_check.md,
+gpu_check.json and a log of each part; both files are written again after every part. Exit status: 0 all passed, 1 some
+did not, 2 bad input.
 """
 
 import argparse
-import json
 import signal
 import subprocess
 import sys
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.gpu_check import prebuilt, report
 from benchmarks.gpu_check.parts import MINUTES, PARTS, ROOT, Outcome, Part, run_parts
+from megatron_omni.foreign import parse_json
 
 ASK = (
     "import json, torch; from benchmarks.gpu_check.prebuilt import facts_here; there = torch.cuda.is_available(); "
@@ -38,7 +39,7 @@ def ask() -> dict[str, Any]:
         raise ValueError(
             f"torch cannot be imported here: {done.stderr.strip().splitlines()[-1]}; install PyTorch first"
         )
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    answer: dict[str, Any] = parse_json(done.stdout.splitlines()[-1], where="torch's answer")
     return answer
 
 
