@@ -28,8 +28,8 @@ MLPS = {"coarse": (4, 768, 1024, 2816), "fine": (128, 96, 512, 192), "tiny": (4,
 """Experts, rows an expert, hidden, expert width."""
 
 
-def cases() -> dict[str, Callable[[], Any]]:
-    """Every case by name, on numbers that depend on nothing but the case."""
+def cases(only: str) -> dict[str, Callable[[], Any]]:
+    """The cases whose name holds ``only``, on numbers that depend on nothing but the case."""
     import torch
 
     from megatron_omni.ops.expert_mlp import expert_mlp
@@ -63,11 +63,16 @@ def cases() -> dict[str, Callable[[], Any]]:
             expert_mlp(x, w1, w2, offsets, row_weight=row_weight), leaves, grad
         )
 
+    def wanted(*names: str) -> bool:
+        return any(only in name for name in names)
+
     for label, dtype in dtypes.items():
         for name, shape in PRODUCTS.items():
-            add_products(f"{name} {label}", dtype, shape)
+            if wanted(*(f"{name} {label} {direction}" for direction in ("fwd", "dgrad", "wgrad"))):
+                add_products(f"{name} {label}", dtype, shape)
         for name, shape in MLPS.items():
-            add_mlp(f"{name} {label}", dtype, shape)
+            if wanted(f"mlp {name} {label} f+b"):
+                add_mlp(f"{name} {label}", dtype, shape)
         tokens = drawn(4096, 1024).to(dtype)
         chosen = torch.rand(4096, 64, generator=torch.Generator().manual_seed(1)).topk(6).indices
         routing_map = torch.zeros(4096, 64, dtype=torch.bool).scatter_(1, chosen, True)
@@ -78,10 +83,10 @@ def cases() -> dict[str, Callable[[], Any]]:
             return unpermute(rows, torch.ones(len(rows)), permutation, num_tokens=len(tokens))
 
         found[f"permute + unpermute {label}"] = moved
-    return found
+    return {name: run for name, run in found.items() if only in name}
 
 
-def serve(threads: int) -> None:
+def serve(threads: int, only: str) -> None:
     """Time the cases that standard input names, a line each: ``NAME<tab>REPEATS`` -> seconds of one."""
     import torch
 
@@ -89,7 +94,7 @@ def serve(threads: int) -> None:
     from benchmarks.measure import on_warm_heap
 
     torch.set_num_threads(threads)
-    known = cases()
+    known = cases(only)
     clock = time.thread_time if threads == 1 else time.perf_counter
     print(json.dumps(list(known)), flush=True)
     for line in sys.stdin:
@@ -107,11 +112,11 @@ def serve(threads: int) -> None:
 class Tree:
     """A process that times one tree's kernels."""
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, only: str) -> None:
         if not list((path / "megatron_omni" / "ops").glob("_kernels*.so")):
             raise SystemExit(f"error: {path}: no compiled kernels; run 'python setup.py build_ext --inplace' there")
         environment = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": str(threads)}
-        command = [sys.executable, __file__, "--serve", "--threads", str(threads)]
+        command = [sys.executable, __file__, "--serve", "--threads", str(threads), "--only", only]
         self.process = subprocess.Popen(
             command, cwd=path, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -160,17 +165,17 @@ def main() -> None:
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        serve(args.threads)
+        serve(args.threads, args.only)
         return
     if args.other is None:
         parser.error("OTHER: the tree to compare with is missing")
     from benchmarks.warm_heap import with_warm_heap
 
     with_warm_heap()
-    ours, theirs = Tree(ROOT, args.threads), Tree(args.other.resolve(), args.threads)
+    ours, theirs = (Tree(tree.resolve(), args.threads, args.only) for tree in (ROOT, args.other))
     rows = []
     print(f"{'case':28} {'ms':>9} {'other ms':>9} {'ratio':>6}")
-    for name in (name for name in ours.cases if name in theirs.cases and args.only in name):
+    for name in (name for name in ours.cases if name in theirs.cases):
         row = compare(ours, theirs, name, args.rounds)
         rows.append(row)
         print(f"{name:28} {row['ms']:9.3f} {row['other_ms']:9.3f} {row['ratio']:6.2f}", flush=True)
