@@ -5,6 +5,7 @@ that fills its row. What they must equal is one rank whose attention is the mask
 """
 
 import re
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 
 from megatron_omni.batch import IGNORE_LABEL, Modality, OmniBatch
-from megatron_omni.config.model import ModelConfig, MoEConfig, VisionConfig
 from megatron_omni.config.optim import OptimConfig
 from megatron_omni.config.parallel import ParallelConfig
 from megatron_omni.config.run import Recipe
@@ -30,26 +30,11 @@ from megatron_omni.parallel.wrap import unwrap_model, wrap_model
 from megatron_omni.segments import AttentionSegments, Segment, prefix, shared_prompt
 from tests.attention import reference
 from tests.distributed.harness import Rank, run_ranks
+from tests.distributed.test_omni_layouts import MODEL as TINY_OMNI
 
 LENGTH = 32
-MODEL = ModelConfig(
-    num_layers=2,
-    hidden_size=32,
-    ffn_hidden_size=48,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=8,
-    mrope_section=[2, 1, 1],
-    vocab_size=60,
-    make_vocab_size_divisible_by=8,
-    init_method_std=0.3,  # attention then weighs keys unevenly: a wrong one shows
-    moe=MoEConfig(moe_ffn_hidden_size=24, moe_shared_expert_intermediate_size=8, input_jitter=0.01),
-    vision=VisionConfig(
-        image_size=10, patch_size=2, hidden_size=16, ffn_hidden_size=24, num_layers=1, num_attention_heads=2,
-        pooled_side=2,
-    ),
-    audio=None,
-)  # fmt: skip
+MODEL = replace(TINY_OMNI, init_method_std=0.3, audio=None)
+"""Attention then weighs keys unevenly: a wrong one shows."""
 USES: dict[str, list[list[tuple[int, tuple[Segment, ...] | None]]]] = {
     "packed": [[(9, None), (6, None), (14, None)], [(1, None), (20, None)]],
     "shared prompt": [
