@@ -11,6 +11,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -23,3 +24,11 @@ torch.set_num_threads(1)
 from megatron_omni.platform.device import install  # noqa: E402
 
 install()
+
+from tests.trained import Trained, train_tiny  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """The one tiny checkpoint of all tests of a process."""
+    return train_tiny(tmp_path_factory.mktemp("trained"))

@@ -7,7 +7,9 @@
 One prompt writes DIR/answer.txt and prints the answer. ``--jsonl`` answers every record: DIR/answers.jsonl has a line
 {"record", "id", "answer"} for each, in order, or {"record", "id", "reason", "error"} for one that cannot be used; such
 records are counted and never end the run. Lines are written as they come, and the same command goes on after the last
-of them (generation/answers.py). Exit status 2 for bad input, with one ``error:`` line, and where no record could be
+of them (generation/answers.py). How tokens are chosen and what ends an answer: the options of a request to the server,
+and the same checks (generation/request.py). With --n or --logprobs a line has "samples", too, and one prompt writes
+them to DIR/answer.json. Exit status 2 for bad input, with one ``error:`` line, and where no record could be
 used. torch is imported after the command line has been accepted, so ``--help`` answers at once.
 """
 
@@ -16,14 +18,19 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_omni.cli.starting import say_starting
 from megatron_omni.config.outcome import EXIT_BAD_INPUT
+from megatron_omni.generation.request import Sampling, Wanted
+
+if TYPE_CHECKING:
+    from megatron_omni.data.record import Record
 
 MEDIA_KINDS = ("image", "audio", "video")
+_MARKERS = re.compile(f"<({'|'.join(MEDIA_KINDS)})>")
 OVERRIDES = (
     "parallel.tensor_model_parallel_size",
     "parallel.pipeline_model_parallel_size",
@@ -48,13 +55,11 @@ class Request:
 
     checkpoint: Path
     out: Path
-    record: dict[str, Any] | None
-    """The one record of --prompt, --image, --audio and --video; None in --jsonl mode."""
+    parts: tuple[str | tuple[str, str], ...] | None
+    """The user's turn of --prompt, --image, --audio and --video, texts and (kind, path); None in --jsonl mode."""
+    media_separator: str
     jsonl: Path | None
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
+    wanted: Wanted
     batch_size: int
     deterministic: bool
     overrides: list[str]
@@ -96,13 +101,36 @@ def parser() -> argparse.ArgumentParser:
             metavar="FILE",
             help=f"may be repeated; stands where the prompt has <{kind}>, or before a prompt without that marker",
         )
+    add_media_separator(p)
     p.add_argument("--prompt", metavar="TEXT", help="text of the user's turn")
     p.add_argument("--jsonl", type=Path, metavar="FILE", help="answer every record of this file instead of one prompt")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the answer is written")
     p.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default 128)")
+    p.add_argument(
+        "--min-new-tokens", type=int, default=0, metavar="N", help="tokens before which no end token is chosen"
+    )
     p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
     p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus to sample from (default 1, all)")
+    p.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="most likely tokens to sample from (default 0, all)"
+    )
+    p.add_argument("--min-p", type=float, default=0.0, metavar="P",
+                   help="least probability, as a share of the most likely token's (default 0)")  # fmt: skip
+    p.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R",
+                   help="divides logits of tokens of prompt and answer (default 1)")  # fmt: skip
+    p.add_argument("--presence-penalty", type=float, default=0.0, metavar="A",
+                   help="taken from logits of tokens that the answer has (default 0)")  # fmt: skip
+    p.add_argument("--frequency-penalty", type=float, default=0.0, metavar="A",
+                   help="the same for each time that it has them (default 0)")  # fmt: skip
     p.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the sampling (default 0)")
+    p.add_argument("--n", type=int, default=1, metavar="N", help="samples of each prompt (default 1)")
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                   help="ends the answer and is no part of it; may be repeated")  # fmt: skip
+    p.add_argument("--stop-id", action="append", default=[], type=int, metavar="ID",
+                   help="token that ends the answer, beside the tokenizer's end tokens; may be repeated")  # fmt: skip
+    p.add_argument("--ignore-eos", action="store_true", help="the tokenizer's end tokens do not end an answer")
+    p.add_argument("--logprobs", type=int, metavar="N",
+                   help="write log-probabilities of the tokens and of the N most likely ones at their places")  # fmt: skip
     p.add_argument("--batch-size", type=int, default=16, metavar="N", help="answers computed together (default 16)")
     p.add_argument(
         "--deterministic", action="store_true", help="the same bits whatever is answered beside it (one rank; slow)"
@@ -112,6 +140,12 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def add_media_separator(p: argparse.ArgumentParser) -> None:
+    """The option of everything that puts files into a turn for the user."""
+    p.add_argument("--media-separator", default=" ", metavar="TEXT",
+                   help="between a medium and a text without white space there, as in training (default: a space)")  # fmt: skip
+
+
 def parse(argv: Sequence[str] | None = None) -> Request:
     """The checked command line. ValueError names what is wrong."""
     args = parser().parse_intermixed_args(argv)
@@ -119,9 +153,15 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         raise ValueError("--jsonl brings its own prompts and media; leave out --prompt, --image, --audio and --video")
     if args.jsonl is None and args.prompt is None and not args.media:
         raise ValueError("nothing to answer: give --prompt (and media), or --jsonl")
-    for name, value in (("--max-new-tokens", args.max_new_tokens), ("--batch-size", args.batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size is {args.batch_size}; it must be at least 1")
+    wanted = Wanted(
+        sampling=Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)}),
+        stop=tuple(args.stop),
+        stop_ids=tuple(args.stop_id),
+        text=True,
+        **{name: getattr(args, name) for name in ("max_new_tokens", "min_new_tokens", "n", "ignore_eos", "logprobs")},
+    )
     for override in args.overrides:
         if override.partition("=")[0] not in OVERRIDES:
             raise ValueError(f"override {override!r}: generation knows {', '.join(OVERRIDES)}")
@@ -141,20 +181,18 @@ def parse(argv: Sequence[str] | None = None) -> Request:
     return Request(
         checkpoint=args.checkpoint,
         out=args.out,
-        record=None if args.jsonl is not None else user_record(args.prompt or "", args.media),
+        parts=None if args.jsonl is not None else user_parts(args.prompt or "", args.media),
+        media_separator=args.media_separator,
         jsonl=args.jsonl,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
+        wanted=wanted,
         batch_size=args.batch_size,
         deterministic=args.deterministic,
         overrides=args.overrides,
     )
 
 
-def user_record(prompt: str, media: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """One user turn with its media; kinds without a marker in ``prompt`` are put before it in the order of ``media``.
+def user_parts(prompt: str, media: Sequence[tuple[str, str]]) -> tuple[str | tuple[str, str], ...]:
+    """One user turn, texts and (kind, path) in their order; ``media`` of kinds without a marker in ``prompt`` come first.
 
     ValueError where a kind has markers, but not as many as files.
     """
@@ -170,11 +208,10 @@ def user_record(prompt: str, media: Sequence[tuple[str, str]]) -> dict[str, Any]
                 f"the prompt has {num_markers} {marker} marker(s) for {num_files} --{kind} file(s); "
                 f"give one file for each marker, or leave {marker} out to put the files first"
             )
-    before = "".join(f"<{kind}>" for kind, _ in media if kind in unmarked)
-    record: dict[str, Any] = {"messages": [{"role": "user", "content": before + prompt}]}
-    for kind in MEDIA_KINDS:
-        record[f"{kind}s"] = [str(Path(path).absolute()) for k, path in media if k == kind]
-    return record
+    files = {kind: iter([path for k, path in media if k == kind]) for kind in MEDIA_KINDS}
+    before = [(kind, next(files[kind])) for kind, _ in media if kind in unmarked]
+    pieces = _MARKERS.split(prompt)
+    return (*before, *((piece, next(files[piece])) if i % 2 else piece for i, piece in enumerate(pieces)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -203,22 +240,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         destroy()
 
 
+def turn_record(request: Request) -> "Record":
+    """The record of the one prompt; the server makes it of the parts of a message in the same way."""
+    from megatron_omni.data.record import record_of_parts
+
+    turn: Any = "user", request.parts
+    return record_of_parts([turn], where="command line", separator=request.media_separator)
+
+
 def run(request: Request) -> int:
     """Answer ``request`` and write the result, on rank 0; the exit status."""
-    from megatron_omni.data.record import parse_record
     from megatron_omni.data.sources import JsonlSource
     from megatron_omni.generation.answers import answer_all, answer_one
     from megatron_omni.generation.engine import EngineLimits
     from megatron_omni.generation.load import open_checkpoint
-    from megatron_omni.generation.request import Sampling
 
-    sampling = Sampling(temperature=request.temperature, top_p=request.top_p, seed=request.seed)
     checkpoint = open_checkpoint(request.checkpoint, overrides=request.overrides)
-    settings: dict[str, Any] = {"max_new_tokens": request.max_new_tokens, "sampling": sampling}
-    settings |= {"batch_size": request.batch_size, "out": request.out}
+    settings: dict[str, Any] = {"wanted": request.wanted, "batch_size": request.batch_size, "out": request.out}
     settings["limits"] = EngineLimits(deterministic=request.deterministic)
     if request.jsonl is None:
-        answer_one(checkpoint, parse_record(request.record, where="command line"), **settings)
+        answer_one(checkpoint, turn_record(request), **settings)
         return 0
     changes = [word for word in request.overrides if word.startswith("data.")]
     source = JsonlSource(request.jsonl, name=str(request.jsonl))

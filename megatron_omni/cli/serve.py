@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_omni.cli.generate import OVERRIDES
+from megatron_omni.cli.generate import OVERRIDES, add_media_separator
 from megatron_omni.cli.starting import say_starting
 from megatron_omni.config.outcome import EXIT_BAD_INPUT, EXIT_FAILURE
 from megatron_omni.serve.settings import Settings
@@ -32,9 +32,11 @@ KEY_VARIABLE = "OMNI_API_KEY"
 NEEDED = ("h11", "prometheus_client", "pydantic", "starlette", "uvicorn")
 ENGINE_LIMITS = ("max_running", "max_batch_tokens", "cache_tokens", "prefix_cache", "deterministic")
 _ABOVE_ZERO = (
-    "max_body_mib", "max_media", "max_waiting", "max_waiting_mib", "max_queue_seconds", "max_request_seconds", "builders",
+    "max_body_mib", "max_media", "max_waiting", "max_waiting_mib", "max_queue_seconds", "max_request_seconds",
+    "patience_seconds", "builders",
     "max_new_tokens", "max_running", "max_batch_tokens", "cache_tokens",
 )  # fmt: skip
+SEND_BYTES = 128 << 10
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 _HTTP_END_SECONDS = 15.0
 """For last words to clients."""
@@ -79,8 +81,7 @@ def parser() -> argparse.ArgumentParser:
                    help="names that a browser may use for a server without keys, beside localhost and addresses")  # fmt: skip
     p.add_argument("--media-domains", type=_names, default=(), metavar="NAME,NAME",
                    help="hosts that media may be fetched from (default: none, only data: URLs)")  # fmt: skip
-    p.add_argument("--media-separator", default=" ", metavar="TEXT",
-                   help="between a medium and a text without white space there, as in training (default: a space)")  # fmt: skip
+    add_media_separator(p)
     p.add_argument("--ignore-unknown-fields", action="store_true", help="drop what is not known in requests")
     p.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer whose request does not say")
     p.add_argument("--max-body-mib", type=int, default=32, metavar="N", help="largest request (default 32)")
@@ -91,6 +92,8 @@ def parser() -> argparse.ArgumentParser:
                    help="of all requests in memory (default 2048)")  # fmt: skip
     p.add_argument("--max-queue-seconds", type=float, default=60.0, metavar="S", help="to the first token (default 60)")
     p.add_argument("--max-request-seconds", type=float, default=600.0, metavar="S", help="to the last (default 600)")
+    p.add_argument("--patience-seconds", type=float, default=30.0, metavar="S", help="for a client to send the head of a "
+                   "request, to begin its body, to take what was sent (default 30)")  # fmt: skip
     p.add_argument("--max-running", type=int, metavar="N", help="answers that are computed together (default 32)")
     p.add_argument("--max-batch-tokens", type=int, metavar="N", help="tokens of a step of the engine (default 512)")
     p.add_argument("--cache-tokens", type=int, metavar="N", help="positions of the cache of keys and values")
@@ -157,6 +160,7 @@ def parse(argv: Sequence[str] | None = None) -> Command:
         max_waiting_bytes=args.max_waiting_mib << 20,
         queue_seconds=args.max_queue_seconds,
         request_seconds=args.max_request_seconds,
+        patience_seconds=args.patience_seconds,
         builders=args.builders,
         ssl_certfile=args.ssl_certfile,
         ssl_keyfile=args.ssl_keyfile,
@@ -198,7 +202,10 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens; ValueError where the port is taken or the address is none of this machine."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listening = socket.create_server((host, port), family=family, backlog=2048)
+        # Of each connection; the kernel would let megabytes wait for a client that does not read.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
+        return listening
     except OSError as error:
         fix = (
             "choose another --port, or end what uses it"

@@ -188,8 +188,12 @@ def parse_record(row: object, *, where: str = "<record>", source: str = "") -> R
     )
 
 
-def record_of_parts(turns: Sequence[tuple[str, Sequence[Part]]], *, where: str) -> Record:
-    """The record of turns (role, parts): text and media in their order. Neighbouring texts are joined as they are."""
+def record_of_parts(turns: Sequence[tuple[str, Sequence[Part]]], *, where: str, separator: str = "") -> Record:
+    """The record of turns (role, parts): text and media in their order. Neighbouring texts are joined as they are.
+
+    ``separator`` stands between a medium and a text that has no white space of its own there: people who attach a file
+    do not write any, and models were trained on records with some.
+    """
     messages: list[Message] = []
     files: dict[Kind, list[MediaFile]] = {kind: [] for kind in KINDS}
     for role, parts in turns:
@@ -201,11 +205,24 @@ def record_of_parts(turns: Sequence[tuple[str, Sequence[Part]]], *, where: str) 
                 kind, file = part
                 files[kind].append(file)
                 pieces += [kind, ""]
+        pieces = _separated(pieces, separator)
         shown = "".join(f"<{piece}>" if i % 2 else piece for i, piece in enumerate(pieces))
         messages.append(Message(role, shown, parts=tuple(pieces)))
     _check_roles(messages, "messages", where)
     images, audios, videos = (tuple(files[kind]) for kind in KINDS)
     return Record(messages=tuple(messages), images=images, audios=audios, videos=videos, where=where)
+
+
+def _separated(pieces: Sequence[str], separator: str) -> list[str]:
+    """``pieces`` of a turn (text, kind of medium, text, ...) with ``separator`` where a text touches a medium."""
+    out = list(pieces)
+    for i in range(0, len(out), 2):
+        text = out[i]
+        if text and i and not text[0].isspace():
+            out[i] = separator + out[i]
+        if text and i + 1 < len(out) and not text[-1].isspace():
+            out[i] += separator
+    return out
 
 
 def _messages(row: dict[str, Any], where: str) -> tuple[Message, ...]:

@@ -1,8 +1,12 @@
 """Answers to a prompt or to a file of records, written on rank 0 as they come.
 
     answer.txt      the answer to one prompt
+    answer.json     where several samples or log-probabilities are wanted: {"answer", "samples"}
     answers.jsonl   a line for each record, in order: {"record", "id", "answer"}, or {"record", "id", "reason", "error"}
     request.json    what was asked: the checkpoint, the file and the settings that an answer depends on
+
+A line has "samples", too, where several or log-probabilities are wanted, of each {"answer", "finish_reason", "tokens":
+[{"id", "text", "logprob", "top": [{"id", "text", "logprob"}]}]}, "tokens" only with log-probabilities.
 
 A record's answer depends on nothing but itself and these settings (its number names it for the sampler), so a run that
 ended early goes on after the last whole line; a directory with answers to another request is refused.
@@ -12,6 +16,9 @@ import json
 import logging
 import sys
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +29,15 @@ from megatron_omni.data.decode.cpu import MediaError
 from megatron_omni.data.record import Record, RecordError
 from megatron_omni.data.sample import Sample
 from megatron_omni.data.sources import JsonlSource
+from megatron_omni.data.tokenizer import Tokenizer
 from megatron_omni.foreign import parse_json, read_json
-from megatron_omni.generation.batches import generate_windows, shared
+from megatron_omni.generation.batches import Result, generate_windows, shared
 from megatron_omni.generation.engine import EngineLimits
 from megatron_omni.generation.load import Checkpoint
-from megatron_omni.generation.request import Sampling
+from megatron_omni.generation.request import LEAST_LOGPROB, Wanted
+from megatron_omni.parallel.sharing import from_rank_0
 
-ANSWER, ANSWERS, REQUEST = "answer.txt", "answers.jsonl", "request.json"
+ANSWER, SAMPLES, ANSWERS, REQUEST = "answer.txt", "answer.json", "answers.jsonl", "request.json"
 INTERNAL_ERROR = "internal_error"
 
 logger = logging.getLogger(__name__)
@@ -47,10 +56,13 @@ def answer_one(checkpoint: Checkpoint, record: Record, *, out: Path, **settings:
     )
     ((_, answers),) = windows
     if dist.get_rank() == 0:
-        text = checkpoint.builder.tokenizer.decode(answers[0])
+        said = _said(answers[0], checkpoint.builder.tokenizer)
+        text = "".join(f"{result.text}\n" for result in answers[0])
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / ANSWER, text + "\n")
-        print(text)
+        write_text(out / ANSWER, text)
+        if "samples" in said:
+            write_text(out / SAMPLES, json.dumps(said, ensure_ascii=False, indent=1) + "\n")
+        print(text, end="")
 
 
 def answer_all(
@@ -59,8 +71,7 @@ def answer_all(
     *,
     changes: list[str],
     out: Path,
-    max_new_tokens: int,
-    sampling: Sampling,
+    wanted: Wanted,
     batch_size: int,
     limits: EngineLimits,
 ) -> bool:
@@ -73,14 +84,11 @@ def answer_all(
         "checkpoint": str(checkpoint.directory.absolute()),
         "jsonl": str(source.path.absolute()),
         "bytes": source.path.stat().st_size,
-        "max_new_tokens": max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "seed": sampling.seed,
+        **_as_asked(wanted),
         "deterministic": limits.deterministic,
         "changes": sorted(changes),
     }
-    first = _agreed(_lines_there(out, asked) if dist.get_rank() == 0 else 0)
+    first = from_rank_0(lambda: _lines_there(out, asked))
     failed: dict[int, tuple[str, str]] = {}
     said: set[str] = set()
 
@@ -106,23 +114,43 @@ def answer_all(
             batch_size=batch_size,
             pg=checkpoint.pg,
             tokenizer=checkpoint.builder.tokenizer,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
+            wanted=wanted,
             limits=limits,
         )
         for numbers, answers in windows:
             errors = shared({n: failed[n] for n in numbers if n in failed}, checkpoint.pg)
-            if dist.get_rank() == 0:
-                texts = {n: checkpoint.builder.tokenizer.decode(ids) for n, ids in answers.items()}
-                _append(out, source, numbers, texts, errors)
-    return _agreed(_summary(out / ANSWERS, first) if dist.get_rank() == 0 else 0) > 0
+            rows = {n: _said(samples, checkpoint.builder.tokenizer) for n, samples in answers.items()}
+            from_rank_0(partial(_append, out, source, numbers, rows, errors))  # a full disk is no reason to wait
+    return from_rank_0(lambda: _summary(out / ANSWERS, first)) > 0
 
 
-def _agreed(number: int) -> int:
-    """Rank 0's number, on every rank."""
-    box = [number]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+def _as_asked(wanted: Wanted) -> dict[str, Any]:
+    """The fields that an answer depends on, as JSON has them."""
+    flat = asdict(wanted)
+    flat |= flat.pop("sampling")
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+
+
+def _said(samples: Sequence[Result], tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a line says of an answer."""
+    said: dict[str, Any] = {"answer": samples[0].text}
+    if len(samples) > 1 or samples[0].logprobs:
+        said["samples"] = [_sample(result, tokenizer) for result in samples]
+    return said
+
+
+def _sample(result: Result, tokenizer: Tokenizer) -> dict[str, Any]:
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        text = tokenizer.token_bytes(token).decode("utf-8", "replace")
+        return {"id": token, "text": text, "logprob": max(logprob, LEAST_LOGPROB)}
+
+    said: dict[str, Any] = {"answer": result.text, "finish_reason": result.reason}
+    if result.logprobs:
+        chosen = zip(result.ids, result.logprobs, result.top)  # without the token that ended it
+        said["tokens"] = [
+            entry(token, logprob) | {"top": [entry(*item) for item in top]} for token, logprob, top in chosen
+        ]
+    return said
 
 
 def _lines_there(out: Path, asked: dict[str, Any]) -> int:
@@ -149,19 +177,19 @@ def _lines_there(out: Path, asked: dict[str, Any]) -> int:
 
 
 def _append(
-    out: Path, source: JsonlSource, numbers: range, texts: dict[int, str], errors: dict[int, tuple[str, str]]
+    out: Path, source: JsonlSource, numbers: range, said: dict[int, dict[str, Any]], errors: dict[int, tuple[str, str]]
 ) -> None:
     """Write a window's lines; say each record that could not be used."""
     with (out / ANSWERS).open("a", encoding="utf-8") as file:
         for n in numbers:
             row: dict[str, Any] = {"record": n, "id": _id(source, n)}
-            if n in texts:
-                row["answer"] = texts[n]
+            if n in said:
+                row |= said[n]
             else:
                 row["reason"], row["error"] = errors[n]
                 place = source.where(n)
-                said = row["error"] if place in row["error"] else f"{place}: {row['error']}"
-                print(f"no answer to record {n} (id {row['id']!r}): {said}", file=sys.stderr)
+                why = row["error"] if place in row["error"] else f"{place}: {row['error']}"
+                print(f"no answer to record {n} (id {row['id']!r}): {why}", file=sys.stderr)
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

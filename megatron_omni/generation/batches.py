@@ -5,6 +5,7 @@ engine computes, so that few media are in memory. A window of prompts at a time,
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
@@ -23,8 +24,10 @@ from megatron_omni.generation.request import (
     Sampling,
     TokenEvent,
     Usage,
+    Wanted,
 )
 from megatron_omni.generation.sampling import derived_seed
+from megatron_omni.parallel.sharing import PeerFailed
 
 PROMPTS_PER_WINDOW = 8
 """Prompts of a window for each answer that is computed together."""
@@ -108,17 +111,16 @@ def generate(
 
     ``rows`` names the prompts for the sampler (default: their number in the list), so that an answer does not depend on
     what is asked beside it. All ranks call this together, with expert parallelism those of all replicas. ValueError for
-    a prompt that cannot be answered, FloatingPointError where logits are not finite.
+    a prompt that cannot be answered, FloatingPointError where logits are not finite; on the ranks that only hear of it
+    PeerFailed.
     """
     names = list(range(len(prompts)) if rows is None else rows)
     assert len(names) == len(prompts), "one row name for each prompt"
-    requests = (
-        _request(str(i), prompt, name, max_new_tokens, sampling) for i, (name, prompt) in enumerate(zip(names, prompts))
-    )
+    wanted = Wanted(max_new_tokens=max_new_tokens, sampling=sampling)
+    requests = (_request(str(i), prompt, name, wanted) for i, (name, prompt) in enumerate(zip(names, prompts)))
     with Engine(model, tokenizer=tokenizer, pg=pg, limits=limits) as engine:
-        answers = _led(engine, requests)
-    given = shared({int(name): ids for name, ids in answers.items()}, pg, over_replicas=False)
-    return [given[i] for i in range(len(prompts))]
+        given = _led(engine, requests, pg, over_replicas=False)
+    return [given[i][0].ids for i in range(len(prompts))]
 
 
 def generate_windows(
@@ -126,18 +128,18 @@ def generate_windows(
     build_prompt: Callable[[int], Sample | None],
     prompts: range,
     *,
+    wanted: Wanted,
     tokenizer: Tokenizer,
-    max_new_tokens: int,
     pg: ProcessGroupCollection,
-    sampling: Sampling = GREEDY,
     batch_size: int = 32,
     limits: EngineLimits | None = None,
-) -> Iterator[tuple[range, dict[int, list[int]]]]:
-    """Token ids of the answers to some prompts at a time, the same on every rank; all ranks call this together.
+) -> Iterator[tuple[range, dict[int, list[Result]]]]:
+    """The answers to some prompts at a time, the same on every rank; all ranks call this together.
 
-    Yields the numbers of a window and the answers by number. ``build_prompt(n)`` is called once for each n of
-    ``prompts``, by the leader of one replica; None leaves the prompt out. A prompt's number names it for the sampler, so
-    that an answer depends on nothing else that is asked. ``batch_size`` answers are computed together.
+    Yields the numbers of a window and by number the samples of its answer. ``build_prompt(n)`` is called once for each n
+    of ``prompts``, by the leader of one replica; None leaves the prompt out. A prompt's number names it for the sampler,
+    so that an answer depends on nothing else that is asked. ``batch_size`` samples are computed together. Errors as in
+    :func:`generate`, and whatever ``build_prompt`` raises.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
@@ -149,46 +151,75 @@ def generate_windows(
         for start in range(0, len(prompts), window):
             numbers = prompts[start : start + window]
             requests = (
-                _request(str(n), prompt, n, max_new_tokens, sampling)
+                _request(str(n), prompt, n, wanted)
                 for n in numbers[rank::ranks]
                 if (prompt := build_prompt(n)) is not None
             )
-            answers = _led(engine, requests)
-            yield numbers, shared({int(name): ids for name, ids in answers.items()}, pg)
+            yield numbers, _led(engine, requests, pg)
 
 
 def generate_all(
-    model: nn.Module, build_prompt: Callable[[int], Sample | None], num_prompts: int, **settings: object
+    model: nn.Module,
+    build_prompt: Callable[[int], Sample | None],
+    num_prompts: int,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    **settings: object,
 ) -> dict[int, list[int]]:
     """Token ids of the answer to every prompt, by its number: all windows of :func:`generate_windows`."""
-    windows = generate_windows(model, build_prompt, range(num_prompts), **settings)  # type: ignore[arg-type]
-    return {n: answer for _, answers in windows for n, answer in answers.items()}
+    wanted = Wanted(max_new_tokens=max_new_tokens, sampling=sampling)
+    windows = generate_windows(model, build_prompt, range(num_prompts), wanted=wanted, **settings)  # type: ignore[arg-type]
+    return {n: samples[0].ids for _, answers in windows for n, samples in answers.items()}
 
 
-def _request(name: str, prompt: Sample, row: int, max_new_tokens: int, sampling: Sampling) -> Request:
-    sampling = replace(sampling, seed=derived_seed(sampling.seed, row))
-    return Request(name=name, prompt=prompt, max_new_tokens=max_new_tokens, sampling=sampling)
+def _request(name: str, prompt: Sample, row: int, wanted: Wanted) -> Request:
+    seed = derived_seed(wanted.sampling.seed, row)
+    return Request.of(replace(wanted, sampling=replace(wanted.sampling, seed=seed)), name=name, prompt=prompt)
 
 
-def _led(engine: Engine, requests: Iterable[Request]) -> dict[str, list[int]]:
-    """Ids of the answers by name, on the leader of each replica; the other ranks compute with it and have none."""
-    if not engine.leads:
-        engine.follow()
-        return {}
-    answers = {result.name: result.ids for result in answered(engine, requests)}
-    engine.release()
-    return answers
+def _led(
+    engine: Engine, requests: Iterable[Request], pg: ProcessGroupCollection, *, over_replicas: bool = True
+) -> dict[int, list[Result]]:
+    """Samples of the answers by the number that names them, on every rank.
+
+    A leader whose requests cannot be built, taken or answered raises its error when the ranks that wait for its answers
+    know of it, and PeerFailed is raised there.
+    """
+    answers: dict[int, list[Result]] | None = None
+    try:
+        if engine.leads:
+            with engine.leading():
+                found = sorted(answered(engine, requests), key=lambda result: result.sample)
+            answers = {}
+            for result in found:
+                answers.setdefault(int(result.name), []).append(result)
+        else:
+            engine.follow()
+            answers = {}
+    except Exception as error:
+        if not engine.broken:
+            with suppress(PeerFailed):
+                shared(None, pg, over_replicas=over_replicas)
+        raise error
+    return shared(answers, pg, over_replicas=over_replicas)
 
 
-def shared[T](mine: dict[int, T], pg: ProcessGroupCollection, *, over_replicas: bool = True) -> dict[int, T]:
-    """What the leaders of all replicas have, or that of this one, on every rank; all of them call this together."""
+def shared[T](mine: dict[int, T] | None, pg: ProcessGroupCollection, *, over_replicas: bool = True) -> dict[int, T]:
+    """What the leaders of all replicas have, or that of this one, on every rank; all of them call this together.
+
+    PeerFailed on all of them where a leader has None: it failed.
+    """
     whole = mine
     if pg.mp.rank() == 0 and over_replicas and pg.dp.size() > 1:
-        parts: list[dict[int, T]] = [{}] * pg.dp.size()
+        parts: list[dict[int, T] | None] = [None] * pg.dp.size()
         dist.all_gather_object(parts, mine, group=pg.dp)
-        whole = {n: value for part in parts for n, value in part.items()}
+        found = [part for part in parts if part is not None]
+        whole = {n: value for part in found for n, value in part.items()} if len(found) == len(parts) else None
     if pg.mp.size() > 1:
         box = [whole]
         dist.broadcast_object_list(box, group=pg.mp, group_src=0)
         whole = box[0]
+    if whole is None:
+        raise PeerFailed("the leader of a replica failed, and says why")
     return whole

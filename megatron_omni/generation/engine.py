@@ -13,9 +13,14 @@ replica's other ranks (replica.py). A step computes a token for every answer tha
 
 Replicas are independent, each with the requests of its own leader. With expert parallelism they meet in every MoE layer:
 then they step together, one without work computes padding, and all are ``busy`` until the last has finished.
+
+A leader that fails between two messages says so in the next one, so no rank waits for it: where the context is left with
+an error, ``follow()`` raises PeerFailed on its ranks, and so does the next ``step()`` of leaders that it would have met.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -28,7 +33,17 @@ from torch import nn
 from megatron_omni.data.tokenizer import Tokenizer
 from megatron_omni.generation.extents import extent_size
 from megatron_omni.generation.prefix import media_digests, prefixes, whole_prompt
-from megatron_omni.generation.replica import NOTHING_TO_DO, STEP, STOP, Orders, Replica, Scored, media_places, unwrapped
+from megatron_omni.generation.replica import (
+    FAILED,
+    NOTHING_TO_DO,
+    STEP,
+    STOP,
+    Orders,
+    Replica,
+    Scored,
+    media_places,
+    unwrapped,
+)
 from megatron_omni.generation.request import (
     Alternatives,
     EngineState,
@@ -44,12 +59,15 @@ from megatron_omni.generation.request import (
 from megatron_omni.generation.sampling import INVALID_TOKEN
 from megatron_omni.generation.scheduler import Answer, Prefix, Scheduler, StepPlan
 from megatron_omni.generation.text import Piece, TextStream
+from megatron_omni.parallel.sharing import PeerFailed
 from megatron_omni.platform.device import device, memory_bytes
 
 IDLE_SECONDS = 5.0
 """Ranks that wait hear from the leader at least so often, as far as it is called."""
 CACHE_SHARE = 0.3
 """Of the device's memory, for the cache where its size is not given."""
+_IDLE, _BUSY, _FAILED = range(3)
+"""What leaders say to each other before a step."""
 NOT_FINITE = "the model's logits are not finite: the checkpoint is damaged or training diverged"
 
 
@@ -115,6 +133,10 @@ class Engine:
         self._events: list[Event] = []
         self._next_answer = self._next_request = 0
         self._others_busy = self._closed = self._released = False
+        self.broken = False
+        """A message between ranks is under way, or failed: nothing more can be said to them."""
+        self._leaders_meet = True
+        """With expert parallelism: the other leaders' next message is that of a step."""
         self._last_word = time.monotonic()
         self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
         self._modes = [(module, module.training) for module in self._replica.omni.modules()]
@@ -150,12 +172,22 @@ class Engine:
         for answer in list(self._open.get(self._numbers.get(name, -1), ())):
             self._finish(answer, "cancelled")
 
+    def pause(self, name: str) -> None:
+        """See :class:`~megatron_omni.generation.request.RequestEngine`."""
+        for answer in self._open.get(self._numbers.get(name, -1), ()):
+            self._scheduler.pause(answer)
+
+    def resume(self, name: str) -> None:
+        """See :class:`~megatron_omni.generation.request.RequestEngine`."""
+        for answer in self._open.get(self._numbers.get(name, -1), ()):
+            self._scheduler.resume(answer)
+
     def step(self) -> list[Event]:
         """See :class:`~megatron_omni.generation.request.RequestEngine`."""
         assert self.leads and not self._closed
         busy = self._scheduler.busy
         if self.pg.ep.size() > 1:
-            self._others_busy = busy = _anyone(busy, self.pg.dp)
+            self._others_busy = busy = self._leaders_meet = self._meet(_BUSY if busy else _IDLE) == _BUSY
         if busy:
             plan = self._scheduler.plan()
             tokens, of_prompts = self._order(STEP, plan)
@@ -192,25 +224,55 @@ class Engine:
 
     def weights_changed(self) -> None:
         """See :class:`~megatron_omni.generation.request.RequestEngine`."""
-        assert not self._scheduler.busy, "running answers have keys and values of the old weights"
+        assert not self._told, "answers that have not finished have keys and values of the old weights"
         self._scheduler.forget_kept()
 
     def follow(self) -> None:
-        """Compute what the leader plans, until it closes the engine; the other ranks of a replica call this."""
+        """Compute what the leader plans, until it closes the engine; the other ranks of a replica call this. PeerFailed
+        where it cannot go on."""
         assert not self.leads
-        self._replica.follow()
+        self.broken = True
+        try:
+            self._replica.follow()
+        except PeerFailed:
+            self.broken = False
+            raise
+        self.broken = False
 
     def release(self) -> None:
         """Let the other ranks return from :meth:`follow`; they may follow again."""
         self._order(STOP, StepPlan())
         self._released = True
 
+    @contextmanager
+    def leading(self) -> Iterator[None]:
+        """For work that comes more than once: inside, the other ranks are in :meth:`follow`, and return at the end."""
+        self._released, self._leaders_meet = False, True
+        try:
+            yield
+        except BaseException:
+            self.give_up()
+            raise
+        self.release()
+
+    def give_up(self) -> None:
+        """The leader cannot go on: the ranks that wait for it fail, too, unless a message to them is what failed."""
+        if self.broken:
+            return
+        if not self._released:
+            self._released = self.broken = True
+            self._replica.lead(Orders(op=FAILED))
+            self.broken = False
+        if self.pg.ep.size() > 1 and self._leaders_meet:
+            self._leaders_meet = False
+            self._exchange(_FAILED)
+
     def close(self) -> None:
         """See :class:`~megatron_omni.generation.request.RequestEngine`."""
         if self._closed:
             return
         self._closed = True
-        if self.leads and not self._released:
+        if self.leads and not self._released and not self.broken:
             self.release()
         del self._replica.cache
         for module, mode in self._modes:
@@ -222,6 +284,8 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and self.leads:
+            self.give_up()
         self.close()
 
     # ------------------------------------------------------------------------------------------------ requests
@@ -280,7 +344,26 @@ class Engine:
         )
         self._answers_gone, self._requests_gone = [], []
         self._last_word, self._released = time.monotonic(), False
-        return self._replica.lead(orders, list(sent.values()))
+        self.broken = self.pg.mp.size() > 1 or self.pg.ep.size() > 1
+        results = self._replica.lead(orders, list(sent.values()))
+        self.broken = False
+        return results
+
+    def _meet(self, word: int) -> int:
+        """The highest word of all leaders; PeerFailed where that is :data:`_FAILED`."""
+        said = self._exchange(word)
+        if said == _FAILED:
+            self._leaders_meet = False
+            raise PeerFailed("the leader of another replica failed")
+        return said
+
+    def _exchange(self, word: int) -> int:
+        self.broken = True
+        box = torch.tensor([word], dtype=torch.int32, device=device())
+        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.pg.dp)
+        said = int(box)
+        self.broken = False
+        return said
 
     def _count(self, plan: StepPlan) -> None:
         for chunk in plan.chunks:
@@ -394,10 +477,3 @@ def _agreed(number: int, pg: ProcessGroupCollection) -> int:
     box = torch.tensor([number], dtype=torch.int64, device=device())
     dist.broadcast(box, group=pg.mp, group_src=0)
     return int(box)
-
-
-def _anyone(flag: bool, group: dist.ProcessGroup) -> bool:
-    """Whether the flag is set on any rank of ``group``."""
-    box = torch.tensor([flag], dtype=torch.int32, device=device())
-    dist.all_reduce(box, op=dist.ReduceOp.MAX, group=group)
-    return bool(box)

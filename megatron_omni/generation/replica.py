@@ -32,6 +32,7 @@ from megatron_omni.models.attention import kv_cache
 from megatron_omni.models.moe.context import TokenContext
 from megatron_omni.models.omni import OmniModel
 from megatron_omni.parallel.groups import place_in
+from megatron_omni.parallel.sharing import PeerFailed
 from megatron_omni.platform.device import device
 from megatron_omni.segments import AttentionSegments
 
@@ -43,7 +44,7 @@ MEDIA_AT_ONCE = 32
 _FIRST_MESSAGE = 512
 """Integers of the first message of an order; what does not fit follows in a second one."""
 
-NOTHING_TO_DO, STEP, STOP = range(3)
+NOTHING_TO_DO, STEP, STOP, FAILED = range(4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +175,7 @@ class Replica:
         return self._carry_out(orders, requests)
 
     def follow(self) -> None:
-        """Carry out orders until the leader says stop."""
+        """Carry out orders until the leader says stop; PeerFailed where it says that it failed."""
         orders = Orders(op=NOTHING_TO_DO)
         while orders.op != STOP:
             message = torch.zeros(_FIRST_MESSAGE, dtype=torch.int64, device=device())
@@ -185,6 +186,8 @@ class Replica:
                 dist.broadcast(rest, group=self.pg.mp, group_src=0)
                 numbers += rest.tolist()
             orders = Orders.from_numbers(numbers[:length])
+            if orders.op == FAILED:
+                raise PeerFailed("the leader of the engine failed")
             requests: list[Request | None] = [None] * len(orders.requests)
             if requests:
                 dist.broadcast_object_list(requests, group=self.pg.mp, group_src=0, device=device())

@@ -10,15 +10,17 @@ prompt, the settings and its own seed: not on what else the engine computes besi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import isfinite
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 if TYPE_CHECKING:
     from megatron_omni.data.sample import Sample
 
 MAX_LOGPROBS = 20
 """Alternatives whose log-probabilities may be asked for at each position."""
+LEAST_LOGPROB = -9999.0
+"""Where they are written as JSON, which has no infinity."""
 MAX_SAMPLES = 64
 """Samples of one prompt."""
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 256
@@ -83,14 +85,10 @@ class Sampling:
 GREEDY = Sampling()
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Request:
-    """One prompt and what is wanted of it. ValueError names the field that cannot be."""
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is wanted of a prompt. ValueError names the field that cannot be."""
 
-    name: str
-    """Names the request in events; no two that are in the engine together may share it."""
-    prompt: "Sample"
-    """``SampleBuilder.build_prompt``: ids, 3D positions, tiles and chunks."""
     max_new_tokens: int
     """Longest answer, its end token included."""
     min_new_tokens: int = 0
@@ -120,8 +118,6 @@ class Request:
     """Only prompts of the same salt share: how fast an answer comes tells nothing of what others asked."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.name), "name", self.name, "a text")
-        _require(self.prompt.length >= 1, "prompt", "0 tokens", "at least one token")
         _require(_whole(self.max_new_tokens) and self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens,
                  "at least 1")  # fmt: skip
         _require(_whole(self.min_new_tokens) and 0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens",
@@ -141,6 +137,26 @@ class Request:
     def has_text(self) -> bool:
         """Whether events carry text."""
         return self.text or self.reasoning or bool(self.stop)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request(Wanted):
+    """One prompt and what is wanted of it. ValueError names the field that cannot be."""
+
+    name: str
+    """Names the request in events; no two that are in the engine together may share it."""
+    prompt: "Sample"
+    """``SampleBuilder.build_prompt``: ids, 3D positions, tiles and chunks."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(bool(self.name), "name", self.name, "a text")
+        _require(self.prompt.length >= 1, "prompt", "0 tokens", "at least one token")
+
+    @classmethod
+    def of(cls, wanted: Wanted, *, name: str, prompt: "Sample") -> Self:
+        """What is ``wanted`` of ``prompt``."""
+        return cls(name=name, prompt=prompt, **{field.name: getattr(wanted, field.name) for field in fields(Wanted)})
 
     @property
     def num_tokens(self) -> int:
@@ -253,6 +269,15 @@ class RequestEngine(Protocol):
         :meth:`step` on, which tells of every sample with a :class:`FinishedEvent` (``cancelled``)."""
         ...
 
+    def pause(self, name: str) -> None:
+        """Compute nothing more of a request before :meth:`resume`; an unknown or finished name is no error. It keeps its
+        place while nobody needs it, and is not ``busy``."""
+        ...
+
+    def resume(self, name: str) -> None:
+        """Go on with a paused request."""
+        ...
+
     def step(self) -> list[Event]:
         """Compute one step: a token for every sample that decodes, and a part of the prompts that wait. The events of
         one sample come in order; a sample that cannot go on ends with ``error`` and leaves the others alone. Without
@@ -262,7 +287,7 @@ class RequestEngine(Protocol):
 
     @property
     def busy(self) -> bool:
-        """Whether there is a request that has not finished."""
+        """Whether there is a request that has not finished, nor is paused."""
         ...
 
     def state(self) -> EngineState:
@@ -270,7 +295,8 @@ class RequestEngine(Protocol):
         ...
 
     def weights_changed(self) -> None:
-        """The weights are others from here on: what is kept of earlier prompts is forgotten. Only while not busy."""
+        """The weights are others from here on: what is kept of earlier prompts is forgotten. Only while no request
+        is there."""
         ...
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ one thing: a :class:`Chunk`.
 * An answer is admitted, in the order of arrival, when an extent for all that it knows is free (extents.py), and grows
   as it speaks. Where nothing is left for one that grows, first kept prefixes are given up, then the youngest answer is
   set back: it loses its extent, waits again and is computed again. The oldest is never set back, so all end.
+* An answer that is paused gets no turn. It keeps its place while nobody needs it, and is the first to be set back.
 * A prompt that begins like an earlier one copies its keys and values. A :class:`Prefix` is named by its tokens, their
   positions and media (prefix.py), so that equal names mean equal keys and values.
 
@@ -127,6 +128,7 @@ class Scheduler:
         self.running: OrderedDict[int, Answer] = OrderedDict()
         """By number, in the order of arrival."""
         self.num_set_back = 0
+        self._paused: set[int] = set()
         self._kept: OrderedDict[int, _Kept] = OrderedDict()
         """By offset, the one longest unused first."""
         self._holders: dict[bytes, dict[Answer | _Kept, None]] = {}
@@ -137,8 +139,8 @@ class Scheduler:
 
     @property
     def busy(self) -> bool:
-        """Whether any answer has not finished."""
-        return bool(self.waiting or self.running)
+        """Whether there is an answer to compute: one that has not finished, nor is paused."""
+        return len(self.waiting) + len(self.running) > len(self._paused)
 
     @property
     def kept_tokens(self) -> int:
@@ -177,11 +179,20 @@ class Scheduler:
         assert answer.computed == answer.known, "a token follows from the last known one"
         answer.known += 1
 
+    def pause(self, number: int) -> None:
+        """Give an answer that has not finished no turns from here on."""
+        self._paused.add(number)
+
+    def resume(self, number: int) -> None:
+        """Give it turns again."""
+        self._paused.discard(number)
+
     def finish(self, number: int, prefixes: Sequence[Prefix] | None = None, *, spoilt: bool = False) -> None:
         """An answer leaves, wherever it is. ``prefixes`` of all that it said, in place of its prompt's, if it is kept.
 
         ``spoilt``: its keys and values may not be finite. Nobody may find them, and the next plan overwrites them.
         """
+        self._paused.discard(number)
         if self.waiting.pop(number, None) is not None:
             return
         answer = self.running.pop(number)
@@ -208,6 +219,8 @@ class Scheduler:
     def _grow(self, step: _Step) -> None:
         """Room for the known tokens of every running answer, the oldest first."""
         for answer in list(self.running.values()):
+            if answer.number in self._paused:
+                continue
             while answer.extent is not None and answer.known > answer.extent.size:
                 old = answer.extent
                 new = self._make_room(partial(self.pool.grown, old), for_whom=answer)
@@ -221,14 +234,17 @@ class Scheduler:
     def _admit(self, step: _Step) -> None:
         """Answers that wait, in order, as far as there are places."""
         for answer in list(self.waiting.values()):
-            if len(self.running) == self.max_running:
-                break
+            if answer.number in self._paused:
+                continue
             if self._prompt_is_coming(answer):
                 continue
+            if len(self.running) == self.max_running and not self._set_back_paused():
+                break
             holder, num_cached = self._longest_prefix(answer)
             take = partial(self.pool.take, extent_size(answer.known))
             extent = self._make_room(take, spared=holder)
-            if extent is None and isinstance(holder, _Kept):  # the very extent to copy from is in the way
+            if extent is None and (isinstance(holder, _Kept) or (holder is not None and holder.number in self._paused)):
+                # The very extent to copy from is in the way.
                 holder, num_cached = None, 0
                 extent = self._make_room(take)
             if extent is None:
@@ -248,7 +264,7 @@ class Scheduler:
     def _prompt_is_coming(self, answer: Answer) -> bool:
         """Whether another of its group computes the prompt."""
         other = None if answer.group is None else self._computing.get(answer.group)
-        if other is None:
+        if other is None or other.number in self._paused:
             return False
         assert answer.group is not None
         if other.number in self.running and other.prefixes and other.computed < other.prefixes[-1].num_tokens:
@@ -261,7 +277,7 @@ class Scheduler:
         lengths: dict[int, int] = {}
         longer = []
         for answer in self.running.values():
-            if answer.known > answer.computed:
+            if answer.known > answer.computed and answer.number not in self._paused:
                 lengths[answer.number] = 1  # all advance
                 if answer.known - answer.computed > 1:
                     longer.append(answer)
@@ -287,17 +303,27 @@ class Scheduler:
         for_whom: Answer | None = None,
         spared: Answer | _Kept | None = None,
     ) -> Extent | None:
-        """What ``attempt`` gives once enough is given up: kept extents but ``spared``, then answers that are younger
-        than ``for_whom``."""
+        """What ``attempt`` gives once enough is given up: kept extents, then those of paused answers, but ``spared``, then
+        answers that are younger than ``for_whom``."""
         while (extent := attempt()) is None:
             if any(kept is not spared for kept in self._kept.values()):
                 self._give_up_oldest(spared)
+                continue
+            if self._set_back_paused(spared):
                 continue
             youngest = next(reversed(self.running.values())) if self.running else None
             if for_whom is None or youngest is None or youngest.number <= for_whom.number:
                 return None
             self._set_back(youngest)
         return extent
+
+    def _set_back_paused(self, spared: Answer | _Kept | None = None) -> bool:
+        """Set back the youngest paused answer but ``spared``; whether there is one."""
+        paused = (a for a in reversed(self.running.values()) if a.number in self._paused and a is not spared)
+        if (answer := next(paused, None)) is None:
+            return False
+        self._set_back(answer)
+        return True
 
     def _set_back(self, answer: Answer) -> None:
         self.num_set_back += 1

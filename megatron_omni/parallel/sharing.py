@@ -8,7 +8,7 @@ that embeds: a micro-batch at a time, pictures as the 8-bit pixels they are and 
 the next micro-batch travel while this one is computed (:class:`StepData`), so a device holds two of them.
 
 A reader that fails says so in the header; :func:`sum_over_ranks` then carries the news to the other replicas, so that
-every rank stops at the same step instead of waiting for a timeout.
+every rank stops at the same step instead of waiting for a timeout. :func:`from_rank_0` does so for other work of one rank.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -65,8 +65,12 @@ class _Header(NamedTuple):
         return grids | {"position_ids": (3, *self.grid)} | indices
 
 
-class ReaderFailed(RuntimeError):
-    """Another rank could not load its data; that rank reports why."""
+class PeerFailed(RuntimeError):
+    """Another rank failed, and said so instead of what this one waited for; that rank reports why."""
+
+
+class ReaderFailed(PeerFailed):
+    """Another rank could not load its data."""
 
 
 class StepData:
@@ -133,6 +137,23 @@ def sum_over_ranks(values: Sequence[int], *, device: torch.device) -> list[int]:
     if dist.get_world_size() == 1:
         return list(values)
     return _summed(values, group=None, device=device)
+
+
+def from_rank_0[T](work: Callable[[], T]) -> T:
+    """What ``work`` returns on rank 0, which alone does it, on every rank of the run; all of them call this together.
+
+    Where it fails, rank 0 raises its error and the others PeerFailed.
+    """
+    box: list[tuple[T] | None] = [None]
+    try:
+        if dist.get_rank() == 0:
+            box = [(work(),)]
+    finally:  # the others wait, whatever happened
+        if dist.get_world_size() > 1:
+            dist.broadcast_object_list(box, src=0)
+    if box[0] is None:
+        raise PeerFailed("rank 0 failed, and says why")
+    return box[0][0]
 
 
 def gathered[T](found: Sequence[T], *, group: dist.ProcessGroup, device: torch.device) -> list[T]:

@@ -10,13 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_omni.generation.request import Alternatives, Event, FinishedEvent, PromptEvent, TokenEvent
+from megatron_omni.generation.request import LEAST_LOGPROB, Alternatives, Event, FinishedEvent, PromptEvent, TokenEvent
 from megatron_omni.serve.errors import server_fault, unavailable
 from megatron_omni.serve.jobs import Built
 from megatron_omni.serve.link import ModelFacts
-
-LEAST_LOGPROB = -9999.0
-"""JSON has no infinity."""
 
 
 @dataclass

@@ -111,7 +111,8 @@ class _Tokenize:
                 wanted = parse(TokenizeRequest, body, ignore_unknown=server.settings.ignore_unknown_fields)
                 server.check_model(wanted.model if wanted.model is not None else server.facts.name)
                 if wanted.messages is not None:
-                    job = Job(name="tokenize", turns=await read_turns(server, wanted.messages))
+                    turns = await read_turns(server, wanted.messages)
+                    job = Job(name="tokenize", turns=turns, separator=server.settings.media_separator)
                 else:
                     job = Job(name="tokenize", text=wanted.prompt)
                 built, _ = await server.build(job)

@@ -24,7 +24,7 @@ from megatron_omni.serve.answers import Answer, ChatAnswer, TextAnswer
 from megatron_omni.serve.engine_client import Mailbox
 from megatron_omni.serve.errors import ApiError, bad_request, server_fault, unavailable
 from megatron_omni.serve.intake import ClientGone, Place, read_json, while_connected, within
-from megatron_omni.serve.jobs import Job, Medium, Turn
+from megatron_omni.serve.jobs import Job, Turn
 from megatron_omni.serve.media import Link, read_medium
 from megatron_omni.serve.schema import (
     AudioPart,
@@ -94,7 +94,7 @@ async def _answer(
             async for _ in events:
                 pass
             response = JSONResponse(answer.body(), headers={"X-Request-Id": name})
-            await within(server.settings.write_seconds, response(scope, receive, send))
+            await within(server.settings.patience_seconds, response(scope, receive, send))
     for choice in answer.choices:
         if choice.end is not None:
             server.metrics.succeeded.labels(choice.end.reason).inc()
@@ -118,6 +118,7 @@ async def _jobs(
     if isinstance(wanted, ChatRequest):
         check_modalities(wanted, server.facts.output_modalities)
         turns = await read_turns(server, wanted.messages)
+        common["separator"] = server.settings.media_separator
         return [Job(name=name, turns=turns, fields=fields | {"reasoning": True}, **common)]
     fields["prompt_logprobs"] = wanted.num_top_logprobs if wanted.echo else None
     texts = [prompt if isinstance(prompt, str) else tuple(prompt) for prompt in wanted.prompts]
@@ -165,24 +166,10 @@ async def read_turns(server: Server, messages: list[Message]) -> tuple[Turn, ...
         (
             "system" if message.role == "developer" else message.role,
             (message.content,) if isinstance(message.content, str) else
-            separated([part.text if isinstance(part, TextPart) else next(media) for part in message.content],
-                      server.settings.media_separator),
+            tuple(part.text if isinstance(part, TextPart) else next(media) for part in message.content),
         )
         for message in messages
     )  # fmt: skip
-
-
-def separated(parts: list[str | Medium], separator: str) -> tuple[str | Medium, ...]:
-    """The parts with ``separator`` between a medium and a text that has no white space of its own there."""
-    out = parts[:1]
-    for part in parts[1:]:
-        before = out[-1]
-        if isinstance(before, Medium) and isinstance(part, str) and part and not part[0].isspace():
-            out.append(separator)
-        if isinstance(before, str) and isinstance(part, Medium) and before and not before[-1].isspace():
-            out.append(separator)
-        out.append(part)
-    return tuple(out)
 
 
 def _link(part: Part, param: str) -> Link:
@@ -230,7 +217,7 @@ async def _events(server: Server, box: Mailbox, answer: Answer, place: Place) ->
 async def _stream(
     server: Server, events: AsyncIterator[list[Event]], answer: Answer, name: str, usage: bool, send: Send
 ) -> None:
-    stream = EventStream(send, name, server.settings.write_seconds)
+    stream = EventStream(send, name, server.settings.patience_seconds)
     try:
         async for some in events:
             if some:

@@ -9,22 +9,38 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
 from megatron_omni.config.run import Recipe
 from megatron_omni.generation.request import Event, FinishedEvent
 from megatron_omni.serve.errors import ApiError, bad_request, server_fault
-from megatron_omni.serve.link import Cancel, Drained, Draining, Failed, FromEngine, Happened, ModelFacts, Opened, Ready
+from megatron_omni.serve.link import (
+    Cancel,
+    Drained,
+    Draining,
+    Failed,
+    FromEngine,
+    Happened,
+    ModelFacts,
+    Opened,
+    Pause,
+    Ready,
+    Resume,
+)
 from megatron_omni.serve.link import Refused as RefusedByEngine
+
+MOST_EVENTS = 256
+"""Of a mailbox that nobody empties, beyond which its requests are paused: a slow reader shall not fill the memory."""
 
 
 class Mailbox:
-    """Events of some requests that are answered together. What waits in it is at most the answers themselves."""
+    """Events of some requests that are answered together; ``pause`` is told when they are to pause and to go on."""
 
-    def __init__(self, samples: int) -> None:
+    def __init__(self, samples: int, pause: Callable[[bool], None] = lambda _: None) -> None:
         self.unfinished = samples
+        self._pause, self._paused = pause, False
         self.token_bytes: dict[int, bytes] = {}
         self._events: list[Event] = []
         self._error: ApiError | None = None
@@ -37,6 +53,9 @@ class Mailbox:
             self.token_bytes.update(token_bytes)
         if isinstance(event, FinishedEvent):
             self.unfinished -= 1
+        if len(self._events) >= MOST_EVENTS and not self._paused and self.unfinished:
+            self._paused = True
+            self._pause(True)
         self._something.set()
 
     def fail(self, error: ApiError) -> None:
@@ -54,6 +73,9 @@ class Mailbox:
                 return []
         self._something.clear()
         events, self._events = self._events, []
+        if self._paused:
+            self._paused = False
+            self._pause(False)
         if self._error is not None and not events:
             raise self._error
         if self._error is not None:
@@ -64,7 +86,14 @@ class Mailbox:
 class EngineClient:
     """One end of the socket pair to the engine; lives in an event loop."""
 
-    def __init__(self, connection: Connection, *, happened: Callable[[Happened], None]) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        happened: Callable[[Happened], None],
+        paused: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``happened`` is called with every step's events, ``paused`` when a request is paused for its reader."""
         self.facts: ModelFacts | None = None
         self.recipe: Recipe | None = None
         self.ready = self.draining = False
@@ -72,11 +101,11 @@ class EngineClient:
         self.last_sign = time.monotonic()
         self.opened, self.told_to_drain, self.ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.grace_seconds = 0.0
-        self._happened = happened
+        self._happened, self._when_paused = happened, paused
         self._connection = connection
         self._boxes: dict[str, Mailbox] = {}
         self._over: ApiError | None = None
-        self._outgoing: queue.SimpleQueue[bytes | Cancel | Drained] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[bytes | Cancel | Pause | Resume | Drained] = queue.SimpleQueue()
         self._sender = threading.Thread(target=self._send_all, name="to the engine", daemon=True)
         self._sender.start()
         asyncio.get_running_loop().add_reader(connection.fileno(), self._read)
@@ -91,7 +120,8 @@ class EngineClient:
         """
         if self._over is not None:
             raise self._over
-        box, names = Mailbox(samples), list(requests)
+        names = list(requests)
+        box = Mailbox(samples, lambda on: self._pause(names, on))
         self._boxes |= dict.fromkeys(names, box)
         try:
             for name in names:
@@ -102,6 +132,12 @@ class EngineClient:
                 del self._boxes[name]
                 if box.unfinished:
                     self._outgoing.put(Cancel(name))
+
+    def _pause(self, names: Sequence[str], on: bool) -> None:
+        for name in names:
+            self._outgoing.put(Pause(name) if on else Resume(name))
+        if on:
+            self._when_paused()
 
     def end_all(self, error: ApiError) -> None:
         """End every request, those to come too."""
@@ -118,7 +154,7 @@ class EngineClient:
 
     def _send_all(self) -> None:
         try:
-            message: bytes | Cancel | Drained = b""
+            message: bytes | Cancel | Pause | Resume | Drained = b""
             while not isinstance(message, Drained):
                 message = self._outgoing.get()
                 if isinstance(message, bytes):

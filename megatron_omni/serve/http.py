@@ -34,6 +34,7 @@ async def serve(link: Connection, listening: socket.socket) -> int:
 
     from megatron_omni.serve.app import application
     from megatron_omni.serve.builders import Builders
+    from megatron_omni.serve.connection import patient_protocol
     from megatron_omni.serve.engine_client import EngineClient
     from megatron_omni.serve.errors import unavailable
     from megatron_omni.serve.metrics import Metrics
@@ -49,11 +50,11 @@ async def serve(link: Connection, listening: socket.socket) -> int:
 
     settings: Settings = link.recv()
     metrics = Metrics()
-    engine = EngineClient(link, happened=metrics.happened)
+    engine = EngineClient(link, happened=metrics.happened, paused=metrics.paused.inc)
     server = Server(settings, engine, metrics)
     config = uvicorn.Config(
         application(server),
-        http="h11",
+        http=patient_protocol(settings.patience_seconds),
         ws="none",
         loop="asyncio",
         lifespan="off",

@@ -15,8 +15,9 @@ from megatron_omni.serve.errors import ApiError, bad_request
 from megatron_omni.serve.metrics import Metrics
 from megatron_omni.serve.settings import Settings
 
-_PATIENCE_SECONDS, _LEAST_BYTES_PER_SECOND = 20.0, 16 << 10
-"""A body may take so long, and a second more for so many bytes: slower clients hold memory for nothing."""
+_LEAST_BYTES_PER_SECOND = 16 << 10
+"""A body may take the patience that there is for clients, and a second more for so many bytes: slower ones hold memory for
+nothing."""
 _DISCARDED_BYTES, _DISCARDING_SECONDS = 8 << 20, 5.0
 """Of a body that is too large."""
 _LARGE_BYTES = 1 << 20
@@ -32,6 +33,7 @@ class Place:
 
     def __init__(self, door: "Door") -> None:
         self._door, self._bytes, self._waits = door, 0, True
+        self.patience_seconds = door.patience_seconds
         self.arrived = time.monotonic()
 
     def hold(self, num_bytes: int) -> None:
@@ -63,6 +65,7 @@ class Door:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.most_waiting, self.most_bytes = settings.max_waiting, settings.max_waiting_bytes
+        self.patience_seconds = settings.patience_seconds
         self.waiting = self.num_bytes = self._inside = 0
         self._metrics = metrics
         self._empty = asyncio.Event()
@@ -124,7 +127,7 @@ async def read_body(headers: Headers, receive: Receive, place: Place, most_bytes
     parts: list[bytes] = []
     total, start = 0, time.monotonic()
     while True:
-        allowed = start + _PATIENCE_SECONDS + total / _LEAST_BYTES_PER_SECOND - time.monotonic()
+        allowed = start + place.patience_seconds + total / _LEAST_BYTES_PER_SECOND - time.monotonic()
         try:
             async with asyncio.timeout(max(allowed, 0.0)):
                 message = await receive()

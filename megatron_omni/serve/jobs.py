@@ -25,6 +25,8 @@ class Job:
 
     name: str
     turns: tuple[Turn, ...] = ()
+    separator: str = ""
+    """Between a medium and a text without white space there."""
     text: str | tuple[int, ...] | None = None
     max_new_tokens: int | None = None
     """None: what there is room for, up to ``default_new_tokens``."""

@@ -12,6 +12,7 @@ import signal
 import time
 import traceback
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -55,6 +56,8 @@ class Leader:
                 self._turn(commands)
         except BaseException:
             self._say_failed()
+            with suppress(RuntimeError):  # of a message to ranks that have gone; the first cause counts
+                self._engines.close(failed=True)
             raise
         self._engines.close()
 

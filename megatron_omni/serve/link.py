@@ -1,6 +1,6 @@
 """What the process that speaks HTTP and the one that computes say to each other, over one socket pair.
 
-    HTTP -> engine    generation.request.Request as a builder pickled it, Cancel, Drained
+    HTTP -> engine    generation.request.Request as a builder pickled it, Cancel, Pause, Resume, Drained
     engine -> HTTP    Opened, Ready, Happened (each step), Refused, Draining, Failed
 
 The engine's side never waits for HTTP: it looks for messages between steps. Messages are pickled by
@@ -19,6 +19,20 @@ from megatron_omni.generation.request import EngineState, Event
 @dataclass(frozen=True)
 class Cancel:
     """Nobody waits for this request any more."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Enough of this request waits for its reader."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Its reader has caught up."""
 
     name: str
 

@@ -32,6 +32,7 @@ class Metrics:
         self.succeeded = Counter("omni:request_success", "Answers that ended", ["finish_reason"], registry=r)
         self.errors = Counter("omni:request_errors", "Requests that got an error", ["status"], registry=r)
         self.aborted = Counter("omni:aborts", "Requests whose client left", registry=r)
+        self.paused = Counter("omni:request_pauses", "Times that a request waited for its reader", registry=r)
         self.first_token = self._seconds("time_to_first_token_seconds", "From the request to its first token")
         self.per_token = self._seconds("inter_token_latency_seconds", "Between tokens of an answer")
         self.whole = self._seconds("e2e_request_latency_seconds", "From the request to its end")

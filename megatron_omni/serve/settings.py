@@ -38,8 +38,8 @@ class Settings:
     """Until the first token."""
     request_seconds: float = 600.0
     """Until the last."""
-    write_seconds: float = 30.0
-    """Until a client has taken what was sent to it."""
+    patience_seconds: float = 30.0
+    """Until a client has sent the head of a request, has begun to send the rest, or has taken what was sent to it."""
     engine_seconds: float = 600.0
     """Without a sign of life from the engine, after which /health says 503."""
     ping_seconds: float = 15.0

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.config.outcome import EXIT_BAD_INPUT, EXIT_FAILURE
-from megatron_omni.parallel.sharing import ReaderFailed
+from megatron_omni.parallel.sharing import PeerFailed, ReaderFailed
 from megatron_omni.training import watch
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -28,7 +28,7 @@ def report_failure(error: BaseException) -> int:
     """Print ``error`` as this rank's role asks for; the exit status: 2 for bad input, else 1."""
     explained = is_for_users(error)
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
-    if isinstance(error, ReaderFailed):  # never the cause, however early it comes
+    if isinstance(error, PeerFailed):  # never the cause, however early it comes
         _wait_for_the_cause()
         print(f"[rank {rank}] ends: {error}", file=sys.stderr, flush=True)
     elif _is_first(rank):

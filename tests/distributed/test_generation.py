@@ -508,8 +508,8 @@ def on_layout(rank: Rank, corpus: Path, parallel: dict[str, int], shares: list[l
             engine.follow()
             engine.follow()
             return None
-        results = by_name(answered(engine, mine)) if pg.ep.size() > 1 else played(engine, mine, seed=4, cancelled=3)
-        engine.release()
+        with engine.leading():
+            results = by_name(answered(engine, mine)) if pg.ep.size() > 1 else played(engine, mine, seed=4, cancelled=3)
         again = by_name(answered(engine, mine[:1])) if mine or pg.ep.size() > 1 else {}
         assert all(results[key].ids == result.ids for key, result in again.items())
     return results

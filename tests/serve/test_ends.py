@@ -16,9 +16,9 @@ import pytest
 
 from megatron_omni.cli.serve import main, parse
 from megatron_omni.serve.guard import Guard
-from tests.serve.conftest import Trained
 from tests.serve.harness import _rank, serving
 from tests.serve.test_server import QUESTIONS, ask, direct_answers
+from tests.trained import Trained
 
 LONG = {
     "model": "tiny", "messages": [{"role": "user", "content": "red"}], "temperature": 0, "max_completion_tokens": 220,

@@ -17,8 +17,8 @@ from typing import Any
 import numpy
 import pytest
 
-from tests.serve.conftest import Trained
 from tests.serve.harness import Running, serving
+from tests.trained import Trained
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None

@@ -24,8 +24,8 @@ from megatron_omni.data.record import parse_record
 from megatron_omni.generation.batches import generate
 from megatron_omni.generation.load import open_checkpoint
 from tests.distributed.harness import Rank, run_ranks
-from tests.serve.conftest import SEQ_LENGTH, Trained
 from tests.serve.harness import Running
+from tests.trained import SEQ_LENGTH, Trained
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = ("repeat red green", "blue one two three", "high", "four five and then low", "two", "red " * 20)
@@ -136,6 +136,29 @@ def test_a_space_separates_text_from_media_that_have_none(server: Running, train
     written = prompt(words("one "), image(trained), words(" two\n"), sound(trained), image(trained), words(""))
     assert prompt(words("one"), image(trained), words("two\n"), sound(trained), image(trained)) == written
     assert prompt(image(trained)) != prompt(image(trained), words(" "))
+
+
+def test_the_command_line_and_the_server_make_the_same_prompt(server: Running, trained: Trained) -> None:
+    """The same token ids of the same files and text, whether the command line's user wrote markers or not."""
+    files = [("audio", str(trained.media / "2.wav")), ("image", str(trained.media / "1.png"))]
+    cases = [("which one", [sound(trained), image(trained), words("which one")]),
+             ("is <image>red", [sound(trained), words("is "), image(trained), words("red")])]  # fmt: skip
+    ids = run_ranks(ids_of_command_lines, 1, trained.run_dir, [(prompt, files) for prompt, _ in cases])[0]
+    for (_, content), expected in zip(cases, ids, strict=True):
+        messages = [{"role": "user", "content": content}]
+        assert server.client().post("../tokenize", body={"messages": messages}, cast_to=dict)["tokens"] == expected
+
+
+def ids_of_command_lines(rank: Rank, run_dir: Path, lines: list[tuple[str, list[tuple[str, str]]]]) -> list[list[int]]:
+    """Token ids of the prompts that ``cli.generate`` makes."""
+    from megatron_omni.cli.generate import parse, turn_record
+
+    builder = open_checkpoint(run_dir).builder
+    commands = []
+    for prompt, files in lines:
+        media = [word for kind, path in files for word in (f"--{kind}", path)]
+        commands.append(parse([str(run_dir), "--prompt", prompt, *media, "--out", "nowhere"]))
+    return [builder.build_prompt(turn_record(command)).input_ids.tolist() for command in commands]
 
 
 def test_samples_differ_and_a_seed_repeats_them(server: Running) -> None:

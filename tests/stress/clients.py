@@ -27,11 +27,9 @@ from megatron_omni.platform.device import install
 
 install()
 
-from tests.distributed.tiny_run import make_corpus, run_tiny, tiny_recipe  # noqa: E402
-from tests.serve.conftest import SEQ_LENGTH, Trained  # noqa: E402
 from tests.serve.harness import Running, serving  # noqa: E402
 from tests.serve.test_server import QUESTIONS, ask, direct_answers, mixed  # noqa: E402
-from tests.unit.tiny_data import write_clip  # noqa: E402
+from tests.trained import Trained, train_tiny  # noqa: E402
 
 PATIENCE_SECONDS = 300.0
 
@@ -117,12 +115,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="clients-") as place:
         directory = Path(place)
-        corpus = make_corpus(directory / "corpus")
-        write_clip(corpus / "v.mp4", [10, 60, 110, 160])
-        settings: dict[str, Any] = {"model__init_method_std": 0.25, "data__seq_length": SEQ_LENGTH}
-        settings |= {"data__min_frames": 2, "data__max_frames": 4, "data__max_frames_with_audio": 4}
-        run_tiny(tiny_recipe(corpus, directory / "tiny", train_iters=1, **settings), 1)
-        trained = Trained(directory / "tiny", corpus)
+        trained = train_tiny(directory)
         answers = direct_answers(trained)
         with serving(trained.run_dir, log=directory / "log") as server:
             wrong = trial(server, trained, answers, options.clients, options.minutes * 60)

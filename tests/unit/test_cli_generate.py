@@ -13,25 +13,24 @@ from typing import Any
 
 import pytest
 
-from megatron_omni.cli.generate import main, parse, user_record
+from megatron_omni.cli.generate import main, parse, user_parts
 from megatron_omni.data.record import parse_record
 from megatron_omni.generation.batches import generate
 from megatron_omni.generation.load import open_checkpoint
+from megatron_omni.generation.request import Sampling, Wanted
 from tests.distributed.harness import Rank, run_ranks
 from tests.distributed.tiny_run import chat, make_corpus, run_tiny, tiny_recipe
+from tests.trained import Trained
 
 
 def test_media_without_markers_come_first_in_the_order_given() -> None:
-    record = user_record("What?", [("audio", "a.wav"), ("image", "b.png"), ("audio", "c.wav")])
-    assert record["messages"] == [{"role": "user", "content": "<audio><image><audio>What?"}]
-    assert [Path(p).name for p in record["audios"]] == ["a.wav", "c.wav"]
-    assert [Path(p).name for p in record["images"]] == ["b.png"]
-    assert record["videos"] == []
+    parts = user_parts("What?", [("audio", "a.wav"), ("image", "b.png"), ("audio", "c.wav")])
+    assert parts == (("audio", "a.wav"), ("image", "b.png"), ("audio", "c.wav"), "What?")
 
 
 def test_markers_keep_their_place_and_unmarked_kinds_come_first() -> None:
-    record = user_record("Is <image> like <image>?", [("image", "a.png"), ("video", "v.mp4"), ("image", "b.png")])
-    assert record["messages"][0]["content"] == "<video>Is <image> like <image>?"
+    parts = user_parts("Is <image> like <image>?", [("image", "a.png"), ("video", "v.mp4"), ("image", "b.png")])
+    assert parts == (("video", "v.mp4"), "Is ", ("image", "a.png"), " like ", ("image", "b.png"), "?")
 
 
 @pytest.mark.parametrize(
@@ -44,7 +43,7 @@ def test_markers_keep_their_place_and_unmarked_kinds_come_first() -> None:
 )
 def test_a_count_that_does_not_fit_names_marker_and_count(prompt: str, media: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        user_record(prompt, media)
+        user_parts(prompt, media)
 
 
 def test_command_line_in_any_order(tmp_path: Path) -> None:
@@ -54,8 +53,24 @@ def test_command_line_in_any_order(tmp_path: Path) -> None:
     request = parse(["--out", "o", str(tmp_path), "--image", str(image), size, "--temperature", "0.5", "--seed", "7"])
     assert request.checkpoint == tmp_path
     assert request.overrides == [size]
-    assert (request.temperature, request.top_p, request.seed) == (0.5, 1.0, 7)
-    assert request.record is not None and request.record["images"] == [str(image)]
+    assert request.wanted.sampling == Sampling(temperature=0.5, seed=7)
+    assert request.parts == (("image", str(image)), "")
+
+
+def test_every_option_reaches_the_engine(tmp_path: Path) -> None:
+    words = (
+        "--max-new-tokens 9 --min-new-tokens 2 --temperature 0.7 --top-p 0.9 --top-k 20 --min-p 0.1 --n 3 --logprobs 2 "
+        "--repetition-penalty 1.2 --presence-penalty 0.3 --frequency-penalty 0.4 --seed 5 --ignore-eos --stop-id 7 "
+        "--stop-id 8 --stop one --stop two --prompt x --out o"
+    )
+    sampling = Sampling(
+        temperature=0.7, top_p=0.9, top_k=20, min_p=0.1, repetition_penalty=1.2, presence_penalty=0.3,
+        frequency_penalty=0.4, seed=5,
+    )  # fmt: skip
+    assert parse([str(tmp_path), *words.split()]).wanted == Wanted(
+        max_new_tokens=9, min_new_tokens=2, sampling=sampling, n=3, logprobs=2, ignore_eos=True, stop=("one", "two"),
+        stop_ids=(7, 8), text=True,
+    )  # fmt: skip
 
 
 BAD_COMMAND_LINES = {
@@ -70,7 +85,14 @@ BAD_COMMAND_LINES = {
     "unknown option": (["{tmp}", "--prompt", "hi", "--out", "{tmp}/out", "--wrong", "1"], "--wrong"),
     "unknown override": (["{tmp}", "--prompt", "hi", "--out", "{tmp}/out", "optim.lr=1"], "optim.lr=1"),
     "no override": (["{tmp}", "--prompt", "hi", "--out", "{tmp}/out", "word"], "'word'"),
-    "no tokens": (["{tmp}", "--prompt", "hi", "--out", "{tmp}/out", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+    "no tokens": (["{tmp}", "--prompt", "hi", "--out", "{tmp}/out", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+    "no batch": (["{tmp}", "--prompt", "hi", "--out", "{tmp}/out", "--batch-size", "0"], "--batch-size is 0"),
+    "samples": (["{tmp}", "--prompt", "hi", "--out", "{tmp}/out", "--n", "99"], "n is 99; it must be from 1 to 64"),
+    "a stop text": (["{tmp}", "--prompt", "hi", "--out", "{tmp}/out", "--stop", ""], "stop is 0 characters"),
+    "penalty": (
+        ["{tmp}", "--prompt", "hi", "--out", "{tmp}/out", "--repetition-penalty", "0"],
+        "repetition_penalty is 0",
+    ),
     "top-p of greedy": (["{tmp}", "--prompt", "hi", "--out", "{tmp}/out", "--top-p", "0.5"], "top_p is 0.5"),
     "temperature": (["{tmp}", "--prompt", "hi", "--out", "{tmp}/out", "--temperature", "-1"], "temperature is -1"),
 }
@@ -95,21 +117,6 @@ def test_bad_command_line_ends_with_status_2_and_one_line(
 def without_first_line(err: str) -> str:
     """What was said after the line that comes before the imports."""
     return re.sub(r"^megatron-omni generate \S+: starting \(importing torch\)\n", "", err)
-
-
-@dataclass(frozen=True)
-class Trained:
-    run_dir: Path
-    media: Path
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A run of three steps with large weights, whose answers to different questions differ."""
-    directory = tmp_path_factory.mktemp("cli")
-    corpus = make_corpus(directory / "corpus")
-    run_tiny(tiny_recipe(corpus, directory / "run", train_iters=3, model__init_method_std=0.25), 1)
-    return Trained(directory / "run", corpus)
 
 
 @dataclass(frozen=True)
@@ -149,7 +156,7 @@ def answer_directly(rank: Rank, run_dir: Path, record: dict[str, Any]) -> str:
 
 def test_answers_a_prompt_with_media_as_the_library_does(trained: Trained, tmp_path: Path) -> None:
     image, sound = str(trained.media / "1.png"), str(trained.media / "2.wav")
-    record = chat("<audio>red or <image> then", "") | {"images": [image], "audios": [sound]}
+    record = chat("<audio> red or <image> then", "") | {"images": [image], "audios": [sound]}
     record["messages"].pop()
     expected = run_ranks(answer_directly, 1, trained.run_dir, record)[0]
     assert expected
@@ -158,6 +165,25 @@ def test_answers_a_prompt_with_media_as_the_library_does(trained: Trained, tmp_p
     assert (outcome.status, outcome.out) == (0, expected + "\n")
     assert outcome.err == f"megatron-omni generate {trained.run_dir}: starting (importing torch)\n", "nothing to ignore"
     assert (tmp_path / "new" / "out" / "answer.txt").read_text() == expected + "\n"
+
+
+def test_samples_and_log_probabilities_of_a_prompt(trained: Trained, tmp_path: Path) -> None:
+    """Three samples end at a stop string at the latest; a token's log-probability is among the most likely ones'."""
+    asked = [trained.run_dir, "--prompt", "red blue", "--temperature", 1, "--n", 3, "--logprobs", 20, "--stop", "e"]
+    outcome = command(*asked, "--max-new-tokens", 8, "--out", tmp_path)[0]
+    said = json.loads((tmp_path / "answer.json").read_text())
+    answers = [sample["answer"] for sample in said["samples"]]
+    assert outcome.status == 0 and outcome.out == "".join(f"{answer}\n" for answer in answers)
+    assert said["answer"] == answers[0] and len(set(answers)) == 3 and not any("e" in answer for answer in answers)
+    for sample in said["samples"]:
+        assert sample["finish_reason"] in ("stop", "length") and 0 < len(sample["tokens"]) <= 8
+        assert "".join(token["text"] for token in sample["tokens"]).lstrip().startswith(sample["answer"].strip())
+        for token in sample["tokens"]:
+            values = [item["logprob"] for item in token["top"]]
+            assert values == sorted(values, reverse=True) and len(values) == 20
+            assert token["logprob"] in [i["logprob"] for i in token["top"] if i["id"] == token["id"]] or (
+                token["logprob"] <= values[-1]
+            )
 
 
 def test_answers_records_in_order_on_any_layout(trained: Trained, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.config.load import load_recipe
-from megatron_omni.parallel.sharing import ReaderFailed
+from megatron_omni.parallel.sharing import PeerFailed, ReaderFailed
 from megatron_omni.training.failure import report_failure
 
 
@@ -47,3 +47,5 @@ def test_status_and_text(
 def test_a_rank_that_only_knows_that_another_failed_does_not_report_a_cause(capsys: pytest.CaptureFixture[str]) -> None:
     assert report_failure(fail(ReaderFailed("another rank could not load its data"))) == 2
     assert capsys.readouterr().err == "[rank 0] ends: another rank could not load its data\n"
+    assert report_failure(fail(PeerFailed("the leader of the engine failed"))) == 1
+    assert capsys.readouterr().err == "[rank 0] ends: the leader of the engine failed\n"

@@ -182,6 +182,27 @@ def test_the_youngest_is_set_back_and_computed_again() -> None:
     assert plan.admitted == (young,) and plan.num_tokens == len(said)
 
 
+def test_a_paused_answer_keeps_its_place_until_somebody_needs_it() -> None:
+    told = Told(budget=4 * SMALLEST, running=2, batch=200)
+    paused, other = told.add("a" * 20)[0], told.add("b" * 20)[0]
+    told.step()
+    told.scheduler.pause(paused)
+    for _ in range(3):
+        assert [chunk.answer for chunk in told.step().chunks] == [other]
+    assert list(told.scheduler.running) == [paused, other] and told.scheduler.num_set_back == 0
+    told.scheduler.resume(paused)
+    assert [chunk.start for chunk in told.step().chunks] == [20, 23], "its keys and values were there"
+    told.scheduler.pause(paused)
+    (third,) = told.add("c" * 20)  # all places are taken
+    plan = told.step()
+    assert plan.admitted == (third,) and list(told.scheduler.waiting) == [paused] and told.scheduler.num_set_back == 1
+    told.finish(other)
+    told.finish(third)
+    assert not told.scheduler.busy
+    told.scheduler.resume(paused)
+    assert told.scheduler.busy and [chunk.length for chunk in told.step().chunks] == [22]
+
+
 def test_what_a_spoilt_answer_leaves_is_overwritten_before_anyone_reads_there() -> None:
     told = Told()
     (spoilt,) = told.add("a" * 20, keep=True)
@@ -209,7 +230,8 @@ class AnyOrder(RuleBasedStateMachine):
         super().__init__()
         self.told = Told(budget=8 * SMALLEST, running=3, batch=12)
         self.longest = {}
-        self.idle = {}
+        self.paused: set[int] = set()
+        self.ever_paused = False
 
     @rule(
         beginning=st.sampled_from(["", "a" * 8, "a" * 16, "b" * 24]),
@@ -222,24 +244,37 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.told.scheduler.fits(len(beginning + end) + more)
         for number in self.told.add(beginning + end, copies=copies, keep=keep):
             self.longest[number] = len(beginning + end) + more
-            self.idle[number] = 0
 
-    @precondition(lambda self: self.longest)
+    @precondition(lambda self: self.longest.keys() - self.paused)
     @rule()
     def step(self) -> None:
         before = {number: answer.computed for number, answer in self.told.scheduler.running.items()}
         plan = self.told.step()
         assert plan.chunks, "there is always something to compute"
         for number in set(before) & set(self.told.scheduler.running) - set(plan.admitted):  # not set back on the way
-            assert self.told.answers[number].computed > before[number], "a running answer stands still"
-        oldest = min(self.longest)
+            advanced = self.told.answers[number].computed > before[number]
+            assert advanced != (number in self.paused), "a running answer stands still, or a paused one does not"
+        # One that was paused may have lost its place; the oldest of those that have one then goes on.
+        oldest = min(set(self.told.scheduler.running) - self.paused if self.ever_paused else self.longest)
         assert any(chunk.answer == oldest for chunk in plan.chunks), "the oldest waits"
         for number in [n for n, longest in self.longest.items() if len(self.told.texts[n]) >= longest]:
             self.end(number)
 
     def end(self, number: int) -> None:
         del self.longest[number]
+        self.paused.discard(number)
         self.told.finish(number)
+
+    @precondition(lambda self: self.longest)
+    @rule(which=st.integers(0, 99))
+    def pause_or_resume(self, which: int) -> None:
+        number = sorted(self.longest)[which % len(self.longest)]
+        if number in self.paused:
+            self.told.scheduler.resume(number)
+        else:
+            self.told.scheduler.pause(number)
+        self.paused ^= {number}
+        self.ever_paused = True
 
     @precondition(lambda self: self.longest)
     @rule(which=st.integers(0, 99))
@@ -248,7 +283,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule()
     def new_weights(self) -> None:
-        if not self.told.scheduler.busy:
+        if not self.longest:
             self.told.scheduler.forget_kept()
             assert self.told.scheduler.pool.taken == 0 and not self.told.scheduler._holders
 
@@ -262,12 +297,17 @@ class AnyOrder(RuleBasedStateMachine):
         assert all(answer.extent is None for answer in scheduler.waiting.values())
         assert len(scheduler.running) <= scheduler.max_running
         assert scheduler.running.keys() | scheduler.waiting.keys() == self.told.texts.keys()
+        assert scheduler.busy == bool(self.longest.keys() - self.paused)
         assert list(scheduler.running) == sorted(scheduler.running)
         assert list(scheduler.waiting) == sorted(scheduler.waiting)
 
     def teardown(self) -> None:
-        """All that is left ends within as many steps as it has tokens to say, one answer after the other."""
-        for _ in range(sum(self.longest.values()) + 1):
+        """All that is left ends within as many steps as it has tokens to say, one answer after the other; where one was
+        paused, one that went on meanwhile may have to begin again."""
+        for number in self.paused:
+            self.told.scheduler.resume(number)
+        self.paused.clear()
+        for _ in range((2 if self.ever_paused else 1) * sum(self.longest.values()) + 1):
             if not self.longest:
                 break
             self.step()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def answering(monkeypatch: pytest.MonkeyPatch, builder: SampleBuilder, answer: A
     """Replace the model by ``answer(question text) -> text``."""
 
     class Answering:
-        leads = True
+        leads, broken = True, False
 
         def __init__(self, model: nn.Module, **_: Any) -> None: ...
 
@@ -65,7 +66,8 @@ def answering(monkeypatch: pytest.MonkeyPatch, builder: SampleBuilder, answer: A
 
         def __exit__(self, *_: object) -> None: ...
 
-        def release(self) -> None: ...
+        def leading(self) -> AbstractContextManager[None]:
+            return nullcontext()
 
     def answered(engine: Answering, requests: Iterable[Request]) -> Iterator[Result]:
         for request in requests:
