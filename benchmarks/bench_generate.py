@@ -14,7 +14,7 @@ Before anything is timed, ours is checked: the log-probabilities of its answers 
 sequence, and on mid_dense its answers are Hugging Face's. The file holds
 
     [{model, dtype, batch, contender, tokens_per_s, ratio_to_hf}]           contenders omni and hf
-    [{model, dtype, context, step_ms, attention_ms}]                        a decoding step of 8 answers
+    [{model, dtype, context, step_ms, attention_ms, rest_ms}]               a decoding step of 8 answers
     [{model, dtype, chunk_ms, first_token_ms}]                              a short prompt while one of 4,000 is computed
     [{vocabulary, logits, setting, ms_per_row}]                             sampling
 """
@@ -31,6 +31,8 @@ from typing import Any
 
 PROMPT, NEW, LONG_PROMPT = 32, 128, 4000
 CONTEXTS = (100, 1500)
+STEPS = 24
+"""Timed together at a context."""
 MODELS: dict[str, dict[str, Any]] = {
     "mid_dense": {"hidden": 512, "blocks": 8, "heads": 8, "groups": 2, "head": 64, "vocabulary": 8192, "ffn": 2048},
     "mid_moe": {"hidden": 512, "blocks": 8, "heads": 8, "groups": 2, "head": 64, "vocabulary": 8192, "expert": 1024},
@@ -212,32 +214,31 @@ class Contenders:
         ]  # fmt: skip
 
     def step_at(self, context: int) -> dict[str, Any]:
-        """A decoding step of 8 answers that have ``context`` tokens, and the part of it that is attention."""
-        spent, whole = [0.0], []
+        """A decoding step of 8 answers that have ``context`` tokens, and what of it is attention: the time by which a step
+        is shorter that reads no keys and values, all else alike. That counts what reading them costs others: they push
+        weights and the interpreter's own data out of the processor's caches."""
         with self.engine(max_running=8, max_batch_tokens=512) as engine:
             cache = engine._replica.cache
-            attend = cache.attend
-
-            def timed(*arguments: Any) -> Any:
-                start = time.thread_time()
-                output = attend(*arguments)
-                spent[0] += time.thread_time() - start
-                return output
-
-            cache.attend = timed
             for i, row in enumerate(self.prompts(8, context)):
-                engine.submit(request(str(i), row, 64))
+                engine.submit(request(str(i), row, 4 * STEPS + 32))
             while engine.state().prompt_tokens < 8 * context:
                 engine.step()
-            attention = []
+            spent: dict[bool, list[float]] = {True: [], False: []}
+            for reads in (True, False) * 2:
+                if not reads:
+                    cache._one_product = lambda number, query, *rest: query
+                for turn in range(STEPS):
+                    start = time.thread_time()
+                    engine.step()
+                    if turn >= STEPS // 4:  # the first ones find the caches as the other kind left them
+                        spent[reads].append(time.thread_time() - start)
+                vars(cache).pop("_one_product", None)
             while engine.busy:
-                spent[0], start = 0.0, time.thread_time()
                 engine.step()
-                whole.append(time.thread_time() - start)
-                attention.append(spent[0])
+        step, rest = (1e3 * statistics.median(spent[reads]) for reads in (True, False))
         return {
             "model": self.name, "dtype": self.dtype, "context": context,
-            "step_ms": round(1e3 * statistics.median(whole), 3), "attention_ms": round(1e3 * statistics.median(attention), 3),
+            "step_ms": round(step, 3), "attention_ms": round(step - rest, 3), "rest_ms": round(rest, 3),
         }  # fmt: skip
 
     def beside_a_long_prompt(self) -> dict[str, Any]:

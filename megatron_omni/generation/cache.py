@@ -111,8 +111,8 @@ class KVCache:
         self._together.append(_Together(first, extent.offset // extent.size, len(run), extent.size, keys, mask))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """[T, heads, D] of ``query`` [T, heads, D], ``key`` and ``value`` [T, groups, D]: store the new keys and values
-        and let every token see those of its answer up to itself. Padding stays zero."""
+        """[T, groups, n, D] of ``query`` [T, groups, n, D], ``key`` and ``value`` [T, groups, D]: store the new keys and
+        values and let every token see those of its answer up to itself. Padding becomes zero."""
         assert self._places is not None, "call begin() before each cached forward"
         keys, values = self._of(layer, key, value)
         count = len(self._places)
@@ -120,31 +120,37 @@ class KVCache:
         values.index_copy_(0, self._places, value[:count])
         if self.alike:
             return self._alike(query, keys, values, scale)
+        if len(self._together) == 1 and self._together[0].num_rows == len(query):
+            return self._one_product(0, query, keys, values, scale)
         if self._segments:
             self._attention = self._attention or AttentionSegments(self._segments, len(query))
-            output = segment_attention(query, keys, values, self._attention, scale=scale)
+            output = segment_attention(query.flatten(1, 2), keys, values, self._attention, scale=scale)
+            output = output.view(query.shape)
         else:
-            output = torch.zeros_like(query)
-        grouped, written = (x.unflatten(1, (key.shape[1], -1)) for x in (query, output))  # [T, groups, heads each, D]
+            output = query.new_zeros(query.shape)
         for i, t in enumerate(self._together):
-            if t.mask is not None and t.mask.dtype != query.dtype:  # once, for all layers
-                self._together[i] = t = t._replace(mask=t.mask.to(query.dtype))
-            end = t.row + t.num_rows
-            tables = (x[: end * t.size].view(end, t.size, *x.shape[1:]) for x in (keys, values))
-            k, v = (table[t.row :, : t.keys].transpose(1, 2) for table in tables)
             tokens = slice(t.first, t.first + t.num_rows)
-            written[tokens] = F.scaled_dot_product_attention(grouped[tokens], k, v, attn_mask=t.mask, scale=scale)
+            output[tokens] = self._one_product(i, query[tokens], keys, values, scale)
         return output
 
+    def _one_product(self, number: int, query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
+        """[R, groups, n, D] of the queries of one run of rows: those of a group are the rows of one small product."""
+        t = self._together[number]
+        if t.mask is not None and t.mask.dtype != query.dtype:  # once, for all layers
+            self._together[number] = t = t._replace(mask=t.mask.to(query.dtype))
+        step, width = keys.stride(0), keys.shape[-1]
+        shape, strides = (t.num_rows, keys.shape[1], t.keys, width), (t.size * step, width, step, 1)
+        k, v = (x.as_strided(shape, strides, t.row * t.size * step) for x in (keys, values))
+        return F.scaled_dot_product_attention(query, k, v, attn_mask=t.mask, scale=scale)
+
     def _alike(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
-        output = torch.zeros_like(query)
-        grouped, written = (x.unflatten(1, (keys.shape[1], -1)) for x in (query, output))
+        output = query.new_zeros(query.shape)
         for segment in self._segments:
             (seen,) = segment.keys
             for i in segment.queries:
                 own = slice(seen.start, seen.stop - segment.queries.stop + 1 + i)
                 k, v = (x[own].transpose(0, 1)[None] for x in (keys, values))
-                written[i] = F.scaled_dot_product_attention(grouped[i][None], k, v, scale=scale)[0]
+                output[i] = F.scaled_dot_product_attention(query[i][None], k, v, scale=scale)[0]
         return output
 
     def _of(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

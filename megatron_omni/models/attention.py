@@ -30,8 +30,8 @@ class Cache(Protocol):
     """Of the new tokens (rope.py), the same in every layer; set by :class:`~.language.LanguageModel`."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """[T, heads, D] of ``query`` [T, heads, D], ``key`` and ``value`` [T, groups, D] of the T new tokens: store their
-        keys and values, and let each see those of its own sequence up to itself."""
+        """[T, groups, n, D] of ``query`` [T, groups, n, D], the n heads of a group, and ``key`` and ``value`` [T, groups, D]
+        of the T new tokens: store their keys and values, and let each see those of its own sequence up to itself."""
         ...
 
 

@@ -15,7 +15,6 @@ Cached logits are compared with those of Megatron's layers in tests/parity and t
 from collections.abc import Iterable
 from typing import Any
 
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
@@ -24,6 +23,7 @@ from megatron_omni.models.attention import Cache
 from megatron_omni.models.moe.context import TokenContext, token_context
 from megatron_omni.models.moe.kernels import swiglu
 from megatron_omni.models.rope import rotated
+from megatron_omni.ops.linear import linear
 
 
 def cached_layers(layers: Iterable[tuple[bool, Any]], hidden: Tensor, cache: Cache, ctx: TokenContext | None) -> Tensor:
@@ -38,27 +38,24 @@ def cached_layers(layers: Iterable[tuple[bool, Any]], hidden: Tensor, cache: Cac
 
 
 def _attention(attention: Any, x: Tensor, cache: Cache) -> Tensor:
-    mixed = _product(attention.linear_qkv, x)
     groups, width = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
-    mixed = mixed.view(len(mixed), groups, -1, width)
-    heads = mixed.shape[2] - 2
-    query, key, value = mixed[:, :, :heads].flatten(1, 2), mixed[:, :, heads], mixed[:, :, heads + 1]
+    mixed = product(attention.linear_qkv, x).unflatten(-1, (groups, -1, width)).squeeze(1)  # [T, groups, n + 2, D]
     assert cache.rotation is not None
+    turned = rotated(mixed[:, :, :-1], *cache.rotation)  # queries and keys in one go
     core = attention.core_attention
-    output = cache.attend(
-        core.layer_number, rotated(query, *cache.rotation), rotated(key, *cache.rotation), value, core.softmax_scale
-    )
-    return _product(attention.linear_proj, output.flatten(1).unsqueeze(1))
+    output = cache.attend(core.layer_number, turned[:, :, :-1], turned[:, :, -1], mixed[:, :, -1], core.softmax_scale)
+    return product(attention.linear_proj, output.flatten(1).unsqueeze(1))
 
 
 def _feed_forward(mlp: Any, x: Tensor) -> Tensor:
     if type(mlp) is not MLP:
         return mlp(x)[0]
-    return _product(mlp.linear_fc2, swiglu(_product(mlp.linear_fc1, x)))
+    return product(mlp.linear_fc2, swiglu(product(mlp.linear_fc1, x)))
 
 
-def _product(linear: Any, x: Tensor) -> Tensor:
-    if type(linear) in (ColumnParallelLinear, RowParallelLinear) and linear.tp_group.size() == 1:
-        return F.linear(x, linear.weight, linear.bias)
-    output, bias = linear(x)
+def product(module: Any, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """What a linear ``module`` makes of ``x``, its bias added; ``weight`` in place of its own (a tied vocabulary)."""
+    if type(module) in (ColumnParallelLinear, RowParallelLinear) and module.tp_group.size() == 1:
+        return linear(x, module.weight if weight is None else weight, module.bias)
+    output, bias = module(x) if weight is None else module(x, weight=weight)
     return output if bias is None else output + bias

@@ -44,7 +44,7 @@ from megatron_omni.config.parallel import LOGITS_CHUNK, ParallelConfig
 from megatron_omni.config.parts import NEW_TOKEN_ROWS
 from megatron_omni.estimate import padded_vocab_size
 from megatron_omni.models.attention import CoreAttention, current_cache
-from megatron_omni.models.decoding import cached_layers
+from megatron_omni.models.decoding import cached_layers, product
 from megatron_omni.models.moe.context import TokenContext, token_context, without_stats
 from megatron_omni.models.rope import rotary_angles, rotation
 from megatron_omni.models.token_rows import NewTokenRows
@@ -68,9 +68,11 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():  # one operation where these are six
-            return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = x.float()
+        if not torch.is_grad_enabled():  # one tensor as large as x where the other way has six
+            size = x.shape[-1]
+            scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().add_(size * self.eps)
+            return (wide * scale.rsqrt_().mul_(size**0.5)).to(x.dtype).mul_(self.weight)
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return normed.to(x.dtype) * self.weight
 
@@ -382,6 +384,8 @@ class LanguageModel(HybridModel):
     def _output(self, hidden: Tensor, *, gather: bool) -> Tensor:
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         rows = _new_token_rows(self.embedding if weight is not None and self.pre_process else self.output_layer)
+        if rows is None and current_cache() is not None and self.pg_collection.tp.size() == 1:
+            return product(self.output_layer, hidden, weight)
         if rows is None:
             return self.output_layer(hidden, weight=weight, runtime_gather_output=gather)[0]
         trained = rows(self.output_layer.weight if weight is None else weight)

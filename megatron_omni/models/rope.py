@@ -29,12 +29,12 @@ def rotary_angles(position_ids: Tensor, *, head_dim: int, base: float, sections:
 
 
 def rotation(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What :func:`rotated` turns one row of tokens with: cosines and signed sines [S, 1, D] of ``angles`` [S, 1, 1, D]."""
-    cosines, sines = angles[:, 0].cos(), angles[:, 0].sin()
+    """What :func:`rotated` turns one row of tokens with: cosines and signed sines, as ``angles`` [S, 1, 1, D]."""
+    cosines, sines = angles.cos(), angles.sin()
     half = sines.shape[-1] // 2
     return cosines.to(dtype), torch.cat([-sines[..., :half], sines[..., half:]], dim=-1).to(dtype)
 
 
 def rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """``x`` [S, heads, D] turned by a :func:`rotation`, as Megatron turns it."""
+    """``x`` [S, groups, n, D] turned by a :func:`rotation`, as Megatron turns it."""
     return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, -1), sines)

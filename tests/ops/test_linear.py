@@ -1,0 +1,71 @@
+"""The dense product of inference: against float64 on every engine, and whose product it takes."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_omni.ops import extension
+from megatron_omni.ops.grouped_gemm import grouped_gemm
+from megatron_omni.ops.linear import ENGINE, LEAST_ROWS, linear
+
+engines = pytest.mark.parametrize("engine", extension.cpu_engines())
+
+
+def problem(rows: int, k: int, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows * k + n)
+    return tuple(torch.randn(*size, generator=generator).to(dtype) for size in ((rows, k), (n, k), (n,)))  # type: ignore[return-value]
+
+
+@engines
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("rows, k, n", [(1, 64, 96), (3, 7, 5), (4, 128, 33), (8, 65, 128), (33, 512, 768)])
+def test_errs_no_more_than_twice_what_pytorch_errs(
+    rows: int, k: int, n: int, dtype: torch.dtype, engine: str
+) -> None:
+    x, w, bias = problem(rows, k, n, dtype)
+    exact = x.double() @ w.double().t()
+    with torch.no_grad(), extension.use_cpu_engine(engine):
+        for b in (None, bias):
+            expected = exact if b is None else exact + b.double()
+            theirs = (torch.nn.functional.linear(x, w, b).double() - expected).norm()
+            ours = (linear(x, w, b).double() - expected).norm()
+            # Theirs rounds once, ours again when the bias is added.
+            assert ours <= 2 * theirs + 1e-3 * torch.finfo(dtype).eps * expected.norm()
+
+
+@engines
+def test_takes_ours_where_it_was_measured(engine: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in (1, 4, 32):
+            x, w, _ = problem(rows, 96, 160, dtype)
+            with torch.no_grad(), extension.use_cpu_engine(engine):
+                got = linear(x, w)
+                ours = grouped_gemm(x, w.t().contiguous()[None], torch.tensor([0, rows]))
+                if engine == ENGINE and rows >= LEAST_ROWS[dtype]:
+                    assert torch.equal(got, torch.ops.megatron_omni.grouped_gemm_dgrad(x, w[None], torch.tensor([0, rows])))
+                    torch.testing.assert_close(got, ours)
+                else:
+                    assert torch.equal(got, torch.nn.functional.linear(x, w))
+
+
+@pytest.mark.skipif(extension.cpu_engine() != ENGINE, reason="needs AVX-512")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bits_of_a_row_do_not_depend_on_how_many_there_are(dtype: torch.dtype) -> None:
+    x, w, bias = problem(300, 136, 200, dtype)
+    with torch.no_grad():
+        whole = linear(x, w, bias)
+        for rows in (4, 5, 12, 31, 64, 129):
+            assert torch.equal(linear(x[:rows], w, bias), whole[:rows])
+
+
+@engines
+def test_leading_dimensions_and_strides_are_the_callers(engine: str) -> None:
+    x, w, bias = problem(24, 40, 16, torch.float32)
+    with torch.inference_mode(), extension.use_cpu_engine(engine):
+        expected = torch.nn.functional.linear(x, w, bias)
+        torch.testing.assert_close(linear(x.view(2, 12, 40), w, bias), expected.view(2, 12, 16))
+        strided = x.t().contiguous().t()
+        assert not strided.is_contiguous()
+        torch.testing.assert_close(linear(strided, w, bias), expected)
+    with torch.no_grad():  # what an inference-mode call kept for later
+        torch.testing.assert_close(linear(x, w, bias), expected.clone())
