@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_omni.generation.request import GREEDY, Sampling
 from megatron_omni.generation.sampling import (
+    _FEW_COLUMNS,
     INVALID_TOKEN,
     Choice,
     History,
@@ -33,15 +34,19 @@ def upper_set_by_definition(values: list[float], weights: list[float], goal: flo
     return chosen
 
 
+MANY = _FEW_COLUMNS + 5
+
+
 def rows_of_probabilities(rows: int = 50, columns: int = 300) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     scales = torch.linspace(0.01, 8.0, rows).unsqueeze(1)  # from flat ones to one token that has nearly all
     return torch.softmax(scales * torch.randn(rows, columns, generator=generator), dim=-1)
 
 
+@pytest.mark.parametrize("rows, columns", [(50, 300), (3, MANY)])
 @pytest.mark.parametrize("top_p", [0.01, 0.3, 0.5, 0.9, 0.999, 1.5])
-def test_the_nucleus_equals_its_definition(top_p: float) -> None:
-    values = rows_of_probabilities()
+def test_the_nucleus_equals_its_definition(top_p: float, rows: int, columns: int) -> None:
+    values = rows_of_probabilities(rows, columns)
     goal = top_p * values.sum(-1, keepdim=True, dtype=torch.float64)
     kept = smallest_upper_set(values, values.double(), goal)
     for row in range(len(values)):
@@ -60,11 +65,12 @@ def test_the_most_likely_tokens_equal_their_definition(k: int) -> None:
         assert set(kept[row].nonzero().flatten().tolist()) == set(order[:k])
 
 
-def test_values_that_differ_in_their_last_bit_are_told_apart() -> None:
+@pytest.mark.parametrize("columns", [5, MANY])
+def test_values_that_differ_in_their_last_bit_are_told_apart(columns: int) -> None:
     one = torch.tensor(0.25)
     more = torch.nextafter(one, torch.tensor(1.0))
-    values = torch.stack([one, more, one, more, torch.tensor(0.0)]).unsqueeze(0)
-    weights = torch.ones(1, 5, dtype=torch.float64)
+    values = torch.stack([one, more, one, more, *[torch.tensor(0.0)] * (columns - 4)]).unsqueeze(0)
+    weights = torch.ones(1, columns, dtype=torch.float64)
     for goal, expected in enumerate([[1], [1, 3], [0, 1, 3], [0, 1, 2, 3]], 1):
         kept = smallest_upper_set(values, weights, torch.tensor([[float(goal)]], dtype=torch.float64))
         assert kept[0].nonzero().flatten().tolist() == expected
@@ -136,8 +142,8 @@ LIMITS = {
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_frequencies_follow_the_distribution(name: str) -> None:
-    """Chi-square of 6,000 draws against the reference."""
-    n, vocabulary = 6_000, 24
+    """Chi-square of 20,000 draws against the reference."""
+    n, vocabulary, at_once = 20_000, 24, 500
     logits = 1.5 * torch.randn(vocabulary, generator=torch.Generator().manual_seed(8))
     sampling = Sampling(seed=3, **LIMITS[name])
     history = None
@@ -149,8 +155,11 @@ def test_frequencies_follow_the_distribution(name: str) -> None:
     expected = next_token_probabilities(logits, rule)
     tokens = torch.cat(
         [
-            choose(logits.expand(20, -1), [choice(sampling, step, history=history) for step in range(a, a + 20)])
-            for a in range(0, n, 20)
+            choose(
+                logits.expand(at_once, -1),
+                [choice(sampling, step, history=history) for step in range(a, a + at_once)],
+            )
+            for a in range(0, n, at_once)
         ]
     )
     counts = torch.bincount(tokens, minlength=vocabulary).double()
