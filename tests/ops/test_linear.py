@@ -19,9 +19,7 @@ def problem(rows: int, k: int, n: int, dtype: torch.dtype) -> tuple[Tensor, Tens
 @engines
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("rows, k, n", [(1, 64, 96), (3, 7, 5), (4, 128, 33), (8, 65, 128), (33, 512, 768)])
-def test_errs_no_more_than_twice_what_pytorch_errs(
-    rows: int, k: int, n: int, dtype: torch.dtype, engine: str
-) -> None:
+def test_errs_no_more_than_twice_what_pytorch_errs(rows: int, k: int, n: int, dtype: torch.dtype, engine: str) -> None:
     x, w, bias = problem(rows, k, n, dtype)
     exact = x.double() @ w.double().t()
     with torch.no_grad(), extension.use_cpu_engine(engine):
@@ -42,7 +40,9 @@ def test_takes_ours_where_it_was_measured(engine: str) -> None:
                 got = linear(x, w)
                 ours = grouped_gemm(x, w.t().contiguous()[None], torch.tensor([0, rows]))
                 if engine == ENGINE and rows >= LEAST_ROWS[dtype]:
-                    assert torch.equal(got, torch.ops.megatron_omni.grouped_gemm_dgrad(x, w[None], torch.tensor([0, rows])))
+                    assert torch.equal(
+                        got, torch.ops.megatron_omni.grouped_gemm_dgrad(x, w[None], torch.tensor([0, rows]))
+                    )
                     torch.testing.assert_close(got, ours)
                 else:
                     assert torch.equal(got, torch.nn.functional.linear(x, w))
