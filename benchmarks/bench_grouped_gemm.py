@@ -171,7 +171,7 @@ def measure(
             spent, _ = on_warm_heap(functools.partial(seconds, loop, device=CPU, threads=threads), device=CPU)
             times[label].append(spent / repeat)
         for label, all_samples in times.items():
-            samples, mine = all_samples[1:] or all_samples, times["omni"][1:]
+            samples, mine = (these[1:] or these for these in (all_samples, times["omni"]))
             median = statistics.median(samples)
             pairs = (
                 zip(samples, mine, strict=True) if len(samples) == len(mine) else [(median, statistics.median(mine))]

@@ -187,11 +187,15 @@ void multiply(const MatrixA<typename G::Element>& a, const MatrixB<typename G::E
   Acc* partial = sums ? scratch.c.get<Acc>(m * n) : static_cast<Acc*>(c.narrow ? nullptr : c.data);
   const int64_t ld_partial = sums ? n : c.ld;
   const int64_t cuts_of_all = ceil_div(m, G::kRows);
-  const bool whole_rows = !b.transposed && b.ld == n && n * l * kElement <= kRunBytes;
+  const int64_t run_bytes = n * (a_in_place ? l : block) * kElement;  // of B, before what follows is due
+  const bool one_run = !b.transposed && !a.columns && b.ld == n && run_bytes <= kRunBytes;
 
-  Fetch run{reinterpret_cast<const char*>(b.next), 0, 64};
-  if (whole_rows && b.next && !a.columns)
-    run.step = std::min<int64_t>(128, n * l * kElement / (ceil_div(n, G::kTile) * cuts_of_all * all_units));
+  Fetch run{};
+  const auto fetch_run = [&](const E* next, int64_t units) {
+    run = {reinterpret_cast<const char*>(next), 0, 64};
+    if (next) run.step = std::min<int64_t>(128, run_bytes / (ceil_div(n, G::kTile) * cuts_of_all * units));
+  };
+  if (one_run && a_in_place) fetch_run(b.next, all_units);
   for (int64_t s = 0; s < n; s += stripe) {
     if (b.transposed && a_in_place) {
       const E* next = s + stripe < n ? b.data + (s + stripe) * b.ld : b.next;
@@ -201,6 +205,7 @@ void multiply(const MatrixA<typename G::Element>& a, const MatrixB<typename G::E
     for (int64_t l0 = 0; l0 < l; l0 += block) {
       const int64_t length = std::min(block, l - l0), units = ceil_div(length, G::kPair);
       const bool first = l0 == 0, last = l0 + length == l;
+      if (one_run && !a_in_place) fetch_run(last ? b.next : b.data + (l0 + block) * b.ld, units);
       if (!a_in_place) {
         if (a.columns)
           G::pack_a(a.data + l0 * a.ld, a.ld, length, m, packed_a);
@@ -223,6 +228,17 @@ void multiply(const MatrixA<typename G::Element>& a, const MatrixB<typename G::E
           G::pack_b(b.data + l0 * b.ld + j, b.ld, length, tile.cols, packed_b);
         const E* next = last ? (j + G::kTile < n ? b.data + j + G::kTile : b.next) : b.data + (l0 + block) * b.ld + j;
         if (run.step || b.transposed || cuts_of_all > G::kFetchingCuts) next = nullptr;
+        const E* next_rows = nullptr;  // of transposed B: a tile's rows, one run of memory if they hold nothing else
+        if (b.transposed && !a_in_place && cuts_of_all <= G::kFetchingCuts) {
+          next_rows = j + G::kTile < n ? b.data + (j + G::kTile) * b.ld + l0 : last ? b.next : b.data + l0 + block;
+          if (next_rows && b.ld == length) {
+            run = {reinterpret_cast<const char*>(next_rows), 0, 64};
+            run.step = std::min<int64_t>(128, G::kTile * length * kElement / (cuts_of_all * units));
+            next_rows = nullptr;
+          } else {
+            run = {};
+          }
+        }
         const E* next_a = last ? a.next : a.data + (l0 + block) * a.ld;
         if (!a.columns || j > 0) next_a = nullptr;
         // The rows in groups (one if A is not packed by columns), each cut into tiles of nearly equal height.
@@ -248,6 +264,8 @@ void multiply(const MatrixA<typename G::Element>& a, const MatrixB<typename G::E
             if (run.step) {
               tile.fetch = run;
               run.at += run.step * units;
+            } else if (next_rows && 2 * cut < G::kTile) {
+              tile.fetch = {reinterpret_cast<const char*>(next_rows + 2 * cut * b.ld), kElement * G::kPair, b.ld * kElement};
             } else if (next_a && cut < 2) {
               tile.fetch = lines<G>(next_a + g, a.ld, cut);
             } else if (const int64_t call = a.columns ? cut - 2 : cut; next && g == 0 && call >= 0 && call < 2) {
