@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.warm_heap import WARM_HEAP, with_warm_heap
+from benchmarks.warm_heap import shared_environment, with_warm_heap
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
@@ -262,8 +262,8 @@ def page(found: Found, *, command: str, loads: list[str], minutes: float) -> str
         f"    {command}",
         f"Commit {commit()}, {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC, {minutes:.1f} minutes. {processor()}, "
         f"{os.cpu_count()} hardware threads; torch {torch.__version__}. Load average before and after: "
-        f"{', '.join(loads)} (one thread of ours counts as 1). Warm heap for all sides: "
-        + " ".join(f"{k}={v}" for k, v in WARM_HEAP.items())
+        f"{', '.join(loads)} (one thread of ours counts as 1). Environment of all sides: "
+        + " ".join(f"{k}={v}" for k, v in shared_environment().items())
         + ". One thread: thread CPU time; two: wall time. Medians of interleaved rounds.",
         f"Multipliers at their peak (benchmarks/peak.cpp): {peaks}.",
         "## Goals",

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.moe_shapes import NAMED, Shape  # noqa: E402
-from benchmarks.warm_heap import WARM_HEAP, with_warm_heap  # noqa: E402
+from benchmarks.warm_heap import shared_environment, with_warm_heap  # noqa: E402
 
 OPS = ("permute", "unpermute", "permute+unpermute", "grouped_gemm", "expert_mlp", "topp_route", "layer")
 SIZES = ("hidden", "ffn", "experts", "tokens", "mean_k", "null_share", "skew", "fixed_k")
@@ -95,7 +95,7 @@ def measure(shape: Shape, options: argparse.Namespace) -> int:
     if options.device == "cuda" and not accelerator_present():
         raise ValueError("--device cuda: no CUDA device is usable here; use --device cpu")
     settings = {k: getattr(options, k) for k in ("dtype", "device", "threads", "repeats")}
-    print("warm heap for all sides: " + " ".join(f"{k}={v}" for k, v in WARM_HEAP.items()))
+    print("environment of all sides: " + " ".join(f"{k}={v}" for k, v in shared_environment().items()))
     if options.linear:
         report = bench_moe_linear.run(shape, **settings)
         print(bench_moe_linear.table(report))

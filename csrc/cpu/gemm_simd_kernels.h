@@ -215,66 +215,82 @@ OMNI_TARGET typename Simd<Isa, E, Pairs>::Micro Simd<Isa, E, Pairs>::micro(bool 
   return packed_a ? by_columns.of[rows - 1][column] : by_rows.of[rows - 1][column];
 }
 
-constexpr int kDepth = 8;       // rows of B that pass together
-constexpr int kSumsAtOnce = 4;  // rows of A whose sums are in registers
+constexpr int kDepth = 8;          // rows of B that pass together
+constexpr int kSumsAtOnce = 4;     // rows of A whose sums are in registers,
+constexpr int kVectorsAtOnce = 3;  // and how many vectors of each: 12 of AVX2's 16 registers
 
-// sums[i][j] += the products of Rows rows of A with `depth` <= kDepth rows of B, over n columns, two vectors at a time.
-// The rows of B that come after these are fetched meanwhile: as one run of memory where they are that (the processor's own
-// prefetcher then runs ahead of ours), else row by row.
+// sums[i][j] += the products of Rows rows of A (`factor`) with kDepth rows of B, over Vectors vectors of columns from j.
+template <class Isa, class E, int Rows, int Vectors>
+OMNI_TARGET inline void add_few_columns(const float (*factor)[Rows], const E* const* row, int64_t j, float* sums,
+                                        int64_t ld_sums) {
+  using V = Vector<Isa, float>;
+  using type = typename V::type;
+  __asm__("" : "+r"(factor));  // or the compiler keeps every factor as a vector on the stack, at twice the loads
+#pragma GCC unroll 2
+  for (int begin = 0; begin < Rows; begin += kSumsAtOnce) {
+    type acc[kSumsAtOnce][Vectors];
+    const int rows = Rows - begin < kSumsAtOnce ? Rows - begin : kSumsAtOnce;
+    float* at = sums + begin * ld_sums + j;
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 3
+      for (int v = 0; v < Vectors; ++v) acc[i][v] = V::load(at + i * ld_sums + V::width * v);
+#pragma GCC unroll 8
+    for (int u = 0; u < kDepth; ++u) {
+      type columns[Vectors];
+#pragma GCC unroll 3
+      for (int v = 0; v < Vectors; ++v) columns[v] = V::load(row[u] + j + V::width * v);
+#pragma GCC unroll 4
+      for (int i = 0; i < rows; ++i) {
+        const type times = V::broadcast(factor[u][begin + i]);
+#pragma GCC unroll 3
+        for (int v = 0; v < Vectors; ++v) acc[i][v] = V::fma(times, columns[v], acc[i][v]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 3
+      for (int v = 0; v < Vectors; ++v) V::template store<false>(at + i * ld_sums + V::width * v, acc[i][v]);
+  }
+}
+
+// sums[i][j] += the products of Rows rows of A with `depth` <= kDepth rows of B, over n columns. The rows of B that come
+// after these are fetched meanwhile: as one run of memory where they are that (the processor's own prefetcher then runs
+// ahead of ours), else row by row.
 template <class Isa, class E, int Rows>
 OMNI_TARGET void add_few(const E* a, int64_t ld_a, const E* b, int64_t ld_b, int64_t n, const E* next, int64_t depth,
                          float* sums, int64_t ld_sums) {
   using V = Vector<Isa, float>;
-  using type = typename V::type;
   float factors[kDepth][Rows];
   const E* row[kDepth];
   for (int64_t u = 0; u < kDepth; ++u) {
     row[u] = b + (u < depth ? u : 0) * ld_b;  // past the last: times zero
     for (int i = 0; i < Rows; ++i) factors[u][i] = u < depth ? to_float(a[i * ld_a + u]) : 0.0f;
   }
-  constexpr int64_t two = 2 * V::width;
+  constexpr int64_t across = kVectorsAtOnce * V::width, line = 64 / sizeof(E);
   const bool one_run = ld_b == n;
-  const int64_t gap = one_run ? two : ld_b, step = one_run ? kDepth * two : two;
   int64_t j = 0;
-  for (; j + two <= n; j += two, next += step) {
+  for (; j + across <= n; j += across) {
+    if (one_run) {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kDepth * across; i += line) __builtin_prefetch(next + i, 0, 2);
+      next += kDepth * across;
+    } else {
 #pragma GCC unroll 8
-    for (int u = 0; u < kDepth; ++u) __builtin_prefetch(next + u * gap, 0, 2);
-    const float(*factor_of)[Rows] = factors;
-    __asm__("" : "+r"(factor_of));  // or the compiler keeps every factor as a vector on the stack, at twice the loads
-#pragma GCC unroll 2
-    for (int begin = 0; begin < Rows; begin += kSumsAtOnce) {
-      type acc[kSumsAtOnce][2];
-      const int rows = Rows - begin < kSumsAtOnce ? Rows - begin : kSumsAtOnce;
-#pragma GCC unroll 4
-      for (int i = 0; i < rows; ++i) {
-        acc[i][0] = V::load(sums + (begin + i) * ld_sums + j);
-        acc[i][1] = V::load(sums + (begin + i) * ld_sums + j + V::width);
-      }
-#pragma GCC unroll 8
-      for (int u = 0; u < kDepth; ++u) {
-        const type first = V::load(row[u] + j), second = V::load(row[u] + j + V::width);
-#pragma GCC unroll 4
-        for (int i = 0; i < rows; ++i) {
-          const type factor = V::broadcast(factor_of[u][begin + i]);
-          acc[i][0] = V::fma(factor, first, acc[i][0]);
-          acc[i][1] = V::fma(factor, second, acc[i][1]);
-        }
-      }
-#pragma GCC unroll 4
-      for (int i = 0; i < rows; ++i) {
-        V::template store<false>(sums + (begin + i) * ld_sums + j, acc[i][0]);
-        V::template store<false>(sums + (begin + i) * ld_sums + j + V::width, acc[i][1]);
-      }
-    }
-  }
-  for (; j < n; j += V::width) {
-    const typename V::Part part = V::part(n - j);
-    for (int i = 0; i < Rows; ++i) {
-      type sum = V::load_part(sums + i * ld_sums + j, part);
       for (int u = 0; u < kDepth; ++u)
-        sum = V::fma(V::broadcast(factors[u][i]), V::load_part(row[u] + j, part), sum);
-      V::store_part(sums + i * ld_sums + j, sum, part);
+        for (int64_t i = 0; i < across; i += line) __builtin_prefetch(next + u * ld_b + i, 0, 2);
+      next += across;
     }
+    add_few_columns<Isa, E, Rows, kVectorsAtOnce>(factors, row, j, sums, ld_sums);
+  }
+  for (; j + V::width <= n; j += V::width) add_few_columns<Isa, E, Rows, 1>(factors, row, j, sums, ld_sums);
+  if (j == n) return;
+  const typename V::Part part = V::part(n - j);
+  for (int i = 0; i < Rows; ++i) {
+    typename V::type sum = V::load_part(sums + i * ld_sums + j, part);
+    for (int u = 0; u < kDepth; ++u)
+      sum = V::fma(V::broadcast(factors[u][i]), V::load_part(row[u] + j, part), sum);
+    V::store_part(sums + i * ld_sums + j, sum, part);
   }
 }
 
