@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv ext ext-cuda gpu-check quickstart demo test miniature dali wandb mutants stress stress-serve lint types layers docs checks clean
+.PHONY: help venv ext ext-cuda gpu-check quickstart demo test miniature dali wandb mutants stress stress-serve lmms-eval lint types layers docs checks clean
 
 # The first Python >= 3.12 that really runs (a pyenv shim may exist and refuse).
 PYTHON := $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python python3.13 python3; do \
@@ -20,6 +20,8 @@ MODULES ?= data ops models training checkpoint
 SEED ?= 0
 COUNT ?= 40
 OUT ?= runs/gpu_check
+RUN ?= runs/quickstart
+LMMS := .venv-lmms
 KERNELS := megatron_omni/ops/_kernels.so
 CSRC := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 
@@ -79,6 +81,16 @@ stress: venv ## random faults on small runs, random requests and both shapes of 
 stress-serve: venv ## 200 clients of a server for five minutes, by hand (CLIENTS=200 MINUTES=5)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.stress.clients --clients $(CLIENTS) --minutes $(MINUTES)
 
+# An environment of its own (6.4 GB): lmms-eval wants an older PyAV. filelock 4 has no `filelock._api`, which it imports.
+lmms-eval: venv ## local tasks in the real lmms-eval against a server of RUN=runs/quickstart, by hand; docs/evaluation.md
+	@[ -d "$(RUN)/data/eval" ] || { echo "error: $(RUN) has no held-out sets; make quickstart makes runs/quickstart"; exit 1; }
+	[ -x $(LMMS)/bin/python ] || "$(PYTHON)" -m venv $(LMMS)
+	$(LMMS)/bin/python -m pip install --quiet --disable-pip-version-check uv 2>&1 | { grep -v '^WARNING: Location' || true; }
+	$(LMMS)/bin/uv pip install --quiet --python $(LMMS)/bin/python lmms-eval==0.7.3 "filelock<4"
+	$(LMMS)/bin/uv pip install --quiet --python $(LMMS)/bin/python --no-deps --reinstall ./examples/lmms_eval_plugin
+	$(LMMS)/bin/python examples/lmms_eval_plugin/local_tasks.py --checkpoint "$(RUN)" --python $(BIN)/python \
+		--data "$(RUN)/data/eval" --out runs/lmms_eval
+
 lint: venv ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -95,4 +107,4 @@ docs: venv ## regenerate docs/config.md from the dataclasses
 checks: lint types layers ## everything but the tests
 
 clean: ## remove the environment and build products, keep runs/
-	rm -rf $(VENV) build *.egg-info megatron_omni/ops/*.so .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(LMMS) build *.egg-info megatron_omni/ops/*.so .mypy_cache .ruff_cache .pytest_cache

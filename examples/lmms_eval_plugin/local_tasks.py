@@ -98,7 +98,7 @@ def read_records(file: Path, rows: int) -> dict[str, list[Any]]:
     return table
 
 
-def evaluate(tasks: list[str], folder: Path, model_args: str) -> dict[str, Any]:
+def evaluate(tasks: list[str], folder: Path, model_args: str, *, simple: bool = False) -> dict[str, Any]:
     """What lmms-eval finds."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     from lmms_eval.evaluator import simple_evaluate
@@ -106,7 +106,13 @@ def evaluate(tasks: list[str], folder: Path, model_args: str) -> dict[str, Any]:
 
     manager = TaskManager(include_path=str(folder.resolve()), include_defaults=False)
     found = simple_evaluate(
-        model="megatron_omni", model_args=model_args, tasks=tasks, task_manager=manager, batch_size=1, log_samples=True
+        model="megatron_omni",
+        model_args=model_args,
+        tasks=tasks,
+        task_manager=manager,
+        batch_size=1,
+        log_samples=True,
+        force_simple=simple,
     )
     assert found is not None
     return dict(found)
@@ -139,8 +145,11 @@ def main() -> int:
     parser.add_argument("--against", type=Path, help="results folder of megatron-omni evaluate on the same records")
     options = parser.parse_args()
     tasks = write_tasks(options.data, options.out / "tasks", options.rows)
-    found = evaluate(tasks, options.out / "tasks", f"checkpoint={options.checkpoint},python={options.python}")
-    scores = {task: {k: v for k, v in found["results"][task].items() if isinstance(v, float)} for task in tasks}
+    model_args = f"checkpoint={options.checkpoint},python={options.python}"
+    found = evaluate(tasks[:-1], options.out / "tasks", model_args)
+    chosen = evaluate(tasks[-1:], options.out / "tasks", model_args, simple=True)
+    results = found["results"] | chosen["results"]
+    scores = {task: {k: v for k, v in results[task].items() if isinstance(v, float)} for task in tasks}
     answers = [
         {"task": task, "row": sample["doc_id"], "answer": sample["resps"][0][0], "expected": sample["target"]}
         for task in tasks[:-1]

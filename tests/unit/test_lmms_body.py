@@ -10,7 +10,7 @@ import numpy
 import pytest
 import soundfile
 from megatron_omni_lmms.asking import without_thought
-from megatron_omni_lmms.body import THINKING, chat_messages, generation_fields, wav_bytes
+from megatron_omni_lmms.body import THINKING, chat_messages, generation_fields, visual_part, wav_bytes
 from PIL import Image
 
 PLUGIN = Path(__file__).resolve().parents[2] / "examples" / "lmms_eval_plugin"
@@ -140,3 +140,9 @@ def test_the_package_needs_openai_alone() -> None:
 def test_a_thought_is_none_of_the_answer() -> None:
     assert without_thought("<think>\nred or blue?</think>\n\nred\n") == "red\n"
     assert without_thought(" red ") == " red "
+
+
+def test_visuals_of_tasks_without_messages() -> None:
+    picture, wave = Image.new("RGB", (2, 2)), {"array": numpy.zeros(4), "sampling_rate": 8000}
+    assert [visual_part(value)["type"] for value in (picture, wave, "clip.mp4")] == ["image", "audio", "video"]
+    assert visual_part(wave)["url"] is wave

@@ -65,6 +65,12 @@ def _part(part: Mapping[str, Any]) -> dict[str, Any]:
     return _PARTS[kind](part["url"])
 
 
+def visual_part(value: Any) -> dict[str, Any]:
+    """The part of a message for what a task's ``doc_to_visual`` gives: a picture, a waveform, the path of a clip."""
+    kind = "image" if hasattr(value, "save") else "audio" if isinstance(value, Mapping) else "video"
+    return {"type": kind, "url": value}
+
+
 def _image(value: Any) -> dict[str, Any]:
     """A Pillow picture, or a file."""
     if hasattr(value, "save"):

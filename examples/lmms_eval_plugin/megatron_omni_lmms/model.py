@@ -5,15 +5,18 @@ python -m lmms_eval --model megatron_omni --model_args checkpoint=runs/sft,pytho
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 
 from megatron_omni_lmms.asking import Asker, Question
-from megatron_omni_lmms.body import THINKING, chat_messages, generation_fields
+from megatron_omni_lmms.body import THINKING, chat_messages, generation_fields, visual_part
 from megatron_omni_lmms.local_server import LocalServer
+
+Messages = Callable[[Any], list[dict[str, Any]]]
+"""Of a document."""
 
 
 class MegatronOmni(lmms):
@@ -76,7 +79,7 @@ class MegatronOmni(lmms):
         return ["" if request.metadata.get("__padding_only__") else next(answers) for request in requests]
 
     def _question(self, request: Instance) -> Question:
-        *_, doc_to_messages, settings, doc_id, task, split = request.args
+        settings, messages, doc_id, task, split = self._parts(request)
         # Read now: what the server has not is said before the first request of a run of hours.
         try:
             fields = generation_fields(settings, max_new_tokens=self._max_new_tokens)
@@ -84,10 +87,16 @@ class MegatronOmni(lmms):
             raise ValueError(f"task {task}: {error}") from None
 
         def body() -> dict[str, Any]:
-            messages = doc_to_messages(self.task_dict[task][split][doc_id])
-            return {"messages": chat_messages(messages, system_prompt=self._system_prompt), **fields}
+            said = messages(self.task_dict[task][split][doc_id])
+            return {"messages": chat_messages(said, system_prompt=self._system_prompt), **fields}
 
         return Question(f"{task}, document {doc_id}", body)
+
+    def _parts(self, request: Instance) -> tuple[Mapping[str, Any], Messages, int, str, str]:
+        """Settings, how to make messages of a document, and which document."""
+        # Of five or six, depending on the release of lmms-eval; the first may be the context.
+        *_, doc_to_messages, settings, doc_id, task, split = request.args
+        return settings, doc_to_messages, doc_id, task, split
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Of continuations of text, without turns and without media."""
@@ -108,3 +117,18 @@ class MegatronOmni(lmms):
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Not supported: a round's question would depend on the answer before it."""
         raise NotImplementedError("tasks of several rounds (generate_until_multi_round) are not supported")
+
+
+class MegatronOmniSimple(MegatronOmni):
+    """The same for tasks that give a context and visuals instead of messages (``--force_simple``): visuals first."""
+
+    is_simple = True
+
+    def _parts(self, request: Instance) -> tuple[Mapping[str, Any], Messages, int, str, str]:
+        context, settings, doc_to_visual, doc_id, task, split = request.args
+
+        def messages(doc: Any) -> list[dict[str, Any]]:
+            parts = [visual_part(value) for value in doc_to_visual(doc) or ()]
+            return [{"role": "user", "content": [*parts, {"type": "text", "text": context}]}]
+
+        return settings, messages, doc_id, task, split
