@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def write_tasks(data: Path, out: Path, rows: int) -> list[str]:
 def read_records(file: Path, rows: int) -> dict[str, list[Any]]:
     """Columns of a parquet file: the question with its markers, the answer, and the media."""
     table: dict[str, list[Any]] = {name: [] for name in ("question", "answer", "other", "images", "audios", "videos")}
-    for line in file.read_text(encoding="utf-8").splitlines()[:rows]:
+    for line in islice(file.open(encoding="utf-8"), rows):
         record = json.loads(line)
         question, answer = (message["content"] for message in record["messages"])
         table["question"].append(question)
@@ -112,6 +113,7 @@ def evaluate(tasks: list[str], folder: Path, model_args: str, *, simple: bool = 
         task_manager=manager,
         batch_size=1,
         log_samples=True,
+        bootstrap_iters=0,
         force_simple=simple,
     )
     assert found is not None
@@ -120,17 +122,15 @@ def evaluate(tasks: list[str], folder: Path, model_args: str, *, simple: bool = 
 
 def compare(answers: list[dict[str, Any]], results: Path) -> int:
     """How many answers differ from those of ``megatron-omni evaluate``; each is printed."""
-    different = compared = 0
+    different = 0
     for task in dict.fromkeys(line["task"] for line in answers):
-        file = results / "samples" / f"{task}.jsonl"
-        theirs = {line["row"]: line for line in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
+        file = results / "samples" / f"{task.removeprefix(PREFIX)}.held_out.jsonl"
+        theirs = {line["row"]: line for line in map(json.loads, file.open(encoding="utf-8"))}
         for line in answers:
-            if line["task"] == task:
-                compared += 1
-                if line["answer"] != (other := theirs[line["row"]].get("answer")):
-                    different += 1
-                    print(f"{task}, row {line['row']}: {line['answer']!r} here, {other!r} there")
-    print(f"{compared - different} of {compared} answers are those of {results}")
+            if line["task"] == task and line["answer"] != (other := theirs[line["row"]].get("answer")):
+                different += 1
+                print(f"{task}, row {line['row']}: {line['answer']!r} here, {other!r} there")
+    print(f"{len(answers) - different} of {len(answers)} answers are those of {results}")
     return different
 
 

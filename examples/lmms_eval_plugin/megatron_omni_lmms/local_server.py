@@ -53,7 +53,7 @@ class LocalServer:
                 words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True,
                 preexec_fn=_end_with_parent if _PRCTL else None,
             )  # fmt: skip
-        self.stop = weakref.finalize(self, _stop, self._process)
+        self.stop = weakref.finalize(self, _stop, self._process, self.log)
         """Ends the server; called at the interpreter's end where nobody has called it before."""
         try:
             self.url = self._wait_until_ready()
@@ -78,7 +78,8 @@ def _end_with_parent() -> None:
     _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _stop(process: "subprocess.Popen[bytes]") -> None:
+def _stop(process: "subprocess.Popen[bytes]", log: Path) -> None:
+    """End it; what it said is kept where it did not end well."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -86,6 +87,8 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+    if process.returncode == 0:
+        log.unlink(missing_ok=True)
 
 
 def _is_ready(url: str) -> bool:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 
 from megatron_omni_lmms.asking import Asker, Question
@@ -98,8 +98,11 @@ class MegatronOmni(lmms):
         *_, doc_to_messages, settings, doc_id, task, split = request.args
         return settings, doc_to_messages, doc_id, task, split
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Of continuations of text, without turns and without media."""
+    def loglikelihood(self, requests: list[Instance]) -> list[Any]:
+        """(Loss, whether it is the greedy one) of continuations of text, without turns and without media.
+
+        Loss is minus the log-probability: lmms-eval takes the lowest as the model's choice (``Task.process_results``).
+        """
         pairs = []
         for number, request in enumerate(requests):
             context, continuation, *rest = request.args
@@ -107,7 +110,9 @@ class MegatronOmni(lmms):
             if rest and rest[0] is not None and self._has_media(rest):
                 raise ValueError(f"{where}: log-likelihoods are of text alone; use the task's generative form")
             pairs.append((where, context, continuation))
-        return self._asker.likelihoods(pairs)
+        found = self._asker.likelihoods(pairs)
+        # lmms-eval 0.7.3 makes text of a bare pair.
+        return [GenerationResult(text=(-logprob, greedy)) for logprob, greedy in found]  # type: ignore[arg-type]
 
     def _has_media(self, rest: Sequence[Any]) -> bool:
         doc_to_visual: Callable[[Any], Any]
