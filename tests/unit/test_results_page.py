@@ -87,7 +87,7 @@ def summed_up(task: str, lines: dict[int, Line]) -> TaskSummary:
     scores = [line.score for line in lines.values() if isinstance(line, SampleResult) and line.score is not None]
     lower = task == "sounds"
     return TaskSummary(
-        file=f"{task}.jsonl", digest="0" * 64, metric="wer" if lower else "exact_match", metric_settings={},
+        file=f"{task}.jsonl", digest="0" * 64, metric="wer" if lower else "exact_match",
         metric_version="1", rule="whole",
         higher_is_better=not lower, score=sum(scores) / max(len(scores), 1), stderr=0.05, count=len(scores),
         skipped={"missing_media": len(lines) - len(scores)} if len(lines) > len(scores) else {}, unparsed=0,
