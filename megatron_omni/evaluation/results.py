@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_omni.foreign import parse_json, read_json, read_text
+from megatron_omni.foreign import parse_json, read_json
 
 FORMAT = 1
 """Of summary.json and the lines of samples/."""
@@ -87,6 +87,7 @@ class TaskSummary:
     digest: str
     """SHA-256 over the task's settings and the bytes of its data and examples, without where they lie."""
     metric: str
+    metric_settings: dict[str, Any]
     metric_version: str
     """Metric, version, normaliser and libraries."""
     rule: str
@@ -172,8 +173,7 @@ def read_samples(folder: Path, task: str) -> list[Line]:
     path = folder / SAMPLES / f"{task}.jsonl"
     if not path.is_file():
         return []
-    lines = read_text(path, most_bytes=1 << 40).splitlines()
-    return [to_line(parse_json(line, f"{path}:{number}")) for number, line in enumerate(lines, 1)]
+    return [to_line(values) for values in _whole_lines(path)]
 
 
 def to_line(values: Mapping[str, Any]) -> Line:

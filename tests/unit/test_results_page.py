@@ -39,7 +39,7 @@ from tests.unit.media_files import CODECS, scene, tone, write_scenes
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
-HOSTILE = '</script><img src=x onerror="window.hit = 1"><!--<script> & "quoted"'
+HOSTILE = '</script><img src=x onerror="window.hit = 1"><!--<script>\u2028 & "quoted"'
 LONG = "so it goes. " * 1000
 
 
@@ -88,7 +88,7 @@ def summed_up(task: str, lines: dict[int, Line]) -> TaskSummary:
     lower = task == "sounds"
     return TaskSummary(
         file=f"{task}.jsonl", digest="0" * 64, metric="wer" if lower else "exact_match",
-        metric_version="1", rule="whole",
+        metric_settings={}, metric_version="1", rule="whole",
         higher_is_better=not lower, score=sum(scores) / max(len(scores), 1), stderr=0.05, count=len(scores),
         skipped={"missing_media": len(lines) - len(scores)} if len(lines) > len(scores) else {}, unparsed=0,
         changed_by_rule=0, not_scored=0, finish_reasons={"stop": len(scores)}, first_prompt="", group="all",
@@ -294,7 +294,7 @@ def test_media_play_and_texts_are_text(opened: Any) -> None:
     for i in range(2):
         wait_for(opened, "i => document.querySelectorAll('video')[i].duration > 2.5", i)
     assert second.locator("video").count() == 2
-    assert HOSTILE in hostile.locator("dd.answer").text_content()
+    assert HOSTILE.split("\u2028")[0] in hostile.locator("dd.answer").text_content()
     assert hostile.locator("img").count() == 0 and opened.evaluate("window.hit") is None
     assert "no.png: not a file on this machine" in gone.locator(".missing").inner_text()
     opened.get_by_label("Task").select_option("sounds")
