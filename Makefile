@@ -88,8 +88,11 @@ lmms-eval: venv ## local tasks in the real lmms-eval against a server of RUN=run
 	$(LMMS)/bin/python -m pip install --quiet --disable-pip-version-check uv 2>&1 | { grep -v '^WARNING: Location' || true; }
 	$(LMMS)/bin/uv pip install --quiet --python $(LMMS)/bin/python lmms-eval==0.7.3 "filelock<4"
 	$(LMMS)/bin/uv pip install --quiet --python $(LMMS)/bin/python --no-deps --reinstall ./examples/lmms_eval_plugin
-	$(LMMS)/bin/python examples/lmms_eval_plugin/local_tasks.py --checkpoint "$(RUN)" --python $(BIN)/python \
-		--data "$(RUN)/data/eval" --out runs/lmms_eval
+	rm -rf runs/lmms_eval
+	OMP_NUM_THREADS=1 $(BIN)/python -m megatron_omni.cli.evaluate "$(RUN)" --out runs/lmms_eval/evaluate --metric exact_match \
+		--limit 10 --max-new-tokens 32 --tasks $(foreach set,image sound speech text video,"$(RUN)/data/eval/$(set).held_out.jsonl")
+	OMP_NUM_THREADS=1 $(LMMS)/bin/python examples/lmms_eval_plugin/local_tasks.py --checkpoint "$(RUN)" --python $(BIN)/python \
+		--data "$(RUN)/data/eval" --out runs/lmms_eval --against runs/lmms_eval/evaluate
 
 lint: venv ## ruff
 	$(BIN)/ruff check .
