@@ -23,7 +23,9 @@ def suggestions(run: Path) -> list[str]:
     for task in TRIES:
         path = run / "data" / "eval" / f"{task}.held_out.jsonl"
         record = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
-        (file,) = [path.parent / name for kind in ("images", "audios", "videos") for name in record.get(kind, ())]
+        (file,) = [
+            (path.parent / name).absolute() for kind in ("images", "audios", "videos") for name in record.get(kind, ())
+        ]
         question, answer = (message["content"] for message in record["messages"][-2:])
         for marker in ("<image>", "<audio>", "<video>"):
             question = question.replace(marker, "")
@@ -45,7 +47,8 @@ def main() -> int:
         done = subprocess.run([sys.executable, "-m", "examples.quickstart.run"], check=False)
         if done.returncode:
             return done.returncode
-    print("Three things to try on the page, when the address is there:", flush=True)
+    print("Three things to try on the page, when the address is there, each in a new chat: the model was trained on single",
+          "questions, and the right answer is one that it has not seen.", flush=True)  # fmt: skip
     for line in suggestions(options.run):
         print(f"  * {line}", flush=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")

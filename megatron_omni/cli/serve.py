@@ -281,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         destroy()
     if http is not None:
         http.end()
-    return 0
+    leave(0)  # the interpreter would take torch apart, piece by piece, while a supervisor waits
 
 
 def run(command: Command, http: Connection | None, port: int) -> None:

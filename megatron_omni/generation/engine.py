@@ -52,6 +52,7 @@ from megatron_omni.generation.request import (
     FinishReason,
     PromptEvent,
     Request,
+    StepFacts,
     TokenEvent,
     Usage,
     check_ids,
@@ -131,6 +132,9 @@ class Engine:
         self._answers_gone: list[int] = []
         self._requests_gone: list[int] = []
         self._events: list[Event] = []
+        self.last_step = StepFacts()
+        """Of the last call of :meth:`step`."""
+        self._admitted: tuple[str, ...] = ()
         self._next_answer = self._next_request = 0
         self._others_busy = self._closed = self._released = False
         self.broken = False
@@ -185,7 +189,7 @@ class Engine:
     def step(self) -> list[Event]:
         """See :class:`~megatron_omni.generation.request.RequestEngine`."""
         assert self.leads and not self._closed
-        busy = self._scheduler.busy
+        busy, self.last_step = self._scheduler.busy, StepFacts()
         if self.pg.ep.size() > 1:
             self._others_busy = busy = self._leaders_meet = self._meet(_BUSY if busy else _IDLE) == _BUSY
         if busy:
@@ -193,6 +197,10 @@ class Engine:
             tokens, of_prompts = self._order(STEP, plan)
             self._scheduler.advance(plan)
             self._count(plan)
+            encoded, routing = self._replica.observed()
+            self.last_step = StepFacts(
+                tokens=plan.num_tokens, admitted=self._admitted, encoded=encoded, routing=routing
+            )
             for scored in of_prompts:
                 self._told[scored.answer].of_prompt.append((scored.logprob or 0.0, scored.top))
             for scored in tokens:
@@ -333,6 +341,7 @@ class Engine:
             told.joined, told.cached = True, told.answer.cached
             self._cached_tokens += told.cached
         sent = {told.number: self._unsent.pop(told.number) for told in new if told.number in self._unsent}
+        self._admitted = tuple(request.name for request in sent.values())
         orders = Orders(
             op=op,
             chunks=plan.chunks,

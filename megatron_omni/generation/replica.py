@@ -14,7 +14,7 @@ Shapes: T tokens of a step, R rows of logits, V vocabulary, H hidden size.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -29,11 +29,12 @@ from megatron_omni.generation.request import Alternatives, Request, Sampling
 from megatron_omni.generation.sampling import Choice, History, choose, derived_seed, token_log_probabilities
 from megatron_omni.generation.scheduler import Chunk, Copy
 from megatron_omni.models.attention import kv_cache
-from megatron_omni.models.moe.context import TokenContext
+from megatron_omni.models.moe.balance import layer_use, moe_layer_numbers, reduce_stats
+from megatron_omni.models.moe.context import RoutingStats, TokenContext
 from megatron_omni.models.omni import OmniModel
 from megatron_omni.parallel.groups import place_in
 from megatron_omni.parallel.sharing import PeerFailed
-from megatron_omni.platform.device import device
+from megatron_omni.platform.device import Stopwatch, device
 from megatron_omni.segments import AttentionSegments
 
 ROWS = 4
@@ -43,6 +44,9 @@ MEDIA_AT_ONCE = 32
 """Tiles or chunks of sound that an encoder computes together."""
 _FIRST_MESSAGE = 512
 """Integers of the first message of an order; what does not fit follows in a second one."""
+
+ROUTING_STEPS = 64
+"""Every so many steps counts what its tokens' routing was; more often it would cost time."""
 
 NOTHING_TO_DO, STEP, STOP, FAILED = range(4)
 
@@ -155,6 +159,16 @@ class Replica:
         self._eos_ids, self._deterministic = tuple(eos_ids), deterministic
         self._prompts: dict[int, Prompt] = {}
         self._answers: dict[int, _Answer] = {}
+        self._steps = 0
+        self._encoded: list[tuple[Literal["image", "audio"], Stopwatch]] = []
+        self._routing: tuple[tuple[float, float], ...] = ()
+
+    def observed(self) -> tuple[tuple[tuple[Literal["image", "audio"], float], ...], tuple[tuple[float, float], ...]]:
+        """For :class:`~megatron_omni.generation.request.StepFacts`: encoders and routing since the last call."""
+        done = [(kind, watch.seconds()) for kind, watch in self._encoded]
+        self._encoded = [item for item, (_, seconds) in zip(self._encoded, done) if seconds is None]
+        routing, self._routing = self._routing, ()
+        return tuple((kind, seconds) for kind, seconds in done if seconds is not None), routing
 
     # ------------------------------------------------------------------------------------------------------- messages
 
@@ -221,9 +235,18 @@ class Replica:
 
     def _step(self, chunks: list[Chunk]) -> tuple[list[Scored], list[Scored]]:
         numbers, rows, scored = self._numbers(chunks)
-        logits = self._forward(chunks, numbers, rows)
+        moe = self.omni.language.model_config.moe
+        stats = RoutingStats() if moe is not None and self._steps % ROUTING_STEPS == 0 else None
+        self._steps += 1
+        logits = self._forward(chunks, numbers, rows, stats)
         chosen = [chunk.answer for chunk in chunks if chunk.ends]
         results = self._results(logits, chosen, scored)
+        if stats is not None and moe is not None:
+            layers = moe_layer_numbers(self.omni.language.model_config.num_layers)
+            total = reduce_stats(
+                stats, layers=layers, moe=moe, tp_group=self.pg.tp, pp_group=self.pg.pp, device=device()
+            )
+            self._routing = tuple(layer_use(total, layers=layers, moe=moe))
         tokens: list[Scored] = []
         for answer, row in zip(chosen, results):
             tokens.append(_scored(answer, row))
@@ -273,7 +296,9 @@ class Replica:
         multiple = math.lcm(ROWS, tensor_size)
         return -(-max(count, 1) // multiple) * multiple
 
-    def _forward(self, chunks: Sequence[Chunk], numbers: np.ndarray, rows: list[int]) -> Tensor | None:
+    def _forward(
+        self, chunks: Sequence[Chunk], numbers: np.ndarray, rows: list[int], stats: RoutingStats | None
+    ) -> Tensor | None:
         """This stage's part: logits [R, V] float32 of ``rows``, None before the last stage."""
         language, place = self.omni.language, self.place
         count, length = sum(chunk.length for chunk in chunks), numbers.shape[1]
@@ -296,7 +321,7 @@ class Replica:
                 input_ids=on_device[:1],
                 position_ids=on_device[1:4].unsqueeze(1),
                 attention=AttentionSegments((), length),  # the cache knows who sees whom
-                ctx=facts(count, length),
+                ctx=facts(count, length, stats=stats),
                 decoder_input=hidden,
                 logits_positions=torch.tensor([wanted], device=device()),
             )
@@ -374,12 +399,15 @@ class Replica:
         for group in alone if self._deterministic else [list(prompts)] if prompts else []:
             inputs = torch.cat([cast(Tensor, prompt.inputs[kind]) for prompt in group])
             assert encoder is not None
+            watch = Stopwatch()
             rows = torch.cat([encoder(part.to(device())).flatten(0, 1) for part in inputs.split(MEDIA_AT_ONCE)])
+            watch.stop()
+            self._encoded.append(("audio" if kind else "image", watch))
             for prompt, own in zip(group, rows.split([len(prompt.places[kind]) for prompt in group])):
                 prompt.rows[kind] = own
 
 
-def facts(count: int, length: int) -> TokenContext:
+def facts(count: int, length: int, *, stats: RoutingStats | None = None) -> TokenContext:
     """What routers ask of the tokens of a step, of which ``count`` are none of padding; they draw nothing."""
     numbers = torch.zeros(length, dtype=torch.int64, device=device())
     padding = torch.arange(length, device=device()) >= count
@@ -393,6 +421,7 @@ def facts(count: int, length: int) -> TokenContext:
         step=0,
         stochastic=False,
         aux_loss_scale=0.0,
+        stats=stats,
     )
 
 

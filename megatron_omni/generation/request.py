@@ -255,6 +255,20 @@ class EngineState:
     """Tokens that were chosen since the start."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepFacts:
+    """What a step was like, for metrics."""
+
+    tokens: int = 0
+    """Tokens that it computed, padding apart."""
+    admitted: tuple[str, ...] = ()
+    """Names of requests of which it was the first step."""
+    encoded: tuple[tuple[Literal["image", "audio"], float], ...] = ()
+    """Runs of an encoder, and the seconds that each took; on a GPU those of a step before may come with this one."""
+    routing: tuple[tuple[float, float], ...] = ()
+    """Of each MoE layer the real experts per token, and the null part of the selected slots; of every 64th step."""
+
+
 class RequestEngine(Protocol):
     """What a caller sees of the engine (``engine.Engine``), on the rank that leads: rank 0 of a server."""
 

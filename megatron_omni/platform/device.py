@@ -9,6 +9,7 @@ imports ``megatron.core``: Megatron-Core is written for CUDA, and on a machine w
 import importlib.util
 import logging
 import os
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -103,6 +104,32 @@ def to_host(tensor: Tensor) -> Callable[[], list[Any]]:
         return copy.tolist()
 
     return wait
+
+
+class Stopwatch:
+    """How long the device takes for what it is given between the beginning and :meth:`stop`; nothing waits for it."""
+
+    def __init__(self) -> None:
+        self._events: list[torch.cuda.Event] = []
+        self._start, self._seconds = time.perf_counter(), 0.0
+        self._mark()
+
+    def _mark(self) -> None:
+        if accelerator_present():
+            self._events.append(torch.cuda.Event(enable_timing=True))
+            self._events[-1].record()
+
+    def stop(self) -> None:
+        """The last of the work has been given."""
+        self._seconds = time.perf_counter() - self._start
+        self._mark()
+
+    def seconds(self) -> float | None:
+        """None while the device has not come so far."""
+        if not self._events:
+            return self._seconds
+        begin, end = self._events
+        return begin.elapsed_time(end) / 1e3 if end.query() else None
 
 
 class Gpu(NamedTuple):

@@ -6,24 +6,34 @@ what does not fit is refused before anything is decoded.
 """
 
 import pickle
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.connection import Connection
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL.Image import Image
 
 from megatron_omni.batch import Modality
 from megatron_omni.config.run import Recipe
-from megatron_omni.data.decode.media import MediaBytes, MediaError
+from megatron_omni.data.decode import Decoder
+from megatron_omni.data.decode.media import Media, MediaBytes, MediaError, Video
 from megatron_omni.data.record import Part, RecordError, record_of_parts
 from megatron_omni.data.sample import Sample, SampleBuilder
 from megatron_omni.generation.request import Request, Sampling
 from megatron_omni.serve.errors import ApiError, bad_request
-from megatron_omni.serve.jobs import Built, Job, Medium, Refusal
+from megatron_omni.serve.jobs import Built, Job, Kind, Medium, Refusal
 
 
 def work(jobs: Connection, recipe: Recipe) -> None:
     """Body of a builder, until the pipe ends: for each job a ``Refusal``, or a ``Built`` and the pickled request."""
     torch.set_num_threads(1)
     builder = SampleBuilder(recipe)
+    builder.decoder = timed = _TimedDecoder(builder.decoder)
     jobs.send(None)  # ready
     while True:
         try:
@@ -31,13 +41,44 @@ def work(jobs: Connection, recipe: Recipe) -> None:
         except EOFError:
             return
         try:
+            timed.seconds.clear()
             built, request = build(builder, job)
         except ApiError as error:
             jobs.send(Refusal(status=error.status, message=error.message, param=error.param, code=error.code))
             continue
-        jobs.send(built)
+        jobs.send(replace(built, decoding=tuple(timed.seconds)))
         if request is not None:
             jobs.send_bytes(pickle.dumps(request, protocol=pickle.HIGHEST_PROTOCOL))
+
+
+class _TimedDecoder:
+    """A decoder that notes the seconds that each medium takes."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self.seconds: list[tuple[Kind, float]] = []
+
+    @property
+    def fallbacks(self) -> Mapping[str, int]:
+        return self._decoder.fallbacks
+
+    def decode_image(self, file: Media) -> Image:
+        with self._noted("image"):
+            return self._decoder.decode_image(file)
+
+    def decode_audio(self, file: Media, **limits: Any) -> NDArray[np.float32]:
+        with self._noted("audio"):
+            return self._decoder.decode_audio(file, **limits)
+
+    def decode_video(self, file: Media, **settings: Any) -> Video:
+        with self._noted("video"):
+            return self._decoder.decode_video(file, **settings)
+
+    @contextmanager
+    def _noted(self, kind: Kind) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds.append((kind, time.perf_counter() - start))
 
 
 def build(builder: SampleBuilder, job: Job) -> tuple[Built, Request | None]:

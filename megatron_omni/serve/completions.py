@@ -78,7 +78,9 @@ async def _answer(
         "n": wanted.n, "logprobs": wanted.num_top_logprobs is not None, "seed": seed,
         "stop_ids": wanted.stop_token_ids or (), "token_bytes": {},
     }  # fmt: skip
-    with server.engine.ask(requests, samples=wanted.n * len(jobs)) as box:
+    in_queue = server.metrics.in_queue
+    admitted = lambda: in_queue.observe(time.monotonic() - place.arrived)  # noqa: E731
+    with server.engine.ask(requests, samples=wanted.n * len(jobs), admitted=admitted) as box:
         settings["token_bytes"] = box.token_bytes
         for item in built.values():
             box.token_bytes.update(item.token_bytes or {})

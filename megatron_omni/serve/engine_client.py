@@ -38,8 +38,13 @@ MOST_EVENTS = 256
 class Mailbox:
     """Events of some requests that are answered together; ``pause`` is told when they are to pause and to go on."""
 
-    def __init__(self, samples: int, pause: Callable[[bool], None] = lambda _: None) -> None:
-        self.unfinished = samples
+    def __init__(
+        self,
+        samples: int,
+        pause: Callable[[bool], None] = lambda _: None,
+        admitted: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.unfinished, self.admitted = samples, admitted
         self._pause, self._paused = pause, False
         self.token_bytes: dict[int, bytes] = {}
         self._events: list[Event] = []
@@ -113,15 +118,18 @@ class EngineClient:
     # -------------------------------------------------------------------------------------------- requests
 
     @contextmanager
-    def ask(self, requests: dict[str, bytes], *, samples: int) -> Iterator[Mailbox]:
+    def ask(
+        self, requests: dict[str, bytes], *, samples: int, admitted: Callable[[], None] = lambda: None
+    ) -> Iterator[Mailbox]:
         """Hand over pickled requests by name, with ``samples`` answers in all; what is unfinished at the end is cancelled.
+        ``admitted`` is called when the engine begins one.
 
         ``requests`` is emptied: they may be large, and are needed no more.
         """
         if self._over is not None:
             raise self._over
         names = list(requests)
-        box = Mailbox(samples, lambda on: self._pause(names, on))
+        box = Mailbox(samples, lambda on: self._pause(names, on), admitted)
         self._boxes |= dict.fromkeys(names, box)
         try:
             for name in names:
@@ -176,6 +184,9 @@ class EngineClient:
         self.last_sign = time.monotonic()
         match message:
             case Happened():
+                for name in (name for step in message.steps for name in step.admitted):
+                    if (box := self._boxes.get(name)) is not None:
+                        box.admitted()
                 for event in message.events:
                     if (box := self._boxes.get(event.name)) is not None:
                         box.put(event, message.token_bytes)

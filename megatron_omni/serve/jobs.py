@@ -50,6 +50,8 @@ class Built:
     max_new_tokens: int = 0
     ids: tuple[int, ...] | None = None
     """Of the tokens, where a text was to be continued or only they were asked for."""
+    decoding: tuple[tuple[Kind, float], ...] = ()
+    """Of each medium the seconds that its decoder took."""
     token_bytes: dict[int, bytes] | None = None
     """Of these tokens: joined in their order they are the text."""
 

@@ -91,6 +91,7 @@ class Leader:
                 events=turn.events,
                 token_bytes={token: self._tokenizer.token_bytes(token) for token in set(_tokens_to_name(turn.events))},
                 state=turn.state,
+                steps=turn.steps,
                 step_seconds=time.perf_counter() - start if busy else None,
             )
         )

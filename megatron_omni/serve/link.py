@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_omni.config.run import Recipe
-from megatron_omni.generation.request import EngineState, Event
+from megatron_omni.generation.request import EngineState, Event, StepFacts
 
 # ------------------------------------------------------------------------------------------------ to the engine
 
@@ -81,6 +81,8 @@ class Happened:
     token_bytes: dict[int, bytes] = field(default_factory=dict)
     """Of every token that an event gives a log-probability of."""
     state: EngineState
+    steps: tuple[StepFacts, ...] = ()
+    """Of each replica that computed something."""
     step_seconds: float | None = None
 
 

@@ -15,7 +15,7 @@ from enum import Enum, auto
 import torch.distributed as dist
 
 from megatron_omni.generation.engine import Engine
-from megatron_omni.generation.request import EngineState, Event, FinishedEvent, Request
+from megatron_omni.generation.request import EngineState, Event, FinishedEvent, Request, StepFacts
 from megatron_omni.parallel.sharing import PeerFailed
 from megatron_omni.serve.link import Cancel, Pause, Resume
 
@@ -40,6 +40,8 @@ class Turn:
     refused: list[tuple[str, str]]
     """Names of requests that an engine did not take, and why."""
     state: EngineState
+    steps: tuple[StepFacts, ...] = ()
+    """Of each replica that computed something."""
 
 
 class Replicas:
@@ -113,7 +115,8 @@ class Replicas:
             self._ended(name, self._unfinished[name][1])
         names = [field.name for field in fields(EngineState)]
         state = EngineState(**{name: sum(getattr(turn.state, name) for turn in turns) for name in names})
-        return Turn(events=events, refused=refused, state=state)
+        steps = tuple(step for turn in turns for step in turn.steps)
+        return Turn(events=events, refused=refused, state=state, steps=steps)
 
     def _ended(self, name: str, samples: int) -> None:
         replica, left = self._unfinished.pop(name)
@@ -170,4 +173,6 @@ def _take_turn(engine: Engine, commands: Sequence[Command]) -> Turn:
                     engine.submit(command)
                 except ValueError as error:
                     refused.append((command.name, str(error)))
-    return Turn(events=engine.step(), refused=refused, state=engine.state())
+    events = engine.step()
+    steps = (engine.last_step,) if engine.last_step.tokens else ()
+    return Turn(events=events, refused=refused, state=engine.state(), steps=steps)

@@ -56,9 +56,11 @@ class Server:
         """A job done by a builder."""
         assert self.builders is not None
         start = time.monotonic()
-        built = await self.builders.build(job)
+        built, request = await self.builders.build(job)
         self.metrics.building.observe(time.monotonic() - start)
-        return built
+        for kind, seconds in built.decoding:
+            self.metrics.decoding.labels(kind).observe(seconds)
+        return built, request
 
     def count_prompts(self, prompts: Iterable[Built]) -> None:
         """Tell the metrics what was asked."""

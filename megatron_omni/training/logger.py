@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from megatron_omni.checkpoint.ledger import converted_directory, recorded_loss
 from megatron_omni.config.outcome import ENDED_MARKER, STOP_MARKER
-from megatron_omni.models.moe.balance import reduce_stats, routing_metrics
+from megatron_omni.models.moe.balance import moe_layer_numbers, reduce_stats, routing_metrics
 from megatron_omni.models.moe.context import RoutingStats
 from megatron_omni.models.parts import parameter_table
 from megatron_omni.parallel.sharing import sum_over_ranks
@@ -194,8 +194,7 @@ class RunLogger:
         moe = self.run.recipe.model.moe
         if stats is None or moe is None:
             return {}
-        # Hybrid layer numbers count attention and feed-forward layers alike, from 1: every second one is a MoE layer.
-        layers = [2 * block + 2 for block in range(self.run.recipe.model.num_layers)]
+        layers = moe_layer_numbers(self.run.recipe.model.num_layers)
         pg = self.run.pg
         total = reduce_stats(
             stats, layers=layers, moe=moe, tp_group=pg.tp, dp_group=pg.dp, pp_group=pg.pp, device=self.run.device

@@ -5,8 +5,6 @@ import base64
 import json
 import os
 import random
-import re
-import shlex
 import struct
 import subprocess
 import sys
@@ -239,6 +237,28 @@ def test_models_health_and_metrics(server: Running) -> None:
     assert said("omni:generation_tokens_total") == 3 and said('omni:request_success_total{finish_reason="length"}') == 1
     assert said("omni:request_started_total") == 1 and said("omni:time_to_first_token_seconds_count") == 1
     assert said('omni:prompt_tokens_total{modality="text"}') > 3 and after["omni:num_requests_waiting"] == 0
+
+
+def test_metrics_tell_what_a_request_was_made_of(server: Running, trained: Trained) -> None:
+    before = server.metrics()
+    made = server.client().chat.completions.create(**ask(mixed(trained), extra_body={"ignore_eos": True}, seed=1))
+    after = server.metrics()
+    said = lambda name: after[f"omni:{name}"] - before.get(f"omni:{name}", 0.0)  # noqa: E731
+    details = made.usage.prompt_tokens_details.model_dump()
+    for kind in ("text", "image", "audio", "video"):
+        assert said(f'prompt_tokens_total{{modality="{kind}"}}') == details[f"{kind}_tokens"] > 0
+    assert all(said(f'media_decode_seconds_count{{kind="{kind}"}}') == 1 for kind in ("image", "audio", "video"))
+    assert all(said(f'encoder_seconds_count{{kind="{kind}"}}') >= 1 for kind in ("image", "audio"))
+    assert said("request_queue_time_seconds_count") == 1
+    assert 0 < said("request_queue_time_seconds_sum") <= said("time_to_first_token_seconds_sum")
+    steps = {phase: said(f'step_seconds_count{{phase="{phase}"}}') for phase in ("prompt", "decode")}
+    assert steps["prompt"] >= 1 and steps["decode"] == NEW_TOKENS - 1
+    assert said("batch_tokens_count") == sum(steps.values())
+    assert said("batch_tokens_sum") == made.usage.prompt_tokens + NEW_TOKENS - 1
+    assert said("prefix_cache_queries_total") == made.usage.prompt_tokens and said("prefix_cache_hits_total") == 0
+    for layer in ("0", "1"):  # of one of the first steps
+        assert 0 < after[f'omni:moe_mean_k{{layer="{layer}"}}'] <= 4
+        assert 0 <= after[f'omni:moe_null_share{{layer="{layer}"}}'] < 1
 
 
 def test_what_comes_later_answers_501(server: Running) -> None:
@@ -480,36 +500,3 @@ def test_the_examples_print_the_answer(server: Running, trained: Trained) -> Non
     assert run_example([sys.executable, *client], server) == text + "\n"
     said = json.loads(run_example(["sh", "examples/serve/chat.sh", question, str(picture)], server))
     assert said["choices"][0]["message"]["content"] == text
-
-
-def test_the_job_script_serves(tmp_path: Path) -> None:
-    """Its words are a command line that is accepted, with the keys' file where it looks for them."""
-    from megatron_omni.cli.serve import parse
-
-    text = (ROOT / "examples" / "serve" / "serve.sbatch").read_text()
-    assert subprocess.run(["bash", "-n", ROOT / "examples" / "serve" / "serve.sbatch"], check=False).returncode == 0
-    (command,) = re.findall(r"^launch -m megatron_omni\.cli\.serve ((?:.*\\\n)*[^#\n]*)", text, re.MULTILINE)
-    (tmp_path / "serve_keys.txt").write_text("a-long-secret\n")
-    filled = command.replace("\\\n", " ").replace('"$checkpoint"', str(tmp_path)).replace('"$@"', "")
-    filled = filled.replace("$SLURM_NTASKS_PER_NODE", "4").replace("serve_keys.txt", str(tmp_path / "serve_keys.txt"))
-    parsed = parse(shlex.split(filled))
-    assert parsed.overrides == ["parallel.tensor_model_parallel_size=4"] and parsed.settings.api_keys == (
-        "a-long-secret",
-    )
-
-
-def test_the_demo_names_files_and_right_answers(tmp_path: Path) -> None:
-    from examples.serve.demo import TRIES, suggestions
-
-    held_out = tmp_path / "data" / "eval"
-    held_out.mkdir(parents=True)
-    for task in TRIES:
-        kind = "images" if task == "image" else "audios"
-        marker = f"<{kind[:-1]}>"
-        turns = [{"role": "user", "content": f"{marker} what is it?"}, {"role": "assistant", "content": "a cat"}]
-        (held_out / f"{task}.held_out.jsonl").write_text(
-            json.dumps({"messages": turns, kind: [f"media/{task}.x"]}) + "\n"
-        )
-    lines = suggestions(tmp_path)
-    assert len(lines) == 3
-    assert lines[0] == f"attach {held_out}/media/image.x and ask 'what is it?'; right is 'a cat'"

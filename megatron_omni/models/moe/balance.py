@@ -177,6 +177,24 @@ def reduce_stats(
     return result
 
 
+def moe_layer_numbers(num_blocks: int) -> list[int]:
+    """Hybrid layer numbers count attention and feed-forward layers alike, from 1: every second one is a MoE layer."""
+    return [2 * block + 2 for block in range(num_blocks)]
+
+
+def layer_use(stats: RoutingStats, *, layers: Sequence[int], moe: MoEConfig) -> list[tuple[float, float]]:
+    """Of each layer of reduced statistics, real experts per token and the null part of the selected slots; empty where no
+    token was counted."""
+    use = []
+    for layer in layers:
+        selected, num_tokens = stats.selected[layer], float(stats.tokens[layer].sum())
+        if num_tokens == 0.0:
+            return []
+        real, null = selected.split([moe.num_routed_experts, moe.num_null_experts], dim=1)
+        use.append((float(real.sum()) / num_tokens, float(null.sum()) / max(float(selected.sum()), 1.0)))
+    return use
+
+
 def routing_metrics(stats: RoutingStats, *, layers: Sequence[int], moe: MoEConfig) -> dict[str, float]:
     """Metrics of reduced statistics; ``layer_{i}`` counts MoE layers from 0.
 
@@ -191,19 +209,18 @@ def routing_metrics(stats: RoutingStats, *, layers: Sequence[int], moe: MoEConfi
     if not layers or sum(float(stats.tokens[layer].sum()) for layer in layers) == 0:
         return {}
     metrics: dict[str, float] = {}
-    real_per_token, null_shares, dropped_shares, losses = [], [], [], []
+    dropped_shares, losses = [], []
+    use = layer_use(stats, layers=layers, moe=moe)
     num_routed = moe.num_routed_experts
     names = [f"expert_{e}" for e in range(num_routed)] + [f"null_{e}" for e in range(moe.num_null_experts)]
     for i, layer in enumerate(layers):
         selected, tokens = stats.selected[layer], stats.tokens[layer]
         num_tokens, num_selected = float(tokens.sum()), float(selected.sum())
-        real_per_token.append(float(selected[:, :num_routed].sum()) / num_tokens)
-        null_shares.append(float(selected[:, num_routed:].sum()) / max(num_selected, 1.0))
         before_drop = num_selected + float(stats.dropped[layer])
         counted = before_drop if moe.aux_loss_counts_null else before_drop - float(selected[:, num_routed:].sum())
         if stats.micro_batches and counted:
             losses.append(float(stats.aux_loss[layer]) / stats.micro_batches / (counted / num_tokens))
-        metrics[f"moe/mean_k/layer_{i}"] = real_per_token[-1]
+        metrics[f"moe/mean_k/layer_{i}"] = use[i][0]
         for k, count in enumerate(stats.k_histogram[layer].tolist()):
             metrics[f"moe/k/layer_{i}/{k}"] = count / num_tokens
         for modality in Modality:
@@ -211,8 +228,8 @@ def routing_metrics(stats: RoutingStats, *, layers: Sequence[int], moe: MoEConfi
                 for name, load in zip(names, (selected[modality] / tokens[modality]).tolist()):
                     metrics[f"moe/load/layer_{i}/{modality.name.lower()}/{name}"] = load
         dropped_shares.append(float(stats.dropped[layer]) / max(before_drop, 1.0))
-    metrics["moe/mean_k"] = sum(real_per_token) / len(layers)
-    metrics["moe/null_share"] = sum(null_shares) / len(layers)
+    metrics["moe/mean_k"] = sum(mean_k for mean_k, _ in use) / len(layers)
+    metrics["moe/null_share"] = sum(null for _, null in use) / len(layers)
     if moe.capacity_factor is not None:
         metrics["moe/dropped"] = sum(dropped_shares) / len(layers)
     if losses:
