@@ -6,7 +6,8 @@ Each of ``--streams`` clients sends its next request when the last token of the 
 128 new ones, greedy, every token a chunk of a stream. The engine's process has one core, HTTP and the client the other
 one. Both ways are taken in turn ``--repeat`` times, medians are written: ``tokens_per_s`` by the wall clock less the time
 that the engine's process was ready and waited for its core (/proc/PID/schedstat: what other programs took), and
-``tokens_per_cpu_s``, tokens for each second that it computed. ``overhead`` is the share of the engine's tokens that serving
+``tokens_per_cpu_s``, tokens for each second that it computed. ``http_cpu_us_per_token`` is what the process that speaks HTTP
+computes for a token, on the other core. ``overhead`` is the share of the engine's tokens that serving
 costs, ``seconds_waited`` says how busy the machine was. Needs two cores of a Linux machine; the first two are taken.
 """
 
@@ -125,9 +126,12 @@ def measure_http(checkpoint: Path, streams: int, number: int) -> dict[str, float
             return sum(await asyncio.gather(*(one_stream(port, model, waiting) for _ in range(streams))))
 
         asyncio.run(run(prompts(streams, vocab_size)))
-        before = _clocks(engine.pid)
+        (http,) = (child for child in engine.children() if "megatron_omni.serve.http" in child.cmdline())
+        before, http_before = _clocks(engine.pid), http.cpu_times()
         tokens = asyncio.run(run(prompts(number, vocab_size)))
-        return _outcome(tokens, before, _clocks(engine.pid))
+        after, http_after = _clocks(engine.pid), http.cpu_times()
+        http_seconds = http_after.user + http_after.system - http_before.user - http_before.system
+        return _outcome(tokens, before, after) | {"http_cpu_us_per_token": http_seconds / tokens * 1e6}
     finally:
         server.terminate()
         server.wait()
@@ -191,6 +195,8 @@ def main() -> None:
             "tokens_per_s": round(statistics.median(run["tokens"] / run["seconds"] for run in runs), 1),
             "tokens_per_cpu_s": round(statistics.median(run["tokens"] / run["cpu_seconds"] for run in runs), 1),
         }  # fmt: skip
+        if "http_cpu_us_per_token" in runs[0]:
+            row["http_cpu_us_per_token"] = round(statistics.median(run["http_cpu_us_per_token"] for run in runs), 1)
         row["seconds_waited"] = round(statistics.median(run["seconds_waited"] for run in runs), 2)
         rows.append(row)
         row["overhead"] = round(1 - row["tokens_per_s"] / rows[0]["tokens_per_s"], 3)
