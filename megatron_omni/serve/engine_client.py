@@ -28,6 +28,7 @@ from megatron_omni.serve.link import (
     Pause,
     Ready,
     Resume,
+    unpacked,
 )
 from megatron_omni.serve.link import Refused as RefusedByEngine
 
@@ -187,7 +188,7 @@ class EngineClient:
                 for name in (name for step in message.steps for name in step.admitted):
                     if (box := self._boxes.get(name)) is not None:
                         box.admitted()
-                for event in message.events:
+                for event in unpacked(message.events):
                     if (box := self._boxes.get(event.name)) is not None:
                         box.put(event, message.token_bytes)
                 self._happened(message)

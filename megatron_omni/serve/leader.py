@@ -26,7 +26,7 @@ from megatron_omni.foreign import read_bytes
 from megatron_omni.generation.engine import Engine, EngineLimits
 from megatron_omni.generation.load import Checkpoint
 from megatron_omni.generation.request import Event, PromptEvent, TokenEvent
-from megatron_omni.serve.link import Drained, Draining, Failed, Happened, ModelFacts, Ready, Refused
+from megatron_omni.serve.link import Drained, Draining, Failed, Happened, ModelFacts, Ready, Refused, packed
 from megatron_omni.serve.replicas import Command, Replicas
 
 IDLE_SECONDS = 1.0
@@ -88,7 +88,7 @@ class Leader:
             self._http.send(Refused(name, message))
         self._http.send(
             Happened(
-                events=turn.events,
+                events=packed(turn.events),
                 token_bytes={token: self._tokenizer.token_bytes(token) for token in set(_tokens_to_name(turn.events))},
                 state=turn.state,
                 steps=turn.steps,

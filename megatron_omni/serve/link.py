@@ -7,11 +7,20 @@ The engine's side never waits for HTTP: it looks for messages between steps. Mes
 multiprocessing.connection; both ends are processes of this server.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_omni.config.run import Recipe
-from megatron_omni.generation.request import EngineState, Event, StepFacts
+from megatron_omni.generation.request import (
+    Alternatives,
+    EngineState,
+    Event,
+    FinishedEvent,
+    PromptEvent,
+    StepFacts,
+    TokenEvent,
+)
 
 # ------------------------------------------------------------------------------------------------ to the engine
 
@@ -73,11 +82,35 @@ class Ready:
     """Requests are taken."""
 
 
+PackedToken = tuple[str, int, int, float | None, Alternatives, str, str, bool]
+Packed = PackedToken | PromptEvent | FinishedEvent
+
+
+def packed(events: Iterable[Event]) -> list[Packed]:
+    """Events as they are sent: a token's as a plain tuple, which takes a tenth of the time to pickle."""
+    return [
+        (e.name, e.sample, e.id, e.logprob, e.top, e.text, e.reasoning, e.is_end) if isinstance(e, TokenEvent) else e
+        for e in events
+    ]
+
+
+def unpacked(events: Iterable[Packed]) -> Iterator[Event]:
+    """The events that :func:`packed` made this of."""
+    for e in events:
+        if not isinstance(e, tuple):
+            yield e
+            continue
+        name, sample, token, logprob, top, text, reasoning, is_end = e
+        yield TokenEvent(
+            name=name, sample=sample, id=token, logprob=logprob, top=top, text=text, reasoning=reasoning, is_end=is_end
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Happened:
     """The events of a step, and the state after it. Sent every second without work, too: the sign of life."""
 
-    events: list[Event]
+    events: list[Packed]
     token_bytes: dict[int, bytes] = field(default_factory=dict)
     """Of every token that an event gives a log-probability of."""
     state: EngineState

@@ -1,5 +1,7 @@
 """Events of the engine as OpenAI's bodies and chunks: what a stream says is what the whole body says."""
 
+import pickle
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from megatron_omni.generation.request import Event, FinishedEvent, PromptEvent, 
 from megatron_omni.serve.answers import ChatAnswer, TextAnswer
 from megatron_omni.serve.errors import ApiError
 from megatron_omni.serve.jobs import Built
-from megatron_omni.serve.link import ModelFacts
+from megatron_omni.serve.link import ModelFacts, packed, unpacked
 
 FACTS = ModelFacts(
     name="m", created=1, fingerprint="iter_0000003-abc", seq_length=64, vocab_size=9, input_modalities=("text",)
@@ -178,3 +180,16 @@ def test_a_request_that_cannot_go_on_is_an_error(reason: str, status: int) -> No
     with pytest.raises(ApiError) as caught:
         chat().take([end(reason=reason, message="logits are not finite")])
     assert caught.value.status == status
+
+
+def test_events_cross_the_link_as_they_are() -> None:
+    usage = Usage(prompt=3, cached=1, completion=2, reasoning=1)
+    token = TokenEvent(
+        name="a", sample=1, id=7, logprob=-0.5, top=((7, -0.5), (9, -1.5)), text="x", reasoning="y", is_end=True
+    )
+    assert all(getattr(token, field.name) != field.default for field in fields(TokenEvent)), "every field is sent"
+    events = [
+        token, PromptEvent(name="a", logprobs=(-1.0,), top=(((1, -2.0),),)),
+        FinishedEvent(name="a", sample=1, reason="stop", usage=usage, stop="end", text="z"),
+    ]  # fmt: skip
+    assert list(unpacked(pickle.loads(pickle.dumps(packed(events))))) == events
