@@ -13,7 +13,7 @@ import types
 import typing
 from pathlib import Path
 
-from megatron_omni.config.data import DataConfig, SourceConfig
+from megatron_omni.config.data import DataConfig, EvalSourceConfig, SourceConfig
 from megatron_omni.config.model import AudioConfig, LoraConfig, ModelConfig, MoEConfig, VisionConfig
 from megatron_omni.config.optim import OptimConfig
 from megatron_omni.config.parallel import ParallelConfig
@@ -31,6 +31,7 @@ GROUPS: list[tuple[str, type]] = [
     ("parallel", ParallelConfig),
     ("data", DataConfig),
     ("data.sources[]", SourceConfig),
+    ("data.eval_sources[], besides those of data.sources[]", EvalSourceConfig),
     ("optim", OptimConfig),
     ("checkpoint", CheckpointConfig),
     ("log", LogConfig),
@@ -118,7 +119,7 @@ def render() -> str:
             "|---|---|---|---|---|",
         ]
         docs, hints = field_docs(schema), typing.get_type_hints(schema)
-        for item in dataclasses.fields(schema):
+        for item in (item for item in dataclasses.fields(schema) if item.name in docs):  # not those of a base
             kind = type_name(hints[item.name]).replace("|", "\\|")
             kind = kind.replace("megatron_omni.config.data.", "").replace("megatron_omni.config.model.", "")
             allowed = item.metadata.get(RANGE, "")

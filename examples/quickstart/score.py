@@ -14,7 +14,7 @@ import json
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_omni.platform.device import install
 
@@ -67,24 +67,32 @@ def main() -> None:
 
 def score_all(
     checkpoint: Any, model: Any, tasks: list[str], split: str, data: Path, limit: int | None
-) -> dict[str, Any]:
-    """Task -> TaskScore; every rank calls it."""
-    from megatron_omni.data.sources import JsonlSource
-    from megatron_omni.evaluation.scoring import score_source
+) -> dict[str, "Scores"]:
+    """Task -> its scores, as ``megatron-omni evaluate`` computes them; every rank calls it."""
+    from megatron_omni.evaluation.results import counted
+    from megatron_omni.evaluation.running import answers_of, limits_for
+    from megatron_omni.evaluation.summary import summarise
+    from megatron_omni.evaluation.task import load_tasks
 
+    files = [str(data / "eval" / f"{task}.{split}.jsonl") for task in tasks]
+    fields = {"metric": "exact_match", "max_new_tokens": MAX_NEW_TOKENS, "limit": limit}
+    opened = load_tasks(files, changes=fields)
+    lines = answers_of(model, checkpoint.builder, opened, pg=checkpoint.pg, limits=limits_for(60))
     scores = {}
-    for task in tasks:
-        source = JsonlSource(data / "eval" / f"{task}.{split}.jsonl", name=f"{task}.{split}")
-        scores[task] = score_source(
-            model,
-            checkpoint.builder,
-            source,
-            pg=checkpoint.pg,
-            max_new_tokens=MAX_NEW_TOKENS,
-            batch_size=60,
-            limit=limit,
-        )
+    for name, task in zip(tasks, opened):
+        summary, (answers, _) = summarise(task, lines[task.name]), counted(lines[task.name])
+        scores[name] = Scores(task.name, summary.score or 0.0, summary.count, answers)
     return scores
+
+
+class Scores(NamedTuple):
+    """Of one set."""
+
+    name: str
+    score: float
+    count: int
+    answers: list[Any]
+    """``SampleResult`` of evaluation/results.py, by row."""
 
 
 def report(
@@ -109,8 +117,8 @@ def report(
             for answer in result.answers:
                 row = {
                     "set": result.name,
-                    "question": answer.question,
-                    "expected": answer.expected,
+                    "question": answer.prompt[-1]["content"],
+                    "expected": answer.expected[0],
                     "answer": answer.answer,
                 }
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -135,8 +143,8 @@ def report(
     print("\none held-out example of each:")
     for task in tasks:
         example = held_out[task].answers[0]
-        verdict = "right" if example.correct else f"wrong, expected {example.expected!r}"
-        print(f"  {task}: {example.question!r} -> {example.answer!r} ({verdict})")
+        verdict = "right" if example.correct else f"wrong, expected {example.expected[0]!r}"
+        print(f"  {task}: {example.prompt[-1]['content']!r} -> {example.answer!r} ({verdict})")
 
 
 if __name__ == "__main__":

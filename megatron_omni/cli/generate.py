@@ -78,7 +78,7 @@ class _AppendMedium(argparse.Action):
         namespace.media = [*namespace.media, (self.dest, values)]
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Reports a bad command line as a ValueError, like every other bad input."""
 
     def error(self, message: str) -> NoReturn:
@@ -87,7 +87,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = _Parser(
+    p = Parser(
         prog="megatron-omni generate",
         description="Answer a prompt with text, images, audio and video from a trained checkpoint.",
         epilog="The sizes of the layout default to 1 whatever the checkpoint was trained on; what is left of the world "
@@ -169,13 +169,7 @@ def parse(argv: Sequence[str] | None = None) -> Request:
     for path in files:
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
-    if not args.checkpoint.is_dir():
-        raise ValueError(f"{args.checkpoint}: no such checkpoint directory")
-    if (args.checkpoint / "config.json").is_file():
-        raise ValueError(
-            f"{args.checkpoint}: a Hugging Face directory; make a checkpoint of it first: "
-            f"megatron-omni convert import --hf {args.checkpoint} --out DIR"
-        )
+    check_directory(args.checkpoint)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out}: exists and is no directory")
     return Request(
@@ -189,6 +183,17 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         deterministic=args.deterministic,
         overrides=args.overrides,
     )
+
+
+def check_directory(checkpoint: Path) -> None:
+    """ValueError unless there is a directory that may hold a checkpoint of ours."""
+    if not checkpoint.is_dir():
+        raise ValueError(f"{checkpoint}: no such checkpoint directory")
+    if (checkpoint / "config.json").is_file():
+        raise ValueError(
+            f"{checkpoint}: a Hugging Face directory; make a checkpoint of it first: "
+            f"megatron-omni convert import --hf {checkpoint} --out DIR"
+        )
 
 
 def user_parts(prompt: str, media: Sequence[tuple[str, str]]) -> tuple[str | tuple[str, str], ...]:

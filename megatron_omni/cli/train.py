@@ -70,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
 def dry_run(recipe: "Recipe", ranks: int | None) -> int:
     """Print what a run would be; ValueError for a recipe that cannot work, then for files that are not as it needs them."""
     from megatron_omni.config.validate import fewest_ranks, validate
+    from megatron_omni.evaluation.held_out import HeldOutScores
     from megatron_omni.training.dry_run import describe, missing
 
     launched = os.environ.get("WORLD_SIZE")
@@ -78,7 +79,12 @@ def dry_run(recipe: "Recipe", ranks: int | None) -> int:
     print(describe(recipe, world_size=world_size), flush=True)
     validate(recipe, world_size=world_size)
     quiet()
-    if problems := missing(recipe, world_size=world_size):
+    problems = missing(recipe, world_size=world_size)
+    try:
+        HeldOutScores(recipe)
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
         raise ValueError(problems[0] if len(problems) == 1 else "\n  - ".join(["", *problems]))
     print("files: tokenizer, sources, indexes and checkpoints are there and fit")
     return 0
@@ -94,6 +100,7 @@ def run(recipe: "Recipe", *, origin: str) -> int:
     quiet()
     install()
     from megatron_omni.checkpoint.run_dir import take
+    from megatron_omni.evaluation.held_out import HeldOutScores
     from megatron_omni.parallel.groups import destroy
     from megatron_omni.tasks.supervised import SupervisedTask
     from megatron_omni.training.failure import leave, report_failure
@@ -101,7 +108,9 @@ def run(recipe: "Recipe", *, origin: str) -> int:
     from megatron_omni.training.setup import setup
 
     try:
+        score = HeldOutScores(recipe)  # a set that cannot be scored ends the run here
         prepared = setup(recipe, SupervisedTask(recipe.data.sources))
+        prepared.score = score
         if int(os.environ.get("RANK", "0")) == 0:
             take(recipe)
         status = train(prepared)

@@ -1,11 +1,16 @@
 """What is read, how it is mixed and how it is cut into micro-batches."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_omni.config.ranges import file_path, number
 
 FrameChoice = Literal["rate", "release"]
+MetricName = Literal[
+    "exact_match", "choice", "likelihood_choice", "mean_relative_accuracy", "relaxed_accuracy", "anls", "wer", "cer", "bleu",
+    "chrf", "iou", "perplexity",
+]  # fmt: skip
+"""Metrics of evaluation (evaluation/metrics/ has the table)."""
 
 
 @dataclass(kw_only=True)
@@ -36,13 +41,29 @@ class SourceConfig:
 
 
 @dataclass(kw_only=True)
+class EvalSourceConfig(SourceConfig):
+    """A held-out set. With a metric its records are answered and scored beside the loss (docs/evaluation.md)."""
+
+    metric: MetricName | None = None
+    """Score of greedy answers, logged as ``eval/METRIC/NAME``; null: the loss alone."""
+    metric_settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the metric."""
+    rule: str = ""
+    """How the answer is taken from the text; empty: the metric's own."""
+    max_new_tokens: int = number(64, at_least=1, at_most=10**6)
+    """Longest answer that is scored."""
+    limit: int | None = number(None, at_least=1)
+    """The first so many records are scored; null: all."""
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """Data group of a recipe."""
 
     sources: list[SourceConfig] = field(default_factory=list)
     """What is trained on. A list stands for itself; a mapping by name changes, adds or (null) takes out single sources of
     the file that is extended: see "Sources by name"."""
-    eval_sources: list[SourceConfig] = field(default_factory=list)
+    eval_sources: list[EvalSourceConfig] = field(default_factory=list)
     """Held-out sets: evaluated every ``log.eval_interval`` steps; never drawn for training."""
     tokenizer: str = file_path("")
     """A SentencePiece ``.model`` file or a directory with a Hugging Face ``tokenizer.json``."""

@@ -18,11 +18,12 @@ from megatron_omni.generation.engine import Engine, EngineLimits
 from megatron_omni.generation.request import (
     GREEDY,
     Alternatives,
+    Event,
     FinishedEvent,
     FinishReason,
+    PromptEvent,
     Request,
     Sampling,
-    TokenEvent,
     Usage,
     Wanted,
 )
@@ -46,14 +47,19 @@ class Result:
     logprobs: list[float] = field(default_factory=list)
     """Of the tokens, the one that ended it included; empty unless asked for."""
     top: list[Alternatives] = field(default_factory=list)
+    prompt_logprobs: tuple[float, ...] = ()
+    """Of tokens 1, 2, ... of the prompt; empty unless asked for."""
     text: str = ""
     reasoning: str = ""
     reason: FinishReason = "stop"
     stop: int | str | None = None
     usage: Usage | None = None
 
-    def add(self, event: TokenEvent | FinishedEvent) -> None:
+    def add(self, event: Event) -> None:
         """Take over what an event says."""
+        if isinstance(event, PromptEvent):
+            self.prompt_logprobs = event.logprobs
+            return
         self.text += event.text
         self.reasoning += event.reasoning
         if isinstance(event, FinishedEvent):
@@ -68,9 +74,17 @@ class Result:
             self.top.append(event.top)
 
 
-def answered(engine: Engine, requests: Iterable[Request]) -> Iterator[Result]:
+def answered(
+    engine: Engine,
+    requests: Iterable[Request],
+    *,
+    ready: Callable[[], bool] = lambda: True,
+    refused: Callable[[Request, ValueError], None] | None = None,
+) -> Iterator[Result]:
     """Results as answers finish, on the leader; ``requests`` are taken a few ahead of what is computed.
 
+    ``ready`` says whether the next request is there; while it is not, what runs goes on. ``refused`` is told of a request
+    that the engine cannot take; without it that is a ValueError here.
     FloatingPointError where logits are not finite. The other ranks of the replica are in ``engine.follow()``; with
     expert parallelism all leaders call this together, some perhaps without a request.
     """
@@ -78,18 +92,24 @@ def answered(engine: Engine, requests: Iterable[Request]) -> Iterator[Result]:
     left = iter(requests)
     more = True
     while True:
-        while more and engine.state().waiting < engine.limits.max_running:
+        # Without work of its own a leader waits for a request here: the others would take a step without one for the end.
+        while more and (state := engine.state()).waiting < engine.limits.max_running:
+            if (state.waiting or state.running) and not ready():
+                break
             request = next(left, None)
             more = request is not None
             if request is not None:
-                engine.submit(request)
+                try:
+                    engine.submit(request)
+                except ValueError as error:
+                    if refused is None:
+                        raise
+                    refused(request, error)
         for event in engine.step():
-            if not isinstance(event, TokenEvent | FinishedEvent):
-                continue
             if isinstance(event, FinishedEvent) and event.reason == "error":
                 raise FloatingPointError(event.message)
-            key = event.name, event.sample
-            results.setdefault(key, Result(name=event.name, sample=event.sample)).add(event)
+            key = event.name, 0 if isinstance(event, PromptEvent) else event.sample
+            results.setdefault(key, Result(name=event.name, sample=key[1])).add(event)
             if isinstance(event, FinishedEvent):
                 yield results.pop(key)
         if not engine.busy and not more:
@@ -158,21 +178,6 @@ def generate_windows(
             yield numbers, _led(engine, requests, pg)
 
 
-def generate_all(
-    model: nn.Module,
-    build_prompt: Callable[[int], Sample | None],
-    num_prompts: int,
-    *,
-    max_new_tokens: int,
-    sampling: Sampling = GREEDY,
-    **settings: object,
-) -> dict[int, list[int]]:
-    """Token ids of the answer to every prompt, by its number: all windows of :func:`generate_windows`."""
-    wanted = Wanted(max_new_tokens=max_new_tokens, sampling=sampling)
-    windows = generate_windows(model, build_prompt, range(num_prompts), wanted=wanted, **settings)  # type: ignore[arg-type]
-    return {n: samples[0].ids for _, answers in windows for n, samples in answers.items()}
-
-
 def _request(name: str, prompt: Sample, row: int, wanted: Wanted) -> Request:
     seed = derived_seed(wanted.sampling.seed, row)
     return Request.of(replace(wanted, sampling=replace(wanted.sampling, seed=seed)), name=name, prompt=prompt)
@@ -205,14 +210,14 @@ def _led(
     return shared(answers, pg, over_replicas=over_replicas)
 
 
-def shared[T](mine: dict[int, T] | None, pg: ProcessGroupCollection, *, over_replicas: bool = True) -> dict[int, T]:
+def shared[K, T](mine: dict[K, T] | None, pg: ProcessGroupCollection, *, over_replicas: bool = True) -> dict[K, T]:
     """What the leaders of all replicas have, or that of this one, on every rank; all of them call this together.
 
     PeerFailed on all of them where a leader has None: it failed.
     """
     whole = mine
     if pg.mp.rank() == 0 and over_replicas and pg.dp.size() > 1:
-        parts: list[dict[int, T] | None] = [None] * pg.dp.size()
+        parts: list[dict[K, T] | None] = [None] * pg.dp.size()
         dist.all_gather_object(parts, mine, group=pg.dp)
         found = [part for part in parts if part is not None]
         whole = {n: value for part in found for n, value in part.items()} if len(found) == len(parts) else None

@@ -19,7 +19,7 @@ an error, ``follow()`` raises PeerFailed on its ranks, and so does the next ``st
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -143,6 +143,8 @@ class Engine:
         """With expert parallelism: the other leaders' next message is that of a step."""
         self._last_word = time.monotonic()
         self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
+        self.step_seconds = 0.0
+        """Wall time inside :meth:`step` since the start."""
         self._modes = [(module, module.training) for module in self._replica.omni.modules()]
         self._replica.omni.eval()
 
@@ -189,6 +191,7 @@ class Engine:
     def step(self) -> list[Event]:
         """See :class:`~megatron_omni.generation.request.RequestEngine`."""
         assert self.leads and not self._closed
+        start = time.perf_counter()
         busy, self.last_step = self._scheduler.busy, StepFacts()
         if self.pg.ep.size() > 1:
             self._others_busy = busy = self._leaders_meet = self._meet(_BUSY if busy else _IDLE) == _BUSY
@@ -208,6 +211,7 @@ class Engine:
         elif self._answers_gone or self._requests_gone or time.monotonic() - self._last_word > IDLE_SECONDS:
             self._order(NOTHING_TO_DO, StepPlan())
         events, self._events = self._events, []
+        self.step_seconds += time.perf_counter() - start
         return events
 
     @property
@@ -235,13 +239,13 @@ class Engine:
         assert not self._told, "answers that have not finished have keys and values of the old weights"
         self._scheduler.forget_kept()
 
-    def follow(self) -> None:
+    def follow(self, moved: Callable[[], None] = lambda: None) -> None:
         """Compute what the leader plans, until it closes the engine; the other ranks of a replica call this. PeerFailed
-        where it cannot go on."""
+        where it cannot go on. ``moved`` is called after every order of the leader."""
         assert not self.leads
         self.broken = True
         try:
-            self._replica.follow()
+            self._replica.follow(moved)
         except PeerFailed:
             self.broken = False
             raise

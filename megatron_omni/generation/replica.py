@@ -12,7 +12,7 @@ Shapes: T tokens of a step, R rows of logits, V vocabulary, H hidden size.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, cast
 
@@ -188,8 +188,9 @@ class Replica:
                 dist.broadcast_object_list(list(requests), group=self.pg.mp, group_src=0, device=device())
         return self._carry_out(orders, requests)
 
-    def follow(self) -> None:
-        """Carry out orders until the leader says stop; PeerFailed where it says that it failed."""
+    def follow(self, moved: Callable[[], None] = lambda: None) -> None:
+        """Carry out orders until the leader says stop, and call ``moved`` after each; PeerFailed where it says that it
+        failed."""
         orders = Orders(op=NOTHING_TO_DO)
         while orders.op != STOP:
             message = torch.zeros(_FIRST_MESSAGE, dtype=torch.int64, device=device())
@@ -206,6 +207,7 @@ class Replica:
             if requests:
                 dist.broadcast_object_list(requests, group=self.pg.mp, group_src=0, device=device())
             self._carry_out(orders, cast(list[Request], requests))
+            moved()
 
     @torch.inference_mode()
     def _carry_out(self, orders: Orders, requests: Sequence[Request]) -> tuple[list[Scored], list[Scored]]:

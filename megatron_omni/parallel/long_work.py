@@ -11,7 +11,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import count
@@ -57,6 +57,7 @@ class Work:
         self.what, self._measured = what, measured
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._moves = 0
+        self._counts: dict[str, int] = {}
         self._peers: dict[int, _Peer] = {}
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -76,10 +77,17 @@ class Work:
         """This rank has done a piece more. Cheap: call it for every few megabytes."""
         self._moves += 1
 
-    def exchange(self, value: Any) -> list[Any]:
+    def add(self, name: str, amount: int = 1) -> int:
+        """A count that all ranks share, with ``amount`` added: dealing out numbers one by one is ``add("taken") - 1``."""
+        if self._world_size == 1:
+            self._counts[name] = self._counts.get(name, 0) + amount
+            return self._counts[name]
+        return int(self._store.add(f"count/{name}", amount))
+
+    def exchange(self, value: Any, *, waiting: Callable[[], None] = lambda: None) -> list[Any]:
         """What every rank gives, in rank order, when all have given: plain values, as JSON knows them.
 
-        RuntimeError when a rank fails, dies or hangs meanwhile, naming it.
+        ``waiting`` is called again and again until then. RuntimeError when a rank fails, dies or hangs meanwhile, naming it.
         """
         if self._world_size == 1:
             return [value]
@@ -87,11 +95,11 @@ class Work:
         if self._rank == 0:  # one rank watches all, and all watch that one: the store answers few questions
             values = []
             for rank in range(self._world_size):
-                self._wait(f"value/{rank}", list(range(rank, self._world_size)))
+                self._wait(f"value/{rank}", list(range(rank, self._world_size)), waiting)
                 values.append(parse_json(self._store.get(f"value/{rank}"), f"value/{rank}"))
             self._store.set("all", json.dumps(values))
             return values
-        self._wait("all", [0])
+        self._wait("all", [0], waiting)
         return list(parse_json(self._store.get("all"), "all"))
 
     def fail(self, text: str) -> None:
@@ -118,7 +126,7 @@ class Work:
             except Exception:  # the store is gone, and with it the rank or launcher that kept it
                 return
 
-    def _wait(self, key: str, watched: list[int]) -> None:
+    def _wait(self, key: str, watched: list[int], waiting: Callable[[], None]) -> None:
         """Until ``key`` is there; RuntimeError for a rank of ``watched`` that gives no hope of it."""
         pause, looked = 0.001, 0.0
         while not self._store.check([key]):
@@ -128,6 +136,7 @@ class Work:
                 looked = time.monotonic()
                 for rank in watched:
                     self._look_at(rank)
+            waiting()
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_SLEEP)
 

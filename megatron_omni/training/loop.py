@@ -142,6 +142,8 @@ def _train(run: Run, signals: StopSignals, logger: RunLogger) -> int:
 def _evaluate(run: Run, logger: RunLogger) -> dict[str, float]:
     with logger.paused("evaluation"):
         evaluated = evaluate(run, moved=logger.timer.moved)
+        if run.score is not None:
+            evaluated |= run.score(run, logger.timer.moved)
         logger.write(evaluated)
     return evaluated
 

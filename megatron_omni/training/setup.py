@@ -5,7 +5,7 @@ optimizer copies its fp32 master weights from them.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -70,6 +70,9 @@ class Run:
     origin: str = "random"
     """Where its weights come from, for the log."""
     eval_loaders: dict[str, StepLoader | None] = field(default_factory=dict)
+    score: "Callable[[Run, Callable[[], None]], dict[str, float]] | None" = None
+    """Scores of the held-out sets, beside their losses (evaluation/held_out.py); all ranks together. It calls what it is
+    given again and again."""
     state: TrainState = field(default_factory=TrainState)
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_omni.chain import ChainConfig
-from megatron_omni.config.data import SourceConfig
+from megatron_omni.config.data import EvalSourceConfig, SourceConfig
 from megatron_omni.config.load import load_recipe, recipe_from_dict, recipe_to_dict, recipe_to_yaml
 from megatron_omni.config.model import LoraConfig
 from megatron_omni.config.parts import PARTS
@@ -344,7 +344,7 @@ def test_sources_are_changed_added_and_taken_out_by_name(tmp_path: Path) -> None
     assert (a.name, a.weight, a.reweight) == ("a", 3.0, {10: 0.5, 20: 0.1})
     assert (b.name, b.path, b.weight, b.epochs) == ("b", "b.jsonl", 2.0, 2.0)
     assert c == SourceConfig(name="c", path="c.jsonl")
-    assert recipe.data.eval_sources == [SourceConfig(name="e", path="e")]
+    assert recipe.data.eval_sources == [EvalSourceConfig(name="e", path="e")]
     assert [s.name for s in load_recipe(tmp_path / "r.yaml", ["data.sources.a=null"]).data.sources] == ["b", "c"]
     assert [s.name for s in load_recipe(tmp_path / "r.yaml", ["data.sources=[{name: z, path: z}]"]).data.sources] == [
         "z"

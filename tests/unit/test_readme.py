@@ -41,6 +41,7 @@ SHORTER = {
         "model.moe.moe_aux_loss_decay_iters=1", "log.eval_interval=0", "data.num_workers=0",
     ],
     "generate": ["--max-new-tokens", "2"],
+    "evaluate": ["--max-new-tokens", "2"],
     "prepare": ["--workers", "1"],
     "preflight": ["--samples", "1", "--steps", "2"],
 }  # fmt: skip
@@ -71,7 +72,16 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / recipe.data.tokenizer).write_bytes(tokenizer.read_bytes())
     for name in {Path(s.path).name for s in [*recipe.data.sources, *recipe.data.eval_sources]}:
         write_records(data / "train" / name)
-    write_records(data / "eval" / "video.held_out.jsonl")
+    for name in (
+        "image",
+        "image_two",
+        "word",
+        "speech",
+        "sound",
+        "video",
+        "text",
+    ):  # of evaluation/sets/quickstart.yaml
+        write_records(data / "eval" / f"{name}.held_out.jsonl")
     write_image(media / "000000.png", size=(64, 64))
     words = ["train", "recipes/tiny/quickstart.yaml"]
     assert run(place, shorter(words)) == [(0, "")]
