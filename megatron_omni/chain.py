@@ -397,6 +397,9 @@ def report(chains: Sequence[Chain]) -> str:
     if not any(seed[stage.name] for seed in losses for stage in trained):
         raise ValueError(f"{first.run_dir}: no stage has evaluated anything; run the chain, with log.eval_interval > 0")
     blocks = [reading.table([stage.name for stage in trained], losses)]
+    scores = [{s.name: reading.held_out_scores(s.run_dir) for s in chain.stages} for chain in chains]
+    if any(found for seed in scores for found in seed.values()):
+        blocks += ["", "Scores:", "", reading.table([stage.name for stage in trained], scores)]
     for chain, found in zip(chains, losses):
         blocks += [f"{chain.run_dir}:" if len(chains) > 1 else "", *(f"- {line}" for line in _lines(chain, found))]
     return "\n".join(blocks)

@@ -1,7 +1,8 @@
 """What the stages of a chain show on held-out data, from the ``metrics.jsonl`` that each leaves: a table and its reading.
 
 Rows are training stages, columns the held-out sets that all of them evaluate; an entry is the mean loss (nats per answer
-token) of the last evaluation, over several seeds mean +- half the range. Read off it:
+token) of the last evaluation, over several seeds mean +- half the range. Scores of sets that name a metric have a table of their
+own, and so have results of ``megatron-omni evaluate`` in the folder ``evaluation`` of a stage. Read off the losses:
 
 1. each warmed-up dense expert is better at its own sets (those named like a source it trained on) than the other experts,
 2. the mixture after fine-tuning is at least as good as the best of them on every set,
@@ -15,11 +16,14 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_omni.evaluation.results import SUMMARY, read_summary
 from megatron_omni.foreign import parse_json, read_text
 
 Losses = dict[str, float]
 """Held-out set -> loss."""
 
+RESULTS = "evaluation"
+"""Folder of a run with results of ``megatron-omni evaluate``."""
 _EVAL = "eval/loss/"
 _LOAD = re.compile(r"moe/load/layer_(\d+)/(\w+)/(expert|null)_(\d+)$")
 _MEAN_K = re.compile(r"moe/mean_k/layer_(\d+)$")
@@ -36,6 +40,18 @@ def held_out_losses(run_dir: Path) -> Losses:
     found: Losses = {}
     for record in read_records(run_dir):
         found = {k.removeprefix(_EVAL): v for k, v in record.items() if k.startswith(_EVAL)} or found
+    return found
+
+
+def held_out_scores(run_dir: Path) -> Losses:
+    """``METRIC SET`` -> score, of the last evaluation of a run, and of the results in its folder ``evaluation``."""
+    found: Losses = {}
+    for record in read_records(run_dir):
+        scores = {k.removeprefix("eval/") for k in record if k.startswith("eval/") and not k.startswith("eval/loss")}
+        found = {name.replace("/", " ", 1): record[f"eval/{name}"] for name in sorted(scores)} or found
+    if (run_dir / RESULTS / SUMMARY).is_file():
+        tasks = read_summary(run_dir / RESULTS).tasks
+        found |= {f"{task.metric} {name}": task.score for name, task in tasks.items() if task.score is not None}
     return found
 
 

@@ -178,6 +178,21 @@ def generate_windows(
             yield numbers, _led(engine, requests, pg)
 
 
+def generate_all(
+    model: nn.Module,
+    build_prompt: Callable[[int], Sample | None],
+    num_prompts: int,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    **settings: object,
+) -> dict[int, list[int]]:
+    """Token ids of the answer to every prompt, by its number: all windows of :func:`generate_windows`."""
+    wanted = Wanted(max_new_tokens=max_new_tokens, sampling=sampling)
+    windows = generate_windows(model, build_prompt, range(num_prompts), wanted=wanted, **settings)  # type: ignore[arg-type]
+    return {n: samples[0].ids for _, answers in windows for n, samples in answers.items()}
+
+
 def _request(name: str, prompt: Sample, row: int, wanted: Wanted) -> Request:
     seed = derived_seed(wanted.sampling.seed, row)
     return Request.of(replace(wanted, sampling=replace(wanted.sampling, seed=seed)), name=name, prompt=prompt)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_omni.evaluation import stages
+from megatron_omni.evaluation.results import CheckpointFacts, Summary, TaskSummary
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -47,6 +48,26 @@ def test_the_last_evaluation_and_late_routing_count(tmp_path: Path) -> None:
         "layer 0: mean k 1.50, null used by 0.10 to 0.30 of a modality's tokens, expert 0 by image 0.70, text 0.30"
     ]
     assert stages.held_out_losses(tmp_path / "nothing") == {}
+
+
+def test_scores_of_the_last_evaluation_and_of_the_command(tmp_path: Path) -> None:
+    run_dir = write(
+        tmp_path, {"step": 1, "eval/cer/word": 0.9}, {"step": 5, "eval/loss/word": 1.0, "eval/cer/word": 0.25},
+    )  # fmt: skip
+    assert stages.held_out_scores(run_dir) == {"cer word": 0.25}
+    assert stages.held_out_losses(run_dir) == {"word": 1.0}
+    facts = CheckpointFacts(path="x", iteration=5, digest="d")
+    task = TaskSummary(
+        file="f", digest="d", metric="anls", metric_settings={}, metric_version="v", rule="whole", higher_is_better=True,
+        score=0.5, stderr=None, count=1, skipped={}, unparsed=0, changed_by_rule=0, not_scored=0, finish_reasons={},
+        first_prompt="", group="",
+    )  # fmt: skip
+    summary = Summary(
+        checkpoint=facts, version="0", ranks=1, wall_seconds=0.0, step_seconds=0.0, tasks={"doc": task}, groups={}
+    )
+    (run_dir / "evaluation").mkdir()
+    (run_dir / "evaluation" / "summary.json").write_text(summary.to_json())
+    assert stages.held_out_scores(run_dir) == {"cer word": 0.25, "anls doc": 0.5}
 
 
 def test_table_and_readings_say_what_the_losses_are() -> None:
