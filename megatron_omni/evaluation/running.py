@@ -23,8 +23,8 @@ from megatron_omni.generation.engine import Engine, EngineLimits
 from megatron_omni.generation.request import Request
 from megatron_omni.parallel.long_work import Work, long_work
 
-AHEAD = 16
-"""Samples that are built ahead of the engine, at least two for each thread."""
+AHEAD = 32
+"""Most samples that are built ahead of the engine."""
 
 
 @dataclass(kw_only=True)
@@ -120,7 +120,9 @@ def _lead(
     """Take samples until none is left."""
     waiting: dict[str, Asked] = {}
     start: list[float] = []
-    ahead = _Ahead(work, todo, builder, threads=threads)
+    # No leader hoards what another could compute meanwhile.
+    share = max(1, len(todo) // (4 * engine.pg.dp.size()))
+    ahead = _Ahead(work, todo, builder, threads=threads, most=max(threads, min(AHEAD, share)))
 
     def requests() -> Iterator[Request]:
         for task, prepared in ahead:
@@ -142,7 +144,7 @@ def _lead(
 
     with ahead:
         before = engine.step_seconds
-        for result in answered(engine, requests(), ready=ahead.ready, refused=refused):
+        for result in answered(engine, requests(), ready=ahead.ready, refused=refused, most_waiting=share):
             asked = waiting.pop(result.name)
             line = asked.take(int(result.name.rpartition(".")[2]), result)
             if line is not None:
@@ -154,9 +156,10 @@ def _lead(
 class _Ahead:
     """Samples in the order in which this leader took them, built by threads a few ahead."""
 
-    def __init__(self, work: Work, todo: Sequence[tuple[Task, int]], builder: SampleBuilder, *, threads: int) -> None:
-        self._work, self._todo, self._builder = work, todo, builder
-        self._depth = max(AHEAD, 2 * threads)
+    def __init__(
+        self, work: Work, todo: Sequence[tuple[Task, int]], builder: SampleBuilder, *, threads: int, most: int
+    ) -> None:
+        self._work, self._todo, self._builder, self._most = work, todo, builder, most
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="evaluate")
         self._building: deque[tuple[Task, Future[Asked | SkippedSample]]] = deque()
         self._left = True
@@ -181,7 +184,9 @@ class _Ahead:
             yield task, built
 
     def _fill(self) -> None:
-        while self._left and len(self._building) < self._depth:
+        if len(self._building) > self._most // 2:
+            return  # several at a time: each hand-over to a thread that sleeps costs this one its turn
+        while self._left and len(self._building) < self._most:
             number = self._work.add("taken") - 1
             if number >= len(self._todo):
                 self._left = False

@@ -80,20 +80,23 @@ def answered(
     *,
     ready: Callable[[], bool] = lambda: True,
     refused: Callable[[Request, ValueError], None] | None = None,
+    most_waiting: int | None = None,
 ) -> Iterator[Result]:
     """Results as answers finish, on the leader; ``requests`` are taken a few ahead of what is computed.
 
     ``ready`` says whether the next request is there; while it is not, what runs goes on. ``refused`` is told of a request
-    that the engine cannot take; without it that is a ValueError here.
+    that the engine cannot take; without it that is a ValueError here. Of those that it took ``most_waiting`` wait for
+    their turn (default: as many as are computed together).
     FloatingPointError where logits are not finite. The other ranks of the replica are in ``engine.follow()``; with
     expert parallelism all leaders call this together, some perhaps without a request.
     """
     results: dict[tuple[str, int], Result] = {}
     left = iter(requests)
+    most_waiting = min(most_waiting or engine.limits.max_running, engine.limits.max_running)
     more = True
     while True:
         # Without work of its own a leader waits for a request here: the others would take a step without one for the end.
-        while more and (state := engine.state()).waiting < engine.limits.max_running:
+        while more and (state := engine.state()).waiting < most_waiting:
             if (state.waiting or state.running) and not ready():
                 break
             request = next(left, None)

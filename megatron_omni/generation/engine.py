@@ -306,7 +306,8 @@ class Engine:
         prompt, model = request.prompt, self._replica.omni.language.model_config
         if request.name in self._numbers:
             raise ValueError(f"name is {request.name!r}, which a request that has not finished has")
-        check_ids(prompt.input_ids.unique().tolist(), model.vocab_size, "prompt")
+        ids = prompt.input_ids.numpy()
+        check_ids((int(ids.min()), int(ids.max())), model.vocab_size, "prompt")
         check_ids(request.stop_ids, model.vocab_size, "stop_ids")
         wanted = f"prompt has {prompt.length} tokens and max_new_tokens is {request.max_new_tokens}, together "
         if not self._scheduler.fits(request.num_tokens):

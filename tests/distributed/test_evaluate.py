@@ -164,12 +164,13 @@ def test_samples_scores_and_what_could_not_be_used(trained: Trained, alone: Path
 
 def test_killed_twice_and_finished_on_four_ranks_it_is_the_same(trained: Trained, alone: Path, tmp_path: Path) -> None:
     words = [trained.run_dir, "--tasks", trained.corpus / "tasks.yaml", "--out", tmp_path / "out"]
-    for ranks, dies_after in ((2, 4), (2, 3)):
-        with pytest.raises(RankFailure, match="rank 0 died"):
+    for ranks, dies_after in ((2, 2), (2, 1)):
+        with pytest.raises(RankFailure):  # of whichever rank the harness hears first
             command(*words, ranks=ranks, dies_after=dies_after)
+        assert (tmp_path / "out" / "parts" / "0.jsonl").read_text().endswith('"row": 3, "id"')
     assert not (tmp_path / "out" / "summary.json").exists()
     before = sum(len(read_samples(tmp_path / "out", task)) for task in ("held", "exact"))
-    assert before >= 4  # of the first start; those of the second are in parts/
+    assert before >= 2  # of the first start; those of the second are in parts/
     last = command(*words, ranks=4)
     assert [outcome.status for outcome in last] == [0] * 4, last[0].err
     for task in ("held", "exact"):
@@ -177,8 +178,8 @@ def test_killed_twice_and_finished_on_four_ranks_it_is_the_same(trained: Trained
     mine, theirs = read_summary(tmp_path / "out"), read_summary(alone)
     assert mine.tasks == theirs.tasks and mine.ranks == 4
     assert not list((tmp_path / "out" / "parts").iterdir())
-    again = command(*words, "parallel.tensor_model_parallel_size=2", ranks=2)  # nothing is left to ask
-    assert [outcome.status for outcome in again] == [0, 0] and read_summary(tmp_path / "out").tasks == theirs.tasks
+    again = command(*words)  # nothing is left to ask
+    assert again[0].status == 0 and read_summary(tmp_path / "out").tasks == theirs.tasks
 
 
 @pytest.mark.parametrize("size", ["tensor_model", "pipeline_model", "expert_model"])
