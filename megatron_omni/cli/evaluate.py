@@ -182,7 +182,7 @@ def run(request: Request) -> int:
     tasks = load_tasks(
         request.tasks, eval_sources=held_out_sets(request.checkpoint), data=request.data, changes=request.changes
     )
-    evaluate(
+    summary = evaluate(
         open_checkpoint(request.checkpoint, overrides=request.overrides),
         tasks,
         out=request.out,
@@ -193,6 +193,9 @@ def run(request: Request) -> int:
         against=request.against,
         seed=request.seed,
     )
+    if summary is not None and not any(task.count for task in summary.tasks.values()):
+        print(f"error: no sample of any task could be used; {request.out} says why of each", file=sys.stderr)
+        return EXIT_BAD_INPUT
     return 0
 
 

@@ -86,6 +86,8 @@ def evaluate(
                 threads=threads,
                 progress=_Progress() if dist.get_rank() == 0 else lambda done, total: None,
             )
+        if dist.get_world_size() > 1:
+            dist.barrier()  # a network file system shows what is written when its file is closed
     if dist.get_rank() != 0:
         return None
     settings |= {"batch_size": batch_size, "threads": threads, "parallel": asdict(checkpoint.recipe.parallel)}

@@ -278,6 +278,8 @@ def _check_fields(config: TaskConfig, metric: Metric) -> None:
 def _open(name: str, data: str, root: str, folder: Path) -> tuple[Source, list[Path]]:
     config = SourceConfig(name=name, path=str(folder / data), root=str(folder / root) if root else "")
     check_name(config)
+    if tars := [file for file in shard_paths(config.path) if str(file).endswith(".tar")]:
+        raise ValueError(f"data: {tars[0]} is a tar, and tasks are JSONL records; write its records into a JSONL file")
     return open_source(config, digest=""), list(map(Path, shard_paths(config.path)))
 
 

@@ -270,6 +270,15 @@ def test_a_folder_of_another_evaluation_is_refused(trained: Trained, alone: Path
     assert outcome.status == 2 and "holds results of another checkpoint (elsewhere, not " in outcome.err
 
 
+def test_a_task_of_which_nothing_can_be_used_is_bad_input(trained: Trained, tmp_path: Path) -> None:
+    lost = chat("<image> x", "one") | {"images": ["none.png"]}
+    (tmp_path / "lost.jsonl").write_text(json.dumps(lost) + "\n")
+    words = [trained.run_dir, "--tasks", tmp_path / "lost.jsonl", "--metric", "anls", "--out", tmp_path / "out"]
+    outcome = command(*words)[0]
+    assert outcome.status == 2 and "lost: row 0 was not asked (missing_media)" in outcome.err
+    assert "error: no sample of any task could be used" in outcome.err
+
+
 BAD_COMMAND_LINES = {
     "nothing": ([], "no checkpoint"),
     "no tasks": (["{tmp}", "--out", "{tmp}/out"], "--tasks names no task"),
