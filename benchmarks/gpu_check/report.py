@@ -126,9 +126,12 @@ def _ratio(value: float | None) -> str:
 
 
 def _decode(found: dict[str, Any]) -> list[str]:
-    rows = [[str(r["batch"]), f"{r['ms_a_token']:.2f}", f"{r['prompt_ms']:.1f}"] for r in found["decode"]]
+    rows = [
+        [str(r["batch"]), r["decoding"], f"{r['ms_a_token']:.2f}", f"{r['prompt_ms']:.1f}", f"{r['same_answers']:.0%}"]
+        for r in found["decode"]
+    ]
     return [
         f"{found['parameters_m']:.1f}M parameters, a prompt of {found['prompt_tokens']} tokens with a picture and a sound. "
         f"One read of the language model's weights takes {found['weights_read_ms']:.2f} ms here.",
-        table(["prompts", "ms a token", "prompt, ms"], rows),
+        table(["prompts", "decoding", "ms a token", "prompt, ms", "answers as ragged"], rows),
     ]

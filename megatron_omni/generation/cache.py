@@ -8,6 +8,8 @@ neighbours are computed together, over as many keys as the longest has, without 
 the rows of one small product, so keys are never repeated. Longer chunks are segments (segments.py), causal at their end.
 On a CUDA device all chunks are: its variable-length kernel takes them in one call.
 
+A decoding step of fixed shapes (fixed_steps.py) gathers its keys by place and masks what a token does not see.
+
 ``alike``: every token by itself, over exactly the keys that it sees. That is the same product whatever is computed
 beside it, so its bits do not depend on the other answers, on how a prompt was cut or on where it lies; it is slow.
 """
@@ -55,6 +57,8 @@ class KVCache:
         self._together: list[_Together] = []
         self._segments: tuple[Segment, ...] = ()
         self._attention: AttentionSegments | None = None
+        self._fixed: tuple[Tensor, Tensor] | None = None
+        """[B * K] int64 places of keys and [B, 1, 1, K] 0 or -inf, in a step of fixed shapes."""
 
     @property
     def num_bytes(self) -> int:
@@ -64,7 +68,7 @@ class KVCache:
     def move(self, copies: Sequence[Copy]) -> None:
         """Carry out ``copies`` in their order."""
         for copy in copies:
-            self._reach(max(copy.source, copy.target) + copy.length)
+            self.reach(max(copy.source, copy.target) + copy.length)
             target = slice(copy.target, copy.target + copy.length)
             for row in (row for layer in self._layers.values() for row in layer):
                 if copy.source == NOTHING:
@@ -75,8 +79,8 @@ class KVCache:
     def begin(self, chunks: Sequence[Chunk], places: Tensor) -> None:
         """Announce the next forward: ``chunks`` in the order of :func:`in_step_order`, ``places`` [n] int64 of all of
         their tokens in the cache, on the device."""
-        self._places, self._together, self._segments, self._attention = places, [], (), None
-        self._reach(max((chunk.extent.offset + chunk.extent.size for chunk in chunks), default=0))
+        self._places, self._together, self._segments, self._attention, self._fixed = places, [], (), None, None
+        self.reach(max((chunk.extent.offset + chunk.extent.size for chunk in chunks), default=0))
         first = 0
         run: list[Chunk] = []
         segments = []
@@ -94,6 +98,17 @@ class KVCache:
             first += chunk.length
         self._close(run, first - len(run))
         self._segments = tuple(segments)
+
+    def begin_fixed(self, places: Tensor, offsets: Tensor, lengths: Tensor, num_keys: int) -> None:
+        """Announce a forward of B tokens of which each is its answer's next: ``places`` [B] int64 of them, ``offsets`` [B]
+        of their extents, ``lengths`` [B] of what they see, at most ``num_keys``; all on the device, and read there."""
+        self._places, self._together, self._segments = places, [], ()
+        numbers = torch.arange(num_keys, device=places.device)
+        # The last extent may end before so many keys, and the row of positions with it: what lies there is masked.
+        gathered = (offsets.unsqueeze(1) + numbers).clamp_max_(self._reached - 1).flatten()
+        seen = numbers < lengths.unsqueeze(1)
+        mask = torch.zeros(seen.shape, device=places.device).masked_fill_(~seen, -torch.inf)
+        self._fixed = gathered, mask[:, None, None]
 
     def _close(self, run: Sequence[Chunk], first: int) -> None:
         if not run:
@@ -118,6 +133,8 @@ class KVCache:
         count = len(self._places)
         keys.index_copy_(0, self._places, key[:count])
         values.index_copy_(0, self._places, value[:count])
+        if self._fixed is not None:
+            return self._gathered(query, keys, values, scale, *self._fixed)
         if self.alike:
             return self._alike(query, keys, values, scale)
         if len(self._together) == 1 and self._together[0].num_rows == len(query):
@@ -143,6 +160,12 @@ class KVCache:
         k, v = (x.as_strided(shape, strides, t.row * t.size * step) for x in (keys, values))
         return F.scaled_dot_product_attention(query, k, v, attn_mask=t.mask, scale=scale)
 
+    def _gathered(
+        self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, places: Tensor, mask: Tensor
+    ) -> Tensor:
+        k, v = (x.index_select(0, places).view(len(query), -1, *x.shape[1:]).transpose(1, 2) for x in (keys, values))
+        return F.scaled_dot_product_attention(query, k, v, attn_mask=mask.to(query.dtype), scale=scale)
+
     def _alike(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
         output = query.new_zeros(query.shape)
         for segment in self._segments:
@@ -160,8 +183,8 @@ class KVCache:
             self._layers[layer] = (key.new_zeros(length, *key.shape[1:]), value.new_zeros(length, *value.shape[1:]))
         return self._layers[layer]
 
-    def _reach(self, end: int) -> None:
-        """Rows up to position ``end``. On a CPU they grow as they are needed."""
+    def reach(self, end: int) -> None:
+        """Have rows up to position ``end``. On a CPU they grow as they are needed."""
         if end <= self._reached:
             return
         self._reached = min(max(end, 2 * self._reached), self.num_positions)

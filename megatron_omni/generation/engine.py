@@ -32,6 +32,7 @@ from torch import nn
 
 from megatron_omni.data.tokenizer import Tokenizer
 from megatron_omni.generation.extents import extent_size
+from megatron_omni.generation.fixed_steps import Decoding, check_decoding
 from megatron_omni.generation.prefix import media_digests, prefixes, whole_prompt
 from megatron_omni.generation.replica import (
     FAILED,
@@ -87,6 +88,9 @@ class EngineLimits:
     """Keep keys and values of finished answers for prompts that begin alike, while nobody needs the place."""
     deterministic: bool = False
     """The bits of an answer do not depend on what is computed beside it (one rank; slow)."""
+    decoding: Decoding = "ragged"
+    """Steps in which all answers decode: a ragged row as any other, ``fixed`` shapes, or ``captured`` in those as CUDA
+    graphs (one rank a replica; fixed_steps.py)."""
 
 
 class _Told:
@@ -114,6 +118,7 @@ class Engine:
                 f"deterministic is True on tensor x pipeline = {pg.mp.size()} and expert = {pg.ep.size()} parallel ranks; "
                 "it needs replicas of one rank: set these sizes to 1, or deterministic to False"
             )
+        check_decoding(limits.decoding, deterministic=limits.deterministic, pg=pg)
         self.tokenizer, self.pg = tokenizer, pg
         self.leads = pg.mp.rank() == 0
         tokens = _agreed(_cache_tokens(model, limits, pg), pg)
@@ -121,7 +126,12 @@ class Engine:
             budget_tokens=tokens, max_running=limits.max_running, max_batch_tokens=limits.max_batch_tokens
         )
         self._replica = Replica(
-            model, pg=pg, cache_tokens=tokens, eos_ids=tokenizer.eos_ids, deterministic=limits.deterministic
+            model,
+            pg=pg,
+            cache_tokens=tokens,
+            eos_ids=tokenizer.eos_ids,
+            deterministic=limits.deterministic,
+            decoding=limits.decoding,
         )
         self._told: dict[int, _Told] = {}
         self._open: dict[int, list[int]] = {}

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from megatron_omni.batch import Modality
 from megatron_omni.generation.cache import KVCache, in_step_order
 from megatron_omni.generation.extents import Extent
+from megatron_omni.generation.fixed_steps import Decoding, FixedSteps
 from megatron_omni.generation.request import Alternatives, Request, Sampling
 from megatron_omni.generation.sampling import Choice, History, choose, derived_seed, token_log_probabilities
 from megatron_omni.generation.scheduler import Chunk, Copy
@@ -152,11 +153,15 @@ class Replica:
         cache_tokens: int,
         eos_ids: Sequence[int],
         deterministic: bool,
+        decoding: Decoding = "ragged",
     ) -> None:
         self.omni, self.pg = unwrapped(model), pg
         self.place = place_in(pg)
         self.cache = KVCache(cache_tokens, alike=deterministic)
         self._eos_ids, self._deterministic = tuple(eos_ids), deterministic
+        self._fixed = None
+        if decoding != "ragged":
+            self._fixed = FixedSteps(self.omni.language, self.cache, facts=facts, captured=decoding == "captured")
         self._prompts: dict[int, Prompt] = {}
         self._answers: dict[int, _Answer] = {}
         self._steps = 0
@@ -240,7 +245,10 @@ class Replica:
         moe = self.omni.language.model_config.moe
         stats = RoutingStats() if moe is not None and self._steps % ROUTING_STEPS == 0 else None
         self._steps += 1
-        logits = self._forward(chunks, numbers, rows, stats)
+        if self._fixed is not None and stats is None and all(map(self._decodes, chunks)):
+            logits: Tensor | None = self._fixed.logits(numbers, chunks)
+        else:
+            logits = self._forward(chunks, numbers, rows, stats)
         chosen = [chunk.answer for chunk in chunks if chunk.ends]
         results = self._results(logits, chosen, scored)
         if stats is not None and moe is not None:
@@ -257,6 +265,10 @@ class Replica:
             if here.history is not None and tokens[-1].token >= 0:
                 here.history.add(tokens[-1].token)
         return tokens, [_scored(answer, row) for (answer, _), row in zip(scored, results[len(chosen) :])]
+
+    def _decodes(self, chunk: Chunk) -> bool:
+        """Whether a chunk is the newest token of an answer."""
+        return chunk.length == 1 and chunk.ends and chunk.start >= self._answers[chunk.answer].prompt.length
 
     def _numbers(self, chunks: Sequence[Chunk]) -> tuple[np.ndarray, list[int], list[tuple[int, int]]]:
         """Of every token its id, three positions and place in the cache, [5, T] int64; the tokens whose logits are

@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import av
 import numpy
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from megatron_omni.config.run import Recipe
 from megatron_omni.data.collate import collate
@@ -22,9 +25,11 @@ from megatron_omni.data.record import parse_record
 from megatron_omni.data.sample import Sample, SampleBuilder
 from megatron_omni.generation.batches import Result, answered, generate
 from megatron_omni.generation.engine import Engine, EngineLimits
+from megatron_omni.generation.fixed_steps import _Step
 from megatron_omni.generation.request import Event, FinishedEvent, PromptEvent, Request, Sampling
 from megatron_omni.models.build import build_model
 from megatron_omni.models.omni import OmniModel
+from megatron_omni.platform.host_waits import HostWaits
 from tests.distributed.harness import Rank, run_ranks
 from tests.distributed.tiny_run import make_corpus, tiny_recipe
 
@@ -189,6 +194,7 @@ def one_rank(rank: Rank, corpus: Path) -> dict[str, Any]:
     with engine(ROOMY) as together:
         result["together"] = by_name(answered(together, [r for r in requests if r.name.endswith(".0")]))
         result["encoded"] = list(encoded)
+    result["fixed"], result["operations"] = fixed_steps(engine, requests)
     with engine(TIGHT) as tight:
         result["tight"] = played(tight, requests, seed=1, cancelled=6)
         result["set back"] = tight.state().set_back
@@ -202,6 +208,37 @@ def one_rank(rank: Rank, corpus: Path) -> dict[str, Any]:
     result["none"] = generate(model, [], tokenizer=builder.tokenizer, max_new_tokens=1, pg=pg)
     result["not finite"] = spoilt(engine, model, requests)
     return result
+
+
+class Operations(TorchDispatchMode):
+    """What is computed inside, in order: names and the sizes of what comes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.seen.append((str(func), tree_map_only(Tensor, lambda t: (t.shape, t.dtype), output)))
+        return output
+
+
+def fixed_steps(
+    engine: Callable[[EngineLimits], Engine], requests: list[Request]
+) -> tuple[dict[tuple[str, int], Result], dict[tuple[int, int], list[Any]]]:
+    """Results with decoding steps of fixed shapes; the operations of each step by (rows, keys). No step may wait."""
+    operations: dict[tuple[int, int], list[Any]] = {}
+    compute = _Step.compute
+
+    def watched(step: _Step) -> Tensor:
+        with HostWaits(allowed={}), Operations() as inside:
+            output = compute(step)
+        operations.setdefault((step.inputs.shape[1], step._keys), []).append(inside.seen)
+        return output
+
+    limits = replace(ROOMY, max_running=7, cache_tokens=2048, decoding="fixed")
+    with patch.object(_Step, "compute", watched), engine(limits) as one:
+        return played(one, requests, seed=4, cancelled=2), operations
 
 
 def full_logprobs(model: OmniModel, requests: list[Request], alone: dict[tuple[str, int], Result]) -> list[Any]:
@@ -388,6 +425,19 @@ def test_answers_do_not_depend_on_what_runs_beside_them(alone: dict[str, Any]) -
     assert assert_same_answers(alone["tight"], alone["alone"]) <= 1
     only = {key: result for key, result in alone["alone"].items() if key[0].endswith(".0")}
     assert assert_same_answers(alone["together"], only) <= 1
+
+
+def test_steps_of_fixed_shapes_give_the_same_answers(alone: dict[str, Any]) -> None:
+    assert assert_same_answers(alone["fixed"], alone["alone"]) <= 1
+
+
+def test_two_decoding_steps_of_one_size_are_the_same_operations_and_never_wait(alone: dict[str, Any]) -> None:
+    """What a CUDA graph needs. That no step waited is asserted where they ran."""
+    operations = alone["operations"]
+    assert {rows for rows, _ in operations} == {1, 4, 8} and {keys for _, keys in operations} == {256, 512}
+    assert all(len(steps) > 1 for steps in operations.values()) and sum(map(len, operations.values())) > 40
+    for size, steps in operations.items():
+        assert all(step == steps[0] for step in steps), size
 
 
 def test_samples_of_a_request_differ(alone: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -131,6 +132,24 @@ def test_megatron_takes_it_for_a_moe_layer():
     assert isinstance(layer, MoELayer) and layer.router.layer_number == LAYER
     assert all(parameter.allreduce is False for parameter in layer.experts.parameters())
     assert not any(hasattr(parameter, "allreduce") for parameter in layer.shared_experts.parameters())
+
+
+@pytest.mark.parametrize("kernels", ["omni", "torch"])
+def test_fixed_shapes_give_the_same_output_whatever_other_experts_say(kernels):
+    """Of one rank, without gradients, routing not drawn; expert 0 gives inf, and only for tokens that are its own."""
+    layer = build_layer(settings(kernels=kernels), weights())
+    hidden, _, ctx = micro_batch(0, stochastic=False)
+    ctx = replace(ctx, stats=None)
+    with torch.no_grad(), token_context(ctx):
+        expected, _ = layer(hidden)
+        own = layer.router(hidden.flatten(0, 1), ctx=ctx).routing.mask[:, 0]
+        with token_context(replace(ctx, fixed_shapes=True)):
+            torch.testing.assert_close(layer(hidden)[0], expected)
+            layer.experts.weight2[0] = float("inf")
+            spoilt = layer(hidden)[0].flatten(0, 1)
+    assert 0 < own.sum() < len(own)
+    torch.testing.assert_close(spoilt[~own], expected.flatten(0, 1)[~own])
+    assert not spoilt[own].isfinite().any()
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])

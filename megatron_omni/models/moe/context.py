@@ -54,6 +54,9 @@ class TokenContext:
     aux_loss_scale: float
     """Factor on each layer's auxiliary loss before it is added to the training loss (coefficient / layers /
     micro-batches)."""
+    fixed_shapes: bool = False
+    """Every expert of this rank computes every token, so no size depends on routing: for the few tokens of a decoding step
+    that is recorded (generation/fixed_steps.py)."""
     stats: RoutingStats | None = None
     """Where statistics are added; None while recomputing or when they are not wanted."""
 

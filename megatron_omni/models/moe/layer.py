@@ -26,6 +26,7 @@ from megatron_omni.models.moe.experts import RoutedExperts, SharedExperts
 from megatron_omni.models.moe.kernels import load_kernels
 from megatron_omni.models.moe.router import OmniRouter
 from megatron_omni.ops.gradient_estimator import row_gradient_factor
+from megatron_omni.ops.topp_route import Routing
 from megatron_omni.platform.device import device
 
 _MEGATRONS_OWN = (
@@ -145,6 +146,8 @@ class OmniMoELayer(MoELayer):
         trains = torch.is_grad_enabled() and ctx.stochastic
         routed = self.router(x, ctx=ctx, with_aux_loss=trains or ctx.stats is not None)
         routing, num_routed = routed.routing, self.moe.num_routed_experts
+        if ctx.fixed_shapes:
+            return self._every_expert(x, routing).to(hidden_states.dtype).view(hidden_states.shape)
         # The host waits for the numbers of rows. Meanwhile the device has the shared experts to compute.
         dispatch = self.token_dispatcher.begin(routing.mask[:, :num_routed])
         shared = None if self.shared_experts is None else self.shared_experts(x, routing.shared_weights)
@@ -172,6 +175,18 @@ class OmniMoELayer(MoELayer):
                 aux_loss=routed.aux_loss,
             )
         return y
+
+    def _every_expert(self, x: Tensor, routing: Routing) -> Tensor:
+        """y [T, H] in at least fp32 from ``x`` [T, H]: every expert computes every token, and what was not chosen is left
+        out of the sum. With a few tokens nearly all experts have one anyway, and reading their weights is what takes time."""
+        assert not torch.is_grad_enabled() and self.experts.ep_size * self.experts.etp_size == 1
+        num_routed, num_tokens = self.moe.num_routed_experts, len(x)
+        offsets = torch.arange(num_routed + 1, device=x.device) * num_tokens
+        rows = self.experts(x.repeat(num_routed, 1), offsets).view(num_routed, num_tokens, -1)
+        mask, weights = (t[:, :num_routed].t().unsqueeze(2) for t in (routing.mask, routing.weights))
+        # Not by a weight of zero: an expert may give inf for a token that is not its own.
+        y = (rows * weights).masked_fill_(~mask, 0).sum(0)
+        return y if self.shared_experts is None else y + self.shared_experts(x, routing.shared_weights)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Global layer number, called by Megatron's layer after construction."""
