@@ -104,8 +104,8 @@ class KVCache:
         of their extents, ``lengths`` [B] of what they see, at most ``num_keys``; all on the device, and read there."""
         self._places, self._together, self._segments = places, [], ()
         numbers = torch.arange(num_keys, device=places.device)
-        # The last extent may end before so many keys, and the row of positions with it: what lies there is masked.
-        gathered = (offsets.unsqueeze(1) + numbers).clamp_max_(self._reached - 1).flatten()
+        # The row of positions may end before so many keys: what is gathered in their place is masked.
+        gathered = (offsets.unsqueeze(1) + numbers).clamp_max_(self._length(places) - 1).flatten()
         seen = numbers < lengths.unsqueeze(1)
         mask = torch.zeros(seen.shape, device=places.device).masked_fill_(~seen, -torch.inf)
         self._fixed = gathered, mask[:, None, None]
@@ -134,7 +134,7 @@ class KVCache:
         keys.index_copy_(0, self._places, key[:count])
         values.index_copy_(0, self._places, value[:count])
         if self._fixed is not None:
-            return self._gathered(query, keys, values, scale, *self._fixed)
+            return self._gathered(query, keys, values, scale)
         if self.alike:
             return self._alike(query, keys, values, scale)
         if len(self._together) == 1 and self._together[0].num_rows == len(query):
@@ -160,11 +160,13 @@ class KVCache:
         k, v = (x.as_strided(shape, strides, t.row * t.size * step) for x in (keys, values))
         return F.scaled_dot_product_attention(query, k, v, attn_mask=t.mask, scale=scale)
 
-    def _gathered(
-        self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, places: Tensor, mask: Tensor
-    ) -> Tensor:
+    def _gathered(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
+        assert self._fixed is not None
+        places, mask = self._fixed
+        if mask.dtype != query.dtype:  # once, for all layers
+            self._fixed = places, mask = places, mask.to(query.dtype)
         k, v = (x.index_select(0, places).view(len(query), -1, *x.shape[1:]).transpose(1, 2) for x in (keys, values))
-        return F.scaled_dot_product_attention(query, k, v, attn_mask=mask.to(query.dtype), scale=scale)
+        return F.scaled_dot_product_attention(query, k, v, attn_mask=mask, scale=scale)
 
     def _alike(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
         output = query.new_zeros(query.shape)
@@ -179,9 +181,13 @@ class KVCache:
     def _of(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of a layer. What nobody wrote is zero: it is masked, but must be finite."""
         if layer not in self._layers:
-            length = self.num_positions if key.is_cuda else self._reached
+            length = self._length(key)
             self._layers[layer] = (key.new_zeros(length, *key.shape[1:]), value.new_zeros(length, *value.shape[1:]))
         return self._layers[layer]
+
+    def _length(self, like: Tensor) -> int:
+        """Positions that the rows of a layer have: on a CUDA device all, and what is recorded there never moves."""
+        return self.num_positions if like.is_cuda else self._reached
 
     def reach(self, end: int) -> None:
         """Have rows up to position ``end``. On a CPU they grow as they are needed."""
