@@ -11,7 +11,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 FAST ?= 0
 OVERWRITE ?= 0
-JOBS ?= 2
 PORT ?= 8000
 TRIALS ?= 100
 CLIENTS ?= 200
@@ -57,9 +56,10 @@ quickstart: venv ## compose a small real corpus, train the tiny recipe, score it
 demo: venv ## serve the quickstart's model with a page to talk to it (trains it first where it is not there; PORT=8000)
 	$(BIN)/python -m examples.serve.demo --port $(PORT)
 
-# Whole files go to a worker, in the order of their names: fixtures are made once, and what takes longest is not last.
-test: venv ## run the tests, JOBS=2 processes side by side (CPU, gloo)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not miniature" -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 10
+# Whole files go to a worker, so that fixtures are made once; those that take longest begin (tests/conftest.py). Three
+# processes for two cores: a quarter of the time tests wait, for time-outs, SLURM, servers and each other's ranks.
+test: venv ## run the tests, JOBS=3 processes side by side (CPU, gloo)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not miniature" -n $(or $(JOBS),3) --dist loadfile --no-loadscope-reorder --durations 10
 
 miniature: venv ## every full recipe and layout with its own flags and small sizes on 2 to 4 ranks, 10 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.recipes
@@ -71,7 +71,7 @@ wandb: venv ## install Weights & Biases (log.wandb_project); `make test` then ru
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["wandb"])')
 
 mutants: venv ## change MODULES in COUNT=40 small ways and list what no test sees, by hand (SEED=0); tools/mutants.py
-	$(BIN)/python tools/mutants.py $(MODULES) --seed $(SEED) --count $(COUNT) --jobs $(JOBS)
+	$(BIN)/python tools/mutants.py $(MODULES) --seed $(SEED) --count $(COUNT) --jobs $(or $(JOBS),2)
 
 stress: venv ## random faults on small runs, random requests and both shapes of SLURM job, by hand (TRIALS=100); docs/reliability.md has results
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.stress.faults --trials $(TRIALS)

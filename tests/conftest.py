@@ -2,24 +2,31 @@
 
 Hypothesis draws the same examples every time, so that chance never decides whether a change is good; whoever looks for
 new ones runs ``pytest FILES --hypothesis-profile random`` and stores what it finds as an ``@example``.
+
+The garbage collector rests while modules are imported and is not shown again what they left: a search of it all takes a
+quarter of a second, and every start of ranks makes one (tests/distributed/harness.py).
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
 
+gc.disable()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import pytest
-import torch
-from hypothesis import settings
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 settings.register_profile("fixed", derandomize=True, database=None, deadline=None, max_examples=60)
 settings.register_profile("random", derandomize=False, database=None, deadline=None, max_examples=2000, print_blob=True)
 settings.load_profile("fixed")
 
 torch.set_num_threads(1)
+
+LONGEST = ("test_slurm", "test_sanitized", "test_tiny_recipes", "test_gpu_check", "test_upcycle", "test_readme")
 
 from megatron_omni.platform.device import install  # noqa: E402
 
@@ -32,3 +39,15 @@ from tests.trained import Trained, train_tiny  # noqa: E402
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """The one tiny checkpoint of all tests of a process."""
     return train_tiny(tmp_path_factory.mktemp("trained"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest begin first, so that no process is left with one of them at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()

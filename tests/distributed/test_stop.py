@@ -1,9 +1,9 @@
 """How runs end: stop signals, non-finite gradients, a failure on one rank. No rank is left waiting."""
 
 import json
+import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,16 +16,18 @@ import torch.distributed as dist
 
 from megatron_omni.chain import Stage
 from megatron_omni.checkpoint import commit
+from megatron_omni.cli import train as cli_train
 from megatron_omni.config.load import recipe_to_yaml
 from megatron_omni.config.run import Recipe
 from megatron_omni.parallel.wrap import unwrap_model
-from megatron_omni.training import hooks
+from megatron_omni.training import hooks, loop
 from megatron_omni.training.hooks import StopSignals
 from megatron_omni.training.loop import train
 from megatron_omni.training.setup import Run
 from tests.distributed.harness import Rank, RankFailure
 from tests.distributed.test_resume import exact
 from tests.distributed.tiny_run import make_corpus, prepare, records, run_ranks, run_tiny, tiny_recipe, train_rank
+from tests.slurm.cluster import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERT = "language.decoder.layers.1.mlp.experts.weight1"
@@ -128,38 +130,38 @@ def test_a_run_ends_where_its_data_ends_with_a_checkpoint_and_says_why(
 # ---------------------------------------------------------------------------------------------------- failures
 
 
+def fail_on_one_rank(arguments: list[str], rank: int, port: int, log: Path) -> None:
+    """The command as rank ``rank`` of two, forked; rank 1 raises in its first update."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    update = loop.update
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if dist.get_rank() == 1:
+            raise ZeroDivisionError("the injected cause")
+        return update(*args, **kwargs)
+
+    loop.update = failing
+    os._exit(cli_train.main(arguments))
+
+
 def test_a_failure_on_one_rank_ends_all_and_is_reported_once(corpus: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(corpus, tmp_path / "run")
-    argv = command(recipe)[3:]
-    program = (
-        "import sys, torch.distributed as dist\n"
-        "from megatron_omni.platform.device import install; install()\n"
-        "from megatron_omni.training import loop\n"
-        "update = loop.update\n"
-        "def failing(*args, **kwargs):\n"
-        "    if dist.get_rank() == 1:\n"
-        "        raise ZeroDivisionError('the injected cause')\n"
-        "    return update(*args, **kwargs)\n"
-        "loop.update = failing\n"
-        "from megatron_omni.cli.train import main\n"
-        f"sys.exit(main({argv!r}))\n"
-    )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    arguments = command(tiny_recipe(corpus, tmp_path / "run"))[3:]
+    (port,) = free_ports(1)
+    logs = [tmp_path / f"stderr{rank}" for rank in range(2)]
+    context = multiprocessing.get_context("fork")
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program],
-            cwd=ROOT,
-            env={**os.environ, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
+        context.Process(target=fail_on_one_rank, args=(arguments, rank, port, log), daemon=True)
+        for rank, log in enumerate(logs)
     ]
-    errors = [process.communicate(timeout=90)[1] for process in processes]
-    assert [process.returncode for process in processes] == [1, 1]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=90)
+    errors = [log.read_text() for log in logs]
+    assert [process.exitcode for process in processes] == [1, 1], errors
     assert "error: [rank 1] ZeroDivisionError: the injected cause" in errors[1] and "Traceback" in errors[1]
     assert "[rank 0] ends: another rank failed first" in errors[0] and "Traceback" not in errors[0]
 

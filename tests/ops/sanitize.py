@@ -18,12 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 FLAGS = [
     "-std=c++17",
-    "-O1",
+    "-O0",
     "-g1",
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
     "-fno-omit-frame-pointer",
+    "--param=asan-instrumentation-with-call-threshold=0",
 ]
+"""Every access is checked, by a call: compiled in less than half the time of -O1 with the checks in place."""
 
 
 def compiler() -> list[str]:
