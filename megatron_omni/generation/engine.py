@@ -113,11 +113,6 @@ class Engine:
         self, model: nn.Module, *, tokenizer: Tokenizer, pg: ProcessGroupCollection, limits: EngineLimits | None = None
     ) -> None:
         self.limits = limits = limits or EngineLimits()
-        if limits.deterministic and pg.mp.size() * pg.ep.size() > 1:
-            raise ValueError(
-                f"deterministic is True on tensor x pipeline = {pg.mp.size()} and expert = {pg.ep.size()} parallel ranks; "
-                "it needs replicas of one rank: set these sizes to 1, or deterministic to False"
-            )
         check_decoding(limits.decoding, deterministic=limits.deterministic, pg=pg)
         self.tokenizer, self.pg = tokenizer, pg
         self.leads = pg.mp.rank() == 0

@@ -42,7 +42,12 @@ Decoding = Literal["ragged", "fixed", "captured"]
 
 
 def check_decoding(decoding: Decoding, *, deterministic: bool, pg: ProcessGroupCollection) -> None:
-    """ValueError where steps cannot be computed so."""
+    """ValueError where the steps of an engine cannot be computed so."""
+    if deterministic and pg.mp.size() * pg.ep.size() > 1:
+        raise ValueError(
+            f"deterministic is True on tensor x pipeline = {pg.mp.size()} and expert = {pg.ep.size()} parallel ranks; "
+            "it needs replicas of one rank: set these sizes to 1, or deterministic to False"
+        )
     if decoding == "ragged":
         return
     if deterministic or pg.mp.size() * pg.ep.size() > 1:

@@ -24,7 +24,10 @@ def groups(model: int, expert: int) -> SimpleNamespace:
 
 
 def test_where_steps_cannot_be_fixed_is_said() -> None:
-    check_decoding("ragged", deterministic=True, pg=groups(2, 2))
+    check_decoding("ragged", deterministic=False, pg=groups(2, 2))
+    check_decoding("ragged", deterministic=True, pg=groups(1, 1))
+    with pytest.raises(ValueError, match=r"deterministic is True .* expert = 2"):
+        check_decoding("ragged", deterministic=True, pg=groups(1, 2))
     check_decoding("fixed", deterministic=False, pg=groups(1, 1))
     for deterministic, model, expert in ((True, 1, 1), (False, 2, 1), (False, 1, 2)):
         with pytest.raises(ValueError, match=r"decoding is 'fixed'.*set it to 'ragged'"):
