@@ -280,9 +280,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     finally:
         destroy()
+        gc.freeze()  # the interpreter's last collection would take a second to find that all of torch is garbage
     if http is not None:
         http.end()
-    gc.freeze()  # the interpreter's last collection would take a second to find that all of torch is garbage
     return 0
 
 

@@ -471,12 +471,20 @@ def test_many_clients_some_of_which_leave(server: Running, trained: Trained, dir
         me = psutil.Process(server.ranks[0].pid)
         return sum(process.num_fds() for process in [me, *me.children(recursive=True)])
 
+    def ended() -> float:
+        """Requests that were begun and whose end was not counted."""
+        now = server.metrics()
+        successes = sum(value for name, value in now.items() if name.startswith("omni:request_success_total"))
+        return now["omni:request_started_total"] - successes - now["omni:aborts_total"]
+
+    open_before = ended()
     asyncio.run(round_of(0))
     before = idle()
     for seed in (1, 2):
         asyncio.run(round_of(seed))
     time.sleep(0.5)
     assert idle() <= before + 2
+    assert ended() == open_before, "each request that begins is counted as an answer or as one whose client left"
 
 
 # ------------------------------------------------------------------------------------------------ examples

@@ -188,12 +188,15 @@ def test_samples_and_log_probabilities_of_a_prompt(trained: Trained, tmp_path: P
 
 def test_answers_records_in_order_on_any_layout(trained: Trained, tmp_path: Path) -> None:
     jsonl = trained.media / "text.jsonl"
-    common = ["--jsonl", jsonl, "--max-new-tokens", 5, "--batch-size", 3, "--temperature", 0.8, "--seed", 4]
+    common = ["--jsonl", jsonl, "--max-new-tokens", 5, "--batch-size", 3, "--temperature", 0.8, "--seed", 4, "--n", 2]
     outcome = command(trained.run_dir, *common, "--out", tmp_path / "alone")[0]
     assert outcome.status == 0, outcome.err
     rows = [json.loads(line) for line in (tmp_path / "alone" / "answers.jsonl").read_text().splitlines()]
     assert [row["record"] for row in rows] == list(range(len(jsonl.read_text().splitlines())))
     assert len({row["answer"] for row in rows}) > 5
+    samples = [[sample["answer"] for sample in row["samples"]] for row in rows]
+    assert [row["answer"] for row in rows] == [first for first, _ in samples]
+    assert sum(first != second for first, second in samples) > 5
     for name, override in {"dp": [], "tp": ["parallel.tensor_model_parallel_size=2"]}.items():
         outcomes = command(trained.run_dir, *common, "--out", tmp_path / name, *override, ranks=2)
         assert [outcome.status for outcome in outcomes] == [0, 0], outcomes
