@@ -1,4 +1,4 @@
-"""Media of a page of results, beside it in ``media/``: what browsers play is linked or copied, the rest converted.
+"""Media of a page of results, beside it in ``media/``: what browsers play is linked, the rest converted.
 
     picture   PNG, JPEG, GIF, WebP, AVIF and BMP as they are; others as PNG
     sound     WAV, MP3, FLAC, Ogg and AAC as they are; others as WAV, 16 kHz mono, which is what the model heard
@@ -10,7 +10,6 @@ a browser reads it.
 
 import hashlib
 import os
-import shutil
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -83,11 +82,11 @@ class PageMedia:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name of the same file, where both lie on one file system; a copy elsewhere."""
+    """A second name of the same file, or a symbolic link: a set of clips may be larger than the disk has room for."""
     try:
         os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
+    except OSError:  # another file system, or a file of another user
+        target.symlink_to(source.resolve())
 
 
 def _is_played(path: Path) -> bool:

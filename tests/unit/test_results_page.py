@@ -204,6 +204,19 @@ def test_media_lie_beside_the_page_in_forms_that_browsers_play(files: dict[str, 
     assert again == shown["a.png"] and len(list((tmp_path / "media").iterdir())) == 6
 
 
+def test_media_of_another_file_system_are_linked_too(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refused)
+    for _ in range(2):  # a second page takes the place of the first one's links, not of what they lead to
+        placed = tmp_path / (PageMedia(tmp_path).show("image", str(files["a.png"])).file or "")
+        assert placed.is_symlink() and placed.resolve() == files["a.png"].resolve()
+    assert files["a.png"].is_file()
+
+
 def test_a_medium_that_cannot_be_shown_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "x.tiff").write_bytes(b"hello")
     (tmp_path / "x.mp4").write_bytes(b"hello")
