@@ -6,9 +6,9 @@
     megatron-omni evaluate --compare DIR OTHER
 
 A task is a YAML file, a JSONL file of records with --metric, a set that comes with the package, or a held-out set of the
-checkpoint's recipe (docs/evaluation.md). DIR gets samples/TASK.jsonl with a line for each sample, summary.json and table.md.
-The same command goes on after a kill with the samples that are not there yet. Exit status 2 for bad input, with one
-``error:`` line. torch is imported after the command line has been accepted.
+checkpoint's recipe (docs/evaluation.md). DIR gets samples/TASK.jsonl with a line for each sample, summary.json, table.md
+and index.html, a page to leaf through. The same command goes on after a kill with the samples that are not there yet. Exit
+status 2 for bad input, with one ``error:`` line. torch is imported after the command line has been accepted.
 """
 
 import argparse
@@ -160,15 +160,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(folders: tuple[Path, Path], *, seed: int) -> int:
-    """Print how the second folder differs from the first; its changes.jsonl says of which samples."""
+    """Print how the second folder differs from the first; its changes.jsonl and its page say of which samples."""
     from megatron_omni.evaluation.compare import compare as compared
     from megatron_omni.evaluation.compare import comparison_table, write_changes
+    from megatron_omni.evaluation.page import write_page
     from megatron_omni.evaluation.results import CHANGES
 
     before, after = folders
     comparisons = compared(before, after, seed=seed)
     write_changes(after / CHANGES, comparisons)
     print(comparison_table(comparisons))
+    print(f"\nto leaf through: {write_page(after, before)}")
     return 0
 
 

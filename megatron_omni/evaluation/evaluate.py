@@ -18,6 +18,7 @@ from megatron_omni.checkpoint.distributed import RUN_CONFIG
 from megatron_omni.config.data import EvalSourceConfig
 from megatron_omni.config.load import load_recipe
 from megatron_omni.evaluation.compare import check_comparable, compare, comparison_table, write_changes
+from megatron_omni.evaluation.page import write_page
 from megatron_omni.evaluation.results import (
     ASKED,
     CHANGES,
@@ -199,6 +200,7 @@ def _finish(
         text += f"\n\nagainst {against}:\n\n{comparison_table(comparisons)}"
     write_text(out / TABLE, text + "\n")
     print(text)
+    print(f"\nto leaf through: {write_page(out, against)}")
     return summary
 
 

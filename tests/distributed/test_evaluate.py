@@ -21,6 +21,7 @@ from megatron_omni.evaluation.results import Line, SampleResult, SkippedSample, 
 from megatron_omni.training.setup import Run
 from tests.distributed.harness import Rank, RankFailure, run_ranks
 from tests.distributed.tiny_run import OVERLAP, chat, make_corpus, records, run_tiny, tiny_recipe
+from tests.unit.test_results_page import data_of
 
 TASKS = """
 metric: cer
@@ -158,6 +159,9 @@ def test_samples_scores_and_what_could_not_be_used(trained: Trained, alone: Path
     assert len({line.answer for line in answers}) > 3
     assert summary.groups["tiny"].tasks == ["held"] and summary.groups["tiny"].score == held.score
     assert 0 < summary.step_seconds <= summary.wall_seconds and summary.checkpoint.iteration == 3
+    assert [(s["task"], s["row"]) for s in data_of(alone / "index.html")["samples"] if s["task"] == "exact"] == [
+        ("exact", row) for row in range(14)
+    ]
     table = (alone / "table.md").read_text()
     assert re.search(r"\| held +\| cer \(lower is better\)", table) and "mean of tiny" in table
 
@@ -238,6 +242,10 @@ def test_two_folders_are_compared_sample_by_sample(trained: Trained, alone: Path
     changes = [json.loads(line) for line in (out / "changes.jsonl").read_text().splitlines()]
     assert [(c["task"], c["row"], c["better"]) for c in changes] == [
         ("exact", line["row"], True) for line in answered[:2]
+    ]
+    page = data_of(out / "index.html")["samples"]
+    assert [s["row"] for s in page if "before" in s and s.get("score") != s["before"].get("score")] == [
+        line["row"] for line in answered[:2]
     ]
     assert re.search(r"\| exact \| .*\| 2 +\| 0 ", said.getvalue()) and re.search(
         r"\| held .*\| 0 +\| 0 ", said.getvalue()
