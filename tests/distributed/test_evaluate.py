@@ -18,6 +18,10 @@ from megatron_omni.cli.evaluate import main, parse
 from megatron_omni.evaluation import evaluate as evaluating
 from megatron_omni.evaluation.held_out import HeldOutScores
 from megatron_omni.evaluation.results import Line, SampleResult, SkippedSample, Summary, read_samples, read_summary
+from megatron_omni.evaluation.running import answers_of
+from megatron_omni.evaluation.task import load_tasks
+from megatron_omni.generation.engine import EngineLimits
+from megatron_omni.generation.load import open_checkpoint
 from megatron_omni.training.setup import Run
 from tests.distributed.harness import Rank, RankFailure, run_ranks
 from tests.distributed.tiny_run import OVERLAP, chat, make_corpus, records, run_tiny, tiny_recipe
@@ -223,6 +227,26 @@ def test_likelihood_of_options_is_that_of_their_perplexities(trained: Trained, t
     best = max(range(3), key=lambda i: -each[i] / len(options[i]))
     (choice,) = read_samples(tmp_path / "out", "c")
     assert isinstance(choice, SampleResult) and choice.extracted == "ABC"[best] and choice.correct is (best == 2)
+
+
+def ask_with_a_small_cache(rank: Rank, trained: Trained) -> list[tuple[int, Line]]:
+    """Prompt lengths and lines of the held-out set."""
+    checkpoint = open_checkpoint(trained.run_dir)
+    (task,) = load_tasks(
+        [str(trained.corpus / "held_out.jsonl")], changes={"metric": "exact_match", "max_new_tokens": 1}
+    )
+    limits = EngineLimits(max_running=2, cache_tokens=32)
+    lines = answers_of(checkpoint.load_model(), checkpoint.builder, [task], pg=checkpoint.pg, limits=limits)[task.name]
+    prompts = [checkpoint.builder.build_prompt(task.question(row).record) for row in range(len(task))]
+    return [(prompt.length, lines[row]) for row, prompt in enumerate(prompts)]
+
+
+def test_what_the_engine_cannot_take_is_skipped(trained: Trained) -> None:
+    found = run_ranks(ask_with_a_small_cache, 1, trained)[0]
+    fits = [length for length, line in found if isinstance(line, SampleResult)]
+    refused = [(length, line) for length, line in found if isinstance(line, SkippedSample)]
+    assert fits and refused and max(fits) < min(length for length, _ in refused)
+    assert all(line.skipped == "too_long" and "raise cache_tokens" in line.message for _, line in refused)
 
 
 def test_two_folders_are_compared_sample_by_sample(trained: Trained, alone: Path, tmp_path: Path) -> None:
