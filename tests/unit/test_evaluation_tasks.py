@@ -258,3 +258,19 @@ def test_bad_tasks_are_one_clear_error(case: str, tmp_path: Path, monkeypatch: p
     with pytest.raises(ValueError) as caught:
         load_tasks(words.split())
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_task_of_the_docs_is_one(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "evaluation.md").read_text()
+    lines = page.partition("    # chart.yaml\n")[2].partition("\n\n")[0].splitlines()
+    (tmp_path / "chart.yaml").write_text("\n".join(line[4:] for line in lines))
+    write_rows(tmp_path / "charts.jsonl", [row("<image> how much?", "Answer: 12%", images=["a.png"])])
+    write_rows(tmp_path / "examples.jsonl", [row("one?", "Answer: 1"), row("two?", "Answer: 2")])
+    (task,) = load_tasks([str(tmp_path / "chart.yaml")])
+    assert (task.name, task.rule_name, len(task.examples), task.config.group) == (
+        "chart",
+        "after: Answer:",
+        2,
+        "documents",
+    )
+    assert task.rule("so the\nAnswer: 12 %", None) == "12 %"
