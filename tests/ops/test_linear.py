@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megatron_omni.ops import extension
 from megatron_omni.ops.grouped_gemm import grouped_gemm
-from megatron_omni.ops.linear import ENGINE, LEAST_ROWS, linear
+from megatron_omni.ops.linear import ENGINE, LEAST_ROWS, linear, product
 
 engines = pytest.mark.parametrize("engine", extension.cpu_engines())
 
@@ -29,6 +29,10 @@ def test_errs_no_more_than_twice_what_pytorch_errs(rows: int, k: int, n: int, dt
             ours = (linear(x, w, b).double() - expected).norm()
             # Theirs rounds once, ours again when the bias is added.
             assert ours <= 2 * theirs + 1e-3 * torch.finfo(dtype).eps * expected.norm()
+        as_experts_have_it = w.t().contiguous()
+        theirs = ((x @ as_experts_have_it).double() - exact).norm()
+        ours = (product(x, as_experts_have_it).double() - exact).norm()
+        assert ours <= 2 * theirs + 1e-3 * torch.finfo(dtype).eps * exact.norm()
 
 
 @engines
@@ -38,8 +42,11 @@ def test_takes_ours_where_it_was_measured(engine: str) -> None:
             x, w, _ = problem(rows, 96, 160, dtype)
             with torch.no_grad(), extension.use_cpu_engine(engine):
                 got = linear(x, w)
-                ours = grouped_gemm(x, w.t().contiguous()[None], torch.tensor([0, rows]))
-                if engine == ENGINE and rows >= LEAST_ROWS[dtype]:
+                turned = w.t().contiguous()
+                ours = grouped_gemm(x, turned[None], torch.tensor([0, rows]))
+                is_ours = engine == ENGINE and rows >= LEAST_ROWS[dtype]
+                assert torch.equal(product(x, turned), ours if is_ours else x @ turned)
+                if is_ours:
                     assert torch.equal(
                         got, torch.ops.megatron_omni.grouped_gemm_dgrad(x, w[None], torch.tensor([0, rows]))
                     )
