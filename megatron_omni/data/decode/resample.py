@@ -5,7 +5,6 @@ from math import gcd
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.signal import firwin, resample_poly
 
 from megatron_omni.positions import SAMPLE_RATE
 
@@ -14,6 +13,8 @@ def to_sample_rate(samples: NDArray[np.float32], rate: int) -> NDArray[np.float3
     """[samples] at ``rate`` Hz to 16 kHz; length ceil(n 16000 / rate)."""
     if rate == SAMPLE_RATE:
         return np.ascontiguousarray(samples, dtype=np.float32)
+    from scipy.signal import resample_poly  # here: a tenth of the time of a start, and most sound has the rate
+
     divisor = gcd(rate, SAMPLE_RATE)
     up, down = SAMPLE_RATE // divisor, rate // divisor
     return resample_poly(samples, up, down, window=_low_pass(max(up, down))).astype(np.float32, copy=False)
@@ -22,4 +23,6 @@ def to_sample_rate(samples: NDArray[np.float32], rate: int) -> NDArray[np.float3
 @lru_cache(maxsize=8)
 def _low_pass(factor: int) -> NDArray[np.float32]:
     """What resample_poly would design anew at every call."""
+    from scipy.signal import firwin
+
     return firwin(20 * factor + 1, 1.0 / factor, window=("kaiser", 5.0)).astype(np.float32)
