@@ -41,7 +41,7 @@ class Asker:
         api_key: str = "none",
         model: str | None = None,
         concurrency: int = 64,
-        timeout: float = 600.0,
+        timeout: float = 3600.0,
     ) -> None:
         if concurrency < 1:
             raise ValueError(f"num_concurrent is {concurrency}; it must be at least 1")

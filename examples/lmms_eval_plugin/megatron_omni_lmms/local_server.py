@@ -23,6 +23,10 @@ from urllib.request import urlopen
 START_SECONDS = 3600.0
 """A large checkpoint on a busy file system."""
 END_SECONDS = 60.0
+DEFAULTS = (
+    "--grace-seconds", "1", "--max-queue-seconds", "3600", "--max-request-seconds", "3600", "--max-body-mib", "128",
+)  # fmt: skip
+"""Nobody sits before an evaluation: a request may wait for the clips of sixty others. Options that are given stand above."""
 _PR_SET_PDEATHSIG = 1
 _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 """Looked up here: little may be done between fork and exec."""
@@ -35,17 +39,7 @@ class LocalServer:
 
     def __init__(self, checkpoint: str, *, python: str = sys.executable, options: str = "") -> None:
         self.log = Path(tempfile.mkstemp(prefix="megatron_omni_server_", suffix=".log")[1])
-        words = [
-            python,
-            "-m",
-            "megatron_omni.cli.serve",
-            checkpoint,
-            "--port",
-            "0",
-            "--grace-seconds",
-            "1",
-            *shlex.split(options),
-        ]
+        words = [python, "-m", "megatron_omni.cli.serve", checkpoint, "--port", "0", *DEFAULTS, *shlex.split(options)]
         environment = {name: value for name, value in os.environ.items() if name not in _OF_A_LAUNCHER}
         with self.log.open("ab") as log:
             # A session of its own: Ctrl-C reaches this process alone, which then ends the server.

@@ -42,7 +42,7 @@ class MegatronOmni(lmms):
         system_prompt: str | None = None,
         max_new_tokens: int | None = None,
         num_concurrent: int = 64,
-        timeout: float = 600.0,
+        timeout: float = 3600.0,
         batch_size: Any = None,
         max_batch_size: Any = None,
         device: Any = None,
