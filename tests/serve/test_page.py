@@ -147,12 +147,22 @@ def test_a_stopped_answer_and_an_error_with_a_second_try(page: Any, server: Runn
     page.get_by_label("Most tokens").fill("200")
     page.get_by_label("Temperature").fill("1")
     page.locator("#options").click()
+    # An answer of 200 tokens at some ten a second: no drawn end and no fast machine is sooner than the key.
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.continue_(post_data=json.dumps(route.request.post_data_json | {"ignore_eos": True})),
+    )
+    network = page.context.new_cdp_session(page)
+    speed = {"offline": False, "latency": 0, "uploadThroughput": -1, "downloadThroughput": 4000}
+    network.send("Network.emulateNetworkConditions", speed)
     page.get_by_label("Message").fill("red")
     page.get_by_label("Message").press("Enter")
     page.get_by_role("button", name="Stop", exact=True).wait_for()
     page.wait_for_function("() => document.querySelector('.busy .body')?.textContent.length > 2")
     page.keyboard.press("Escape")
     assert "stopped" in finished(page).inner_text()
+    network.send("Network.emulateNetworkConditions", speed | {"downloadThroughput": -1})
+    page.unroute("**/v1/chat/completions")
     page.get_by_role("button", name="New chat").click()  # what was said may be long
     page.locator("#options").click()
     page.get_by_label("Most tokens").fill("5000")
