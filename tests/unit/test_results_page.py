@@ -74,8 +74,9 @@ def write_results(folder: Path, tasks: dict[str, dict[int, Line]], *, iteration:
     (folder / SAMPLES).mkdir(parents=True)
     for task, lines in tasks.items():
         write_samples(folder, task, lines)
+    path = f"runs/tiny/checkpoints/iter_{iteration:07d}"
     summary = Summary(
-        checkpoint=CheckpointFacts(path="runs/tiny", iteration=iteration, digest="d" * 64), version="0.1.0", ranks=1,
+        checkpoint=CheckpointFacts(path=path, iteration=iteration, digest="d" * 64), version="0.1.0", ranks=1,
         wall_seconds=1.0, step_seconds=0.9, tasks={task: summed_up(task, lines) for task, lines in tasks.items()},
         groups={"all": GroupSummary(score=0.5, tasks=list(tasks))},
     )  # fmt: skip
@@ -299,6 +300,7 @@ def cards(page: Any) -> list[str]:
 
 def test_media_play_and_texts_are_text(opened: Any) -> None:
     keep(opened, "results_wide")
+    assert opened.locator("h1").inner_text() == "runs/tiny, iteration 7"
     first, second, _, hostile, gone = (opened.locator(".sample").nth(i) for i in range(5))
     assert first.locator("dd.prompt").inner_text() == "picture 1 and picture 2 what is there?"
     for i in range(2):
