@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def test_what_the_model_says_itself_is_greedy(server: Running) -> None:
 # ------------------------------------------------------------------------------------------------ a server of its own
 
 
-def runner(trained: Trained, then: str = "") -> subprocess.Popen[str]:
+def runner(trained: Trained, logs: Path, then: str = "") -> subprocess.Popen[str]:
     """A process that starts a server as lmms-eval would under a launcher, and tells its address."""
     code = (
         "import sys, time\n"
@@ -161,7 +162,7 @@ def runner(trained: Trained, then: str = "") -> subprocess.Popen[str]:
         f"{then}"
     )
     path = f"{ROOT}:{ROOT / 'examples' / 'lmms_eval_plugin'}"
-    environment = os.environ | {"PYTHONPATH": path, "RANK": "3", "WORLD_SIZE": "4"}
+    environment = os.environ | {"PYTHONPATH": path, "RANK": "3", "WORLD_SIZE": "4", "TMPDIR": str(logs)}
     words = [sys.executable, "-c", code, str(trained.run_dir)]
     return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
 
@@ -176,8 +177,8 @@ def server_of(process: subprocess.Popen[str]) -> psutil.Process:
     raise AssertionError("no server was started")
 
 
-def test_its_own_server_answers_and_ends_with_an_interrupted_run(trained: Trained) -> None:
-    process = runner(trained, "time.sleep(600)")
+def test_its_own_server_answers_and_ends_with_an_interrupted_run(trained: Trained, tmp_path: Path) -> None:
+    process = runner(trained, tmp_path, "time.sleep(600)")
     serves = server_of(process)
     assert process.stdout is not None
     url, log = process.stdout.readline().split()
@@ -188,14 +189,15 @@ def test_its_own_server_answers_and_ends_with_an_interrupted_run(trained: Traine
     assert not Path(log).exists(), Path(log).read_text()  # kept where it did not end with status 0
 
 
-def test_a_server_does_not_outlive_a_run_that_is_killed(trained: Trained) -> None:
-    process = runner(trained)
+def test_a_server_does_not_outlive_a_run_that_is_killed(trained: Trained, tmp_path: Path) -> None:
+    process = runner(trained, tmp_path)
     serves = server_of(process)
     process.kill()
     process.wait()
     serves.wait(30)
 
 
-def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+def test_a_server_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(RuntimeError, match=r"status 2:\n.*no such checkpoint directory"):
         LocalServer(str(tmp_path / "nothing"), python=sys.executable)
