@@ -16,6 +16,7 @@ from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.run import Recipe
 from megatron_omni.models.language import RMSNorm
 from megatron_omni.parallel.wrap import unwrap_model
+from megatron_omni.platform.seeds import named_generator
 from megatron_omni.training.initial_weights import UPCYCLED
 from tests.distributed import tiny_run
 from tests.distributed.harness import Rank
@@ -67,6 +68,8 @@ def test_dense_weights_start_a_mixture_by_upcycling(corpus: Path, tmp_path: Path
         assert torch.equal(shared, down.t()[:12])  # two disjoint slices of six
         gate = made[FFN.format(layer) + "router.weight"]
         assert 0.8 * GATE_STD < float(gate.std()) < 1.2 * GATE_STD
+        generator = named_generator(recipe.seed, "upcycle", f"model.layers.{layer // 2}.mlp.gate.weight")
+        assert torch.equal(gate, torch.empty(gate.shape).normal_(std=GATE_STD, generator=generator)), "another seed"
     assert not (tmp_path / "run" / UPCYCLED).exists()
     # The same on two ranks, each with its half of the experts.
     recipe = tiny_recipe(

@@ -89,6 +89,23 @@ def test_progress_in_a_log_is_plain_lines() -> None:
     )
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_on_a_terminal_is_a_bar_with_the_last_record() -> None:
+    stream = Terminal()
+    progress = Progress(10, initial=4, stream=stream)
+    progress.advance()
+    progress.show(5, {"lm loss": 2.0, "tokens/s": 100.0})
+    progress.say("saved")
+    progress.close()
+    *_, said, last = stream.getvalue().strip().split("\n")
+    assert said.endswith("saved")
+    assert "5/10" in last and last.endswith("loss 2.0000 | tokens/s 100]")
+
+
 def test_progress_line_leaves_out_what_was_not_measured() -> None:
     assert progress_line(3, 5, {}) == "step 3/5"
 
