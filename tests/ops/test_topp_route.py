@@ -73,7 +73,10 @@ def uniforms(num_tokens=300, seed=2):
 @pytest.mark.parametrize("ties", [False, True])
 def test_selection_and_weights_token_by_token(sampled, rule, ties):
     z, g = logits(ties=ties), noise() if sampled else None
-    routing = routed(z, num_routed=ROUTED, num_null=NULL, gumbel=g, **({"top_p": 0.7} | rule))
+    arguments = {"num_routed": ROUTED, "num_null": NULL, "gumbel": g, "top_p": 0.7} | rule
+    routing, plain = routed(z, **arguments), routed(z, by=topp_route_reference, **arguments)
+    assert torch.equal(plain.mask, routing.mask) and torch.equal(plain.k, routing.k)
+    torch.testing.assert_close(plain.weights, routing.weights, rtol=1e-12, atol=1e-15)
     for t in range(z.shape[0]):
         token = z[t].tolist()
         selected, _ = select_token(token[:SLOTS], gumbel=g[t].tolist() if sampled else None, **rule)
@@ -91,7 +94,9 @@ def test_selection_and_weights_token_by_token(sampled, rule, ties):
 def test_scale_token_by_token(estimator, probability):
     z, g, u = logits(ties=True), noise(), uniforms()
     plain = routed(z, num_routed=ROUTED, num_null=NULL, top_p=0.7, gumbel=g)
-    routing = routed(z, num_routed=ROUTED, num_null=NULL, top_p=0.7, gumbel=g, bernoulli=u, estimator=estimator)
+    arguments = {"num_routed": ROUTED, "num_null": NULL, "top_p": 0.7, "gumbel": g, "bernoulli": u}
+    routing = routed(z, **arguments, estimator=estimator)
+    assert torch.equal(routed(z, by=topp_route_reference, **arguments, estimator=estimator).scale, routing.scale)
     seen = set()
     for t in range(z.shape[0]):
         selected, delta = select_token(z[t, :SLOTS].tolist(), gumbel=g[t].tolist())
