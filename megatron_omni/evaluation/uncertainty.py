@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from megatron_omni.evaluation.metrics import Metric
 
@@ -81,4 +80,6 @@ def paired(
 
 def sign_test(better: int, worse: int) -> float:
     """Two-sided probability of so uneven a split of the samples that changed, if both directions were alike."""
+    from scipy.stats import binomtest  # half a second that training's start needs not wait for
+
     return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
