@@ -11,7 +11,7 @@ import torch
 
 from megatron_omni.batch import IGNORE_LABEL, OmniBatch, label_places
 from megatron_omni.checkpoint import commit
-from megatron_omni.config.data import SourceConfig
+from megatron_omni.config.data import EvalSourceConfig
 from megatron_omni.config.run import Recipe
 from megatron_omni.training.loop import evaluate
 from megatron_omni.training.setup import Run
@@ -24,8 +24,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def held_out(corpus: Path, **settings: Any) -> SourceConfig:
-    return SourceConfig(name="held_out", path=str(corpus / "held_out.jsonl"), **settings)
+def held_out(corpus: Path, **settings: Any) -> EvalSourceConfig:
+    return EvalSourceConfig(name="held_out", path=str(corpus / "held_out.jsonl"), **settings)
 
 
 def unlabelled(batch: OmniBatch) -> OmniBatch:

@@ -12,7 +12,7 @@ import torch
 
 from megatron_omni.checkpoint import commit
 from megatron_omni.checkpoint.upcycle import GATE_STD
-from megatron_omni.config.data import SourceConfig
+from megatron_omni.config.data import EvalSourceConfig
 from megatron_omni.config.run import Recipe
 from megatron_omni.models.language import RMSNorm
 from megatron_omni.parallel.wrap import unwrap_model
@@ -149,7 +149,7 @@ def test_best_and_last_checkpoints_stay(corpus: Path, tmp_path: Path) -> None:
         log__eval_interval=1,
         log__eval_iters=1,
     )
-    recipe.data.eval_sources = [SourceConfig(name="held_out", path=str(corpus / "held_out.jsonl"))]
+    recipe.data.eval_sources = [EvalSourceConfig(name="held_out", path=str(corpus / "held_out.jsonl"))]
     run_tiny(recipe, 1)
     losses = {r["step"]: r["eval/loss"] for r in records(recipe) if "eval/loss" in r}
     assert losses[4] == [r["eval/loss/held_out"] for r in records(recipe) if "eval/loss/held_out" in r][3]

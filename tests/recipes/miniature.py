@@ -26,7 +26,7 @@ from megatron_omni.checkpoint import commit
 from megatron_omni.checkpoint.export import export_checkpoint, open_ours
 from megatron_omni.checkpoint.run_dir import take
 from megatron_omni.checkpoint.torch_dist import TorchDistReader
-from megatron_omni.config.data import SourceConfig
+from megatron_omni.config.data import EvalSourceConfig
 from megatron_omni.config.load import load_recipe, recipe_to_dict
 from megatron_omni.config.outcome import EXIT_REQUEUE
 from megatron_omni.config.parallel import ParallelConfig
@@ -153,7 +153,7 @@ def shrunk(case: Case, *, data: Path, start: Path | None, run_dir: Path) -> Mini
     num_ranks = _fit(recipe.parallel)
     recipe.run_dir, recipe.init_from = str(run_dir), None if start is None else str(start)
     recipe.data.tokenizer = str(data / TOKENIZER)
-    held_out = recipe.data.eval_sources or [SourceConfig(name="held_out", path="")]
+    held_out = recipe.data.eval_sources or [EvalSourceConfig(name="held_out", path="")]
     recipe.data.eval_sources = held_out
     for sources, file in ((recipe.data.sources, MIXED), (held_out, HELD_OUT)):
         for source in sources:
