@@ -249,6 +249,11 @@ def test_a_row_that_changed_unseen_is_a_skip(tmp_path):
         source[300]
     assert caught.value.reason == "stale_index" and source[299].answer.endswith("000299")
     assert asdict(Fingerprint.of(tmp_path / "big.jsonl")) == source.index.header["data"]
+    for end in (0, -1):  # both are among the places that are compared
+        other = bytearray(data)
+        other[end] ^= 1
+        (tmp_path / "big.jsonl").write_bytes(other)
+        assert asdict(Fingerprint.of(tmp_path / "big.jsonl")) != source.index.header["data"]
 
 
 def test_several_files_are_one_source(tmp_path):
