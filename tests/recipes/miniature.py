@@ -36,7 +36,7 @@ from megatron_omni.config.validate import validate
 from megatron_omni.data.record import parse_record
 from megatron_omni.generation.answers import ANSWER, answer_one
 from megatron_omni.generation.load import open_checkpoint
-from megatron_omni.generation.request import Sampling
+from megatron_omni.generation.request import Wanted
 from megatron_omni.parallel.wrap import unwrap_model
 from megatron_omni.tasks.supervised import SupervisedTask
 from megatron_omni.training.loop import train
@@ -267,8 +267,8 @@ def rehearse(rank: Rank, recipe: Recipe, data: Path) -> None:
     dist.barrier()
     sizes = [f"parallel.{f.name}={getattr(recipe.parallel, f.name)}" for f in _sizes(recipe.parallel)]
     checkpoint = open_checkpoint(Path(recipe.run_dir), overrides=sizes, pg=pg)
-    settings = {"max_new_tokens": 4, "sampling": Sampling(), "batch_size": 1}
-    answer_one(checkpoint, parse_record(question(data)), out=Path(recipe.run_dir) / "answer", **settings)
+    out = Path(recipe.run_dir) / "answer"
+    answer_one(checkpoint, parse_record(question(data)), out=out, wanted=Wanted(max_new_tokens=4), batch_size=1)
     dist.barrier()
     assert (Path(recipe.run_dir) / "answer" / ANSWER).is_file()
 
