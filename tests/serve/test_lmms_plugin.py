@@ -155,7 +155,8 @@ def test_what_the_model_says_itself_is_greedy(server: Running) -> None:
 def runner(trained: Trained, logs: Path, then: str = "") -> subprocess.Popen[str]:
     """A process that starts a server as lmms-eval would under a launcher, and tells its address."""
     code = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "from megatron_omni_lmms.local_server import LocalServer\n"
         "server = LocalServer(sys.argv[1], python=sys.executable, options='--max-running 4')\n"
         "print(server.url, server.log, flush=True)\n"
