@@ -26,8 +26,7 @@ settings.load_profile("fixed")
 
 torch.set_num_threads(1)
 
-LONGEST = ("test_slurm", "test_sanitized", "test_tiny_recipes", "test_gpu_check", "test_upcycle", "test_readme")
-FORKING = ("distributed", "recipes", "serve", "slurm")
+LONGEST = ("test_slurm", "test_sanitized", "test_tiny_recipes")
 
 from megatron_omni.platform.device import install  # noqa: E402
 
@@ -43,14 +42,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Folders whose tests fork ranks come before those that compute gradients in this very process, from which PyTorch
-    may refuse to fork. In both, the files that take longest begin, so that no process is left with one at the end."""
-
-    def turn(item: pytest.Item) -> tuple[bool, bool]:
-        forks = item.path.parent.name in FORKING or item.path.stem == "test_sanitized"
-        return not forks, item.path.stem not in LONGEST
-
-    items.sort(key=turn)
+    """The files that take longest begin, so that no process is left with one of them at the end. None of them computes
+    gradients in this very process, after which PyTorch may refuse to fork ranks that do."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def pytest_collection_finish() -> None:
