@@ -12,15 +12,15 @@ status 2 for bad input, with one ``error:`` line. torch is imported after the co
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_omni.cli.generate import OVERRIDES, Parser, check_directory
-from megatron_omni.cli.starting import say_starting
+from megatron_omni.cli.generate import OVERRIDES, check_directory
+from megatron_omni.cli.starting import Parser, refused, run_on_ranks, say_starting
 from megatron_omni.config.outcome import EXIT_BAD_INPUT
 
 
@@ -138,25 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if request.compare is not None:
             return compare(request.compare, seed=request.seed)
     except ValueError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return refused(error)
     say_starting("evaluate", request.checkpoint)
-    from megatron_omni.platform.device import install
-
-    install()
-    from megatron_omni.parallel.groups import destroy
-    from megatron_omni.training.failure import leave, report_failure
-
-    try:
-        return run(request)
-    except BaseException as error:
-        status = report_failure(error)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            leave(status)  # a rank that unwinds politely waits for peers that are waiting for it
-        return status
-    finally:
-        destroy()
+    return run_on_ranks(partial(run, request))
 
 
 def compare(folders: tuple[Path, Path], *, seed: int) -> int:

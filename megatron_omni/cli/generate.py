@@ -14,15 +14,15 @@ used. torch is imported after the command line has been accepted, so ``--help`` 
 """
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from megatron_omni.cli.starting import say_starting
+from megatron_omni.cli.starting import Parser, refused, run_on_ranks, say_starting
 from megatron_omni.config.outcome import EXIT_BAD_INPUT
 from megatron_omni.generation.request import Sampling, Wanted
 
@@ -76,13 +76,6 @@ class _AppendMedium(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         namespace.media = [*namespace.media, (self.dest, values)]
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a bad command line as a ValueError, like every other bad input."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see --help)")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -224,25 +217,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         request = parse(argv)
     except ValueError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return refused(error)
     say_starting("generate", request.checkpoint)
-    from megatron_omni.platform.device import install
-
-    install()
-    from megatron_omni.parallel.groups import destroy
-    from megatron_omni.training.failure import leave, report_failure
-
-    try:
-        return run(request)
-    except BaseException as error:
-        status = report_failure(error)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            leave(status)  # a rank that unwinds politely waits for peers that are waiting for it
-        return status
-    finally:
-        destroy()
+    return run_on_ranks(partial(run, request))
 
 
 def turn_record(request: Request) -> "Record":

@@ -22,11 +22,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron_omni.cli.generate import OVERRIDES, add_media_separator
-from megatron_omni.cli.starting import say_starting
-from megatron_omni.config.outcome import EXIT_BAD_INPUT, EXIT_FAILURE
+from megatron_omni.cli.starting import Parser, refused, say_starting
+from megatron_omni.config.outcome import EXIT_FAILURE
 from megatron_omni.serve.settings import Settings
 
 KEY_VARIABLE = "OMNI_API_KEY"
@@ -41,13 +41,6 @@ SEND_BYTES = 128 << 10
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 _HTTP_END_SECONDS = 15.0
 """For last words to clients."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a bad command line as a ValueError, like every other bad input."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see --help)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +59,7 @@ class Command:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = _Parser(
+    p = Parser(
         prog="megatron-omni serve",
         description="Serve a trained checkpoint: OpenAI's API over HTTP, and a page to talk to it.",
         epilog="The sizes of the layout default to 1 whatever the checkpoint was trained on; what is left of the world "
@@ -253,9 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             port = listening.getsockname()[1]
             http = HttpProcess(listening, command.settings)
     except ValueError as error:
-        if leads:
-            print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return refused(error)
     say_starting("serve", command.checkpoint)
     from megatron_omni.platform.device import install
 

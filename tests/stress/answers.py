@@ -32,8 +32,7 @@ from megatron_omni.generation.request import PromptEvent, Request, Sampling, Tok
 from megatron_omni.models.build import build_model  # noqa: E402
 from megatron_omni.models.moe.router import OmniRouter  # noqa: E402
 from megatron_omni.ops.topp_route import RoutingRule, fixed_count, top_p_count  # noqa: E402
-from tests.distributed.harness import Rank, run_ranks  # noqa: E402
-from tests.distributed.test_generation import (  # noqa: E402
+from tests.distributed.generation_requests import (  # noqa: E402
     TIE,
     by_name,
     extended,
@@ -42,6 +41,7 @@ from tests.distributed.test_generation import (  # noqa: E402
     prompts_of,
     recipe_for,
 )
+from tests.distributed.harness import Rank, run_ranks  # noqa: E402
 
 ROUTING_TIE = 1e-6
 """Probability by which a router may be from choosing otherwise and still be moved by rounding."""
