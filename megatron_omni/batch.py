@@ -61,7 +61,7 @@ class OmniBatch:
     sample_ids: Tensor
     """[B, S] int64: index of the sample in the global order of the run, -1 for padding."""
     sample_positions: Tensor
-    """[B, S] int64: position inside the sample."""
+    """[B, S] int64: position inside the sample; of several responses to one prompt, each continues from the prompt."""
     modality: Tensor
     """[B, S] int64 of Modality."""
     source_ids: Tensor

@@ -41,6 +41,12 @@ class Segment:
         return self.keys[-1][-len(self.queries) :]
 
     @property
+    def first_position(self) -> int:
+        """Place of its first query in the sample: the keys that come before its own queries. Responses to one prompt all
+        continue from it."""
+        return self.num_keys - len(self.queries)
+
+    @property
     def num_pairs(self) -> int:
         """(query, key) pairs with a score."""
         length = len(self.queries)

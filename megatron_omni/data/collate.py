@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_omni.batch import IGNORE_LABEL, Modality, OmniBatch
 from megatron_omni.data.sample import Sample
 from megatron_omni.positions import PositionRule
-from megatron_omni.segments import AttentionSegments, causal
+from megatron_omni.segments import AttentionSegments, Segment, causal
 
 
 def collate(
@@ -49,7 +49,7 @@ def collate(
     attention = (
         segment.shifted(row * length + start)
         for row, start, sample in zip(row_of, starts, samples)
-        for segment in sample.attention or causal(sample.length)
+        for segment in _segments(sample)
     )
 
     def padded(parts: Sequence[Tensor | int], value: int) -> Tensor:
@@ -68,7 +68,7 @@ def collate(
         position_ids=padded([s.position_ids for s in samples], 0),
         segment_ids=padded(segments, -1),
         sample_ids=padded(sample_ids, -1),
-        sample_positions=padded([torch.arange(s.length) for s in samples], 0),
+        sample_positions=padded([_positions(s) for s in samples], 0),
         modality=padded([s.modality for s in samples], int(Modality.TEXT)),
         source_ids=padded(source_ids, -1),
         attention=AttentionSegments(tuple(attention), len(filled) * length),
@@ -78,6 +78,19 @@ def collate(
     if rule is not None:
         _check_placeholders(batch, rule)
     return batch
+
+
+def _segments(sample: Sample) -> tuple[Segment, ...]:
+    return sample.attention or causal(sample.length)
+
+
+def _positions(sample: Sample) -> Tensor:
+    """[L] place of each token in its sample: as many as it sees before it."""
+    positions = torch.zeros(sample.length, dtype=torch.int64)
+    for segment in _segments(sample):
+        queries, first = segment.queries, segment.first_position
+        positions[queries.start : queries.stop] = torch.arange(first, first + len(queries))
+    return positions
 
 
 def _check_placeholders(batch: OmniBatch, rule: PositionRule) -> None:

@@ -329,9 +329,14 @@ class LanguageModel(HybridModel):
         labels: Tensor | None = None,
         label_places: Tensor | None = None,
         logits_positions: Tensor | None = None,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
     ) -> Tensor:
         """Loss of each token [B, S] fp32 (0 where unlabelled) with ``labels``, else logits; hidden states on earlier
         stages.
+
+        The loss is -log softmax(logits / ``temperature``), what a sampler at that temperature draws from;
+        ``with_entropy``: [2, B, S], the loss and the entropy of that distribution in nats.
 
         ``position_ids`` [3, B, S]; ``attention`` says who sees whom in the [B, S] grid; ``ctx`` of the full sequence in
         [S * B] order; ``decoder_input`` [S, B, H] replaces the word embeddings; ``label_places`` [n] says where ``labels``
@@ -370,7 +375,7 @@ class LanguageModel(HybridModel):
         if labels is None:
             return self._logits(hidden, logits_positions)
         assert label_places is not None, "labels without their places"
-        return self._loss(hidden, labels, label_places)
+        return self._loss(hidden, labels, label_places, temperature=temperature, with_entropy=with_entropy)
 
     def _shard_of(self, ctx: TokenContext | None) -> TokenContext | None:
         """The part of ``ctx`` that describes this rank's sequence shard."""
@@ -400,21 +405,37 @@ class LanguageModel(HybridModel):
             rows = rows.gather(1, positions.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
         return self._output(rows, gather=True)[..., : self.model_config.vocab_size]
 
-    def _loss(self, hidden: Tensor, labels: Tensor, places: Tensor) -> Tensor:
-        """[B, S] cross entropy of ``labels`` [B, S]; the output layer sees labelled rows only, a chunk at a time."""
+    def _loss(
+        self, hidden: Tensor, labels: Tensor, places: Tensor, *, temperature: float, with_entropy: bool
+    ) -> Tensor:
+        """[B, S] cross entropy of ``labels`` [B, S], or [2, B, S] with the entropy; the output layer sees labelled rows only,
+        a chunk at a time."""
+
+        def logits(rows: Tensor) -> Tensor:
+            found = self._output(rows.unsqueeze(1), gather=False).squeeze(1)
+            # In fp32, as the sampler divides.
+            return (
+                found if temperature == 1.0 else found.to(torch.promote_types(found.dtype, torch.float32)) / temperature
+            )
+
         # By numbers of rows: by a mask, their count would have to come back from the device, in the backward as well.
-        log_probs, _ = token_log_probs(
-            lambda rows: self._output(rows.unsqueeze(1), gather=False).squeeze(1),
+        log_probs, entropy = token_log_probs(
+            logits,
             hidden.flatten(0, 1).index_select(0, places),
             labels.t().flatten().index_select(0, places),
             parameters=self._output_parameters(),
             num_columns=self.vocab_size // self.pg_collection.tp.size(),
             vocab_size=self.model_config.vocab_size,
             group=self.pg_collection.tp,
-            chunk_elements=self.logits_chunk,
+            with_entropy=with_entropy,
+            # So many that the rows of a chunk, and with them the bits of a product, do not depend on who asks for entropy.
+            chunk_elements=self.logits_chunk * (1 + with_entropy),
         )
-        losses = log_probs.new_zeros(labels.numel()).index_copy(0, places, -log_probs)
-        return losses.view(hidden.shape[:2]).t()
+
+        def grid(found: Tensor) -> Tensor:
+            return found.new_zeros(labels.numel()).index_copy(0, places, found).view(hidden.shape[:2]).t()
+
+        return grid(-log_probs) if entropy is None else torch.stack([grid(-log_probs), grid(entropy)])
 
     def _output_parameters(self) -> list[Tensor]:
         """Every parameter that :meth:`_output` computes with."""

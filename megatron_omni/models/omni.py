@@ -114,11 +114,13 @@ class OmniModel(MegatronModule):
         stats: RoutingStats | None = None,
         compute_loss: bool = True,
         logits_positions: Tensor | None = None,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
     ) -> Tensor:
         """Loss per token [B, S] (0 where nothing is learned), logits without ``compute_loss``, or hidden states.
 
         Hidden states [S / TP, B, H] come from every stage but the last. ``logits_positions`` [B, n] asks for logits at
-        those positions only.
+        those positions only. ``temperature`` and ``with_entropy`` are of the loss (models/language.py).
         """
         return self.language(
             input_ids=batch.input_ids,
@@ -131,6 +133,8 @@ class OmniModel(MegatronModule):
             labels=batch.labels if compute_loss else None,
             label_places=batch.label_places,
             logits_positions=logits_positions,
+            temperature=temperature,
+            with_entropy=with_entropy,
         )
 
     def embed(self, batch: OmniBatch) -> Tensor:
