@@ -69,7 +69,8 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        if not torch.is_grad_enabled():  # one tensor as large as x where the other way has six
+        # Decoding alone: any other forward without gradients, of old log-probabilities, has the bits of one with them.
+        if current_cache() is not None:  # one tensor as large as x where the other way has six
             size = x.shape[-1]
             scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().add_(size * self.eps)
             return (wide * scale.rsqrt_().mul_(size**0.5)).to(x.dtype).mul_(self.weight)

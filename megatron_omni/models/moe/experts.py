@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_omni.models.attention import current_cache
 from megatron_omni.models.moe.kernels import swiglu
 from megatron_omni.ops.linear import product
 
@@ -152,7 +153,8 @@ class SharedExperts(torch.nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         """sum_s weights[:, s] FFN_s(x) [T, H] for x [T, H] and weights [T, E_s]."""
-        times = torch.matmul if torch.is_grad_enabled() else product
+        # Without a cache as in training, whoever computes: a forward without gradients has the bits of one with them.
+        times = torch.matmul if current_cache() is None else product
         hidden = swiglu(times(x, self.weight1.to(x.dtype))).unflatten(-1, (self.num_experts, -1))
         # The product is taken in the weights' precision (fp32): a bf16 weight would carry 0.4 % error.
         hidden = (hidden * weights.unsqueeze(-1)).to(x.dtype)
