@@ -8,6 +8,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import re
 import sys
 import types
 import typing
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from megatron_omni.config.data import DataConfig, EvalSourceConfig, SourceConfig
 from megatron_omni.config.model import AudioConfig, LoraConfig, ModelConfig, MoEConfig, VisionConfig
+from megatron_omni.config.objectives import PreferenceConfig, ReinforceConfig, RewardConfig
 from megatron_omni.config.optim import OptimConfig
 from megatron_omni.config.parallel import ParallelConfig
 from megatron_omni.config.ranges import RANGE
@@ -33,6 +35,9 @@ GROUPS: list[tuple[str, type]] = [
     ("data.sources[]", SourceConfig),
     ("data.eval_sources[], besides those of data.sources[]", EvalSourceConfig),
     ("optim", OptimConfig),
+    ("reinforce", ReinforceConfig),
+    ("reinforce.rewards[]", RewardConfig),
+    ("preference", PreferenceConfig),
     ("checkpoint", CheckpointConfig),
     ("log", LogConfig),
 ]
@@ -121,7 +126,7 @@ def render() -> str:
         docs, hints = field_docs(schema), typing.get_type_hints(schema)
         for item in (item for item in dataclasses.fields(schema) if item.name in docs):  # not those of a base
             kind = type_name(hints[item.name]).replace("|", "\\|")
-            kind = kind.replace("megatron_omni.config.data.", "").replace("megatron_omni.config.model.", "")
+            kind = re.sub(r"megatron_omni\.config\.\w+\.", "", kind)
             allowed = item.metadata.get(RANGE, "")
             lines.append(f"| `{item.name}` | {kind} | {default_text(item)} | {allowed} | {docs[item.name]} |")
         lines.append("")

@@ -151,6 +151,8 @@ def _typed(value: Any, hint: Any, base: Any, *, name: str) -> Any:
         return typed
     if typing.get_origin(hint) is list and (item_schema := _dataclass_in(inner[0])) is not None:
         if isinstance(value, dict):
+            if "name" not in _type_hints(item_schema):
+                raise ValueError(f"{name}: its items have no names; give the whole list")
             return _by_name(value, item_schema, base, name=name)
         if isinstance(value, list):
             return [_item(given, item_schema, name=f"{name}[{place}]") for place, given in enumerate(value)]

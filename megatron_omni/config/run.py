@@ -5,6 +5,7 @@ from typing import Literal
 
 from megatron_omni.config.data import DataConfig
 from megatron_omni.config.model import ModelConfig
+from megatron_omni.config.objectives import PreferenceConfig, ReinforceConfig
 from megatron_omni.config.optim import OptimConfig
 from megatron_omni.config.parallel import ParallelConfig
 from megatron_omni.config.ranges import file_path, number
@@ -56,8 +57,9 @@ class LogConfig:
 class Recipe:
     """One training run. ``load`` resumes everything; ``init_from`` takes weights only."""
 
-    task: Literal["supervised"] = "supervised"
-    """What is learned; ``supervised``: the answers of the records."""
+    task: Literal["supervised", "reinforce", "preference"] = "supervised"
+    """What is learned: the answers of the records; to get rewards for responses of its own (GSPO, docs/reinforcement.md);
+    to prefer one answer to another (DPO)."""
     seed: int = number(3407, at_least=0, at_most=2**32 - 1)
     """Decides every random draw: initial weights, the order of the data, routing, dropout."""
     deterministic_mode: bool = False
@@ -95,5 +97,9 @@ class Recipe:
     """Optimizer and learning rate."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When the run is saved."""
+    reinforce: ReinforceConfig = field(default_factory=ReinforceConfig)
+    """Of task ``reinforce``."""
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    """Of task ``preference``."""
     log: LogConfig = field(default_factory=LogConfig)
     """What is measured and written down."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_omni.config.load import all_fields
 from megatron_omni.config.megatron_fields import refusal
 from megatron_omni.config.model import ModelConfig
+from megatron_omni.config.objective_checks import objective_problems
 from megatron_omni.config.parallel import ParallelConfig
 from megatron_omni.config.parts import NEW_TOKEN_ROWS, PARTS, parts_of
 from megatron_omni.config.ranges import out_of_range
@@ -32,6 +33,7 @@ def validate(recipe: Recipe, *, world_size: int = 1, check_files: bool = True) -
             *_layout(recipe, world_size),
             *_run(recipe),
             *_sources(recipe),
+            *objective_problems(recipe),
             *_profile(recipe.log, world_size),
         ]
         if check_files:

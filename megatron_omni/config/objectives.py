@@ -1,0 +1,76 @@
+"""What the tasks beside supervised training are told: reinforcement (docs/reinforcement.md) and preferences."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_omni.config.ranges import number
+
+
+@dataclass(kw_only=True)
+class RewardConfig:
+    """One reward function and its weight in the sum."""
+
+    function: str
+    """Name of a reward of the package (docs/reinforcement.md), or ``FILE.py:NAME``, a function of yours."""
+    weight: float = number(1.0, at_least=-1000, at_most=1000)
+    """Factor of its value in a response's reward."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the function, besides the columns of the records."""
+
+
+@dataclass(kw_only=True)
+class ReinforceConfig:
+    """Task ``reinforce``: GSPO. ``data.global_batch_size`` counts prompts of a step."""
+
+    group_size: int = number(8, at_least=2, at_most=64, fix="an advantage compares responses to one prompt")
+    """Responses to each prompt."""
+    mini_batches: int = number(4, at_least=1, at_most=1000)
+    """Steps of an iteration: so many times ``data.global_batch_size`` prompts are answered before the first of them."""
+    max_new_tokens: int = number(2048, at_least=1, at_most=10**6)
+    """Longest response, its end token included; a longer one is cut and keeps its tokens."""
+    temperature: float = number(1.0, above=0, at_most=100)
+    """Of the sampled responses. The ratio is one of distributions at temperature 1."""
+    top_p: float = number(1.0, above=0, at_most=1)
+    """Only 1: a nucleus would sample from another distribution than the one that is trained."""
+    clip_low: float = number(3e-4, at_least=0, below=1)
+    """A sequence whose ratio fell below 1 - this is not pushed down further."""
+    clip_high: float = number(4e-4, at_least=0, at_most=1000)
+    """A sequence whose ratio rose above 1 + this is not pushed up further."""
+    kl_coeff: float = number(0.0, at_least=0, at_most=1000)
+    """Factor of the KL divergence from the weights of ``init_from``, per token (the estimator e^d - d - 1, d = log
+    reference - log policy); 0 computes none."""
+    form: Literal["sequence", "token"] = "sequence"
+    """GSPO's ratio of a sequence, or its token form: the same ratio and gradient through each token."""
+    overlong: Literal["none", "penalize", "mask"] = "none"
+    """What becomes of long responses: nothing; a penalty that grows linearly to -1 over the last ``overlong_tokens``
+    (DAPO); or those that were cut are left out of the loss, though not of their group's mean."""
+    overlong_tokens: int | None = number(None, at_least=1, at_most=10**6)
+    """Tokens over which the penalty of ``overlong`` ``penalize`` grows, up to ``max_new_tokens``."""
+    resample: int = number(0, at_least=0, at_most=100)
+    """Rounds in which prompts whose responses all got one reward give way to the next prompts of the order; 0: they are
+    left out of the loss."""
+    routes: Literal["live", "old", "rollout"] = "live"
+    """Experts in an iteration's updates: chosen anew, or those of the forward pass before the first update (``old``), or
+    those of the sampled responses (``rollout``)."""
+    share_prompt: bool = True
+    """Responses to one prompt are computed in one sequence, the prompt once (exact); False: a sequence each."""
+    max_running: int = number(32, at_least=1, at_most=65536)
+    """Responses that a model replica computes together in a rollout."""
+    rewards: list[RewardConfig] = field(default_factory=list)
+    """Reward functions; a response's reward is the sum of weight x value."""
+
+
+@dataclass(kw_only=True)
+class PreferenceConfig:
+    """Task ``preference``: DPO. ``data.global_batch_size`` counts pairs of a step."""
+
+    beta: float = number(0.1, above=0, at_most=1000)
+    """Factor of the margin: how far the policy may leave the reference."""
+    label_smoothing: float = number(0.0, at_least=0, below=0.5)
+    """Probability that a pair's label is wrong."""
+    length_normalized: bool = False
+    """Log-probabilities are means over a response's tokens instead of sums."""
+    sft_weight: float = number(0.0, at_least=0, at_most=1000)
+    """Factor of the chosen responses' next-token loss that is added, so that their probability does not fall."""
+    share_prompt: bool = True
+    """Both responses are computed in one sequence, the prompt once (exact); False: a sequence each."""

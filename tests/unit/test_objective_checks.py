@@ -1,0 +1,70 @@
+"""Objectives in a recipe: what cannot work is refused by name, and settings of a task that is not chosen are no decoration."""
+
+from typing import Any
+
+import pytest
+
+from megatron_omni.config.load import recipe_from_dict, recipe_from_overrides
+from megatron_omni.config.validate import validate
+
+REWARD = {"rewards": [{"function": "accuracy"}]}
+
+
+def reinforce(values: dict[str, Any] | None = None, **recipe: Any) -> dict[str, Any]:
+    return {"task": "reinforce", "reinforce": REWARD | (values or {})} | recipe
+
+
+def test_the_defaults_of_each_task_are_a_recipe() -> None:
+    for values in (reinforce(), {"task": "preference"}, reinforce({"overlong": "penalize", "overlong_tokens": 64})):
+        validate(recipe_from_dict(values), check_files=False)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (
+            reinforce({"group_size": 1}),
+            "reinforce.group_size=1: must be at least 2 .* compares responses to one prompt",
+        ),
+        (reinforce({"mini_batches": 0}), "reinforce.mini_batches=0: must be at least 1"),
+        (reinforce({"temperature": 0.0}), "reinforce.temperature=0.0: must be above 0"),
+        (reinforce({"top_p": 0.9}), "reinforce.top_p=0.9: a nucleus samples from another distribution .* set it to 1"),
+        (reinforce({"rewards": []}), "reinforce.rewards is empty"),
+        (
+            reinforce({"rewards": [{"function": "mine.txt:f"}]}),
+            "function='mine.txt:f': give the name of a reward, or FILE",
+        ),
+        (reinforce({"rewards": [{"function": "mine.py:f g"}]}), "function='mine.py:f g'"),
+        (reinforce({"overlong": "penalize"}), "overlong=penalize, overlong_tokens=None"),
+        (reinforce({"overlong_tokens": 9}), "overlong=none, overlong_tokens=9"),
+        (
+            reinforce({"overlong": "penalize", "overlong_tokens": 4096}),
+            "overlong_tokens=4096: above max_new_tokens=2048",
+        ),
+        (reinforce({"max_new_tokens": 8192}), "max_new_tokens=8192: data.seq_length=8192 has to hold a prompt"),
+        (reinforce({"kl_coeff": 0.1}), "kl_coeff=0.1: .* init_from, which is not set"),
+        (reinforce({"routes": "old"}, model={"moe": None}), "routes=old: no effect in a dense model"),
+        (
+            reinforce(
+                {"routes": "rollout"}, model={"moe": {"routing_weight_mode": "release", "gradient_estimator": "grin"}}
+            ),
+            "routes=rollout: model.moe.routing_weight_mode=release weighs experts by the order",
+        ),
+        (reinforce(data={"packing": True}), "data.packing=True: with task=reinforce a sequence is one prompt"),
+        (reinforce(model={"hidden_dropout": 0.1}), "model.hidden_dropout=0.1: with task=reinforce .* set it to 0"),
+        ({"task": "preference", "model": {"lora": {}}}, "model.lora.dropout=0.05: with task=preference"),
+        ({"reinforce": {"group_size": 4}}, "reinforce: no effect with task=supervised"),
+        ({"task": "preference", "reinforce": {"clip_low": 0.2}}, "reinforce: no effect with task=preference"),
+        (reinforce(preference={"beta": 0.2}), "preference: no effect with task=reinforce"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(values: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        validate(recipe_from_dict(values), check_files=False)
+
+
+def test_rewards_are_a_list_and_have_no_names() -> None:
+    with pytest.raises(ValueError, match=r"reinforce\.rewards: its items have no names; give the whole list"):
+        recipe_from_overrides(["reinforce.rewards.accuracy.weight=2"])
+    recipe = recipe_from_overrides(["reinforce.rewards=[{function: think_format, weight: 0.5, settings: {a: [1]}}]"])
+    assert (recipe.reinforce.rewards[0].weight, recipe.reinforce.rewards[0].settings) == (0.5, {"a": [1]})
