@@ -10,7 +10,7 @@ MetricName = Literal[
     "exact_match", "choice", "likelihood_choice", "mean_relative_accuracy", "relaxed_accuracy", "anls", "wer", "cer", "bleu",
     "chrf", "iou", "perplexity",
 ]  # fmt: skip
-"""Metrics of evaluation (evaluation/metrics/ has the table)."""
+"""Metrics of evaluation (scoring/ has the table)."""
 
 
 @dataclass(kw_only=True)

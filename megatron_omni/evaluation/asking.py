@@ -13,15 +13,15 @@ from megatron_omni.data.decode.media import MediaError
 from megatron_omni.data.record import KINDS, LIST_FIELD, Kind, Message, Record, RecordError, internal_error
 from megatron_omni.data.sample import Sample, SampleBuilder
 from megatron_omni.data.template import ANSWER_HEADER, prompt_turn
-from megatron_omni.evaluation.metrics.choice import LETTERS, LikelihoodChoice
-from megatron_omni.evaluation.metrics.likelihood import Perplexity
-from megatron_omni.evaluation.metrics.metric import Scored
 from megatron_omni.evaluation.results import Line, SampleResult, SkippedSample
 from megatron_omni.evaluation.task import Question, Task, expected_letters
 from megatron_omni.generation.batches import Result
 from megatron_omni.generation.request import Request
 from megatron_omni.generation.sampling import derived_seed
 from megatron_omni.generation.text import THINK, THINK_END
+from megatron_omni.scoring.choice import LETTERS, LikelihoodChoice
+from megatron_omni.scoring.likelihood import Perplexity
+from megatron_omni.scoring.metric import Scored
 
 _FIRST_EXAMPLE = 10**12
 """Number of the first example where rows are numbered."""

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_omni.evaluation.metrics import open_metric
 from megatron_omni.evaluation.results import SampleResult, Summary, TaskSummary, read_samples, read_summary
 from megatron_omni.evaluation.summary import aligned
 from megatron_omni.evaluation.uncertainty import Paired, paired, sign_test
+from megatron_omni.scoring import open_metric
 
 SHOWN_CHANGES = 10
 SHOWN_CHARACTERS = 40

@@ -38,15 +38,19 @@ def write_page(results_dir: Path, against: Path | None = None) -> Path:
         earlier = {line.row: line for line in read_samples(against, task)} if against is not None else {}
         samples += [_sample(task, line, earlier.get(line.row), media) for line in read_samples(results_dir, task)]
     data = {"tasks": _tasks(summary, before), "facts": _facts(summary, before), "samples": samples}
-    page = results_dir / PAGE
-    partial = page.with_name(f".{PAGE}.partial")
-    partial.write_text(_page(data), encoding="utf-8")
+    return save_page(results_dir / PAGE, _TEMPLATE, data)
+
+
+def save_page(page: Path, template: Path, data: Mapping[str, Any]) -> Path:
+    """The page of a template, whole or not at all: its data set in as JSON, its policy with the digest of its one script."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    partial = page.with_name(f".{page.name}.partial")
+    partial.write_text(_filled(read_text(template), data), encoding="utf-8")
     partial.replace(page)
     return page
 
 
-def _page(data: Mapping[str, Any]) -> str:
-    template = read_text(_TEMPLATE)
+def _filled(template: str, data: Mapping[str, Any]) -> str:
     found = _SCRIPT.search(template)
     assert found is not None
     # Only this script runs, whatever the data say.
@@ -96,7 +100,7 @@ def _sample(task: str, line: Line, earlier: Line | None, media: PageMedia) -> di
         return out | {"skipped": line.skipped, "message": _cut(line.message)}
     out |= {
         "prompt": [{"role": turn["role"], "text": _cut(turn["content"])} for turn in line.prompt],
-        "media": [_medium(media.show(item["kind"], item["path"])) for item in line.media],
+        "media": [shown_medium(media.show(item["kind"], item["path"])) for item in line.media],
         "expected": [_cut(text) for text in line.expected],
         "options": line.options and [_cut(text) for text in line.options],
         "answer": _cut(_without_thought(line)),
@@ -122,7 +126,8 @@ def _without_thought(line: SampleResult) -> str:
     return line.answer.rpartition("</think>")[2].lstrip() if line.thought is not None else line.answer
 
 
-def _medium(shown: Shown) -> dict[str, Any]:
+def shown_medium(shown: Shown) -> dict[str, Any]:
+    """As the script of a page wants it."""
     return {"kind": shown.kind, "name": shown.name, "file": shown.file} | (
         {"problem": shown.problem} if shown.problem else {}
     )

@@ -25,10 +25,10 @@ from megatron_omni.config.ranges import file_path, number, out_of_range
 from megatron_omni.config.shards import shard_paths
 from megatron_omni.data.record import Record, RecordError
 from megatron_omni.data.sources import Source, check_name, open_source
-from megatron_omni.evaluation.metrics import Metric, nearest, open_metric
-from megatron_omni.evaluation.metrics.choice import LETTERS, letter_of
-from megatron_omni.evaluation.rules import Rule, open_rule
 from megatron_omni.generation.request import MAX_STOP_STRINGS, Sampling
+from megatron_omni.scoring import Metric, nearest, open_metric
+from megatron_omni.scoring.choice import LETTERS, letter_of
+from megatron_omni.scoring.rules import Rule, open_rule
 
 SETS = Path(__file__).with_name("sets")
 THINKING_PROMPT = (

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_omni.evaluation.metrics import Metric
+from megatron_omni.scoring import Metric
 
 DRAWS = 1000
 AT_ONCE = 2_000_000

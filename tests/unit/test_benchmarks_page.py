@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from megatron_omni.evaluation.metrics import METRICS
+from megatron_omni.scoring import METRICS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "evaluation.md"
 COUNTS = {"3": 19, "3 and 4": 8, "5": 4, "6": 14, "7": 13, "8": 7, "9": 4, "10": 3, "11": 4, "12": 5, "13": 4}

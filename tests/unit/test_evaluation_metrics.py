@@ -12,10 +12,10 @@ from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
 from megatron_omni.config.data import EvalSourceConfig
-from megatron_omni.evaluation.metrics import METRICS, open_metric
-from megatron_omni.evaluation.metrics.metric import Metric
-from megatron_omni.evaluation.rules import open_rule
 from megatron_omni.evaluation.uncertainty import paired, score_of, sign_test, standard_error
+from megatron_omni.scoring import METRICS, open_metric
+from megatron_omni.scoring.metric import Metric
+from megatron_omni.scoring.rules import open_rule
 
 WORDS = (
     "the",

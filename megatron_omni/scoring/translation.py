@@ -7,7 +7,7 @@ tests/unit/test_evaluation_metrics.py holds the sums to its public ``corpus_scor
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_omni.evaluation.metrics.metric import Metric, Scored
+from megatron_omni.scoring.metric import Metric, Scored
 
 
 class _Sacrebleu(Metric):

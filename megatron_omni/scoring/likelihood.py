@@ -7,7 +7,7 @@ prompt and the tokens before it.
 import math
 from collections.abc import Sequence
 
-from megatron_omni.evaluation.metrics.metric import Metric, Scored
+from megatron_omni.scoring.metric import Metric, Scored
 
 _LARGEST_EXPONENT = 700.0
 """exp of more is no finite number."""

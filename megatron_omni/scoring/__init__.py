@@ -8,14 +8,14 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_omni.evaluation.metrics.choice import Choice, LikelihoodChoice
-from megatron_omni.evaluation.metrics.intervals import IoU
-from megatron_omni.evaluation.metrics.likelihood import Perplexity
-from megatron_omni.evaluation.metrics.metric import Metric
-from megatron_omni.evaluation.metrics.numeric import MeanRelativeAccuracy, RelaxedAccuracy
-from megatron_omni.evaluation.metrics.speech import CharacterErrorRate, WordErrorRate
-from megatron_omni.evaluation.metrics.text import ANLS, ExactMatch
-from megatron_omni.evaluation.metrics.translation import Bleu, ChrF
+from megatron_omni.scoring.choice import Choice, LikelihoodChoice
+from megatron_omni.scoring.intervals import IoU
+from megatron_omni.scoring.likelihood import Perplexity
+from megatron_omni.scoring.metric import Metric
+from megatron_omni.scoring.numeric import MeanRelativeAccuracy, RelaxedAccuracy
+from megatron_omni.scoring.speech import CharacterErrorRate, WordErrorRate
+from megatron_omni.scoring.text import ANLS, ExactMatch
+from megatron_omni.scoring.translation import Bleu, ChrF
 
 METRICS: dict[str, type[Metric]] = {
     "exact_match": ExactMatch,

@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 
-from megatron_omni.evaluation.metrics.metric import Metric, Scored, mean_of, yes_or_no
+from megatron_omni.scoring.metric import Metric, Scored, mean_of, yes_or_no
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 

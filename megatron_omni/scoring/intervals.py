@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from megatron_omni.evaluation.metrics.metric import Metric, Scored, mean_of, yes_or_no
-from megatron_omni.evaluation.metrics.numeric import NUMBER, parse_number
+from megatron_omni.scoring.metric import Metric, Scored, mean_of, yes_or_no
+from megatron_omni.scoring.numeric import NUMBER, parse_number
 
 NUMBERS = {"segment": 2, "box": 4}
 

@@ -3,15 +3,16 @@
 import math
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 
-from megatron_omni.evaluation.metrics.metric import Metric, Scored, mean_of, yes_or_no
+from megatron_omni.scoring.metric import Metric, Scored, mean_of, yes_or_no
 
 NUMBER = re.compile(
     r"(?<![\w.])[-+\u2212]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:(?<=\d)\.\d+|(?<!\d)\.\d+)?(?<=\d)(?:[eE][-+]?\d+)?"
 )
 """A number in a text: digits of any script, a sign that no letter or digit stands before, commas between thousands."""
-THRESHOLDS = tuple(1 - (50 + 5 * i) / 100 for i in range(10))
-"""Largest relative errors that VSI-Bench takes for right, one minus .50, .55, ..., .95."""
+ALLOWED_PERCENT = tuple(range(50, 0, -5))
+"""Largest relative errors that VSI-Bench takes for right: one minus .50, .55, ..., .95."""
 
 
 def parse_number(written: str) -> float | None:
@@ -61,9 +62,10 @@ class MeanRelativeAccuracy(Metric):
     def _one(given: float, target: float) -> float:
         if target == 0.0:
             return float(given == 0.0)
-        error = abs(given - target) / abs(target)
-        # Thresholds are decimals: an error of 0.05 that rounding made 0.05000000000000071 is one.
-        return sum(error <= allowed + 1e-12 for allowed in THRESHOLDS) / len(THRESHOLDS)
+        # Exact, of the decimals that were written: floats would decide ties by chance.
+        answer, right = Fraction(str(given)), Fraction(str(target))
+        error = 100 * abs(answer - right)
+        return sum(error <= allowed * abs(right) for allowed in ALLOWED_PERCENT) / len(ALLOWED_PERCENT)
 
 
 class RelaxedAccuracy(Metric):

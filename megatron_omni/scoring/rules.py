@@ -17,11 +17,11 @@ before a rule sees an answer.
 import re
 from collections.abc import Callable, Sequence
 
-from megatron_omni.evaluation.metrics import nearest
-from megatron_omni.evaluation.metrics.choice import LETTERS
-from megatron_omni.evaluation.metrics.intervals import NUMBERS, numbers_in
-from megatron_omni.evaluation.metrics.numeric import NUMBER
-from megatron_omni.evaluation.metrics.text import text
+from megatron_omni.scoring import nearest
+from megatron_omni.scoring.choice import LETTERS
+from megatron_omni.scoring.intervals import NUMBERS, numbers_in
+from megatron_omni.scoring.numeric import NUMBER
+from megatron_omni.scoring.text import text
 
 Rule = Callable[[str, Sequence[str] | None], str | None]
 """(what was said, options) -> the answer."""
@@ -29,7 +29,7 @@ Rule = Callable[[str, Sequence[str] | None], str | None]
 _SAID = re.compile(r"(?:(?i:answer)\s*(?:(?i:is)|:|：)|答案\s*(?:是|为|:|：))[\s:：*\"']*[(（]?([A-Z])(?![\w'])")
 _LEADING = re.compile(r"\s*(?:[(（]([A-Z])[)）]|([A-Z])(?:[.:)、。，,]|\s*\n|\s*$))")
 _LETTER_ALONE = re.compile(r"[(（]?([A-Za-z])[)）.]?")
-_TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{(.*)\}")
+TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{(.*)\}")
 
 
 def _whole(said: str, options: Sequence[str] | None) -> str | None:
@@ -64,7 +64,7 @@ def _letter(said: str, options: Sequence[str] | None) -> str | None:
     if stated:
         return stated[-1]
     boxed = _boxed(said, None)
-    if boxed is not None and (inside := _letter_alone(_TEXT_COMMAND.sub(r"\1", boxed), known, options)):
+    if boxed is not None and (inside := _letter_alone(TEXT_COMMAND.sub(r"\1", boxed), known, options)):
         return inside
     if (leading := _LEADING.match(said)) and (letter := leading[1] or leading[2]) in known:
         return letter

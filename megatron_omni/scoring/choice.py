@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from megatron_omni.evaluation.metrics.metric import Metric, Scored, yes_or_no
-from megatron_omni.evaluation.metrics.text import text
+from megatron_omni.scoring.metric import Metric, Scored, yes_or_no
+from megatron_omni.scoring.text import text
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 

@@ -14,8 +14,8 @@ A sample whose references are empty after that does not count, and is counted as
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
-from megatron_omni.evaluation.metrics.metric import UNCOUNTED, Metric, Scored
-from megatron_omni.evaluation.metrics.text import normaliser_of
+from megatron_omni.scoring.metric import UNCOUNTED, Metric, Scored
+from megatron_omni.scoring.text import normaliser_of
 
 
 def _normalisers() -> dict[str, Callable[[str], str]]:
