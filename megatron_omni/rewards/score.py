@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_omni.config.objectives import RewardConfig
+from megatron_omni.config.objectives import ReinforceConfig, RewardConfig
 from megatron_omni.rewards.answer import Value, Values
 from megatron_omni.rewards.load import ARGUMENTS, Reward, open_reward
 
@@ -112,6 +112,15 @@ class Rewards:
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def of(cls, config: ReinforceConfig, *, run_dir: str | Path, rank: int = 0) -> "Rewards":
+        """Those of a recipe; ``overlong: penalize`` is one of them, of weight 1."""
+        configs = list(config.rewards)
+        if config.overlong == "penalize":
+            settings = {"max_new_tokens": config.max_new_tokens, "overlong_tokens": config.overlong_tokens}
+            configs.append(RewardConfig(function="overlong", settings=settings))
+        return cls(configs, run_dir=run_dir, rank=rank)
 
     def _key(self, name: str) -> str:
         taken = {key for key, _ in self._rewards}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_omni.config.objectives import RewardConfig
+from megatron_omni.config.objectives import ReinforceConfig, RewardConfig
 from megatron_omni.rewards import RewardError, Rewards, columns_of
 from megatron_omni.rewards.answer import answer_text
 from megatron_omni.rewards.compare import edits
@@ -334,6 +334,19 @@ def test_two_of_one_name_and_the_scores_of_ranks_joined(mine):
     parts = [_score([("choice", 1.0)], [f"{T}B"], solution=[right]) for right in "BA"]
     assert join(parts).totals == [1.0, 0.0]
     assert join(parts).metrics()["reward/choice"] == 0.5
+
+
+def test_the_overlong_penalty_of_a_recipe_is_a_reward():
+    config = ReinforceConfig(
+        overlong="penalize", overlong_tokens=4, max_new_tokens=10, rewards=[RewardConfig(function="choice")]
+    )
+    with Rewards.of(config, run_dir="unused") as rewards:
+        assert rewards.names == ["choice", "overlong"]
+        scores = rewards.score(
+            completions=[f"{T}B"], prompts=["q"], completion_ids=[[0] * 8], finish_reasons=["stop"], step=1,
+            columns={"solution": ["B"]},
+        )  # fmt: skip
+    assert scores.totals == [0.5]
 
 
 def test_columns_and_the_solution_that_falls_back_to_the_last_answer():
