@@ -37,10 +37,11 @@ from megatron_omni.data.collate import collate
 from megatron_omni.data.decode.cpu import MediaError
 from megatron_omni.data.mixture import DataEnded, Draw, Mixture
 from megatron_omni.data.packing import deal, fill_rows
+from megatron_omni.data.pairs import sample_builder
 from megatron_omni.data.past import check_past, describe_order
 from megatron_omni.data.record import RecordError, internal_error
-from megatron_omni.data.sample import Sample, SampleBuilder
-from megatron_omni.data.sizes import SampleSize, measure
+from megatron_omni.data.sample import Sample
+from megatron_omni.data.sizes import SampleSize
 from megatron_omni.data.sources import open_sources
 from megatron_omni.data.stalls import Key, Stalls
 from megatron_omni.data.tokenizer import Tokenizer
@@ -150,7 +151,7 @@ class StepLoader:
             )
         assert 0 <= data_rank < data_size
         self.data, self.data_rank, self.data_size = data, data_rank, data_size
-        self.builder = SampleBuilder(recipe, tokenizer)
+        self.builder = sample_builder(recipe, tokenizer)
         configs, self._fills = (data.sources, False) if sources is None else (sources, True)
         self.sources = open_sources(configs, tokenizer=self.builder.tokenizer)
         blended = data if sources is None else replace(data, weight_by="samples", balance="none", batch_by="mixed")
@@ -169,7 +170,7 @@ class StepLoader:
         self._undecodable: Lru[Skip] = Lru(_KNOWN_SIZES)
         self._seen: dict[int, Place] = {}
         """Places that the last plan left waiting: the next one asks for them again."""
-        reads_headers = any(source.flags() is None for source in self.sources)
+        reads_headers = not self.builder.indexed or any(source.flags() is None for source in self.sources)
         self.around_agreement: Callable[[], AbstractContextManager[Any]] = nullcontext
         """Entered where the ranks agree, in which one waits for the slowest."""
         self._stalls = Stalls[Skip](partial(self._agreed, agree) if agree and reads_headers else None, self._stalled)
@@ -324,12 +325,8 @@ class StepLoader:
         if (known := self._stalls.get(key) or self._sizes.get(key)) is not None:
             return known
         try:
-            source = self.sources[draw.source]
             working_on((draw.source, draw.row, "header"))
-            facts = source.facts(draw.row)
-            if facts is None:  # no index
-                facts = measure(source[draw.row], self.builder.tokenizer)
-            size: SampleSize | Skip = self.builder.sizes.size(facts)
+            size: SampleSize | Skip = self.builder.row_size(self.sources[draw.source], draw.row)
         except Exception as error:
             size = self._skip(draw, error)
         self._sizes.put(key, size, cost=1)

@@ -9,7 +9,9 @@ ShareGPT rows work unchanged: ``conversations`` of ``{"from": "human" | "gpt" | 
 Rules: ``<image>``, ``<audio>`` and ``<video>`` stand in system and user turns; the n-th marker of a kind takes the n-th
 file of its list, and the counts must agree. In an answer they are ordinary characters (code with an HTML tag in it),
 because a model that reads media answers with text. A system turn comes first or not at all. An answer that carries
-``"weight": 0``, ``"train": false`` or ``"loss": false`` is read and not learned. A key whose value is null is not there
+``"weight": 0``, ``"train": false`` or ``"loss": false`` is read and not learned. A row of a preference names the answer
+that was rejected: ``rejected_response``, in place of the final answer, or ``rejected_messages``, a conversation of its own,
+with ``rejected_images`` .. where its media differ (data/pairs.py); other tasks read past it. A key whose value is null is not there
 (tables write null where a row lacks a column). Keys that mean something to other programs and cannot be honoured
 (``REFUSED_KEYS``) are an error; the rest are kept in ``extra`` and have no effect on training.
 
@@ -40,7 +42,13 @@ MARKER = re.compile(r"<(image|audio|video)>")
 ROLES = ("system", "user", "assistant")
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 LIST_FIELD: dict[Kind, str] = {"image": "images", "audio": "audios", "video": "videos"}
-_KNOWN_KEYS = {"messages", "conversations", "system", "id", *KINDS, *LIST_FIELD.values()}
+REJECTED_RESPONSE, REJECTED_MESSAGES = "rejected_response", "rejected_messages"
+REJECTED = "rejected_"
+"""Begins the name of a field of media of ``rejected_messages``."""
+_KNOWN_KEYS = {
+    "messages", "conversations", "system", "id", *KINDS, *LIST_FIELD.values(), REJECTED_RESPONSE, REJECTED_MESSAGES,
+    *(REJECTED + name for name in LIST_FIELD.values()),
+}  # fmt: skip
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython", "tool_call", "tool_response")
 LEARN_MARKS = ("weight", "train", "loss")
 """Keys of a turn that say whether it is learned: 1 or true, 0 or false."""
@@ -140,6 +148,9 @@ class Record:
     where: str = "<record>"
     """File and line, for messages to people."""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    rejected: "Record | None" = None
+    """The conversation whose answer was rejected in favour of this one's; of a kind that it has no media of, it takes
+    this record's."""
 
     def media(self, kind: Kind) -> tuple[MediaFile, ...]:
         """The files of one kind."""
@@ -171,6 +182,7 @@ def parse_record(row: object, *, where: str = "<record>", source: str = "") -> R
     messages = _messages(row, where)
     media = {kind: _media_list(row, kind, where) for kind in KINDS}
     _check_markers(messages, media, where)
+    rejected = _rejected(row, messages, where)
     row_id = row.get("id", "")
     if not isinstance(row_id, str | int | float):
         raise RecordError(
@@ -185,7 +197,40 @@ def parse_record(row: object, *, where: str = "<record>", source: str = "") -> R
         source=source,
         where=where,
         extra={key: value for key, value in row.items() if key not in _KNOWN_KEYS},
+        rejected=rejected,
     )
+
+
+def _rejected(row: dict[str, Any], messages: tuple[Message, ...], where: str) -> Record | None:
+    """The rejected side of a row that has one."""
+    own: dict[Kind, tuple[str, ...]] = {
+        kind: _media_list({LIST_FIELD[kind]: row.get(REJECTED + LIST_FIELD[kind])}, kind, where) for kind in KINDS
+    }
+    if REJECTED_RESPONSE in row and (REJECTED_MESSAGES in row or any(own.values())):
+        raise RecordError(
+            where, field=REJECTED_RESPONSE, value=row[REJECTED_RESPONSE],
+            problem=f"stands beside {REJECTED_MESSAGES} or media of them", fix="give one of the two", reason="bad_pair",
+        )  # fmt: skip
+    if REJECTED_RESPONSE in row:
+        if messages[-1].role != "assistant":
+            raise RecordError(
+                where, field=REJECTED_RESPONSE, value=row[REJECTED_RESPONSE], problem="is preferred to no answer",
+                fix="end messages with the chosen answer", reason="bad_pair",
+            )  # fmt: skip
+        answer = _message(
+            {"role": "assistant", "content": row[REJECTED_RESPONSE]}, REJECTED_RESPONSE, "role", "content", where
+        )
+        return Record(messages=(*messages[:-1], answer), where=where)
+    if REJECTED_MESSAGES not in row:
+        return None
+    turns = _messages({"messages": row[REJECTED_MESSAGES]}, where)
+    if turns[0].role != "system" and messages[0].role == "system":
+        turns = (messages[0], *turns)
+    for kind in KINDS:
+        if own[kind]:
+            _check_markers(turns, {kind: own[kind]}, where, of=REJECTED)
+    images, audios, videos = (own[kind] for kind in KINDS)
+    return Record(messages=turns, images=images, audios=audios, videos=videos, where=where)
 
 
 def record_of_parts(turns: Sequence[tuple[str, Sequence[Part]]], *, where: str, separator: str = "") -> Record:
@@ -402,15 +447,18 @@ def _media_list(row: dict[str, Any], kind: Kind, where: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _check_markers(messages: tuple[Message, ...], media: dict[Kind, tuple[str, ...]], where: str) -> None:
-    for kind in KINDS:
+def _check_markers(
+    messages: tuple[Message, ...], media: dict[Kind, tuple[str, ...]], where: str, *, of: str = ""
+) -> None:
+    """RecordError unless ``media``, listed in fields whose names begin with ``of``, are as many as their markers."""
+    for kind in media:
         marker = f"<{kind}>"
         count = sum(m.content.count(marker) for m in messages if m.role != "assistant")
         if count != len(media[kind]):
             in_answers = sum(m.content.count(marker) for m in messages if m.role == "assistant")
             note = f" (the {in_answers} in answers do not count)" if in_answers else ""
             raise RecordError(
-                where, field=LIST_FIELD[kind], value=list(media[kind]),
+                where, field=of + LIST_FIELD[kind], value=list(media[kind]),
                 problem=f"{len(media[kind])} file(s) for {count} {marker} marker(s) in system and user turns{note}",
                 fix=f"write one {marker} for each file", reason="marker_count",
             )  # fmt: skip

@@ -19,6 +19,7 @@ Shapes: N responses of a micro-batch, T tokens of the longest; B rows, S tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 from megatron_omni.batch import IGNORE_LABEL, Modality, OmniBatch
 from megatron_omni.data.sample import Sample
 from megatron_omni.platform.device import pinned
-from megatron_omni.segments import AttentionSegments, shared_prompt
+from megatron_omni.segments import AttentionSegments, causal, shared_prompt
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,32 @@ def group_samples(prompt: Sample, responses: Sequence[Sequence[int]], *, capacit
 def separate_samples(prompt: Sample, responses: Sequence[Sequence[int]]) -> list[Group]:
     """A sample for each response, each with the prompt."""
     return [group_sample(prompt, [response]) for response in responses]
+
+
+def joined(groups: Sequence[Group]) -> Group:
+    """Groups one behind the other as one sample, in which none sees another."""
+    samples = [group.sample for group in groups]
+    starts = [*accumulate((sample.length for sample in samples[:-1]), initial=0)]
+    tiles = [sample.tiles for sample in samples if sample.tiles is not None]
+    chunks = [sample.chunks for sample in samples if sample.chunks is not None]
+    sample = Sample(
+        input_ids=torch.cat([sample.input_ids for sample in samples]),
+        labels=torch.cat([sample.labels for sample in samples]),
+        position_ids=torch.cat([sample.position_ids for sample in samples], dim=1),
+        next_position=max(sample.next_position for sample in samples),
+        modality=torch.cat([sample.modality for sample in samples]),
+        tiles=torch.cat(tiles) if tiles else None,
+        chunks=torch.cat(chunks) if chunks else None,
+        attention=tuple(
+            segment.shifted(start)
+            for start, sample in zip(starts, samples)
+            for segment in sample.attention or causal(sample.length)
+        ),
+    )
+    spans = (
+        range(span.start + start, span.stop + start) for start, group in zip(starts, groups) for span in group.spans
+    )
+    return Group(sample, tuple(spans))
 
 
 class Responses(NamedTuple):

@@ -18,6 +18,7 @@ from megatron_omni.data.decode.media import MAX_AUDIO_SECONDS, Media, MediaError
 from megatron_omni.data.processors import frame_tiles, image_tiles, log_mel, square
 from megatron_omni.data.record import KINDS, Kind, MediaFile, Record, RecordError, loaded
 from megatron_omni.data.sizes import SampleSize, SizeRule, measure
+from megatron_omni.data.sources import Source
 from megatron_omni.data.template import ANSWER_HEADER, MediaSpans, Rendered, render
 from megatron_omni.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_omni.positions import AudioSpan, ImageSpan, TextSpan, VideoSpan, position_ids
@@ -63,6 +64,9 @@ class Sample:
 class SampleBuilder:
     """Turns records into samples as a recipe says."""
 
+    indexed = True
+    """Whether :meth:`size` follows from what an index says of a record (index.py)."""
+
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer | None = None) -> None:
         self.tokenizer = tokenizer or load_tokenizer(recipe.data.tokenizer)
         if self.tokenizer.vocab_size > recipe.model.vocab_size:
@@ -79,6 +83,11 @@ class SampleBuilder:
         """Size of the training sample, from media headers; RecordError or MediaError for what cannot be used."""
         self._check(record)
         return self.sizes.size(measure(record, self.tokenizer), where=record.where)
+
+    def row_size(self, source: Source, row: int) -> SampleSize:
+        """The same of a row of ``source``, from its index where it has one."""
+        facts = source.facts(row)
+        return self.size(source[row]) if facts is None or not self.indexed else self.sizes.size(facts)
 
     def prompt_size(self, record: Record) -> SampleSize:
         """Size of :meth:`build_prompt`'s prompt for a record that ends with a question, from media headers."""

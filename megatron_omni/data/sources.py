@@ -147,6 +147,12 @@ class TarSource:
             raise IndexError(f"data source {self.name!r} has {len(self)} rows, asked for row {index}")
         self.facts(index)
         record = parse_record(self.index.stored_row(index), where=self.where(index), source=self.name)
+        if (rejected := record.rejected) is not None and (rejected.images or rejected.audios or rejected.videos):
+            raise RecordError(
+                record.where, field="rejected_images / rejected_audios / rejected_videos", value=rejected.where,
+                problem="media of the rejected side lie in a tar", fix="write pairs whose media differ as JSONL with files",
+                reason="bad_pair",
+            )  # fmt: skip
         ranges = iter(self.index.media_ranges(index))
         media: dict[str, tuple[MediaFile, ...]] = {
             LIST_FIELD[kind]: tuple(TarMember(str(self.path), str(file), *next(ranges)) for file in record.media(kind))
@@ -213,6 +219,8 @@ def parse_line(line: bytes, *, where: str, source: str, root: Path) -> Record:
 
 def confine(record: Record, root: Path) -> Record:
     """The same record with media paths under ``root``; RecordError for a path that would leave it."""
+    if record.rejected is not None:
+        record = replace(record, rejected=confine(record.rejected, root))
     if not (record.images or record.audios or record.videos):
         return record
 
