@@ -1,5 +1,6 @@
 """The start of a run whose weights are loaded: nothing is drawn for them, and memory grows by little more than they are."""
 
+import ctypes
 import gc
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def test_nothing_is_drawn_for_what_is_loaded(corpus: Path, tmp_path: Path, preci
 def _growth(rank: Rank, recipe: Recipe) -> tuple[int, int]:
     """Growth of this process's memory at most, until the run is ready; bytes of its parameters."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # a forked rank would use again what tests before it have freed
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _memory("VmRSS")
     run = prepare(rank, recipe)
