@@ -13,12 +13,13 @@ same order. Stages of a pipeline that do not embed get the same batch with ``pix
 
 A batch is made in host memory, by :meth:`OmniBatch.of`, which adds what follows from the tokens: where placeholders and
 labels are, which media a sample has, counts. On a device each of these would be a wait of the host
-(docs/decisions/0007-batch-facts.md). Its fields are therefore of five kinds, which travel in different ways:
+(docs/decisions/0007-batch-facts.md). Its fields are therefore of six kinds, which travel in different ways:
 
     MEDIA     pixel_values, audio_features
     INDICES   [n] int64, each with a length of its own: places in the flattened [S, B] grid, the order of hidden states
     COUNTS    Python integers, known on the host of every rank
     attention segments.py, also on the host of every rank
+    routes    [B, S, ..] bytes, where routing is to be replayed (models/moe/routes.py)
     GRIDS     everything else: [B, S], position_ids [3, B, S]
 """
 
@@ -32,6 +33,8 @@ from torch import Tensor
 from megatron_omni.segments import AttentionSegments
 
 IGNORE_LABEL = -100
+NO_RECORD = 0x80
+"""In the last byte of a token's routes in a layer, and so in all of its bytes: there is no record."""
 MEDIA = ("pixel_values", "audio_features")
 INDICES = ("picture_places", "sound_places", "label_places")
 COUNTS = ("num_samples", "num_tokens")
@@ -85,6 +88,9 @@ class OmniBatch:
     """[N, 3, p, p] uint8 pixels, which the vision encoder normalises, or floats that are normalised."""
     audio_features: Tensor | None = None
     """[C, mel bins, frames] log-mel, float32 or what the audio encoder computes in."""
+    routes: Tensor | None = None
+    """[B, S, MoE layers x bytes] uint8: slots that the routers are to take (models/moe/routes.py); None: those of their
+    logits."""
 
     @classmethod
     def of(
@@ -101,6 +107,7 @@ class OmniBatch:
         attention: AttentionSegments,
         pixel_values: Tensor | None = None,
         audio_features: Tensor | None = None,
+        routes: Tensor | None = None,
     ) -> "OmniBatch":
         """The batch of these tokens, in host memory, with everything that follows from them."""
         pictures = (modality == Modality.IMAGE) | (modality == Modality.VIDEO)
@@ -122,6 +129,7 @@ class OmniBatch:
             num_tokens=int((segment_ids >= 0).sum()),
             pixel_values=pixel_values,
             audio_features=audio_features,
+            routes=routes,
         )
 
     def to(self, device: torch.device | str) -> "OmniBatch":
@@ -141,7 +149,7 @@ class OmniBatch:
         return len(self.label_places)
 
 
-GRIDS = tuple(f.name for f in fields(OmniBatch) if f.name not in (*MEDIA, *INDICES, *COUNTS, "attention"))
+GRIDS = tuple(f.name for f in fields(OmniBatch) if f.name not in (*MEDIA, *INDICES, *COUNTS, "attention", "routes"))
 
 
 def label_places(labels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_omni.batch import IGNORE_LABEL, Modality, OmniBatch
+from megatron_omni.batch import IGNORE_LABEL, NO_RECORD, Modality, OmniBatch
 from megatron_omni.data.sample import Sample
 from megatron_omni.positions import PositionRule
 from megatron_omni.segments import AttentionSegments, Segment, causal
@@ -74,6 +74,7 @@ def collate(
         attention=AttentionSegments(tuple(attention), len(filled) * length),
         pixel_values=torch.cat(tiles) if tiles else None,
         audio_features=torch.cat(chunks) if chunks else None,
+        routes=_routes(samples, list(zip(row_of, starts)), (len(filled), length)),
     )
     if rule is not None:
         _check_placeholders(batch, rule)
@@ -91,6 +92,18 @@ def _positions(sample: Sample) -> Tensor:
         queries, first = segment.queries, segment.first_position
         positions[queries.start : queries.stop] = torch.arange(first, first + len(queries))
     return positions
+
+
+def _routes(samples: Sequence[Sample], places: Sequence[tuple[int, int]], grid: tuple[int, int]) -> Tensor | None:
+    """[B, S, W] uint8 of the samples' routes, whose (row, start) are ``places``; samples without have no record."""
+    width = next((sample.routes.shape[1] for sample in samples if sample.routes is not None), None)
+    if width is None:
+        return None
+    out = torch.full((*grid, width), NO_RECORD, dtype=torch.uint8)
+    for (row, start), sample in zip(places, samples):
+        if sample.routes is not None:
+            out[row, start : start + sample.length] = sample.routes
+    return out
 
 
 def _check_placeholders(batch: OmniBatch, rule: PositionRule) -> None:

@@ -45,6 +45,8 @@ class Sample:
     """[C, mel bins, frames] float32 in placeholder order; None without sound."""
     attention: tuple[Segment, ...] | None = None
     """Who sees whom among its tokens, as segments.py makes them; None: causal."""
+    routes: Tensor | None = None
+    """[L, MoE layers x bytes] uint8: ``OmniBatch.routes`` of its tokens."""
 
     @property
     def length(self) -> int:

@@ -128,6 +128,7 @@ def _as_asked(wanted: Wanted) -> dict[str, Any]:
     """The fields that an answer depends on, as JSON has them."""
     flat = asdict(wanted)
     flat |= flat.pop("sampling")
+    del flat["routes"]  # said beside the answer
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
 

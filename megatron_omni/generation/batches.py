@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_omni.data.sample import Sample
 from megatron_omni.data.tokenizer import Tokenizer
@@ -54,6 +55,8 @@ class Result:
     reason: FinishReason = "stop"
     stop: int | str | None = None
     usage: Usage | None = None
+    routes: Tensor | None = None
+    """[tokens, MoE layers x bytes] uint8 of prompt and answer but its last token; None unless asked for."""
 
     def add(self, event: Event) -> None:
         """Take over what an event says."""
@@ -64,6 +67,7 @@ class Result:
         self.reasoning += event.reasoning
         if isinstance(event, FinishedEvent):
             self.reason, self.stop, self.usage = event.reason, event.stop, event.usage
+            self.routes = None if event.routes is None else torch.from_numpy(event.routes)
             return
         if event.is_end:
             self.end_id = event.id

@@ -31,6 +31,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from megatron_omni.data.tokenizer import Tokenizer
+from megatron_omni.generation.cache import in_step_order
 from megatron_omni.generation.extents import extent_size
 from megatron_omni.generation.fixed_steps import Decoding, check_decoding
 from megatron_omni.generation.prefix import media_digests, prefixes, whole_prompt
@@ -41,26 +42,24 @@ from megatron_omni.generation.replica import (
     STOP,
     Orders,
     Replica,
+    Results,
     Scored,
     media_places,
     unwrapped,
 )
 from megatron_omni.generation.request import (
-    Alternatives,
     EngineState,
     Event,
-    FinishedEvent,
     FinishReason,
-    PromptEvent,
     Request,
     StepFacts,
-    TokenEvent,
-    Usage,
     check_ids,
 )
 from megatron_omni.generation.sampling import INVALID_TOKEN
 from megatron_omni.generation.scheduler import Answer, Prefix, Scheduler, StepPlan
 from megatron_omni.generation.text import Piece, TextStream
+from megatron_omni.generation.told import Routes, Told
+from megatron_omni.models.moe.routes import width_of
 from megatron_omni.parallel.sharing import PeerFailed
 from megatron_omni.platform.device import device, memory_bytes
 
@@ -93,19 +92,6 @@ class EngineLimits:
     graphs (one rank a replica; fixed_steps.py)."""
 
 
-class _Told:
-    """What the leader keeps of an answer that has not finished."""
-
-    def __init__(self, answer: Answer, request: Request, number: int, sample: int, stream: TextStream | None) -> None:
-        self.answer, self.request, self.number, self.sample, self.stream = answer, request, number, sample, stream
-        self.joined = False
-        """The replica knows of it."""
-        self.cached = 0
-        self.ids: list[int] = []
-        """The tokens that it has said."""
-        self.of_prompt: list[tuple[float, Alternatives]] = []
-
-
 class Engine:
     """One model replica's engine; its ranks make it together. A context: the model evaluates inside."""
 
@@ -128,7 +114,7 @@ class Engine:
             deterministic=limits.deterministic,
             decoding=limits.decoding,
         )
-        self._told: dict[int, _Told] = {}
+        self._told: dict[int, Told] = {}
         self._open: dict[int, list[int]] = {}
         """Request number -> its answers that have not finished."""
         self._numbers: dict[str, int] = {}
@@ -150,6 +136,7 @@ class Engine:
         self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
         self.step_seconds = 0.0
         """Wall time inside :meth:`step` since the start."""
+        self._route_bytes = width_of(self._replica.omni.language.model_config)
         self._modes = [(module, module.training) for module in self._replica.omni.modules()]
         self._replica.omni.eval()
 
@@ -161,7 +148,7 @@ class Engine:
         self._check(request)
         number, self._next_request = self._next_request, self._next_request + 1
         self._numbers[request.name], self._unsent[number], self._open[number] = number, request, []
-        shared = self._prefixes_of(request, number)
+        shared, routes = self._prefixes_of(request, number), None
         for sample in range(request.n):
             answer = Answer(
                 number=self._next_answer,
@@ -174,7 +161,8 @@ class Engine:
             stream = None
             if request.has_text:
                 stream = TextStream(self.tokenizer, stop=request.stop, reasoning=request.reasoning)
-            self._told[answer.number] = _Told(answer, request, number, sample, stream)
+            routes = Routes(request, self._route_bytes, sibling=routes) if request.routes else None
+            self._told[answer.number] = Told(answer, request, number, sample, stream=stream, routes=routes)
             self._open[number].append(answer.number)
             self._scheduler.add(answer)
 
@@ -202,16 +190,18 @@ class Engine:
             self._others_busy = busy = self._leaders_meet = self._meet(_BUSY if busy else _IDLE) == _BUSY
         if busy:
             plan = self._scheduler.plan()
-            tokens, of_prompts = self._order(STEP, plan)
+            results = self._order(STEP, plan)
             self._scheduler.advance(plan)
             self._count(plan)
             encoded, routing = self._replica.observed()
             self.last_step = StepFacts(
                 tokens=plan.num_tokens, admitted=self._admitted, encoded=encoded, routing=routing
             )
-            for scored in of_prompts:
+            if results.routes is not None:
+                self._take_routes(plan, results.routes)
+            for scored in results.of_prompts:
                 self._told[scored.answer].of_prompt.append((scored.logprob or 0.0, scored.top))
-            for scored in tokens:
+            for scored in results.tokens:
                 self._take(scored)
         elif self._answers_gone or self._requests_gone or time.monotonic() - self._last_word > IDLE_SECONDS:
             self._order(NOTHING_TO_DO, StepPlan())
@@ -314,6 +304,8 @@ class Engine:
         ids = prompt.input_ids.numpy()
         check_ids((int(ids.min()), int(ids.max())), model.vocab_size, "prompt")
         check_ids(request.stop_ids, model.vocab_size, "stop_ids")
+        if request.routes and model.moe is None:
+            raise ValueError("routes is True, but model.moe is null: there are none to tell; set it to False")
         wanted = f"prompt has {prompt.length} tokens and max_new_tokens is {request.max_new_tokens}, together "
         if not self._scheduler.fits(request.num_tokens):
             raise ValueError(
@@ -333,18 +325,19 @@ class Engine:
                 )
 
     def _prefixes_of(self, request: Request, number: int) -> list[Prefix]:
-        """Beginnings of the prompt that may be shared; none where the logits of all of its tokens are wanted."""
+        """Beginnings of the prompt that may be shared; none where the logits of all of its tokens are wanted, and of other
+        requests' none where routes are, which are not kept."""
         if request.prompt_logprobs is not None:
             return []
         sample, blocks = request.prompt, []
-        if self.limits.prefix_cache and request.reuse_prefix:
+        if self.limits.prefix_cache and request.reuse_prefix and not request.routes:
             ids, positions = sample.input_ids.numpy(), sample.position_ids.numpy()
             blocks = prefixes(ids, positions, media_digests(sample), salt=request.salt)
         return whole_prompt(blocks, request=number, num_tokens=sample.length) if request.n > 1 else blocks
 
     # ------------------------------------------------------------------------------------------------ steps and events
 
-    def _order(self, op: int, plan: StepPlan) -> tuple[list[Scored], list[Scored]]:
+    def _order(self, op: int, plan: StepPlan) -> Results:
         """Have the replica carry out ``plan``, with word of who is new and who has gone."""
         new = [told for told in map(self._told.__getitem__, plan.admitted) if not told.joined]
         for told in new:
@@ -389,18 +382,19 @@ class Engine:
             length = self._told[chunk.answer].request.prompt.length
             self._prompt_tokens += max(0, min(chunk.start + chunk.length, length) - chunk.start)
 
+    def _take_routes(self, plan: StepPlan, routes: np.ndarray) -> None:
+        first = 0
+        for chunk in in_step_order(plan.chunks):
+            if (kept := self._told[chunk.answer].routes) is not None:
+                kept.add(chunk.start, routes[first : first + chunk.length])
+            first += chunk.length
+
     def _take(self, scored: Scored) -> None:
         """One more token of an answer, and whatever follows from it."""
         told = self._told[scored.answer]
         request = told.request
         if not told.ids and told.sample == 0 and request.prompt_logprobs is not None:
-            self._events.append(
-                PromptEvent(
-                    name=request.name,
-                    logprobs=tuple(logprob for logprob, _ in told.of_prompt),
-                    top=tuple(top[: request.prompt_logprobs] for _, top in told.of_prompt),
-                )
-            )
+            self._events.append(told.prompt_event())
         if scored.token == INVALID_TOKEN:
             self._finish(scored.answer, "error", message=NOT_FINITE)
             return
@@ -408,18 +402,7 @@ class Engine:
         self._generated_tokens += 1
         is_end = scored.token in request.stop_ids or (scored.token in self.tokenizer.eos_ids and not request.ignore_eos)
         piece = Piece() if is_end or told.stream is None else told.stream.add(scored.token)
-        self._events.append(
-            TokenEvent(
-                name=request.name,
-                sample=told.sample,
-                id=scored.token,
-                logprob=scored.logprob,
-                top=scored.top[: request.logprobs or 0],
-                text=piece.text,
-                reasoning=piece.reasoning,
-                is_end=is_end,
-            )
-        )
+        self._events.append(told.token_event(scored, piece, is_end=is_end))
         if is_end:
             self._finish(scored.answer, "stop", stop=scored.token)
         elif piece.stop is not None:
@@ -434,7 +417,7 @@ class Engine:
     ) -> None:
         told = self._told.pop(number)
         request = told.request
-        self._scheduler.finish(number, self._all_prefixes(told), spoilt=reason in ("error", "cancelled"))
+        self._scheduler.finish(number, told.all_prefixes(), spoilt=reason in ("error", "cancelled"))
         if told.joined:
             self._answers_gone.append(number)
         self._open[told.number].remove(number)
@@ -442,38 +425,7 @@ class Engine:
             del self._open[told.number], self._numbers[request.name]
             if self._unsent.pop(told.number, None) is None:
                 self._requests_gone.append(told.number)
-        stream = told.stream
-        last = Piece() if stream is None or isinstance(stop, str) else stream.flush()
-        self._events.append(
-            FinishedEvent(
-                name=request.name,
-                sample=told.sample,
-                reason=reason,
-                usage=Usage(
-                    prompt=request.prompt.length,
-                    cached=told.cached,
-                    completion=len(told.ids),
-                    reasoning=0 if stream is None else stream.num_reasoning_tokens,
-                ),
-                stop=stop,
-                text=last.text,
-                reasoning=last.reasoning,
-                message=message,
-            )
-        )
-
-    def _all_prefixes(self, told: _Told) -> list[Prefix] | None:
-        """Beginnings of all that an answer has said: a conversation that goes on begins so. None: it is not kept."""
-        if not told.answer.keep or not told.joined:
-            return None
-        sample, said = told.request.prompt, np.array(told.ids, dtype=np.int64)
-        positions = np.broadcast_to(sample.next_position + np.arange(len(said)), (3, len(said)))
-        return prefixes(
-            np.concatenate([sample.input_ids.numpy(), said]),
-            np.concatenate([sample.position_ids.numpy(), positions], axis=1),
-            np.concatenate([media_digests(sample), np.zeros_like(said)]),
-            salt=told.request.salt,
-        )
+        self._events.append(told.finished_event(reason, stop=stop, message=message))
 
 
 def _cache_tokens(model: nn.Module, limits: EngineLimits, pg: ProcessGroupCollection) -> int:

@@ -9,7 +9,7 @@ writes what the step is about:
 Everything else follows on the device: keys and values are gathered by place, a mask leaves out what the token does not
 see, and every expert computes every token (models/moe/layer.py). Nothing waits for the device, and two steps of the same
 sizes are the same sequence of operations. Rows that are left over repeat the first one: they write the same keys to the
-same place, and nobody reads what they say.
+same place, and nobody reads what they say. Routes, where they are wanted, are one more output: such a step is another.
 
 ``captured`` records a step as a CUDA graph (platform/graphs.py); ``fixed`` calls the same function. One rank a replica.
 
@@ -30,6 +30,7 @@ from megatron_omni.generation.scheduler import Chunk
 from megatron_omni.models.attention import kv_cache
 from megatron_omni.models.language import LanguageModel
 from megatron_omni.models.moe.context import TokenContext
+from megatron_omni.models.moe.routes import RouteRecord
 from megatron_omni.platform.device import accelerator_present, device
 from megatron_omni.platform.graphs import recorded
 from megatron_omni.segments import AttentionSegments
@@ -77,21 +78,22 @@ class FixedSteps:
     ) -> None:
         """``facts`` of (tokens, rows) for routers, as replica.py makes them."""
         self._language, self._cache, self._facts, self._captured = language, cache, facts, captured
-        self._steps: dict[tuple[int, int], _Step] = {}
+        self._steps: dict[tuple[int, int, bool], _Step] = {}
 
-    def logits(self, numbers: np.ndarray, chunks: Sequence[Chunk]) -> Tensor:
-        """[n, V] float32 after the tokens of ``chunks``, one each; ``numbers`` [5, >= n] of replica.py. What was returned
-        before is overwritten."""
+    def step(self, numbers: np.ndarray, chunks: Sequence[Chunk], *, routes: bool) -> tuple[Tensor, Tensor | None]:
+        """[n, V] float32 after the tokens of ``chunks``, one each, and the tokens' ``routes`` [n, L n] if they are wanted;
+        ``numbers`` [5, >= n] of replica.py. What was returned before is overwritten."""
         sizes = rows_of(len(chunks)), keys_of(max(chunk.start for chunk in chunks) + 1)
         self._cache.reach(max(chunk.extent.offset + chunk.extent.size for chunk in chunks))
         where = [[chunk.extent.offset for chunk in chunks], [chunk.start + 1 for chunk in chunks]]
         columns = np.concatenate([numbers[:, : len(chunks)], np.array(where)])
         repeated = np.concatenate([columns, np.repeat(columns[:, :1], sizes[0] - len(chunks), axis=1)], axis=1)
-        step = self._steps.get(sizes)
+        step = self._steps.get((*sizes, routes))
         if step is None:
-            ctx = replace(self._facts(sizes[0], sizes[0]), fixed_shapes=True)
-            step = self._steps[sizes] = _Step(self._language, self._cache, ctx, *sizes)
-        return step(torch.from_numpy(repeated), captured=self._captured)[: len(chunks)]
+            ctx = replace(self._facts(sizes[0], sizes[0]), fixed_shapes=True, record=RouteRecord() if routes else None)
+            step = self._steps[(*sizes, routes)] = _Step(self._language, self._cache, ctx, *sizes)
+        logits, taken = step(torch.from_numpy(repeated), captured=self._captured)
+        return logits[: len(chunks)], None if taken is None else taken[: len(chunks)]
 
 
 class _Step:
@@ -100,10 +102,10 @@ class _Step:
     def __init__(self, language: LanguageModel, cache: KVCache, ctx: TokenContext, rows: int, keys: int) -> None:
         self._language, self._cache, self._ctx, self._keys = language, cache, ctx, keys
         self.inputs = torch.zeros(7, rows, dtype=torch.int64, device=device())
-        self._replay: tuple[Tensor, Callable[[], None]] | None = None
+        self._replay: tuple[tuple[Tensor, Tensor | None], Callable[[], None]] | None = None
 
-    def __call__(self, numbers: Tensor, *, captured: bool) -> Tensor:
-        """[B, V] of ``numbers`` [7, B], in host memory."""
+    def __call__(self, numbers: Tensor, *, captured: bool) -> tuple[Tensor, Tensor | None]:
+        """:meth:`compute` of ``numbers`` [7, B], in host memory."""
         self.inputs.copy_(numbers.pin_memory() if self.inputs.is_cuda else numbers, non_blocking=True)
         if not captured:
             return self.compute()
@@ -113,8 +115,8 @@ class _Step:
         replay()
         return output
 
-    def compute(self) -> Tensor:
-        """What is recorded: [B, V] float32 from ``inputs``."""
+    def compute(self) -> tuple[Tensor, Tensor | None]:
+        """What is recorded: [B, V] float32 from ``inputs``, and routes [B, L n]."""
         inputs, language = self.inputs, self._language
         self._cache.begin_fixed(inputs[4], inputs[5], inputs[6], self._keys)
         with kv_cache(self._cache):
@@ -125,4 +127,7 @@ class _Step:
                 ctx=self._ctx,
                 decoder_input=language.embed(inputs[:1]),
             )
-        return output[0].float()
+        record = self._ctx.record
+        return output[0].float(), None if record is None else record.whole(
+            language.model_config, language.pg_collection
+        )

@@ -32,6 +32,7 @@ from megatron_omni.generation.scheduler import Chunk, Copy
 from megatron_omni.models.attention import kv_cache
 from megatron_omni.models.moe.balance import layer_use, moe_layer_numbers, reduce_stats
 from megatron_omni.models.moe.context import RoutingStats, TokenContext
+from megatron_omni.models.moe.routes import RouteRecord
 from megatron_omni.models.omni import OmniModel
 from megatron_omni.parallel.groups import place_in
 from megatron_omni.parallel.sharing import PeerFailed
@@ -111,6 +112,17 @@ class Scored(NamedTuple):
     top: Alternatives
 
 
+class Results(NamedTuple):
+    """What came of orders."""
+
+    tokens: Sequence[Scored] = ()
+    """Chosen."""
+    of_prompts: Sequence[Scored] = ()
+    """What was wanted of prompts' tokens."""
+    routes: np.ndarray | None = None
+    """[n, L n] uint8 of all n tokens of the chunks, where an answer among them wants them; on the leader."""
+
+
 class Prompt:
     """A request on a rank."""
 
@@ -177,9 +189,8 @@ class Replica:
 
     # ------------------------------------------------------------------------------------------------------- messages
 
-    def lead(self, orders: Orders, requests: Sequence[Request] = ()) -> tuple[list[Scored], list[Scored]]:
-        """Have all ranks carry out ``orders``; the chosen tokens and what was wanted of prompts' tokens, in the order of
-        :func:`in_step_order`."""
+    def lead(self, orders: Orders, requests: Sequence[Request] = ()) -> Results:
+        """Have all ranks carry out ``orders``; what came of it, in the order of :func:`in_step_order`."""
         if self.pg.mp.size() > 1:
             numbers = orders.numbers()
             message = torch.zeros(_FIRST_MESSAGE, dtype=torch.int64)
@@ -215,7 +226,7 @@ class Replica:
             moved()
 
     @torch.inference_mode()
-    def _carry_out(self, orders: Orders, requests: Sequence[Request]) -> tuple[list[Scored], list[Scored]]:
+    def _carry_out(self, orders: Orders, requests: Sequence[Request]) -> Results:
         for answer in orders.answers_gone:
             del self._answers[answer]
         for number in orders.requests_gone:
@@ -226,7 +237,7 @@ class Replica:
             self._answers[answer] = self._new_answer(self._prompts[number], sample)
         self.cache.move(orders.copies)
         if orders.op != STEP:
-            return [], []
+            return Results()
         return self._step(in_step_order(orders.chunks))
 
     def _new_answer(self, prompt: Prompt, sample: int) -> _Answer:
@@ -240,15 +251,21 @@ class Replica:
 
     # --------------------------------------------------------------------------------------------------------- a step
 
-    def _step(self, chunks: list[Chunk]) -> tuple[list[Scored], list[Scored]]:
+    def _step(self, chunks: list[Chunk]) -> Results:
         numbers, rows, scored = self._numbers(chunks)
+        record = RouteRecord() if any(self._answers[c.answer].prompt.request.routes for c in chunks) else None
+        routes: Tensor | None = None
         moe = self.omni.language.model_config.moe
         stats = RoutingStats() if moe is not None and self._steps % ROUTING_STEPS == 0 else None
         self._steps += 1
         if self._fixed is not None and stats is None and all(map(self._decodes, chunks)):
-            logits: Tensor | None = self._fixed.logits(numbers, chunks)
+            logits: Tensor | None
+            logits, routes = self._fixed.step(numbers, chunks, routes=record is not None)
         else:
-            logits = self._forward(chunks, numbers, rows, stats)
+            count = sum(chunk.length for chunk in chunks)
+            ctx = facts(count, numbers.shape[1], stats=stats, record=record)
+            logits = self._forward(chunks, numbers, rows, ctx)
+            routes = None if record is None else record.whole(self.omni.language.model_config, self.pg)
         chosen = [chunk.answer for chunk in chunks if chunk.ends]
         results = self._results(logits, chosen, scored)
         if stats is not None and moe is not None:
@@ -264,7 +281,9 @@ class Replica:
             here.made.append(tokens[-1].token)
             if here.history is not None and tokens[-1].token >= 0:
                 here.history.add(tokens[-1].token)
-        return tokens, [_scored(answer, row) for (answer, _), row in zip(scored, results[len(chosen) :])]
+        of_prompts = [_scored(answer, row) for (answer, _), row in zip(scored, results[len(chosen) :])]
+        told = None if routes is None or self.pg.mp.rank() > 0 else routes[: sum(chunk.length for chunk in chunks)]
+        return Results(tokens, of_prompts, None if told is None else told.cpu().numpy())
 
     def _decodes(self, chunk: Chunk) -> bool:
         """Whether a chunk is the newest token of an answer."""
@@ -311,7 +330,7 @@ class Replica:
         return -(-max(count, 1) // multiple) * multiple
 
     def _forward(
-        self, chunks: Sequence[Chunk], numbers: np.ndarray, rows: list[int], stats: RoutingStats | None
+        self, chunks: Sequence[Chunk], numbers: np.ndarray, rows: list[int], ctx: TokenContext
     ) -> Tensor | None:
         """This stage's part: logits [R, V] float32 of ``rows``, None before the last stage."""
         language, place = self.omni.language, self.place
@@ -335,7 +354,7 @@ class Replica:
                 input_ids=on_device[:1],
                 position_ids=on_device[1:4].unsqueeze(1),
                 attention=AttentionSegments((), length),  # the cache knows who sees whom
-                ctx=facts(count, length, stats=stats),
+                ctx=ctx,
                 decoder_input=hidden,
                 logits_positions=torch.tensor([wanted], device=device()),
             )
@@ -421,7 +440,9 @@ class Replica:
                 prompt.rows[kind] = own
 
 
-def facts(count: int, length: int, *, stats: RoutingStats | None = None) -> TokenContext:
+def facts(
+    count: int, length: int, *, stats: RoutingStats | None = None, record: RouteRecord | None = None
+) -> TokenContext:
     """What routers ask of the tokens of a step, of which ``count`` are none of padding; they draw nothing."""
     numbers = torch.zeros(length, dtype=torch.int64, device=device())
     padding = torch.arange(length, device=device()) >= count
@@ -436,6 +457,7 @@ def facts(count: int, length: int, *, stats: RoutingStats | None = None) -> Toke
         stochastic=False,
         aux_loss_scale=0.0,
         stats=stats,
+        record=record,
     )
 
 

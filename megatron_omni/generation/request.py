@@ -10,11 +10,13 @@ prompt, the settings and its own seed: not on what else the engine computes besi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from math import isfinite
 from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 if TYPE_CHECKING:
+    import numpy
+
     from megatron_omni.data.sample import Sample
 
 MAX_LOGPROBS = 20
@@ -116,6 +118,8 @@ class Wanted:
     """May share the cache of an earlier prompt that begins alike, and may leave its own to later ones."""
     salt: str = ""
     """Only prompts of the same salt share: how fast an answer comes tells nothing of what others asked."""
+    routes: bool = False
+    """Which experts its tokens took is told with the end of each sample. Such a prompt is computed, whatever is cached."""
 
     def __post_init__(self) -> None:
         _require(_whole(self.max_new_tokens) and self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens,
@@ -226,6 +230,9 @@ class FinishedEvent:
     reasoning: str = ""
     message: str | None = None
     """What went wrong, for ``error``."""
+    routes: "numpy.ndarray | None" = field(default=None, compare=False, repr=False)
+    """[tokens, MoE layers x bytes] uint8 of prompt and answer but its last token, which nothing was computed from
+    (models/moe/routes.py); None unless asked for."""
 
 
 Event = TokenEvent | PromptEvent | FinishedEvent

@@ -37,6 +37,7 @@ from megatron_omni.models.encoders.audio import AudioEncoder
 from megatron_omni.models.encoders.vision import VisionEncoder
 from megatron_omni.models.encoders.weights import is_trainable
 from megatron_omni.models.moe.context import RoutingStats, TokenContext
+from megatron_omni.models.moe.routes import RouteRecord
 from megatron_omni.platform.seeds import named_generator
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class OmniModel(MegatronModule):
         stochastic: bool,
         aux_loss_scale: float = 0.0,
         stats: RoutingStats | None = None,
+        record: RouteRecord | None = None,
         compute_loss: bool = True,
         logits_positions: Tensor | None = None,
         temperature: float = 1.0,
@@ -120,14 +122,21 @@ class OmniModel(MegatronModule):
         """Loss per token [B, S] (0 where nothing is learned), logits without ``compute_loss``, or hidden states.
 
         Hidden states [S / TP, B, H] come from every stage but the last. ``logits_positions`` [B, n] asks for logits at
-        those positions only. ``temperature`` and ``with_entropy`` are of the loss (models/language.py).
+        those positions only. ``record`` is told the routes of this stage's layers; ``batch.routes`` are replayed.
+        ``temperature`` and ``with_entropy`` are of the loss (models/language.py).
         """
         return self.language(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             attention=batch.attention,
             ctx=token_facts(
-                batch, seed=self.seed, step=step, stochastic=stochastic, aux_loss_scale=aux_loss_scale, stats=stats
+                batch,
+                seed=self.seed,
+                step=step,
+                stochastic=stochastic,
+                aux_loss_scale=aux_loss_scale,
+                stats=stats,
+                record=record,
             ),
             decoder_input=self.embed(batch) if self.pre_process else None,
             labels=batch.labels if compute_loss else None,
@@ -166,12 +175,19 @@ class OmniModel(MegatronModule):
 
 
 def token_facts(
-    batch: OmniBatch, *, seed: int, step: int, stochastic: bool, aux_loss_scale: float, stats: RoutingStats | None
+    batch: OmniBatch,
+    *,
+    seed: int,
+    step: int,
+    stochastic: bool,
+    aux_loss_scale: float,
+    stats: RoutingStats | None,
+    record: RouteRecord | None = None,
 ) -> TokenContext:
     """What routers must know about each token, for the full sequence in the order of hidden states: [S * B]."""
 
     def flat(per_token: Tensor) -> Tensor:
-        return per_token.t().reshape(-1)
+        return per_token.transpose(0, 1).flatten(0, 1)
 
     return TokenContext(
         sample_ids=flat(batch.sample_ids),
@@ -184,6 +200,8 @@ def token_facts(
         stochastic=stochastic,
         aux_loss_scale=aux_loss_scale,
         stats=stats,
+        routes=None if batch.routes is None else flat(batch.routes),
+        record=record,
     )
 
 

@@ -2,7 +2,8 @@
 
 The data-reader rank of a replica (tensor-parallel rank 0 of the first pipeline stage) loads the micro-batches of a
 step. Their integer tensors go to every rank of the replica (labels are needed on the last stage, positions on all of
-them), all of a step at once: a header, which also brings the counts and who sees whom in attention, and a buffer.
+them), all of a step at once: a header, which also brings the counts and who sees whom in attention, and a buffer. Bytes
+(routes) travel in it as the integers that eight of them are.
 Pictures and sound are a thousand times larger and only go to the tensor-parallel group of the first stage, the only one
 that embeds: a micro-batch at a time, pictures as the 8-bit pixels they are and sound in the model's precision. Those of
 the next micro-batch travel while this one is computed (:class:`StepData`), so a device holds two of them.
@@ -26,10 +27,10 @@ from megatron_omni.segments import AttentionSegments
 
 _MEDIA_DIMS = {"pixel_values": 4, "audio_features": 3}
 _DTYPES = (torch.uint8, torch.bfloat16, torch.float32)
-_NUM_SIZES = 2 + len(INDICES)
+_NUM_SIZES = 3 + len(INDICES)
 _HEADER = _NUM_SIZES + len(COUNTS) + sum(1 + dims for dims in _MEDIA_DIMS.values())
-"""Numbers per micro-batch: B, S, the length of each index, the counts and, for each medium, its dtype (-1: there is none)
-and shape. Those of ``OmniBatch.attention`` follow."""
+"""Numbers per micro-batch: B, S, bytes of routes a token, the length of each index, the counts and, for each medium, its
+dtype (-1: there is none) and shape. Those of ``OmniBatch.attention`` follow."""
 _MESSAGE = 8192
 """Numbers of a header's first message, whose size the receivers must know; what does not fit comes in a second one."""
 _ALIGNMENT = 16
@@ -44,6 +45,8 @@ class _Header(NamedTuple):
 
     grid: tuple[int, int]
     """B, S."""
+    route_bytes: int
+    """Of a token; 0 without routes."""
     lengths: list[int]
     """Of the indices."""
     counts: dict[str, int]
@@ -52,17 +55,31 @@ class _Header(NamedTuple):
 
     @classmethod
     def of(cls, numbers: Sequence[int]) -> "_Header":
-        rows, length, *lengths = numbers[:_NUM_SIZES]
+        rows, length, route_bytes, *lengths = numbers[:_NUM_SIZES]
         counts = dict(zip(COUNTS, numbers[_NUM_SIZES:]))
         media = _specs(numbers[_NUM_SIZES + len(COUNTS) : _HEADER])
-        return cls((rows, length), lengths, counts, media, AttentionSegments.from_numbers(numbers[_HEADER:]))
+        attention = AttentionSegments.from_numbers(numbers[_HEADER:])
+        return cls((rows, length), route_bytes, lengths, counts, media, attention)
 
     @property
     def sizes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the integer tensors."""
         grids: dict[str, tuple[int, ...]] = {name: self.grid for name in GRIDS}
         indices = {name: (length,) for name, length in zip(INDICES, self.lengths, strict=True)}
-        return grids | {"position_ids": (3, *self.grid)} | indices
+        routes = {"routes": (-(-self.num_route_bytes // 8),)} if self.route_bytes else {}
+        return grids | {"position_ids": (3, *self.grid)} | indices | routes
+
+    @property
+    def num_route_bytes(self) -> int:
+        """Of the micro-batch."""
+        return _count(self.grid) * self.route_bytes
+
+    def batch(self, values: dict[str, Any]) -> OmniBatch:
+        """The micro-batch, without media, of its integer tensors."""
+        if self.route_bytes:
+            routes = values["routes"].view(torch.uint8)[: self.num_route_bytes]
+            values = values | {"routes": routes.view(*self.grid, self.route_bytes)}
+        return OmniBatch(**(values | self.counts), attention=self.attention)
 
 
 class PeerFailed(RuntimeError):
@@ -205,7 +222,8 @@ def _share_numbers(
 
 
 def _header(batch: OmniBatch) -> list[int]:
-    numbers = [*batch.input_ids.shape, *(len(getattr(batch, name)) for name in INDICES)]
+    route_bytes = 0 if batch.routes is None else batch.routes.shape[2]
+    numbers = [*batch.input_ids.shape, route_bytes, *(len(getattr(batch, name)) for name in INDICES)]
     numbers += [getattr(batch, name) for name in COUNTS]
     for name in MEDIA:
         tensor = getattr(batch, name)
@@ -233,8 +251,7 @@ def _share_integers(
 ) -> list[OmniBatch]:
     sizes = [size for header in headers for size in header.sizes.values()]
     if batches is not None:
-        names = headers[0].sizes
-        flat = torch.cat([getattr(batch, name).reshape(-1) for batch in batches for name in names])
+        flat = torch.cat([_integers(b, name) for b, header in zip(batches, headers) for name in header.sizes])
         flat = pinned(flat).to(device, non_blocking=True)
     else:
         flat = torch.empty(sum(_count(size) for size in sizes), dtype=torch.int64, device=device)
@@ -244,8 +261,16 @@ def _share_integers(
     shared = []
     for header in headers:
         values: dict[str, Any] = {name: next(parts).view(size) for name, size in header.sizes.items()}
-        shared.append(OmniBatch(**(values | header.counts), attention=header.attention))
+        shared.append(header.batch(values))
     return shared
+
+
+def _integers(batch: OmniBatch, name: str) -> Tensor:
+    """A field as a row of int64."""
+    flat: Tensor = getattr(batch, name).reshape(-1)
+    if flat.dtype == torch.uint8:
+        flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(torch.int64)
+    return flat
 
 
 def _send_media(

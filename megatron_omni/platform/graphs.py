@@ -7,14 +7,13 @@ each call, it never waits for the device, and no size in it depends on a value.
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 WARM_UPS = 2
 """Calls before recording: libraries choose algorithms and make workspaces, which cannot be recorded."""
 
 
-def recorded(compute: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-    """The tensor that ``compute`` returns, and a function that computes it anew from the inputs as they are then.
+def recorded[T](compute: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+    """What ``compute`` returns, tensors of one place, and a function that computes it anew from the inputs as they are then.
 
     ``compute`` is called first, with the inputs as they are now, so it may be called several times with the same effect.
     Needs a CUDA device.

@@ -17,10 +17,10 @@ CPU = torch.device("cpu")
 
 
 def step_of(replica: int) -> list[OmniBatch]:
-    """Three micro-batches of different shapes: with pictures and sound, with sound, with text only."""
+    """Three micro-batches of different shapes: with pictures and sound, with sound and routes, with text only."""
     generator = torch.Generator().manual_seed(replica)
 
-    def batch(length: int, tiles: int, chunks: int) -> OmniBatch:
+    def batch(length: int, tiles: int, chunks: int, route_bytes: int = 0) -> OmniBatch:
         ints = {name: torch.randint(-100, 2**40, (2, length), generator=generator) for name in GRIDS}
         ints |= {name: torch.randint(2**40, (tiles + i,), generator=generator) for i, name in enumerate(INDICES)}
         counts = {name: length + i for i, name in enumerate(COUNTS)}
@@ -28,9 +28,11 @@ def step_of(replica: int) -> list[OmniBatch]:
         pixels = torch.randint(256, (tiles, 3, 3, 3), generator=generator).byte() if tiles else None
         sound = torch.randn(chunks, 8, 5, generator=generator) if chunks else None
         attention = drawn_segments(generator, 2 * length)
-        return OmniBatch(**ints, **counts, attention=attention, pixel_values=pixels, audio_features=sound)
+        routes = torch.randint(256, (2, length, route_bytes), generator=generator).byte() if route_bytes else None
+        media = {"pixel_values": pixels, "audio_features": sound}
+        return OmniBatch(**ints, **counts, attention=attention, **media, routes=routes)
 
-    return [batch(5, 3, 2), batch(9, 0, 1), batch(4, 0, 0)]
+    return [batch(5, 3, 2), batch(9, 0, 1, 3), batch(4, 0, 0)]
 
 
 def equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
@@ -54,7 +56,7 @@ def shared(rank: Rank, tensor: int, pipeline: int) -> bool:
         if not place.is_first_stage:
             expected = [replace(batch, pixel_values=None, audio_features=None) for batch in expected]
         for a, b in zip(got, expected, strict=True):
-            assert all(equal(getattr(a, name), getattr(b, name)) for name in (*GRIDS, *INDICES, *MEDIA))
+            assert all(equal(getattr(a, name), getattr(b, name)) for name in (*GRIDS, *INDICES, *MEDIA, "routes"))
             assert all(getattr(a, name) == getattr(b, name) for name in (*COUNTS, "attention"))
         assert got.shapes == [(2, 5), (2, 9), (2, 4)]
     # A reader that failed is known to its whole replica, and through the sum to every other.

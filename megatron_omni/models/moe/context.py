@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from megatron_omni.models.moe.routes import RouteRecord
+
 
 @dataclass(kw_only=True)
 class RoutingStats:
@@ -59,6 +61,10 @@ class TokenContext:
     that is recorded (generation/fixed_steps.py)."""
     stats: RoutingStats | None = None
     """Where statistics are added; None while recomputing or when they are not wanted."""
+    routes: Tensor | None = None
+    """[T, L n] uint8: slots to take in every MoE layer of the model, in place of those of the logits (routes.py)."""
+    record: RouteRecord | None = None
+    """Where the slots that the logits choose are told; None like ``stats``."""
 
 
 _CURRENT: ContextVar[TokenContext | None] = ContextVar("token_context", default=None)
@@ -82,5 +88,5 @@ def current_token_context() -> TokenContext:
 
 
 def without_stats(ctx: TokenContext) -> TokenContext:
-    """The same context for a recomputed forward, which must not count its tokens twice."""
-    return replace(ctx, stats=None)
+    """The same context for a recomputed forward, which must not count or record its tokens twice."""
+    return replace(ctx, stats=None, record=None)

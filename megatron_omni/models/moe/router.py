@@ -8,6 +8,10 @@ slots drawn by Gumbel order; the gradient estimator; capacity. Every draw is a h
 sample, position) (ops/counter_rng.py), so layouts agree and a recomputed layer repeats itself. Otherwise routing is
 deterministic.
 
+Replay (``ctx.routes``): the recorded slots in place of those that the logits choose, weighted by the live logits. It is
+the op that routes, told to take every slot and to keep the recorded ones; tokens without a record keep those that they
+would have taken. Without noise alone: a draw has an order, by which the estimator and ``release`` scale weights.
+
 Under sequence parallelism T is this rank's shard; the auxiliary loss and capacity see the whole micro-batch through the
 TP group. T tokens, H hidden, E = routed + null + shared, E_d = routed + null.
 """
@@ -23,6 +27,7 @@ from torch import Tensor
 from megatron_omni.config.model import MoEConfig
 from megatron_omni.models.moe.balance import load_balancing_loss
 from megatron_omni.models.moe.context import TokenContext
+from megatron_omni.models.moe.routes import bytes_of, packed, unpacked
 from megatron_omni.ops.counter_rng import Purpose, gumbel, uniform
 from megatron_omni.ops.topp_route import Routing, RoutingRule, capacity_keep, expert_capacity, topp_route
 
@@ -69,6 +74,7 @@ class OmniRouter(torch.nn.Module):
         )
         self.rule_without_noise = replace(self.rule, estimator="none")
         self.num_slots = self.rule.num_slots
+        self.rule_of_all = replace(self.rule_without_noise, top_k=self.num_slots, max_routed=None)
         num_rows = self.num_slots + moe.num_shared_experts
         self.weight = torch.nn.Parameter(torch.empty(num_rows, hidden_size, dtype=dtype, device=device))
         torch.nn.init.normal_(self.weight, std=init_std)
@@ -119,12 +125,37 @@ class OmniRouter(torch.nn.Module):
             selected = self.topp_route(z.detach(), rule, **tokens).mask
             num_before_drop = selected.sum()
             keep = self._capacity_keep(z.detach()[:, :slots], selected)
-        routing = self.topp_route(z, rule, keep=keep, **tokens)
+        if ctx.routes is None:
+            routing = self.topp_route(z, rule, keep=keep, **tokens)
+            chosen = routing.mask
+        else:
+            routing, chosen = self._replayed(z, ctx.routes, ctx)
+        if ctx.record is not None:
+            ctx.record.layers[self._layer_index] = packed(chosen)
         if keep is None:
             selected = routing.mask
         if with_aux_loss:
             aux_loss = load_balancing_loss(z[:, :slots], selected, ctx=ctx, moe=moe, tp_group=self.tp_group)
         return RouterOutput(routing, aux_loss, num_before_drop)
+
+    @property
+    def _layer_index(self) -> int:
+        """Number of this MoE layer in the model, from 0 (balance.moe_layer_numbers)."""
+        return self.layer_number // 2 - 1
+
+    def _replayed(self, z: Tensor, routes: Tensor, ctx: TokenContext) -> tuple[Routing, Tensor]:
+        """The slots of ``routes`` [T, L n] weighted by z [T, E], and the mask [T, E_d] of those that z would choose."""
+        assert not ctx.stochastic, "recorded routes are replayed without noise"
+        if self.moe.routing_weight_mode == "release":
+            raise ValueError(
+                "model.moe.routing_weight_mode is release: its weights depend on the order in which slots were drawn, which "
+                "routes do not hold, so they cannot be replayed; set masked_softmax, or reinforce.routes = live"
+            )
+        chosen = self.topp_route(z.detach(), self.rule_without_noise, padding=ctx.padding).mask
+        width, first = bytes_of(self.num_slots), self._layer_index * bytes_of(self.num_slots)
+        given, recorded = unpacked(routes[:, first : first + width], self.num_slots)
+        keep = torch.where(recorded.unsqueeze(1), given, chosen)
+        return self.topp_route(z, self.rule_of_all, keep=keep, padding=ctx.padding), chosen
 
     @torch.no_grad()
     def _capacity_keep(self, z: Tensor, mask: Tensor) -> Tensor:
