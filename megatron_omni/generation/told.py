@@ -105,7 +105,8 @@ class Routes:
 
     def __init__(self, request: Request, width: int, *, sibling: "Routes | None") -> None:
         self._own = np.full((request.num_tokens, width), NO_RECORD, dtype=np.uint8)
-        self._prompt = self._own[: request.prompt.length].copy() if sibling is None else sibling._prompt
+        first = self._own[: request.prompt.length].copy()
+        self._prompt: np.ndarray = first if sibling is None else sibling._prompt
         """Shared by the samples of a request."""
 
     def add(self, start: int, computed: np.ndarray) -> None:
