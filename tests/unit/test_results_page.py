@@ -7,8 +7,6 @@ keeps pictures to look at.
 import json
 import os
 import re
-import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,13 +32,12 @@ from megatron_omni.evaluation.results import (
     TaskSummary,
     write_samples,
 )
+from tests.unit.in_browser import browser, keep, wait_for
 from tests.unit.media_files import CODECS, scene, tone, write_scenes
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
 HOSTILE = '</script><img src=x onerror="window.hit = 1"><!--<script>\u2028 & "quoted"'
 LONG = "so it goes. " * 1000
+__all__ = ["browser"]
 
 
 def answered(row: int, question: str, answer: str, expected: str, **fields: Any) -> SampleResult:
@@ -242,25 +239,6 @@ def test_a_folder_without_results_is_named(tmp_path: Path, results: tuple[Path, 
 # ------------------------------------------------------------------------------------------------ in a browser
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed (pip install playwright)"
-    )
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed; Debian: apt-get install chromium")
-    with playwright.sync_playwright() as runner:
-        flags = [
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-dev-shm-usage",
-            "--autoplay-policy=no-user-gesture-required",
-        ]
-        started = runner.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield started
-        started.close()
-
-
 @pytest.fixture
 def opened(browser: Any, results: tuple[Path, Path]) -> Iterator[Any]:
     """The page from the disk; what the browser complains of fails the test."""
@@ -279,19 +257,6 @@ def opened(browser: Any, results: tuple[Path, Path]) -> Iterator[Any]:
     yield page
     assert not complaints
     page.close()
-
-
-def keep(page: Any, name: str) -> None:
-    if directory := os.environ.get("OMNI_SCREENSHOTS"):
-        page.screenshot(path=str(Path(directory) / f"{name}.png"))
-
-
-def wait_for(page: Any, expression: str, argument: Any = None) -> None:
-    """Not by playwright's own polling: the page's policy lets no string become a script."""
-    deadline = time.monotonic() + 60
-    while not page.evaluate(expression, argument):
-        assert time.monotonic() < deadline, expression
-        page.wait_for_timeout(50)
 
 
 def cards(page: Any) -> list[str]:
