@@ -27,7 +27,8 @@ from megatron_omni.rewards.answer import Value, Values, answer_text, references
 START_SECONDS = 120.0
 """A process that has not done its imports by then has failed: the file system may be busy."""
 HUNG, LOST = "hung", "lost"
-"""Counts: processes that were killed at the limit, and that ended by themselves (out of memory)."""
+"""Counts: processes that were killed at the limit, and that ended by themselves (out of memory): those comparisons are
+made once more, then they score 0."""
 
 
 class Accuracy:
@@ -79,17 +80,21 @@ class Accuracy:
         self._children = []
 
     def _compare(self, asked: Sequence[tuple[tuple[str, ...], str]]) -> Values:
-        waiting = deque(enumerate(asked))
+        waiting = deque(range(len(asked)))
         values: Values = [0.0] * len(asked)
+        repeated: set[int] = set()
         while waiting or any(child.place is not None for child in self._children):
             while len(self._children) < min(self._most, len(waiting)):
                 self._children.append(_Child(self._seconds))
             for child in self._children:
                 if child.is_free and waiting:
-                    place, (gold, answer) = waiting.popleft()
-                    child.ask(place, gold, answer)
+                    place = waiting.popleft()
+                    child.ask(place, *asked[place])
             for child in self._wait():
-                self._hear(child, values)
+                lost = self._hear(child, values)
+                if lost is not None and lost not in repeated:  # the machine may have taken the process
+                    repeated.add(lost)
+                    waiting.appendleft(lost)
         return values
 
     def _wait(self) -> list["_Child"]:
@@ -106,14 +111,15 @@ class Accuracy:
             child for child in self._children if child not in heard and not child.is_free and child.deadline <= now
         ]
 
-    def _hear(self, child: "_Child", values: Values) -> None:
+    def _hear(self, child: "_Child", values: Values) -> int | None:
+        """Take what a child has said; of one that has ended by itself, the comparison that it worked at."""
         over = child.deadline <= time.monotonic()
         said = None if over else child.hear()
         if said is not None:
             if child.place is not None:
                 values[child.place] = said["value"]
             child.is_free, child.place = True, None
-            return
+            return None
         if child.place is None:  # it never began
             problem = f"did not start within {START_SECONDS:g} s" if over else "ended at its start"
             self.close()
@@ -122,6 +128,7 @@ class Accuracy:
         self._counts[name] = self._counts.get(name, 0) + 1
         self._children.remove(child)
         child.end()
+        return None if over else child.place
 
 
 class _Child:

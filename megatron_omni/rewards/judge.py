@@ -22,7 +22,7 @@ from megatron_omni.rewards.answer import Value, Values, answer_text, references
 from megatron_omni.rewards.endpoint import Endpoint, EndpointError, NoAnswer
 from megatron_omni.rewards.judge_cache import JudgeCache
 
-TEMPLATE = """You grade an answer to a question.
+CORRECT = """You grade an answer to a question.
 
 Question:
 {prompt}
@@ -36,6 +36,19 @@ Answer to grade:
 Say in a few sentences whether the answer is right and complete. Then write, as the last line and nothing after it,
 SCORE: x
 where x is a number from 0 (wrong) to 1 (right)."""
+CONSISTENT = """You check whether the answer to a question is what its reasoning came to. Whether it is right does not matter.
+
+Question:
+{prompt}
+
+Reasoning and answer, the reasoning between <think> and </think>:
+{completion}
+
+Say in one sentence what the reasoning concludes. Then write, as the last line and nothing after it,
+SCORE: x
+where x is 1 if the reasoning is logical and concludes the answer, and 0 if it concludes another one or none."""
+TEMPLATES = {"correct": CORRECT, "consistent": CONSISTENT}
+"""By the names that a recipe may give."""
 PLACES = ("prompt", "completion", "answer", "solution")
 """What a template may hold in braces."""
 _PLACE = re.compile(r"\{([a-z_]+)\}")
@@ -54,7 +67,7 @@ class Judge:
         url: str,
         model: str,
         key_env: str | None = None,
-        template: str = TEMPLATE,
+        template: str = "correct",
         lowest: float = 0.0,
         highest: float = 1.0,
         max_tokens: int = 1024,
@@ -69,11 +82,13 @@ class Judge:
         rank: int = 0,
         **refused: Any,
     ) -> None:
-        """``body``: further fields of the request. ValueError for settings that cannot work, and for a key among them."""
+        """``template``: ``correct``, ``consistent`` or a text of yours; ``body``: further fields of the request. ValueError
+        for settings that cannot work, and for a key among them."""
         _refuse_keys([*refused, *(body or {})])
         if refused:
             raise ValueError(f"rewards: judge has no setting {min(refused)!r}; docs/reinforcement.md has the list")
         _check_url(url)
+        template = TEMPLATES.get(template, template)
         _check_places(template)
         numbers = {
             "max_tokens": max_tokens, "timeout_seconds": timeout_seconds, "tries": tries, "concurrency": concurrency,

@@ -16,6 +16,7 @@ from typing import Any
 from megatron_omni.config.objectives import RewardConfig
 from megatron_omni.rewards.accuracy import Accuracy
 from megatron_omni.rewards.compare import choice, iou, number, wer
+from megatron_omni.rewards.consistency import consistency
 from megatron_omni.rewards.judge import Judge
 from megatron_omni.rewards.shape import overlong, repetition, think_format
 from megatron_omni.scoring import nearest
@@ -24,12 +25,12 @@ ARGUMENTS = ("completions", "prompts", "completion_ids", "finish_reasons", "step
 """What every function is called with, besides the columns."""
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "choice": choice, "number": number, "iou": iou, "wer": wer,
-    "think_format": think_format, "repetition": repetition, "overlong": overlong,
+    "think_format": think_format, "repetition": repetition, "overlong": overlong, "consistency": consistency,
 }  # fmt: skip
 SERVICES: dict[str, Callable[..., Any]] = {"accuracy": Accuracy, "judge": Judge}
 """Classes whose objects are the functions: they keep processes or connections, count what went wrong, and are closed."""
-SHAPE = frozenset({"think_format", "repetition", "overlong"})
-"""Functions that read no solution and judge no content."""
+SHAPE = frozenset({"think_format", "repetition", "overlong", "consistency"})
+"""Functions that read no solution: whether an answer is right is nothing to them."""
 
 
 @dataclass(frozen=True, kw_only=True)
