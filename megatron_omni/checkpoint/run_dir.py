@@ -14,6 +14,8 @@ from megatron_omni.checkpoint import commit
 from megatron_omni.config.load import recipe_to_yaml
 from megatron_omni.config.outcome import ENDED_MARKER, STOP_MARKER
 from megatron_omni.config.run import Recipe
+from megatron_omni.rewards.judge_cache import CACHES
+from megatron_omni.rewards.rollouts import FOLDER as ROLLOUTS
 
 METRICS, TENSORBOARD, INCIDENTS, GOODPUT, PROFILE, WANDB, WANDB_ID = (
     "metrics.jsonl", "tensorboard", "incidents.jsonl", "goodput.jsonl", "profile", "wandb", "wandb_id",
@@ -25,7 +27,7 @@ UPCYCLED = "upcycled"
 """A mixture made of dense weights, there while they are loaded."""
 WRITTEN = (
     commit.CHECKPOINTS, METRICS, TENSORBOARD, INCIDENTS, GOODPUT, PROFILE, WANDB, WANDB_ID, RESOLVED, STOP_MARKER,
-    ENDED_MARKER, NCCL_TRACES, UPCYCLED,
+    ENDED_MARKER, NCCL_TRACES, UPCYCLED, ROLLOUTS, CACHES,
 )  # fmt: skip
 """Everything that a run writes into its directory, as patterns of names."""
 

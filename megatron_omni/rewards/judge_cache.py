@@ -18,7 +18,9 @@ from typing import Any, BinaryIO
 from megatron_omni.foreign import ForeignError, decode_text, parse_json, read_bytes
 
 logger = logging.getLogger(__name__)
-MOST_BYTES = 1 << 32
+CACHES = "judge*.jsonl"
+"""The files of a run directory."""
+_MOST_BYTES = 1 << 32
 
 
 class JudgeCache:
@@ -29,11 +31,11 @@ class JudgeCache:
         self._scores: dict[str, float] = {}
         self._lock = threading.Lock()
         self._file: BinaryIO | None = None
-        for path in sorted([*run_dir.glob("judge.jsonl"), *run_dir.glob("judge_rank_*.jsonl")]):
+        for path in sorted(run_dir.glob(CACHES)):
             self._read(path)
 
     def _read(self, path: Path) -> None:
-        lines = read_bytes(path, most_bytes=MOST_BYTES).split(b"\n")
+        lines = read_bytes(path, most_bytes=_MOST_BYTES).split(b"\n")
         cut = 0
         for line in filter(None, lines):
             try:
