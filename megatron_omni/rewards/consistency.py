@@ -34,8 +34,8 @@ def agreement(completion: str, options: Sequence[str] | None = None) -> Value:
     sentences = [sentence for sentence in reversed(_SENTENCE.split(thought)) if sentence.strip()]
     letter = letter_in(answer, options) if options or len(answer.strip("().")) == 1 else None
     if letter is not None:
-        found = next((one for sentence in sentences if (one := letter_in(sentence.strip(), options))), None)
-        return None if found is None else float(found == letter)
+        chosen = next((found for sentence in sentences if (found := letter_in(sentence.strip(), options))), None)
+        return None if chosen is None else float(chosen == letter)
     number = _last_number(answer)
     if number is not None:
         concluded = next((one for sentence in sentences if (one := _last_number(sentence)) is not None), None)

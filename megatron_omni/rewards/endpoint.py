@@ -4,6 +4,7 @@
 connection is closed from outside when the time is up. Proxies are those of the environment (``HTTPS_PROXY``, ``NO_PROXY``).
 """
 
+import contextlib
 import email.utils
 import http.client
 import json
@@ -51,14 +52,16 @@ class Endpoint:
     def ask(self, body: Mapping[str, Any]) -> str:
         """The text of the first choice. NoAnswer for a try that failed, EndpointError for what no try will change."""
         connection = self._connection()
-        was_cut = threading.Event()
-        late = threading.Timer(self._seconds, _cut, (connection, was_cut))
+        was_cut, held = threading.Event(), list[socket.socket]()
+        late = threading.Timer(self._seconds, _cut, (held, was_cut))
         late.daemon = True
         late.start()
         try:
             headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}
             if self._key is not None:
                 headers["Authorization"] = f"Bearer {self._key}"
+            connection.connect()
+            held.append(connection.sock)  # which the connection forgets when it has read the headers
             connection.request("POST", self._path, json.dumps(body).encode(), headers)
             response = connection.getresponse()
             data = response.read(MOST_BYTES + 1)
@@ -87,15 +90,12 @@ class Endpoint:
         return connection
 
 
-def _cut(connection: http.client.HTTPConnection, was_cut: threading.Event) -> None:
-    """Whoever reads from it, in another thread, gets an error or the end."""
+def _cut(held: list[socket.socket], was_cut: threading.Event) -> None:
+    """Whoever reads from the socket, in another thread, gets an error or the end. Connecting has a time-out of its own."""
     was_cut.set()
-    held = connection.sock
-    if held is not None:
-        try:
-            held.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return
+    for one in held:
+        with contextlib.suppress(OSError):
+            one.shutdown(socket.SHUT_RDWR)
 
 
 def _text(status: int, retry_after: str | None, data: bytes) -> str:

@@ -157,7 +157,8 @@ class Rewards:
         if waiting:
             for place, result in zip(waiting, asyncio.run(_all([results[place] for place in waiting]))):
                 results[place] = result
-        values, counts = {}, {}
+        values: dict[str, Values] = {}
+        counts: dict[str, int] = {}
         for (key, reward), result in zip(self._rewards, results):
             if isinstance(result, Exception):
                 raise batch.raised(reward, result) from result

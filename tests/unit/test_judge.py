@@ -169,8 +169,10 @@ def test_a_fault_is_tried_again_and_abstains_when_it_stays(server, tmp_path, fau
 @pytest.mark.parametrize("fault", [stall, drip])
 def test_a_server_that_stalls_is_left_after_the_time_of_a_try(server, tmp_path, fault):
     server.script = [fault, says("SCORE: 1")]
+    began = time.monotonic()
     assert score(server, tmp_path, timeout_seconds=0.2).totals == [1.0]
     assert len(server.asked) == 2
+    assert time.monotonic() - began < 10  # a drip lasts as long as the test
 
 
 def test_the_batch_has_a_time_too(server, tmp_path):
@@ -264,7 +266,7 @@ def test_at_most_so_many_at_once(server, tmp_path):
 
 
 def test_a_judge_beside_another_reward_leaves_out_what_it_did_not_answer(server, tmp_path):
-    server.script = [status(500), status(500), status(500), says("SCORE: 1")]
+    server.script = [status(400), says("SCORE: 1")]
     choice = RewardConfig(function="number")
     answers = ["<think>a</think>4", "<think>a</think>5"]
     with Rewards(

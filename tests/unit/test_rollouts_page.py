@@ -132,6 +132,7 @@ def places(page: Any) -> list[str]:
 
 def test_media_responses_and_texts_that_are_text(opened: Any) -> None:
     keep(opened, "rollouts_wide")
+    assert opened.locator(".thought").first.inner_text() == "I count one, two, 3."
     assert opened.locator("h1").inner_text().endswith("iteration 2")
     first = opened.locator(".group").first
     assert first.locator(".prompt").inner_text().startswith("picture 1 How many?")
