@@ -25,10 +25,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_omni.batch import IGNORE_LABEL, Modality, OmniBatch
+from megatron_omni.batch import IGNORE_LABEL, NO_RECORD, Modality, OmniBatch
 from megatron_omni.data.sample import Sample
 from megatron_omni.platform.device import pinned
-from megatron_omni.segments import AttentionSegments, causal, shared_prompt
+from megatron_omni.segments import AttentionSegments, Segment, causal, shared_prompt
 
 
 @dataclass(frozen=True)
@@ -168,3 +168,29 @@ def responses_of(batch: OmniBatch) -> Responses:
 def response_spans(attention: AttentionSegments) -> list[range]:
     """Tokens of the flattened [B, S] grid that are a response, for each in the order of rows."""
     return [segment.queries for segment in attention.segments if segment.first_position > 0]
+
+
+def replaying(groups: Sequence[Group], routes: Sequence[Tensor]) -> list[Group]:
+    """The groups with routes (``Sample.routes``): of each of their responses in order those of prompt and response but its
+    last token, [L, W] uint8, as the engine tells them."""
+    left, found = iter(routes), []
+    for group in groups:
+        sample = group.sample
+        assert sample.attention is not None
+        own = [(_seen(segment), next(left)) for segment in sample.attention if segment.first_position > 0]
+        whole = own[0][1].new_full((sample.length, own[0][1].shape[1]), NO_RECORD)
+        for places, told in own:
+            whole[places] = told
+        found.append(replace(group, sample=replace(sample, routes=whole)))
+    return found
+
+
+def routes_of_responses(attention: AttentionSegments, routes: Tensor) -> list[Tensor]:
+    """Of each response in the order of rows what :func:`replaying` takes, from ``routes`` [B, S, W] of a batch."""
+    flat = routes.flatten(0, 1)
+    return [flat[_seen(segment)] for segment in attention.segments if segment.first_position > 0]
+
+
+def _seen(segment: Segment) -> Tensor:
+    """[L] places of the tokens of a response's prompt and of its own, in their order."""
+    return torch.cat([torch.arange(keys.start, keys.stop) for keys in segment.keys])

@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_omni.batch import NO_RECORD
 from megatron_omni.config.model import MoEConfig
 from megatron_omni.data.collate import collate
+from megatron_omni.data.responses import group_samples, replaying, routes_of_responses
 from megatron_omni.models.moe.kernels import load_kernels
 from megatron_omni.models.moe.router import OmniRouter, RouterOutput
 from megatron_omni.models.moe.routes import RouteRecord, bytes_of, flipped, packed, unpacked
@@ -192,3 +193,22 @@ def test_routes_of_samples_lie_where_their_tokens_do() -> None:
     assert torch.equal(batch.routes[0, :3], routes(3, 1)) and torch.equal(batch.routes[1, :4], routes(4, 21))
     assert bool((batch.routes[0, 3:] == NO_RECORD).all()) and bool((batch.routes[1, 4:] == NO_RECORD).all())
     assert collate([text(3)], pad_id=0).routes is None
+
+
+def test_routes_of_responses_come_back_from_shared_rows() -> None:
+    """The prompt's beside each of two samples that its responses needed, and each response's along its branch."""
+    prompt, responses = text(5), [[7, 8, 9], [5], [11, 12, 13, 14], [3, 4]]
+    groups = group_samples(prompt, responses, capacity=10)
+    assert len(groups) == 2
+    generator = torch.Generator().manual_seed(0)
+    told = torch.randint(0, 128, (4, 2), generator=generator).byte()  # of the prompt but its last token
+    own = [torch.randint(0, 128, (len(response), 2), generator=generator).byte() for response in responses]
+    routes = [torch.cat([told, rows]) for rows in own]
+    given = replaying(groups, routes)
+    for group in given:
+        assert group.sample.routes is not None and torch.equal(group.sample.routes[:4], told)
+    taken = [group.sample.routes[list(span)] for group in given for span in group.spans]
+    assert all(map(torch.equal, taken, own))
+    batch = collate([text(3), *(group.sample for group in given)], pad_id=0, row_of=[0, 0, 1], multiple_of=8)
+    assert batch.routes is not None
+    assert all(map(torch.equal, routes_of_responses(batch.attention, batch.routes), routes))
