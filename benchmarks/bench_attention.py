@@ -87,7 +87,7 @@ def step(recipe: Any, batches: list[Any]) -> Callable[[], Any]:
     model = wrap_model(built, recipe, pg)
     optimizer, scheduler = build_optimizer(model, recipe, pg)
     task, labels = SupervisedTask(recipe.data.sources), sum(batch.num_label_tokens for batch in batches)
-    info = StepInfo(step=1, training=True, num_label_tokens=labels, aux_loss_scale=0.02, stats=None)
+    info = StepInfo(step=1, training=True, divisor=labels, aux_loss_scale=0.02, stats=None)
     batches = [batch.to(device()) for batch in batches]
 
     def run() -> None:

@@ -36,9 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
     from megatron_omni.parallel.groups import destroy
     from megatron_omni.parallel.schedule import run_step
     from megatron_omni.tasks.supervised import SupervisedTask
-    from megatron_omni.training.loop import aux_loss_scale, next_batches
+    from megatron_omni.training.loop import aux_loss_scale
     from megatron_omni.training.optimizer import update
     from megatron_omni.training.setup import setup
+    from megatron_omni.training.step_data import next_batches
     from megatron_omni.training.task import StepInfo
 
     torch.set_num_threads(1)
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         info = StepInfo(
             step=step,
             training=True,
-            num_label_tokens=totals["labels"],
+            divisor=totals["labels"],
             aux_loss_scale=aux_loss_scale(run, step),
             stats=None,
         )

@@ -95,15 +95,16 @@ def measure(folder: Path, *, steps: int) -> dict[str, Any]:
 def one_step(run: Any, number: int) -> Any:
     """Read, forwards and backwards, update; the loss a label token, on its device."""
     from megatron_omni.parallel.schedule import run_step
-    from megatron_omni.training.loop import aux_loss_scale, next_batches
+    from megatron_omni.training.loop import aux_loss_scale
     from megatron_omni.training.optimizer import update
+    from megatron_omni.training.step_data import next_batches
     from megatron_omni.training.task import StepInfo
 
     batches, totals = next_batches(run, run.loader)
     info = StepInfo(
         step=number,
         training=True,
-        num_label_tokens=totals["labels"],
+        divisor=totals["labels"],
         aux_loss_scale=aux_loss_scale(run, number),
         stats=None,
     )

@@ -29,7 +29,7 @@ class ReinforceConfig:
     max_new_tokens: int = number(2048, at_least=1, at_most=10**6)
     """Longest response, its end token included; a longer one is cut and keeps its tokens."""
     temperature: float = number(1.0, above=0, at_most=100)
-    """Of the sampled responses. The ratio is one of distributions at temperature 1."""
+    """Of the sampled responses, and of the distributions whose ratio is taken."""
     top_p: float = number(1.0, above=0, at_most=1)
     """Only 1: a nucleus would sample from another distribution than the one that is trained."""
     clip_low: float = number(3e-4, at_least=0, below=1)

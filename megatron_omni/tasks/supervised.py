@@ -11,10 +11,10 @@ from torch import Tensor
 from megatron_omni.batch import OmniBatch
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.losses.lm import lm_loss, loss_report, report_names
-from megatron_omni.training.task import LossFunction, StepInfo
+from megatron_omni.training.task import LossFunction, StepInfo, Task
 
 
-class SupervisedTask:
+class SupervisedTask(Task):
     """Language-model loss over the label tokens of the batch; ``sources`` in the order of the batch's source ids."""
 
     def __init__(self, sources: Sequence[SourceConfig]) -> None:
@@ -34,7 +34,7 @@ class SupervisedTask:
             if self._loss_weights is not None and info.training:
                 self._loss_weights = self._loss_weights.to(token_loss.device)  # once: it waits for the device
                 weight = self._loss_weights[batch.source_ids.clamp(min=0)]
-            loss = lm_loss(token_loss, batch.labels, num_label_tokens=info.num_label_tokens, token_weight=weight)
+            loss = lm_loss(token_loss, batch.labels, num_label_tokens=info.divisor, token_weight=weight)
             return loss, loss_report(token_loss, batch, num_sources=self.num_sources)
 
         return output, loss_function

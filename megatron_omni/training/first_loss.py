@@ -17,8 +17,9 @@ from megatron_omni.config.validate import validate
 from megatron_omni.parallel.groups import destroy
 from megatron_omni.parallel.schedule import run_step
 from megatron_omni.training.logger import sum_reports
-from megatron_omni.training.loop import aux_loss_scale, next_batches
+from megatron_omni.training.loop import aux_loss_scale
 from megatron_omni.training.setup import Run, setup
+from megatron_omni.training.step_data import next_batches
 from megatron_omni.training.task import StepInfo, Task
 
 SAID = ("task", "seed", "data", "freeze")
@@ -28,9 +29,7 @@ SAID = ("task", "seed", "data", "freeze")
 def first_step_loss(run: Run) -> float:
     """Mean loss over the label tokens of the first step; changes no weight, but moves the loader."""
     batches, totals = next_batches(run, run.loader)
-    info = StepInfo(
-        step=1, training=True, num_label_tokens=totals["labels"], aux_loss_scale=aux_loss_scale(run, 1), stats=None
-    )
+    info = StepInfo(step=1, training=True, divisor=totals["labels"], aux_loss_scale=aux_loss_scale(run, 1), stats=None)
     with torch.no_grad():
         forward = partial(run.task.forward_step, info=info)
         reports = run_step(forward, batches, run.model, pg=run.pg, recipe=run.recipe, forward_only=True)

@@ -144,6 +144,7 @@ class RunLogger:
         sums = sum_reports(run, torch.cat([total, *(table[:1] for table in tables)])).tolist()
         metrics = {name: loss / count for name, (loss, count) in zip(names, sums) if count > 0}
         metrics |= {"grad-norm": self._grad_norm, "learning-rate": learning_rate(run.optimizer)}
+        metrics |= run.task.metrics(run)
         routing = self._routing(stats)
         self._mean_k = routing.get("moe/mean_k", self._mean_k)
         metrics |= {name: value for name, value in self._speed().items() if timed or not name.startswith("time/")}
@@ -154,6 +155,7 @@ class RunLogger:
         self.write(metrics | routing)
         if self._writes:
             self._progress.show(run.state.step, metrics | routing)
+        if self._writes and run.task.watches_loss:
             for (step, _), (loss, count) in zip(self._reports, sums[len(names) :]):
                 self._look_for_spike(step, loss / max(count, 1.0))
         self._reports = []

@@ -1,6 +1,6 @@
 """The training loop: everything that happens in a step, in order and in sight.
 
-    read micro-batches -> sum label counts over ranks -> forwards and backwards (1F1B) -> clip, learning rate, update
+    micro-batches of the task -> sum counts over ranks -> forwards and backwards (1F1B) -> clip, learning rate, update
     -> log, evaluate, save, stop
 
 Ranks synchronise at three points of a step only: the few integers that every step starts with (label tokens, failed
@@ -25,12 +25,11 @@ from megatron_omni.batch import OmniBatch
 from megatron_omni.checkpoint.memory import SaveMemory
 from megatron_omni.checkpoint.saving import PendingSave
 from megatron_omni.config.outcome import EXIT_REQUEUE
-from megatron_omni.data.loader import StepLoader
 from megatron_omni.data.mixture import DataEnded
 from megatron_omni.models.moe.balance import aux_loss_coefficient
 from megatron_omni.models.moe.context import RoutingStats
 from megatron_omni.parallel.schedule import run_step
-from megatron_omni.parallel.sharing import ReaderFailed, StepData, share_step, sum_over_ranks
+from megatron_omni.parallel.sharing import ReaderFailed, StepData
 from megatron_omni.parallel.wrap import gather_weights
 from megatron_omni.platform.device import synchronize
 from megatron_omni.platform.ranges import named
@@ -38,7 +37,8 @@ from megatron_omni.training.hooks import PartTimer, StopSignals, eval_due, evalu
 from megatron_omni.training.logger import RunLogger, sum_reports
 from megatron_omni.training.optimizer import update
 from megatron_omni.training.setup import Run, begin_save
-from megatron_omni.training.task import LossFunction, StepInfo
+from megatron_omni.training.step_data import next_batches
+from megatron_omni.training.task import Interrupted, LossFunction, StepInfo
 from megatron_omni.training.watch import Watch
 
 NON_FINITE_LIMIT = 3
@@ -63,6 +63,7 @@ def train(run: Run) -> int:
             return status
         finally:
             logger.close()
+            run.task.close()
             for loader in (run.loader, *run.eval_loaders.values()):
                 if loader is not None:
                     loader.close()
@@ -74,69 +75,85 @@ def _train(run: Run, signals: StopSignals, logger: RunLogger) -> int:
     while state.step < run.recipe.train_iters and not stopping:
         logger.begin_step(state.step + 1)
         try:
-            batches, totals = next_batches(run, run.loader, timer=timer, stop=signals.asked, written=saver.is_written)
+            batches, totals = run.task.batches(run, timer=timer, stop=signals.asked, written=saver.is_written)
         except DataEnded as end:
             _end_with_the_data(run, logger, saver, end, evaluated)
             return 0
-        labels, tokens, stopping = totals["labels"], totals["tokens"], totals["stop"] > 0
+        except Interrupted as reason:
+            logger.say(str(reason))
+            if run.state.step and saver.step != run.state.step:
+                saver.save(evaluated, wait=True)
+            saver.finish()
+            return _leave(logger, stopped=True)
+        stopping = totals["stop"] > 0
         state.step += 1
+        state.consumed_samples += totals["samples"]
+        state.consumed_tokens += totals["tokens"]
+        state.consumed_label_tokens += totals["labels"]
         logger.note_samples(state.step)
         if totals["written"] == dist.get_world_size():
             saver.finish()
-        stats = RoutingStats() if logger.due(state.step) and run.recipe.model.moe is not None else None
-        info = StepInfo(
-            step=state.step,
-            training=True,
-            num_label_tokens=labels,
-            aux_loss_scale=aux_loss_scale(run, state.step),
-            stats=stats,
-        )
-        with timer.measure("backward"):
-            run.model.zero_grad_buffer()
-            run.optimizer.zero_grad()
-            reports = run_step(
-                partial(_timed_forward, run, info, timer),
-                batches,
-                run.model,
-                pg=run.pg,
-                recipe=run.recipe,
-                around_reduction=partial(timer.measure, "communication"),
-            )
-        if stats is not None:
-            stats.micro_batches = run.num_micro_batches
-        with timer.measure("optimizer"):
-            updated, grad_norm = update(run.optimizer, run.scheduler, clip_grad=run.recipe.optim.clip_grad)
-        state.consumed_samples += totals["samples"]
-        state.consumed_tokens += tokens
-        state.consumed_label_tokens += labels
-        if updated:
-            state.updates += 1
-            state.skipped_in_a_row = 0
-            logger.add(reports, totals)
+        if batches is not None:
+            _learn(run, batches, totals, logger)
         else:
-            state.skipped_in_a_row += 1
-            samples = logger.skipped(grad_norm)
-        logger.end_step(grad_norm=grad_norm, stats=stats)
-        if state.skipped_in_a_row >= NON_FINITE_LIMIT:
-            raise RuntimeError(
-                f"{NON_FINITE_LIMIT} steps in a row had non-finite gradients (step {state.step}: norm {grad_norm}; "
-                f"{samples}); lower optim.lr or look at these samples, then resume from the last checkpoint, or where "
-                "its weights have diverged already, from the one before it"
-            )
+            logger.end_step(grad_norm=0.0, stats=None)
         evaluated = _evaluate(run, logger) if eval_due(run.recipe, state.step) else {}
         last = stopping or state.step >= run.recipe.train_iters
         if last or saver.is_due():
             saver.save(evaluated, wait=last)
-    stopped = stopping and state.step < run.recipe.train_iters
+    return _leave(logger, stopped=stopping and state.step < run.recipe.train_iters)
+
+
+def _learn(run: Run, batches: StepData, totals: Mapping[str, int], logger: RunLogger) -> None:
+    """Forwards and backwards of a step, its update and its record."""
+    state, timer = run.state, logger.timer
+    stats = RoutingStats() if logger.due(state.step) and run.recipe.model.moe is not None else None
+    info = StepInfo(
+        step=state.step,
+        training=True,
+        divisor=totals["divisor"],
+        aux_loss_scale=aux_loss_scale(run, state.step),
+        stats=stats,
+    )
+    with timer.measure("backward"):
+        run.model.zero_grad_buffer()
+        run.optimizer.zero_grad()
+        reports = run_step(
+            partial(_timed_forward, run, info, timer),
+            batches,
+            run.model,
+            pg=run.pg,
+            recipe=run.recipe,
+            around_reduction=partial(timer.measure, "communication"),
+        )
+    if stats is not None:
+        stats.micro_batches = run.num_micro_batches
+    with timer.measure("optimizer"):
+        updated, grad_norm = update(run.optimizer, run.scheduler, clip_grad=run.recipe.optim.clip_grad)
+    if updated:
+        state.updates += 1
+        state.skipped_in_a_row = 0
+        logger.add(reports, totals)
+    else:
+        state.skipped_in_a_row += 1
+        samples = logger.skipped(grad_norm)
+    logger.end_step(grad_norm=grad_norm, stats=stats)
+    if state.skipped_in_a_row >= NON_FINITE_LIMIT:
+        raise RuntimeError(
+            f"{NON_FINITE_LIMIT} steps in a row had non-finite gradients (step {state.step}: norm {grad_norm}; "
+            f"{samples}); lower optim.lr or look at these samples, then resume from the last checkpoint, or where "
+            "its weights have diverged already, from the one before it"
+        )
+
+
+def _leave(logger: RunLogger, *, stopped: bool) -> int:
+    """The status with which all ranks leave: 75 where there are steps left."""
     logger.summarize(finished=not stopped)
     if stopped:
         logger.mark_stopped()
-        status = EXIT_REQUEUE
-    else:
-        status = 0
     if dist.get_world_size() > 1:
         dist.barrier()  # a launcher may end the other ranks as soon as one of them exits with 75
-    return status
+    return EXIT_REQUEUE if stopped else 0
 
 
 def _evaluate(run: Run, logger: RunLogger) -> dict[str, float]:
@@ -222,60 +239,6 @@ def _timed_forward(
     return output, timed_loss
 
 
-def next_batches(
-    run: Run,
-    loader: StepLoader | None,
-    *,
-    timer: PartTimer | None = None,
-    stop: Callable[[], bool] = lambda: False,
-    written: Callable[[], bool] = lambda: False,
-) -> tuple[StepData, dict[str, int]]:
-    """This rank's micro-batches of the next step and, over all ranks, its label tokens, tokens, samples, tiles and chunks,
-    and how many ranks said ``stop`` (asked to end) and ``written`` (done with the files of a checkpoint).
-
-    A reader that fails raises its own error; the other ranks raise ReaderFailed at the same step. Behind the last step of
-    the data all raise DataEnded.
-    """
-    timer = timer or PartTimer()
-    batches, error, end = None, None, None
-    if loader is not None:
-        loader.around_agreement = partial(timer.measure, "communication")
-        try:
-            with timer.measure("data"):
-                batches = loader.next_step()
-        except DataEnded as caught:
-            end = caught
-        except Exception as caught:  # reported below, once every rank knows that it must not wait for this one
-            error = caught
-    labels = tokens = samples = tiles = chunks = 0
-    if batches is not None:
-        labels = sum(batch.num_label_tokens for batch in batches)
-        tokens = sum(batch.num_tokens for batch in batches)
-        samples = sum(batch.num_samples for batch in batches)
-        tiles = sum(len(batch.pixel_values) for batch in batches if batch.pixel_values is not None)
-        chunks = sum(len(batch.audio_features) for batch in batches if batch.audio_features is not None)
-    with timer.measure("communication"):
-        shared = share_step(
-            batches,
-            num_micro_batches=run.num_micro_batches,
-            pg=run.pg,
-            device=run.device,
-            precision=torch.bfloat16 if run.recipe.optim.precision == "bf16" else torch.float32,
-        )
-        values = [labels, tokens, samples, tiles, chunks, error is not None, stop(), written(), end is not None]
-        labels, tokens, samples, tiles, chunks, failed, stops, done, ended = sum_over_ranks(
-            [int(value) for value in values], device=run.device
-        )
-    if error is not None:
-        raise error
-    if ended and not failed:
-        raise end or DataEnded("the data ends here")
-    if failed or shared is None:
-        raise ReaderFailed("another rank could not load its data")
-    read = {"labels": labels, "tokens": tokens, "samples": samples, "tiles": tiles, "chunks": chunks}
-    return shared, read | {"stop": stops, "written": done}
-
-
 def aux_loss_scale(run: Run, step: int) -> float:
     """Factor on each layer's auxiliary loss: coefficient / (MoE layers x micro-batches of the global step)."""
     moe = run.recipe.model.moe
@@ -304,7 +267,7 @@ def evaluate(run: Run, *, moved: Callable[[], None] = lambda: None) -> dict[str,
                     batches, totals = next_batches(run, loader)
                 except DataEnded:
                     break
-                info = StepInfo(step=run.state.step, training=False, num_label_tokens=totals["labels"])
+                info = StepInfo(step=run.state.step, training=False, divisor=totals["labels"])
                 forward = partial(run.task.forward_step, info=info)
                 for report in run_step(forward, batches, run.model, pg=run.pg, recipe=run.recipe, forward_only=True):
                     total = report[0] if total is None else total + report[0]

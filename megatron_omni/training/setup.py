@@ -47,7 +47,7 @@ from megatron_omni.training.profile import check_snapshot
 from megatron_omni.training.state import TrainState
 from megatron_omni.training.task import Task
 
-FIXED_ON_RESUME = ("model", "optim", "freeze", "seed")
+FIXED_ON_RESUME = ("task", "model", "optim", "freeze", "seed")
 """Groups of the recipe that a resumed run may not change: the optimizer's state belongs to them."""
 FREE_ON_RESUME = ("model.moe.moe_token_dispatcher_type", "model.moe.kernels")
 """Except what belongs to the layout and to the machine, which may change."""
@@ -120,6 +120,7 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
         origin=origin,
         eval_loaders={s.name: _loader(recipe, place, pg, [s]) for s in recipe.data.eval_sources},
     )
+    task.begin(run)
     if directory is not None:
         resume(run, directory)  # which asks for the same tensors as a save
     else:
@@ -175,7 +176,7 @@ def begin_save(
     states: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(states, run.loader.state_dict() if run.loader is not None else None)
     data = joined_state([state for state in states if state is not None])
-    common = {"train_state": run.state.state_dict(), "data": data}
+    common = {"train_state": run.state.state_dict(), "data": data, "task": run.task.state_dict(run)}
     value = (evaluated or {}).get(metric) if (metric := run.recipe.checkpoint.keep_best) is not None else None
     if value is not None and not math.isfinite(value):
         value = None  # no comparison would ever call another checkpoint better
@@ -200,6 +201,7 @@ def resume(run: Run, directory: Path) -> None:
     run.state.load_state_dict(common["train_state"])
     run.scheduler.num_steps = 0
     run.scheduler.step(run.state.updates)
+    run.task.load_state_dict(run, common.get("task", {}))
     if run.loader is not None:
         run.loader.load_state_dict(common["data"])
     run.origin = f"{directory}, continued after step {run.state.step}"

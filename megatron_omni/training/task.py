@@ -1,23 +1,33 @@
 """What a training objective provides to the loop.
 
-The loop owns steps, schedules, the optimizer and logging; a task owns one thing, what a micro-batch's loss is. Tasks
-live in ``tasks/`` and are handed to the loop by the command line.
+The loop owns steps, schedules, the optimizer, logging and checkpoints; a task owns what a step is made of and what the loss
+of a micro-batch is. Tasks live in ``tasks/`` and are handed to the loop by the command line.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_omni.batch import OmniBatch
 from megatron_omni.models.moe.context import RoutingStats
+from megatron_omni.parallel.sharing import StepData
+from megatron_omni.training.hooks import PartTimer
+from megatron_omni.training.step_data import next_batches
+
+if TYPE_CHECKING:
+    from megatron_omni.training.setup import Run
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Model output of the last pipeline stage -> (scalar loss to differentiate, report table [rows, 2] of sums and
 counts).
 """
+
+
+class Interrupted(Exception):
+    """The next step cannot be had now, on any rank: the run is saved as it stands and leaves with 75. The text says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +38,8 @@ class StepInfo:
     """1 for the first step of a run."""
     training: bool
     """False: evaluation, with deterministic routing and no auxiliary loss."""
-    num_label_tokens: int
-    """Label tokens of the global batch."""
+    divisor: int
+    """What the loss is a mean over, of the global batch: label tokens (supervised), responses, pairs."""
     aux_loss_scale: float = 0.0
     """Coefficient of the MoE auxiliary loss / (MoE layers x micro-batches of the global step)."""
     stats: RoutingStats | None = None
@@ -37,13 +47,41 @@ class StepInfo:
 
 
 class Task(Protocol):
-    """One objective."""
+    """One objective. What a supervised one need not know has a body here; tasks inherit from this class."""
 
-    @property
-    def report_names(self) -> Sequence[str]:
-        """Metric name of every row of the report table; the first is the step's loss."""
-        ...
+    report_names: Sequence[str]
+    """Metric name of every row of the report table; the first is the step's loss."""
+    watches_loss: bool = True
+    """Whether a step whose loss is far above the others' is worth a report (training/incidents.py)."""
+
+    def begin(self, run: "Run") -> None:
+        """The run is set up and not resumed yet: what would end it later is looked for here. All ranks together."""
+
+    def batches(
+        self, run: "Run", *, timer: PartTimer, stop: Callable[[], bool], written: Callable[[], bool]
+    ) -> tuple[StepData | None, dict[str, int]]:
+        """This rank's micro-batches of the next step, and the counts of :func:`next_batches` over all ranks, among them
+        ``divisor``. None instead of micro-batches where the step has nothing to learn, on all ranks: it is skipped.
+
+        ``run.state.step`` is that of the step before. Errors as in :func:`next_batches`, and Interrupted.
+        """
+        return next_batches(run, run.loader, timer=timer, stop=stop, written=written)
 
     def forward_step(self, batch: OmniBatch, model: torch.nn.Module, *, info: StepInfo) -> tuple[Tensor, LossFunction]:
-        """Run one micro-batch through this rank's pipeline stage; the loss function is called on the last stage."""
+        """Run one micro-batch through this rank's pipeline stage; the loss function is called on the last stage. With
+        ``info.training`` off it is one of a held-out set."""
         ...
+
+    def metrics(self, run: "Run") -> dict[str, float]:
+        """What a record holds beside the report table, of the steps since the last one; all ranks together."""
+        return {}
+
+    def state_dict(self, run: "Run") -> dict[str, Any]:
+        """What a checkpoint holds of the task, the same on every rank; all ranks together."""
+        return {}
+
+    def load_state_dict(self, run: "Run", state: dict[str, Any]) -> None:
+        """Continue from a checkpoint of the same task, perhaps of another layout; before the loader does."""
+
+    def close(self) -> None:
+        """The run is over, whatever happened."""

@@ -14,7 +14,8 @@ from megatron_omni.config.run import Recipe
 from megatron_omni.models.parts import part_of
 from megatron_omni.parallel.wrap import unwrap_model
 from megatron_omni.training.hooks import evaluation_mode
-from megatron_omni.training.loop import next_batches, train
+from megatron_omni.training.loop import train
+from megatron_omni.training.step_data import next_batches
 from tests.distributed import tiny_run
 from tests.distributed.harness import Rank
 from tests.distributed.tiny_run import make_corpus, prepare, records, run_ranks, run_tiny

@@ -69,7 +69,7 @@ def test_loss_weights_of_sources_scale_gradients_and_nothing_that_is_reported() 
 
     def loss_and_gradient(sources: list[SourceConfig], *, training: bool) -> tuple[torch.Tensor, list[list[float]]]:
         losses = LOSSES.clone().requires_grad_()
-        info = StepInfo(step=1, training=training, num_label_tokens=4)
+        info = StepInfo(step=1, training=training, divisor=4)
         output, loss_function = SupervisedTask(sources).forward_step(batch, lambda *_, **__: losses, info=info)
         loss, report = loss_function(output)
         loss.backward()
