@@ -20,13 +20,13 @@ error in one surfaces in ``next_step``.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
 from math import lcm
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from megatron_omni.batch import OmniBatch
 from megatron_omni.config.data import SourceConfig
@@ -40,7 +40,7 @@ from megatron_omni.data.packing import deal, fill_rows
 from megatron_omni.data.pairs import sample_builder
 from megatron_omni.data.past import check_past, describe_order
 from megatron_omni.data.record import RecordError, internal_error
-from megatron_omni.data.sample import Sample
+from megatron_omni.data.sample import Sample, SampleBuilder
 from megatron_omni.data.sizes import SampleSize
 from megatron_omni.data.sources import open_sources
 from megatron_omni.data.stalls import Key, Stalls
@@ -118,15 +118,24 @@ Found = Literal["planned", "decoded"]
 """Where a record was found to be bad: in a plan, which all ranks make alike, or when one rank decoded it."""
 
 
-class _Step(NamedTuple):
-    batches: list[OmniBatch]
+class Counted(Protocol):
+    """A micro-batch of a loader."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in it."""
+        ...
+
+
+class _Step[B: Counted](NamedTuple):
+    batches: list[B]
     plan: Plan
     own_skips: list[Skip]
     """Found while decoding this rank's samples."""
 
 
-class StepLoader:
-    """Micro-batches of one data-parallel rank, step by step."""
+class Loader[B: Counted]:
+    """Micro-batches ``B`` of one data-parallel rank, step by step."""
 
     def __init__(
         self,
@@ -151,7 +160,7 @@ class StepLoader:
             )
         assert 0 <= data_rank < data_size
         self.data, self.data_rank, self.data_size = data, data_rank, data_size
-        self.builder = sample_builder(recipe, tokenizer)
+        self.builder = self._builder(recipe, tokenizer)
         configs, self._fills = (data.sources, False) if sources is None else (sources, True)
         self.sources = open_sources(configs, tokenizer=self.builder.tokenizer)
         blended = data if sources is None else replace(data, weight_by="samples", balance="none", batch_by="mixed")
@@ -161,7 +170,7 @@ class StepLoader:
             batch_by=blended.batch_by,
             global_batch_size=data.global_batch_size,
         )
-        self._length_multiple = lcm(data.pad_to_multiple_of, recipe.parallel.tensor_model_parallel_size)
+        self.length_multiple = lcm(data.pad_to_multiple_of, recipe.parallel.tensor_model_parallel_size)
         self._tile_flops, self._chunk_flops = encoder_flops(recipe.model)
         vision, audio = recipe.model.vision, recipe.model.audio
         self._tile_bytes = 3 * vision.image_size**2 if vision else 0
@@ -175,7 +184,7 @@ class StepLoader:
         """Entered where the ranks agree, in which one waits for the slowest."""
         self._stalls = Stalls[Skip](partial(self._agreed, agree) if agree and reads_headers else None, self._stalled)
         self._samples: Lru[Sample] = Lru(int(data.cache_gib * 2**30))
-        self._workers = Workers[Cursor, Plan, _Step](
+        self._workers = Workers[Cursor, Plan, _Step[B]](
             self.plan,
             lambda plan: self._load(plan),
             num_bytes=self._planned_bytes,
@@ -197,18 +206,17 @@ class StepLoader:
 
     # -------------------------------------------------------------------------------------------- steps
 
-    def next_step(self) -> list[OmniBatch]:
-        """This rank's micro-batches of the next step."""
+    def _next(self) -> _Step[B]:
         step = self._stalls.agreed(self._prepared, forget=self._forget)
         self._count(step)
         self._cursor = step.plan.after
-        return step.batches
+        return step
 
     def _agreed(self, agree: Callable[[list[Key]], list[Key]], found: list[Key]) -> list[Key]:
         with self.around_agreement():
             return agree(found)
 
-    def _prepared(self) -> _Step:
+    def _prepared(self) -> _Step[B]:
         return self._workers.take(self._cursor) if self.data.num_workers else self._load(self.plan(self._cursor))
 
     def _forget(self) -> None:
@@ -263,37 +271,30 @@ class StepLoader:
 
     def own_micro_batches(self, micro_batches: list[list[Row]]) -> list[list[Row]]:
         """Those that this rank computes."""
-        ranks = self.data_size
-        turns = [self.data_rank, ranks - 1 - self.data_rank]
-        return [micro_batches[j * ranks + turns[j % 2]] for j in range(len(micro_batches) // ranks)]
+        return dealt(micro_batches, rank=self.data_rank, ranks=self.data_size)
 
-    def _load(self, plan: Plan) -> _Step:
+    def _load(self, plan: Plan) -> _Step[B]:
         own_skips: list[Skip] = []
         batches = [self._batch(rows, own_skips) for rows in self.own_micro_batches(plan.micro_batches)]
         return _Step(batches, plan, own_skips)
 
-    def _batch(self, rows: list[Row], skips: list[Skip]) -> OmniBatch:
-        samples, places, row_of = [], [], []
+    def _batch(self, rows: list[Row], skips: list[Skip]) -> B:
+        """A micro-batch of ``rows``; what was passed over goes to ``skips``."""
+        raise NotImplementedError
+
+    def _decoded_rows(self, rows: list[Row], skips: list[Skip]) -> list[tuple[int, Place, Sample]]:
+        """(number of its row, place, sample) of every sample of a micro-batch."""
+        found: list[tuple[int, Place, Sample]] = []
         for number, row in enumerate(rows):
             spare = self.data.seq_length - sum(place.length for place in row)
             for place in row:
                 sample = self._sample(place, skips, room=place.length + spare)
                 if sample is not None:
                     spare -= sample.length - place.length
-                    samples.append(sample.without_labels() if place.is_filler else sample)
-                    places.append(place)
-                    row_of.append(number)
-        if not samples:
+                    found.append((number, place, sample))
+        if not found:
             raise self._exhausted(rows[0][0].draw, skips)
-        return collate(
-            samples,
-            pad_id=self.builder.tokenizer.pad_id,
-            sample_ids=[place.sample_id for place in places],
-            source_ids=[place.draw.source for place in places],
-            row_of=row_of,
-            multiple_of=self._length_multiple,
-            rule=self.builder.rule,
-        )
+        return found
 
     def _planned_bytes(self, plan: Plan) -> int:
         """Memory of this rank's batches, from planned sizes."""
@@ -366,10 +367,16 @@ class StepLoader:
         if (known := self._samples.get(key)) is not None:
             return known
         working_on((*key, "sample"))
-        sample = self.builder.build_sample(self.sources[draw.source][draw.row])
+        sample = self._built(draw)
         if self._samples.limit:
             self._samples.put(key, sample, cost=sample.num_bytes)
         return sample
+
+    def _builder(self, recipe: Recipe, tokenizer: Tokenizer | None) -> SampleBuilder:
+        return sample_builder(recipe, tokenizer)
+
+    def _built(self, draw: Draw) -> Sample:
+        return self.builder.build_sample(self.sources[draw.source][draw.row])
 
     def _longer_than_promised(self, draw: Draw, sample: Sample, room: int) -> Skip:
         error = RecordError(
@@ -411,7 +418,7 @@ class StepLoader:
 
     # -------------------------------------------------------------------------------------------- state
 
-    def _count(self, step: _Step) -> None:
+    def _count(self, step: _Step[B]) -> None:
         """Count, report and judge what a consumed step passed over."""
         own = sum(batch.num_samples for batch in step.batches)
         stages: list[tuple[Found, int, list[Skip]]] = [
@@ -495,3 +502,29 @@ class StepLoader:
             found = state.get("skips", {}).get(stage, []) if mine else []
             self._skipped[stage] = Counter({(source, reason): number for source, reason, number in found})
             self._tried[stage] = state.get("tried", {}).get(stage, 0) if mine else 0
+
+
+class StepLoader(Loader[OmniBatch]):
+    """Batches of samples, as the builder makes them."""
+
+    def next_step(self) -> list[OmniBatch]:
+        """This rank's micro-batches of the next step."""
+        return self._next().batches
+
+    def _batch(self, rows: list[Row], skips: list[Skip]) -> OmniBatch:
+        found = self._decoded_rows(rows, skips)
+        return collate(
+            [sample.without_labels() if place.is_filler else sample for _, place, sample in found],
+            pad_id=self.builder.tokenizer.pad_id,
+            sample_ids=[place.sample_id for _, place, _ in found],
+            source_ids=[place.draw.source for _, place, _ in found],
+            row_of=[number for number, _, _ in found],
+            multiple_of=self.length_multiple,
+            rule=self.builder.rule,
+        )
+
+
+def dealt[T](micro_batches: Sequence[T], *, rank: int, ranks: int) -> list[T]:
+    """The micro-batches of a step that data rank ``rank`` computes: round j hands one to each, in turn or against it."""
+    turns = [rank, ranks - 1 - rank]
+    return [micro_batches[j * ranks + turns[j % 2]] for j in range(len(micro_batches) // ranks)]

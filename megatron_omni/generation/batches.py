@@ -85,12 +85,13 @@ def answered(
     ready: Callable[[], bool] = lambda: True,
     refused: Callable[[Request, ValueError], None] | None = None,
     most_waiting: int | None = None,
+    before_step: Callable[[], None] = lambda: None,
 ) -> Iterator[Result]:
     """Results as answers finish, on the leader; ``requests`` are taken a few ahead of what is computed.
 
     ``ready`` says whether the next request is there; while it is not, what runs goes on. ``refused`` is told of a request
     that the engine cannot take; without it that is a ValueError here. Of those that it took ``most_waiting`` wait for
-    their turn (default: as many as are computed together).
+    their turn (default: as many as are computed together). ``before_step`` is called before every step of the engine.
     FloatingPointError where logits are not finite. The other ranks of the replica are in ``engine.follow()``; with
     expert parallelism all leaders call this together, some perhaps without a request.
     """
@@ -112,6 +113,7 @@ def answered(
                     if refused is None:
                         raise
                     refused(request, error)
+        before_step()
         for event in engine.step():
             if isinstance(event, FinishedEvent) and event.reason == "error":
                 raise FloatingPointError(event.message)

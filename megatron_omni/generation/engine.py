@@ -83,6 +83,8 @@ class EngineLimits:
     cache_tokens: int | None = None
     """Positions of a replica's cache; None: for ``max_running`` answers of the model's longest sequence, at most
     :data:`CACHE_SHARE` of the device's memory."""
+    longest: int | None = None
+    """Tokens of the longest request with its answer, where known: the cache then is no larger than that needs."""
     prefix_cache: bool = False
     """Keep keys and values of finished answers for prompts that begin alike, while nobody needs the place."""
     deterministic: bool = False
@@ -434,7 +436,7 @@ def _cache_tokens(model: nn.Module, limits: EngineLimits, pg: ProcessGroupCollec
         return limits.cache_tokens
     language = unwrapped(model).language
     config = language.model_config
-    whole = limits.max_running * extent_size(config.max_position_embeddings)
+    whole = limits.max_running * extent_size(limits.longest or config.max_position_embeddings)
     heads = max(1, language.config.num_query_groups // pg.tp.size())
     layers = config.num_layers // pg.pp.size()
     bytes_each = 2 * layers * heads * config.kv_channels * next(language.parameters()).element_size()

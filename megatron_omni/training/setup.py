@@ -28,8 +28,9 @@ from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.load import load_recipe
 from megatron_omni.config.parts import frozen_matrices, trains_new_rows_alone
 from megatron_omni.config.run import Recipe
-from megatron_omni.data.loader import Cursor, StepLoader
+from megatron_omni.data.loader import Cursor, Loader, StepLoader
 from megatron_omni.data.loader_state import joined_state
+from megatron_omni.data.prompts import PromptLoader
 from megatron_omni.data.tokenizer import NEW_SPECIALS, load_tokenizer
 from megatron_omni.models.build import build_model
 from megatron_omni.models.omni import OmniModel
@@ -65,8 +66,8 @@ class Run:
     model: DistributedDataParallel
     optimizer: ChainedOptimizer
     scheduler: OptimizerParamScheduler
-    loader: StepLoader | None
-    """On data-reader ranks."""
+    loader: Loader[Any] | None
+    """On data-reader ranks: of what the task trains on."""
     origin: str = "random"
     """Where its weights come from, for the log."""
     eval_loaders: dict[str, StepLoader | None] = field(default_factory=dict)
@@ -116,9 +117,9 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
         model=wrapped,
         optimizer=optimizer,
         scheduler=scheduler,
-        loader=_loader(recipe, place, pg),
+        loader=_loader(recipe, place, pg, kind=PromptLoader if recipe.task == "reinforce" else StepLoader),
         origin=origin,
-        eval_loaders={s.name: _loader(recipe, place, pg, [s]) for s in recipe.data.eval_sources},
+        eval_loaders={s.name: _loader(recipe, place, pg, [s], kind=StepLoader) for s in recipe.data.eval_sources},
     )
     task.begin(run)
     if directory is not None:
@@ -234,10 +235,15 @@ def _check_same_run(now: Recipe, then: Recipe, directory: Path) -> None:
     check_tokenizers(Path(now.data.tokenizer), find_tokenizer(directory), way_out="start a new run with init_from")
 
 
-def _loader(
-    recipe: Recipe, place: Place, pg: ProcessGroupCollection, sources: list[SourceConfig] | None = None
-) -> StepLoader | None:
+def _loader[L: Loader[Any]](
+    recipe: Recipe,
+    place: Place,
+    pg: ProcessGroupCollection,
+    sources: list[SourceConfig] | None = None,
+    *,
+    kind: type[L],
+) -> L | None:
     if not place.is_data_reader:
         return None
     agree = partial(gathered, group=pg.dp, device=device())
-    return StepLoader(recipe, data_rank=place.dp_rank, data_size=place.dp_size, sources=sources, agree=agree)
+    return kind(recipe, data_rank=place.dp_rank, data_size=place.dp_size, sources=sources, agree=agree)
