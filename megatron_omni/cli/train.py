@@ -102,14 +102,14 @@ def run(recipe: "Recipe", *, origin: str) -> int:
     from megatron_omni.checkpoint.run_dir import take
     from megatron_omni.evaluation.held_out import HeldOutScores
     from megatron_omni.parallel.groups import destroy
-    from megatron_omni.tasks.supervised import SupervisedTask
+    from megatron_omni.tasks.choice import task_of
     from megatron_omni.training.failure import leave, report_failure
     from megatron_omni.training.loop import train
     from megatron_omni.training.setup import setup
 
     try:
         score = HeldOutScores(recipe)  # a set that cannot be scored ends the run here
-        prepared = setup(recipe, SupervisedTask(recipe.data.sources))
+        prepared = setup(recipe, task_of(recipe))
         prepared.score = score
         if int(os.environ.get("RANK", "0")) == 0:
             take(recipe)

@@ -5,8 +5,9 @@ its final answer as columns. Its number in the run's order names it on every lay
 it: a checkpoint holds numbers, not media.
 """
 
+import copy
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_omni.batch import OmniBatch
 from megatron_omni.config.run import Recipe
@@ -108,6 +109,15 @@ class PromptLoader(Loader[Prompts]):
         self._cursor = Cursor(self._cursor.next_sample + count)
         self._workers.forget()
         return numbers
+
+    def mark(self) -> tuple[Cursor, Any]:
+        """Where the order stands, for :meth:`go_back`."""
+        return self._cursor, copy.deepcopy((self._skipped, self._tried))
+
+    def go_back(self, mark: tuple[Cursor, Any]) -> None:
+        """As if nothing had been read since."""
+        self._cursor, (self._skipped, self._tried) = mark
+        self._workers.forget()
 
     def collate(self, groups: list[tuple[Prompt, Group]]) -> OmniBatch:
         """A micro-batch of prompts with their responses, a row each."""

@@ -91,7 +91,7 @@ class ReaderFailed(PeerFailed):
 
 
 class StepData:
-    """A step's micro-batches on the ranks of a replica, in order. Iterate once a step, on all ranks of the first stage."""
+    """A step's micro-batches on the ranks of a replica, in order. Iterate once a pass, on all ranks of the first stage."""
 
     def __init__(self, batches: Sequence[OmniBatch], media: Callable[[int], Callable[[], list[Tensor | None]]]) -> None:
         """``batches`` without media, on the device; ``media(i)`` sets those of micro-batch i on their way, and what it
@@ -100,6 +100,11 @@ class StepData:
 
     def __len__(self) -> int:
         return len(self._batches)
+
+    @property
+    def without_media(self) -> list[OmniBatch]:
+        """All micro-batches at once, as stages have them that do not embed."""
+        return list(self._batches)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:

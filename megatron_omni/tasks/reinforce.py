@@ -1,0 +1,368 @@
+"""Reinforcement by GSPO: the model answers prompts, functions judge the answers, and better ones become likelier.
+
+An iteration takes M = ``mini_batches`` steps of the loop. Before the first of them, on the weights as they stand:
+
+    M steps of prompts -> G responses each (responding.py) -> rewards -> advantages (judging.py)
+    -> old log-probabilities: the training forward, in the very micro-batches of the updates (iteration.py)
+
+and then M updates, whose loss is losses/gspo.py's. So the ratio is 1 to the bit in the first of them. Nothing is drawn in
+any of these forwards: experts are chosen as in evaluation, there is neither jitter nor dropout nor auxiliary loss.
+
+A mini-batch of which no group has spread has nothing to learn: its step is skipped, on all ranks; ``EMPTY_LIMIT`` of them
+in a row end the run. Held-out sets are evaluated as in supervised training.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_omni.batch import OmniBatch
+from megatron_omni.config.run import Recipe
+from megatron_omni.data.mixture import DataEnded
+from megatron_omni.data.prompts import PromptLoader, PromptStep
+from megatron_omni.data.tokenizer import load_tokenizer
+from megatron_omni.losses.gspo import PolicyTerms, gspo_loss
+from megatron_omni.parallel.schedule import run_step
+from megatron_omni.parallel.sharing import ReaderFailed, StepData, sum_over_ranks
+from megatron_omni.platform.seeds import named_seed
+from megatron_omni.rewards import Rewards
+from megatron_omni.rewards.rollouts import write_rollouts
+from megatron_omni.tasks.figures import Figures
+from megatron_omni.tasks.iteration import Drawn, Iteration, MicroBatch
+from megatron_omni.tasks.judging import judge, rollout
+from megatron_omni.tasks.responding import sample_responses
+from megatron_omni.tasks.supervised import SupervisedTask
+from megatron_omni.tasks.unanswered import Unanswered
+from megatron_omni.training.hooks import PartTimer
+from megatron_omni.training.setup import Run
+from megatron_omni.training.task import Interrupted, LossFunction, StepInfo, Task
+
+logger = logging.getLogger(__name__)
+
+EMPTY_LIMIT = 20
+"""Steps in a row without anything to learn after which the run ends."""
+MISMATCH_LIMIT, DROPPED_LIMIT = 0.05, 0.1
+"""A response whose mean log-probability per token differs by more between sampler and training is left out of the loss;
+above this share of them the run ends."""
+CUT_SHARE = 0.5
+"""Of responses cut by length, above which the log says so."""
+REPORT = ("policy loss", "clip/low", "clip/high", "ratio/mean_dev", "kl")
+
+
+class ReinforceTask(Task):
+    """GSPO with the recipe's rewards."""
+
+    report_names = REPORT
+    watches_loss = False  # it is 0 in the first step of an iteration, whatever happens
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.config = recipe.reinforce
+        self._held_out = SupervisedTask(recipe.data.sources)
+        self._rewards: Rewards | None = None
+        self._unanswered = Unanswered(recipe.run_dir)
+        self._number = 0
+        """Of the next iteration."""
+        self._held: Iteration | None = None
+        self._saved: dict[str, Any] | None = None
+        """An iteration that a checkpoint was saved in."""
+        self._facts: dict[int, MicroBatch] = {}
+        """Of the step's micro-batches, by the identity of their attention."""
+        self._empty = 0
+        """Steps in a row without anything to learn."""
+        self._latest: dict[str, float] = {}
+        """Figures of the last iteration."""
+        self._figures = Figures()
+        self._max_dev: Tensor | None = None
+
+    # ------------------------------------------------------------------------------------------- of the loop
+
+    def begin(self, run: Run) -> None:
+        """See :class:`megatron_omni.training.task.Task`."""
+        self.tokenizer = load_tokenizer(run.recipe.data.tokenizer)
+        if run.loader is not None:
+            self._rewards = Rewards.of(self.config, run_dir=run.recipe.run_dir, rank=run.place.dp_rank)
+
+    def close(self) -> None:
+        """See :class:`megatron_omni.training.task.Task`."""
+        if self._rewards is not None:
+            self._rewards.close()
+
+    def batches(
+        self, run: Run, *, timer: PartTimer, stop: Callable[[], bool], written: Callable[[], bool]
+    ) -> tuple[StepData | None, dict[str, int]]:
+        """See :class:`megatron_omni.training.task.Task`."""
+        if self._held is None or self._held.is_done:
+            self._held = None  # its memory is not needed beside the next one
+            self._held = self._begin(run, timer, stop) if self._saved is None else self._restored(run, timer)
+        held, mini = self._held, self._held.next
+        stops, done = sum_over_ranks([int(stop()), int(written())], device=run.device)
+        counts = held.counts[mini] | {"stop": stops, "written": done}
+        data = held.batches[mini]
+        held.next += 1
+        micro_batches = zip(data.without_media, held.micro_batches[mini], strict=True)
+        self._facts = {id(batch.attention): facts for batch, facts in micro_batches}
+        if counts["divisor"]:
+            self._empty = 0
+            return data, counts
+        self._nothing_to_learn()
+        return None, counts
+
+    def forward_step(self, batch: OmniBatch, model: torch.nn.Module, *, info: StepInfo) -> tuple[Tensor, LossFunction]:
+        """See :class:`megatron_omni.training.task.Task`."""
+        if not info.training:
+            return self._held_out.forward_step(batch, model, info=info)
+        facts = self._facts[id(batch.attention)]
+        output = model(batch, step=info.step, stochastic=False, stats=info.stats, temperature=self.config.temperature)
+
+        def loss_function(token_loss: Tensor) -> tuple[Tensor, Tensor]:
+            assert facts.old is not None and facts.advantages is not None and facts.kept is not None
+            terms = gspo_loss(
+                facts.where.of(-token_loss),
+                facts.old,
+                facts.where.valid,
+                facts.advantages,
+                facts.kept,
+                num_sequences=info.divisor,
+                clip_low=self.config.clip_low,
+                clip_high=self.config.clip_high,
+                form=self.config.form,
+                kl_coeff=self.config.kl_coeff,
+                reference_log_probs=facts.reference,
+            )
+            return terms.loss, self._report(terms, facts.kept, info.divisor)
+
+        return output, loss_function
+
+    def metrics(self, run: Run) -> dict[str, float]:
+        """See :class:`megatron_omni.training.task.Task`."""
+        largest = torch.zeros((), dtype=torch.float64, device=run.device) if self._max_dev is None else self._max_dev
+        if dist.get_world_size() > 1:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        self._max_dev = None
+        return {"ratio/max_dev": float(largest), **self._figures.take()}
+
+    def state_dict(self, run: Run) -> dict[str, Any]:
+        """See :class:`megatron_omni.training.task.Task`."""
+        state: dict[str, Any] = {"iteration": self._number, "empty": self._empty}
+        if self._held is not None and not self._held.is_done:
+            state |= {"settings": self._settings(run), "held": self._held.state_dict(run)}
+        return state
+
+    def load_state_dict(self, run: Run, state: dict[str, Any]) -> None:
+        """See :class:`megatron_omni.training.task.Task`."""
+        self._number, self._empty = state["iteration"], state["empty"]
+        if "held" not in state:
+            return
+        for name, value in self._settings(run).items():
+            if value != state["settings"][name]:
+                raise ValueError(
+                    f"{name}={value!r}: the checkpoint was saved amid an iteration that began with "
+                    f"{state['settings'][name]!r}; set it back, or start from a checkpoint between two iterations"
+                )
+        self._saved = state["held"]
+
+    def _settings(self, run: Run) -> dict[str, Any]:
+        """What an iteration that has begun goes on with."""
+        fixed = ("group_size", "mini_batches", "max_new_tokens", "temperature", "share_prompt", "routes")
+        found = {f"reinforce.{name}": getattr(self.config, name) for name in fixed}
+        return found | {"data.global_batch_size": run.recipe.data.global_batch_size}
+
+    # ------------------------------------------------------------------------------------------- an iteration
+
+    def _begin(self, run: Run, timer: PartTimer, stop: Callable[[], bool]) -> Iteration:
+        """Answer the prompts of the next steps, judge the answers, compute their log-probabilities."""
+        mark = run.loader.mark() if isinstance(run.loader, PromptLoader) else None
+        with timer.measure("data"):
+            drawn = Drawn.of(self._read(run))
+        try:
+            self._answer(run, drawn, timer, stop)
+        except Interrupted:
+            if mark is not None:
+                run.loader.go_back(mark)  # type: ignore[union-attr]
+            raise
+        steps, responses = _from_leader(run, (drawn.steps, drawn.responses))
+        iteration = Iteration(number=self._number, steps=steps, responses=responses)
+        self._number += 1
+        with timer.measure("old_logp"):
+            start = time.perf_counter()
+            iteration.prepare(run, drawn.prompts)
+            self._old_log_probs(run, iteration)
+            self._compare(run, iteration)
+            iteration.settle(run)
+            self._figures.add("time/old_logp", time.perf_counter() - start, 1)
+        if run.loader is not None:
+            self._write(run, iteration, drawn)
+        return iteration
+
+    def _answer(self, run: Run, drawn: Drawn, timer: PartTimer, stop: Callable[[], bool]) -> None:
+        """Responses to what was drawn, with rewards and advantages."""
+        with timer.measure("rollout"):
+            start = time.perf_counter()
+            drawn.responses = sample_responses(
+                run,
+                [*drawn.prompts.values()],
+                tokenizer=self.tokenizer,
+                seed=named_seed(run.recipe.seed, "rollout", self._number),
+                stop=stop,
+                moved=timer.moved,
+            )
+            rolled = time.perf_counter() - start
+        with timer.measure("reward"):
+            start = time.perf_counter()
+            found = judge(run, self._rewards, drawn, tokenizer=self.tokenizer, moved=timer.moved)
+            self._unanswered.check(found.scores[0].unanswered_share, iteration=self._number)
+            found.add("time/reward", time.perf_counter() - start, 1)
+        found.add("time/rollout", rolled, 1)
+        tokens = found.sums["rollout/length"][0]
+        found.add("rollout/tokens_per_s", tokens, rolled)
+        self._latest = found.metrics()
+        if self._latest["rollout/cut"] > CUT_SHARE and dist.get_rank() == 0:
+            logger.warning(
+                "iteration %d: %.0f %% of the responses were cut at reinforce.max_new_tokens=%d: answers that do not end "
+                "get no reward; raise it",
+                self._number, 100 * self._latest["rollout/cut"], self.config.max_new_tokens,
+            )  # fmt: skip
+        self._figures.merge([found.plain()])
+
+    def _restored(self, run: Run, timer: PartTimer) -> Iteration:
+        """The iteration that a checkpoint was saved in."""
+        assert self._saved is not None
+        state, self._saved = self._saved, None
+        iteration = Iteration.of_state(state, run)
+        with timer.measure("data"):
+            prompts = {}
+            if isinstance(run.loader, PromptLoader):
+                prompts = {number: run.loader.prompt(number) for number in iteration.responses}
+        iteration.prepare(run, prompts)
+        iteration.restore(state, run)
+        iteration.settle(run)
+        return iteration
+
+    def _read(self, run: Run) -> list[PromptStep]:
+        """The prompts of the next steps, fewer where the data ends; none on ranks that do not read."""
+        steps: list[PromptStep] = []
+        for place in range(self.config.mini_batches):
+            error: Exception | None = None
+            end: DataEnded | None = None
+            if isinstance(run.loader, PromptLoader):
+                try:
+                    steps.append(run.loader.next_step())
+                except DataEnded as caught:
+                    end = caught
+                except Exception as caught:  # raised below, once every rank knows that it must not wait for this one
+                    error = caught
+            failed, ended = sum_over_ranks([int(error is not None), int(end is not None)], device=run.device)
+            if error is not None:
+                raise error
+            if failed:
+                raise ReaderFailed("another rank could not load its data")
+            if ended and not place:
+                raise end or DataEnded("the data ends here")
+            if ended:
+                break
+        return steps
+
+    def _old_log_probs(self, run: Run, iteration: Iteration) -> None:
+        """Log-probabilities of the responses under the weights as they stand, by the forward of the updates."""
+
+        def forward(batch: OmniBatch, model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            output = model(batch, step=0, stochastic=False, temperature=self.config.temperature, with_entropy=True)
+            return output, lambda found: (found.new_zeros(()), found)
+
+        for data, micro_batches in zip(iteration.batches, iteration.micro_batches, strict=True):
+            reports = run_step(forward, data, run.model, pg=run.pg, recipe=run.recipe, forward_only=True)
+            for micro, (token_loss, entropy) in zip(micro_batches, reports):
+                micro.old = micro.where.of(-token_loss).contiguous()
+                micro.entropy = float(micro.where.of(entropy).sum())
+
+    def _compare(self, run: Run, iteration: Iteration) -> None:
+        """What the sampler said of its tokens against the training forward, which leaves out responses that differ."""
+        own, dropped = Figures(), list[tuple[int, int]]()
+        if run.place.is_last_stage and run.place.tp_rank == 0:
+            for micro in (micro for mini in iteration.micro_batches for micro in mini):
+                own.add("entropy", micro.entropy, int(micro.where.valid.sum()))
+                if self.config.temperature == 1.0:  # the sampler's are at 1
+                    dropped += _compared(micro, iteration, own)
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (own.plain(), dropped))
+        self._figures.merge(part for part, _ in everyone)
+        gone = [name for _, names in everyone for name in names]
+        for number, g in gone:
+            if number in iteration.responses:
+                iteration.responses[number][g].kept = False
+        total = self.config.group_size * sum(len(micro) for mini in iteration.steps for micro in mini)
+        self._figures.add("rollout/dropped", len(gone), total)
+        if len(gone) > DROPPED_LIMIT * total:
+            raise RuntimeError(
+                f"iteration {iteration.number}: {len(gone)} of {total} responses have other log-probabilities in training "
+                f"than when they were sampled (by more than {MISMATCH_LIMIT} a token): the ratio would compare two models"
+            )
+
+    def _write(self, run: Run, iteration: Iteration, drawn: Drawn) -> None:
+        """This replica's file of the iteration's responses."""
+        names = [source.name for source in run.recipe.data.sources]
+        rows = [
+            rollout(
+                prompt, g, response, iteration=iteration.number, source=names[prompt.source], tokenizer=self.tokenizer
+            )
+            for number, prompt in sorted(drawn.prompts.items())
+            for g, response in enumerate(drawn.responses[number])
+        ]
+        place = run.place
+        write_rollouts(run.recipe.run_dir, rows, iteration=iteration.number, rank=place.dp_rank, ranks=place.dp_size)
+
+    def _nothing_to_learn(self) -> None:
+        self._empty += 1
+        self._figures.add("groups/empty_steps", 1, 1)
+        if self._empty >= EMPTY_LIMIT:
+            right, wrong = (self._latest.get(f"groups/all_{name}", 0.0) for name in ("right", "wrong"))
+            raise RuntimeError(
+                f"{EMPTY_LIMIT} steps in a row had no prompt whose responses got different rewards, so there was nothing to "
+                f"learn; of the last prompts {right:.0%} were answered right every time and {wrong:.0%} wrong every time. "
+                "Take harder prompts, or easier ones and a better start (init_from), or raise reinforce.group_size"
+            )
+
+    def _report(self, terms: PolicyTerms, kept: Tensor, divisor: int) -> Tensor:
+        """[rows, 2] sums and counts over the kept responses of a micro-batch."""
+        deviation = (terms.ratio - 1).abs().masked_fill(~kept, 0.0)
+        largest = deviation.max() if len(deviation) else deviation.sum()
+        self._max_dev = largest if self._max_dev is None else torch.maximum(self._max_dev, largest)
+        sums = [
+            terms.loss.detach().double() * divisor,
+            terms.clipped_low.sum(),
+            terms.clipped_high.sum(),
+            deviation.sum(),
+            terms.kl.masked_fill(~kept, 0.0).sum(),
+        ]
+        count = kept.sum()
+        return torch.stack([torch.stack([value.double(), count.double()]) for value in sums])
+
+
+def _compared(micro: MicroBatch, iteration: Iteration, figures: Figures) -> list[tuple[int, int]]:
+    """Responses of a micro-batch that differ too much; figures of all."""
+    assert micro.old is not None
+    lengths = micro.where.lengths.tolist()
+    found = []
+    for (number, g), log_probs, length in zip(micro.order, micro.old.double().tolist(), lengths, strict=True):
+        sampled = iteration.responses[number][g].log_probs
+        changes = [now - then for now, then in zip(log_probs[:length], sampled, strict=True)]
+        figures.add("rollout/mismatch", sum(map(abs, changes)), length)
+        mean = abs(sum(changes)) / length
+        figures.raise_to("rollout/mismatch_max", mean)
+        if mean > MISMATCH_LIMIT:
+            found.append((number, g))
+    return found
+
+
+def _from_leader[T](run: Run, value: T) -> T:
+    """What the leader of a replica has, on all of its ranks."""
+    if run.pg.mp.size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, group=run.pg.mp, group_src=0)
+    return box[0]
