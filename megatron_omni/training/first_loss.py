@@ -28,7 +28,7 @@ SAID = ("task", "seed", "data", "freeze")
 
 def first_step_loss(run: Run) -> float:
     """Mean loss over the label tokens of the first step; changes no weight, but moves the loader."""
-    batches, totals = next_batches(run, run.loader)
+    batches, totals = next_batches(run, run.step_loader)
     info = StepInfo(step=1, training=True, divisor=totals["labels"], aux_loss_scale=aux_loss_scale(run, 1), stats=None)
     with torch.no_grad():
         forward = partial(run.task.forward_step, info=info)

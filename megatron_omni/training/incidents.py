@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_omni.checkpoint.run_dir import INCIDENTS
-from megatron_omni.data.loader import StepLoader
+from megatron_omni.data.loader import Loader
 
 FILE = INCIDENTS
 WINDOW = 64
@@ -69,7 +69,7 @@ class SpikeDetector:
 class Incidents:
     """Rank 0's record of unusual steps."""
 
-    def __init__(self, run_dir: Path, loader: StepLoader) -> None:
+    def __init__(self, run_dir: Path, loader: Loader[Any]) -> None:
         self.path = run_dir / FILE
         self._loader = loader
         self._cursor = _cursor(loader)
@@ -100,6 +100,6 @@ class Incidents:
             file.write(json.dumps({"kind": kind, "step": step, **values, "samples": samples}) + "\n")
 
 
-def _cursor(loader: StepLoader) -> dict[str, Any]:
+def _cursor(loader: Loader[Any]) -> dict[str, Any]:
     state = loader.state_dict()
     return {name: state[name] for name in ("consumed_samples", "waiting")}

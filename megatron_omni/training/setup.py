@@ -77,6 +77,12 @@ class Run:
     state: TrainState = field(default_factory=TrainState)
 
     @property
+    def step_loader(self) -> StepLoader | None:
+        """The loader of a task that trains on samples as they are."""
+        assert self.loader is None or isinstance(self.loader, StepLoader)
+        return self.loader
+
+    @property
     def num_micro_batches(self) -> int:
         """Micro-batches of this replica in a step."""
         data = self.recipe.data

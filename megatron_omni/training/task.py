@@ -56,6 +56,7 @@ class Task(Protocol):
 
     def begin(self, run: "Run") -> None:
         """The run is set up and not resumed yet: what would end it later is looked for here. All ranks together."""
+        return
 
     def batches(
         self, run: "Run", *, timer: PartTimer, stop: Callable[[], bool], written: Callable[[], bool]
@@ -65,7 +66,7 @@ class Task(Protocol):
 
         ``run.state.step`` is that of the step before. Errors as in :func:`next_batches`, and Interrupted.
         """
-        return next_batches(run, run.loader, timer=timer, stop=stop, written=written)
+        return next_batches(run, run.step_loader, timer=timer, stop=stop, written=written)
 
     def forward_step(self, batch: OmniBatch, model: torch.nn.Module, *, info: StepInfo) -> tuple[Tensor, LossFunction]:
         """Run one micro-batch through this rank's pipeline stage; the loss function is called on the last stage. With
@@ -82,6 +83,8 @@ class Task(Protocol):
 
     def load_state_dict(self, run: "Run", state: dict[str, Any]) -> None:
         """Continue from a checkpoint of the same task, perhaps of another layout; before the loader does."""
+        return
 
     def close(self) -> None:
         """The run is over, whatever happened."""
+        return

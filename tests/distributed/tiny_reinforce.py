@@ -17,7 +17,7 @@ from megatron_omni.config.run import Recipe
 from megatron_omni.data.tokenizer import train_sentencepiece
 from tests.distributed.tiny_run import chat, tiny_values
 
-REWARDS = '''
+REWARDS = """
 def right(completions, solution, **columns):
     return [float(text.partition("end")[2] == gold.partition("end")[2]) for text, gold in zip(completions, solution)]
 
@@ -28,7 +28,7 @@ def form(completions, **columns):
 
 def none_right(completions, **columns):
     return [0.0 for _ in completions]
-'''
+"""
 
 
 def answer(a: int, b: int) -> str:
