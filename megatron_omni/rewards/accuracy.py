@@ -26,6 +26,8 @@ from megatron_omni.rewards.answer import Value, Values, answer_text, references
 
 START_SECONDS = 120.0
 """A process that has not done its imports by then has failed: the file system may be busy."""
+MOST_FAILED_STARTS = 3
+"""One after the other."""
 HUNG, LOST = "hung", "lost"
 """Counts: processes that were killed at the limit, and that ended by themselves (out of memory): those comparisons are
 made once more, then they score 0."""
@@ -54,6 +56,7 @@ class Accuracy:
         self._seconds, self._most, self._thinking = timeout_seconds, most, thinking
         self._children: list[_Child] = []
         self._counts: dict[str, int] = {}
+        self._failed_starts = 0
 
     def __call__(self, *, completions: Sequence[str], solution: Sequence[Any] | None = None, **_: Any) -> Values:
         if solution is None:
@@ -118,16 +121,22 @@ class Accuracy:
         if said is not None:
             if child.place is not None:
                 values[child.place] = said["value"]
-            child.is_free, child.place = True, None
+            child.is_free, child.place, self._failed_starts = True, None, 0
             return None
-        if child.place is None:  # it never began
-            problem = f"did not start within {START_SECONDS:g} s" if over else "ended at its start"
-            self.close()
-            raise RuntimeError(f"math-verify's process {problem}; python -m megatron_omni.rewards.math_child shows why")
-        name = HUNG if over else LOST
-        self._counts[name] = self._counts.get(name, 0) + 1
         self._children.remove(child)
         child.end()
+        if child.place is None:  # it never began
+            self._failed_starts += 1
+            if self._failed_starts == MOST_FAILED_STARTS:
+                self.close()
+                problem = f"did not start within {START_SECONDS:g} s" if over else "ended at its start"
+                raise RuntimeError(
+                    f"math-verify's process {problem}, {MOST_FAILED_STARTS} times; python -m megatron_omni.rewards.math_child "
+                    "shows why"
+                )
+            return None
+        name = HUNG if over else LOST
+        self._counts[name] = self._counts.get(name, 0) + 1
         return None if over else child.place
 
 

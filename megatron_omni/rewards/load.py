@@ -45,6 +45,11 @@ class Reward:
     """Keywords that the recipe has given already."""
     is_shape: bool
 
+    @property
+    def is_service(self) -> bool:
+        """Whether it keeps processes or connections, and its own time."""
+        return hasattr(self.function, "take_counts")
+
     def take_counts(self) -> dict[str, int]:
         """What went wrong since the last call."""
         take = getattr(self.function, "take_counts", None)

@@ -9,6 +9,7 @@ is no handler, ends the process.
 """
 
 import json
+import re
 import resource
 import signal
 import sys
@@ -22,6 +23,8 @@ MOST_BYTES = 4 << 30
 ALARM_AFTER = 5
 """Seconds later than the parent would have ended this process."""
 _DELIMITERS = ("$", "\\(", "\\[", "\\boxed")
+_COMMAND = re.compile(r"\\[A-Za-z]+|\b(?:sin|cos|tan|log|ln|exp|sqrt|pi)\b")
+_WORD = re.compile(r"[^\W\d_]{2}")
 
 
 def main() -> None:
@@ -51,10 +54,13 @@ def value(gold: Sequence[str], answer: str) -> float | None:
 
 
 def _parsed(text: str) -> list[Any]:
-    """What math-verify reads in a text. A formula that nothing marks as one is read as a formula first."""
+    """What math-verify reads in a text: marked formulas and numbers. A text that is nothing but a formula, as the inside of
+    a box is, is marked first; a sentence would be read as a product of its letters."""
     from math_verify import parse
 
-    marked = [text] if any(mark in text for mark in _DELIMITERS) else [f"${text}$", text]
+    is_marked = any(mark in text for mark in _DELIMITERS)
+    is_formula = not is_marked and not _WORD.search(_COMMAND.sub(" ", text))
+    marked = [f"${text}$", text] if is_formula else [text]
     return next((found for one in marked if (found := _attempt(parse, one))), [])
 
 

@@ -18,8 +18,10 @@ import inspect
 import math
 import numbers
 import statistics
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from megatron_omni.config.objectives import ReinforceConfig, RewardConfig
 from megatron_omni.rewards.answer import Value, Values
 from megatron_omni.rewards.load import ARGUMENTS, Reward, open_reward
 
+LONGEST_SECONDS = 1800.0
+"""A function that has not given its values by then never will; its thread is left behind, which ends with the process."""
 UNANSWERED = "unanswered"
 """Count of a service: completions that it gave no score after all its tries."""
 _SHOWN_CHARACTERS = 200
@@ -99,9 +103,17 @@ def columns_of(extras: Sequence[Mapping[str, Any]], answers: Sequence[str | None
 class Rewards:
     """The reward functions of a run; ``close`` ends what they keep (child processes, connections)."""
 
-    def __init__(self, configs: Sequence[RewardConfig], *, run_dir: str | Path, rank: int = 0) -> None:
-        """``rank``: of the data-parallel group; each writes a cache of its own in ``run_dir``. ValueError for functions that
-        are not there or cannot work."""
+    def __init__(
+        self,
+        configs: Sequence[RewardConfig],
+        *,
+        run_dir: str | Path,
+        rank: int = 0,
+        longest_seconds: float = LONGEST_SECONDS,
+    ) -> None:
+        """``rank``: of the data-parallel group; each writes a cache of its own in ``run_dir``. ``longest_seconds``: of a
+        call. ValueError for functions that are not there or cannot work."""
+        self._longest_seconds = longest_seconds
         if not configs:
             raise ValueError("rewards: give at least one function")
         self._rewards: list[tuple[str, Reward]] = []
@@ -152,10 +164,12 @@ class Rewards:
         assert all(len(column) == len(completions) for column in arguments.values()), "columns of one length"
         assert len(completions) % group_size == 0
         batch = _Batch(arguments, step, list(records) if records is not None else None)
-        results: list[Any] = [batch.call(reward) for _, reward in self._rewards]
+        limits = [math.inf if reward.is_service else self._longest_seconds for _, reward in self._rewards]
+        results = [_within(limit, partial(batch.call, reward)) for (_, reward), limit in zip(self._rewards, limits)]
         waiting = [place for place, result in enumerate(results) if inspect.isawaitable(result)]
         if waiting:
-            for place, result in zip(waiting, asyncio.run(_all([results[place] for place in waiting]))):
+            found = asyncio.run(_all([(results[place], limits[place]) for place in waiting]))
+            for place, result in zip(waiting, found):
                 results[place] = result
         values: dict[str, Values] = {}
         counts: dict[str, int] = {}
@@ -194,13 +208,36 @@ class Rewards:
         self.close()
 
 
-async def _all(waiting: Sequence[Any]) -> list[Any]:
-    """Async functions work side by side; what one raises is its result."""
+async def _all(waiting: Sequence[tuple[Any, float]]) -> list[Any]:
+    """Async functions, each with its limit in seconds, work side by side; what one raises is its result."""
 
-    async def one(result: Any) -> Any:
-        return await result
+    async def one(result: Any, longest_seconds: float) -> Any:
+        try:
+            async with asyncio.timeout(longest_seconds if math.isfinite(longest_seconds) else None) as limit:
+                return await result
+        except TimeoutError as error:
+            raise _too_long(longest_seconds) if limit.expired() else error from None
 
-    return await asyncio.gather(*map(one, waiting), return_exceptions=True)
+    return await asyncio.gather(*(one(*each) for each in waiting), return_exceptions=True)
+
+
+def _within(longest_seconds: float, work: Callable[[], Any]) -> Any:
+    """What ``work`` gives; with a limit it is done in a thread that may be left behind."""
+    if not math.isfinite(longest_seconds):
+        return work()
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(work()), name="reward", daemon=True)
+    thread.start()
+    thread.join(longest_seconds)
+    return found[0] if found else _too_long(longest_seconds)
+
+
+def _too_long(seconds: float) -> "_TooLongError":
+    return _TooLongError(f"no values within {seconds:g} s; give what it waits for a time-out")
+
+
+class _TooLongError(Exception):
+    """A function hangs."""
 
 
 class _Batch:
@@ -214,13 +251,11 @@ class _Batch:
         """What the function gives: a list, something to await, or what it raised."""
         for name in reward.settings:
             if name in self._arguments:
-                raise RewardError(
-                    f"reward {reward.name}: settings.{name} is a column of the records as well; rename one"
-                )
+                return ValueError(f"settings.{name} is a column of the records as well; rename one")
         try:
             return reward.function(**self._arguments, step=self._step)
-        except Exception as error:
-            return error
+        except BaseException as error:  # SystemExit, too, is nothing that a function may end the training by
+            return error if isinstance(error, Exception) else RuntimeError(repr(error))
 
     def checked(self, reward: Reward, result: Any) -> Values:
         """A list of finite numbers and None, one a completion."""
@@ -250,29 +285,28 @@ class _Batch:
 
     def raised(self, reward: Reward, error: Exception) -> RewardError:
         """Names the first record on which the function fails alone; a service is not asked again."""
-        said = f"{type(error).__name__}: {error}"
-        if getattr(reward.function, "take_counts", None) is None:
+        if isinstance(error, _TooLongError):
+            return RewardError(
+                f"reward {reward.name}: {error} ({self._count} completions, the first of {self._named(0)})"
+            )
+        if not reward.is_service:
             for place in range(self._count):
                 alone = {name: [column[place]] for name, column in self._arguments.items()}
-                try:
-                    result = reward.function(**alone, step=self._step)
-                    if inspect.isawaitable(result):
-                        asyncio.run(_one(result))
-                except Exception as again:
+                again = _Batch(alone, self._step, None).call(reward)
+                if inspect.isawaitable(again):
+                    (again,) = asyncio.run(_all([(again, math.inf)]))
+                if isinstance(again, Exception):
                     return RewardError(
                         f"reward {reward.name}: {self._named(place)}: raised {type(again).__name__}: {again} on the "
                         f"completion {_shown(self._arguments['completions'][place])}"
                     )
         return RewardError(
-            f"reward {reward.name}: raised {said} on {self._count} completions (the first of {self._named(0)})"
+            f"reward {reward.name}: raised {type(error).__name__}: {error} on {self._count} completions (the first of "
+            f"{self._named(0)})"
         )
 
     def _named(self, place: int) -> str:
         return self._records[place] if self._records is not None and self._count else f"completion {place}"
-
-
-async def _one(result: Any) -> Any:
-    return await result
 
 
 def _shown(value: Any) -> str:

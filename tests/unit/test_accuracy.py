@@ -34,6 +34,12 @@ EQUAL = [
     ("$\\{1,2\\}$", "\\boxed{\\{2,1\\}}", 1.0),
     (["7", "8"], "8", 1.0),
     (12, "the total is 12", 1.0),
+    ("\\frac{\\pi}{2}", "So it is $\\frac{\\pi}{2}$.", 1.0),
+    ("\\frac{\\pi}{2}", "So it is $\\frac{\\pi}{2}$, about 1.57.", 0.0),  # the last expression counts
+    ("2\\sin x", "\\boxed{2 \\sin(x)}", 1.0),
+    ("x = 2", "2", 1.0),
+    ("(1, 2)", "\\boxed{(1,2)}", 1.0),
+    ("3.5", "\\boxed{7/2}", 1.0),
     ("3", "", 0.0),
     (None, "3", None),
     ("no mathematics at all", "3", None),
@@ -71,11 +77,21 @@ def test_a_comparison_that_never_ends_costs_one_process_and_not_the_run(accuracy
 @needs_math_verify
 def test_a_process_that_dies_is_replaced_and_counted(accuracy):
     accuracy(completions=[f"{T}1", f"{T}2"], solution=["1", "1"])
+    ready = sum(child.is_free for child in accuracy._children)
     for child in accuracy._children:
         os.kill(child._process.pid, signal.SIGKILL)
         child._process.wait()
     assert accuracy(completions=[f"{T}{n}" for n in range(4)], solution=list(range(4))) == [1.0] * 4
-    assert accuracy.take_counts() == {"lost": 2}
+    assert accuracy.take_counts() == {"lost": ready}
+
+
+@needs_math_verify
+def test_a_process_that_never_starts_is_an_error_and_no_hang(monkeypatch):
+    monkeypatch.setattr(module, "START_SECONDS", 0.0)
+    broken = Accuracy(processes=1)
+    with pytest.raises(RuntimeError, match="did not start within 0 s, 3 times; python -m"):
+        broken(completions=[f"{T}1"], solution=["1"])
+    assert not broken._children
 
 
 @needs_math_verify

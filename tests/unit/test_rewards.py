@@ -186,7 +186,7 @@ def test_shape(function, given, value):
 
 
 MINE = '''
-import asyncio, math
+import asyncio, math, threading
 
 def length(completions, **columns):
     return [len(text) / 10 for text in completions]
@@ -212,6 +212,15 @@ def raises(completions, **columns):
 
 async def raises_async(completions, **columns):
     return [1 / (text != "bad") for text in completions]
+
+def hangs(completions, **columns):
+    threading.Event().wait(60)
+
+async def hangs_async(completions, **columns):
+    await asyncio.Event().wait()
+
+def leaves(completions, **columns):
+    raise SystemExit(3)
 
 def no_columns(completions, solution):
     return [1.0 for _ in completions]
@@ -259,12 +268,27 @@ def test_a_reward_of_ones_own_sync_and_async_with_a_setting_and_a_column(mine):
         ("text", r"reward .*mine\.py:text: rows\.jsonl:1: gave '1\.0' for the completion 'ok'"),
         ("one_number", r"reward .*mine\.py:one_number: gave 1\.0 for 3 completions"),
         ("raises", r"reward .*mine\.py:raises: rows\.jsonl:2: raised ZeroDivisionError: division by zero on .* 'bad'"),
+        (
+            "leaves",
+            r"reward .*mine\.py:leaves: rows\.jsonl:1: raised RuntimeError: SystemExit\(3\) on the completion 'ok'",
+        ),
         ("raises_async", r"reward .*mine\.py:raises_async: rows\.jsonl:2: raised ZeroDivisionError"),
     ],
 )
 def test_a_reward_that_fails_names_function_record_and_value(mine, function, said):
     with pytest.raises(RewardError, match=said):
         _score([(f"{mine}:{function}", 1.0)], ["ok", "bad", "ok"])
+
+
+@pytest.mark.parametrize("function", ["hangs", "hangs_async"])
+def test_a_reward_that_hangs_ends_the_run(mine, function):
+    said = rf"mine\.py:{function}: no values within 0\.05 s.*the first of rows:7"
+    rewards = Rewards([RewardConfig(function=f"{mine}:{function}")], run_dir="unused", longest_seconds=0.05)
+    with rewards, pytest.raises(RewardError, match=said):
+        rewards.score(
+            completions=["x"], prompts=["q"], completion_ids=[[1]], finish_reasons=["stop"], step=1, columns={},
+            records=["rows:7"],
+        )  # fmt: skip
 
 
 def test_functions_that_cannot_be_opened(mine):
