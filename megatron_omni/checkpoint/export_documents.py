@@ -55,12 +55,12 @@ def write_documents(
     if family == "uni_moe" and not (directory / PREPROCESSOR_FILE).is_file():
         if fields := preprocessor_config(recipe.model):
             _write_json(directory / PREPROCESSOR_FILE, fields)
-        _write_json(directory / TEMPLATE_FILE, {"chat_template": chat_template(recipe.data.system_prompt)})
+        _write_json(directory / TEMPLATE_FILE, {"chat_template": chat_template(recipe.data.system_turn)})
     if tokenizer is not None:
         copy_tokenizer(tokenizer, directory)
         _write_stops(directory / GENERATION_FILE, tokens)
-    if recipe.data.system_prompt:
-        _write_template(directory, recipe.data.system_prompt, of_processor=family == "uni_moe")
+    if recipe.data.system_turn:
+        _write_template(directory, recipe.data.system_turn, of_processor=family == "uni_moe")
     elif family == "uni_moe" and _adds_no_system_turn(directory):
         logger.warning(
             "data.system_prompt is empty, so the exported chat template adds no system turn: the published processor fails "

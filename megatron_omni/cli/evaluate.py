@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_omni.cli.generate import OVERRIDES, check_directory
+from megatron_omni.cli.generate import OVERRIDES, add_think, check_directory
 from megatron_omni.cli.starting import Parser, refused, run_on_ranks, say_starting
 from megatron_omni.config.outcome import EXIT_BAD_INPUT
 
@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rule", metavar="RULE", help="how the answer is taken from the text, in place of the tasks' own")
     p.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer, in place of the tasks' own")
     p.add_argument("--limit", type=int, metavar="N", help="the first N records of each task")
-    p.add_argument("--thinking", choices=("on", "off"), help="ask for a thought, or not, in place of the tasks' own")
+    add_think(p)
     p.add_argument("--batch-size", type=int, default=32, metavar="N", help="answers computed together (default 32)")
     p.add_argument(
         "--threads", type=int, default=2, metavar="N", help="threads of a rank that decode ahead (default 2)"
@@ -112,10 +112,15 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         raise ValueError(f"--data {args.data}: no such folder")
     if args.against is not None and args.against.absolute() == args.out.absolute():
         raise ValueError("--against is the folder of --out; compare with another one")
-    given = {"metric": args.metric, "rule": args.rule, "max_new_tokens": args.max_new_tokens, "limit": args.limit}
+    names = {
+        "metric": "metric",
+        "rule": "rule",
+        "max_new_tokens": "max_new_tokens",
+        "limit": "limit",
+        "think": "thinking",
+    }
+    given = {field: getattr(args, name) for name, field in names.items()}
     changes = {name: value for name, value in given.items() if value is not None}
-    if args.thinking is not None:
-        changes["thinking"] = args.thinking == "on"
     return Request(
         checkpoint=args.checkpoint,
         tasks=tasks,

@@ -38,6 +38,7 @@ OVERRIDES = (
     "parallel.expert_tensor_parallel_size",
     "parallel.distributed_timeout_seconds",
     "data.system_prompt",
+    "data.system_template",
     "data.seq_length",
     "data.video_fps",
     "data.min_frames",
@@ -62,6 +63,7 @@ class Request:
     wanted: Wanted
     batch_size: int
     deterministic: bool
+    think: bool | None
     overrides: list[str]
 
 
@@ -128,6 +130,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--deterministic", action="store_true", help="the same bits whatever is answered beside it (one rank; slow)"
     )
+    add_think(p)
     p.add_argument("overrides", nargs="*", metavar="key=value", help=f"one of {', '.join(OVERRIDES)}")
     p.set_defaults(media=[])
     return p
@@ -137,6 +140,13 @@ def add_media_separator(p: argparse.ArgumentParser) -> None:
     """The option of everything that puts files into a turn for the user."""
     p.add_argument("--media-separator", default=" ", metavar="TEXT",
                    help="between a medium and a text without white space there, as in training (default: a space)")  # fmt: skip
+
+
+def add_think(p: argparse.ArgumentParser) -> None:
+    """The switch of everything that asks a checkpoint."""
+    p.add_argument("--think", action=argparse.BooleanOptionalAction, default=None,
+                   help="ask for a thought before the answer, or begin the answer behind an empty one (default: as the "
+                   "checkpoint's recipe asks, and evaluation tasks)")  # fmt: skip
 
 
 def parse(argv: Sequence[str] | None = None) -> Request:
@@ -174,6 +184,7 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         wanted=wanted,
         batch_size=args.batch_size,
         deterministic=args.deterministic,
+        think=args.think,
         overrides=args.overrides,
     )
 
@@ -239,7 +250,7 @@ def run(request: Request) -> int:
 
     checkpoint = open_checkpoint(request.checkpoint, overrides=request.overrides)
     settings: dict[str, Any] = {"wanted": request.wanted, "batch_size": request.batch_size, "out": request.out}
-    settings["limits"] = EngineLimits(deterministic=request.deterministic)
+    settings |= {"limits": EngineLimits(deterministic=request.deterministic), "think": request.think}
     if request.jsonl is None:
         answer_one(checkpoint, turn_record(request), **settings)
         return 0

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_omni.config.ranges import file_path, number
+from megatron_omni.config.thinking import SYSTEM_TEMPLATES, TemplateName, joined
 
 FrameChoice = Literal["rate", "release"]
 MetricName = Literal[
@@ -69,6 +70,9 @@ class DataConfig:
     """A SentencePiece ``.model`` file or a directory with a Hugging Face ``tokenizer.json``."""
     system_prompt: str = ""
     """System turn of the chat template; empty leaves the turn out."""
+    system_template: TemplateName = "none"
+    """A prompt of the paper's (A.3) that comes first in that turn: ``thinking`` asks for a thought and a solution,
+    ``drawing`` for a thought and a picture (docs/reinforcement.md)."""
     seq_length: int = number(8192, at_least=1, at_most=10**8)
     """Longest sample in tokens, media placeholders included; a longer one is skipped and counted. The length of
     packed sequences."""
@@ -115,3 +119,8 @@ class DataConfig:
     even number, evenly spaced from the first to the last), for released weights."""
     use_video_sound: bool = True
     """The sound track of a video follows its frames as an audio block."""
+
+    @property
+    def system_turn(self) -> str:
+        """The whole system turn of a record that has none; empty: it has none."""
+        return joined(SYSTEM_TEMPLATES[self.system_template], self.system_prompt)

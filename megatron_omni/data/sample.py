@@ -19,7 +19,7 @@ from megatron_omni.data.processors import frame_tiles, image_tiles, log_mel, squ
 from megatron_omni.data.record import KINDS, Kind, MediaFile, Record, RecordError, loaded
 from megatron_omni.data.sizes import SampleSize, SizeRule, measure
 from megatron_omni.data.sources import Source
-from megatron_omni.data.template import ANSWER_HEADER, MediaSpans, Rendered, render
+from megatron_omni.data.template import MediaSpans, Rendered, answer_beginning, asked, render
 from megatron_omni.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_omni.positions import AudioSpan, ImageSpan, TextSpan, VideoSpan, position_ids
 from megatron_omni.segments import Segment
@@ -91,19 +91,26 @@ class SampleBuilder:
         facts = source.facts(row)
         return self.size(source[row]) if facts is None or not self.indexed else self.sizes.size(facts)
 
-    def prompt_size(self, record: Record) -> SampleSize:
+    def prompt_size(self, record: Record, *, think: bool | None = None) -> SampleSize:
         """Size of :meth:`build_prompt`'s prompt for a record that ends with a question, from media headers."""
         self._check(record)
-        size = self.sizes.conversation_size(measure(record, self.tokenizer), where=record.where)
-        return size._replace(text=size.text + 1 + len(self.tokenizer.encode(ANSWER_HEADER)))
+        facts = measure(self._asked(record, think), self.tokenizer)
+        if think is not None:  # its system turn, or none, is decided
+            facts = facts._replace(has_system=True)
+        size = self.sizes.conversation_size(facts, where=record.where)
+        begun = sum(len(self.tokenizer.encode(text)) for text in answer_beginning(think))
+        return size._replace(text=size.text + 1 + begun)
 
     def build_sample(self, record: Record) -> Sample:
         """The training sample; RecordError or MediaError for what cannot be used."""
         _require_answer(record)
         return self._build(record, open_answer=False)
 
-    def build_prompt(self, record: Record) -> Sample:
-        """The input of generation: without a final answer, with the header of the one to come; nothing is learned."""
+    def build_prompt(self, record: Record, *, think: bool | None = None) -> Sample:
+        """The input of generation: without a final answer, with the header of the one to come; nothing is learned.
+
+        ``think`` asks for a thought or for none (template.asked); None: as the recipe does.
+        """
         if record.messages[-1].role == "assistant":
             record = replace(record, messages=record.messages[:-1])
         if not record.messages or record.messages[-1].role != "user":
@@ -111,7 +118,10 @@ class SampleBuilder:
                 record.where, field="messages", value=[m.role for m in record.messages], problem="asks nothing",
                 fix="end with a user turn", reason="bad_roles",
             )  # fmt: skip
-        return self._build(record, open_answer=True).without_labels()
+        return self._build(self._asked(record, think), open_answer=True, think=think).without_labels()
+
+    def _asked(self, record: Record, think: bool | None) -> Record:
+        return record if think is None else replace(record, messages=tuple(asked(record.messages, self.data, think)))
 
     def build_text(self, ids: Sequence[int]) -> Sample:
         """A prompt of nothing but these tokens, without turns: what a text is continued from."""
@@ -127,7 +137,7 @@ class SampleBuilder:
             chunks=None,
         )
 
-    def _build(self, record: Record, *, open_answer: bool) -> Sample:
+    def _build(self, record: Record, *, open_answer: bool, think: bool | None = None) -> Sample:
         self._check(record)
         decoded = {kind: [self._decode(kind, file) for file in record.media(kind)] for kind in KINDS}
         media = MediaSpans(
@@ -135,7 +145,15 @@ class SampleBuilder:
             audios=[clip.sound for clip in decoded["audio"] if clip.sound is not None],
             videos=[(clip.picture, clip.sound) for clip in decoded["video"] if isinstance(clip.picture, VideoSpan)],
         )
-        rendered = self._render(record, media, open_answer=open_answer)
+        rendered = render(
+            record.messages,
+            media,
+            tokenizer=self.tokenizer,
+            rule=self.rule,
+            system_prompt=self.data.system_turn if think is None else "",
+            open_answer=open_answer,
+            think=think,
+        )
         text, image, video, audio = (rendered.modality.count(modality) for modality in range(4))
         self.sizes.check_length((text, image, video, audio), where=record.where)
         in_order = {kind: iter(items) for kind, items in decoded.items()}
@@ -157,16 +175,6 @@ class SampleBuilder:
             modality=torch.tensor(rendered.modality, dtype=torch.int64),
             tiles=torch.cat(tiles) if tiles else None,
             chunks=torch.cat(chunks) if chunks else None,
-        )
-
-    def _render(self, record: Record, media: MediaSpans, *, open_answer: bool = False) -> Rendered:
-        return render(
-            record.messages,
-            media,
-            tokenizer=self.tokenizer,
-            rule=self.rule,
-            system_prompt=self.data.system_prompt,
-            open_answer=open_answer,
         )
 
     # -------------------------------------------------------------------------------------------- media

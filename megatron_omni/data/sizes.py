@@ -108,7 +108,7 @@ class SizeRule:
             )
         self.sound_seconds = self.audio.max_chunks * self.audio.chunk_seconds if self.audio else 0.0
         """Longest clip that the model takes."""
-        self._system_tokens = count_text_tokens(prompt_turn(data.system_prompt), tokenizer)
+        self._system_tokens = count_text_tokens(prompt_turn(data.system_turn), tokenizer)
         if self.vision is not None:  # most pictures of a source share a few sizes
             tile_size, sides = self.vision.image_size, self.vision.max_tiles_per_side
             self._grid = lru_cache(maxsize=1 << 16)(

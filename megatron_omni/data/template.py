@@ -10,14 +10,16 @@ Markers in a record's system and user turns become placeholders (in the recipe's
     <video>  <|vision_start|> <|video_pad|> * (frames s^2) <|vision_end|>, and with sound, behind it
     <audio>  <|audio_start|> <|audio_pad|> * (chunks queries) <|audio_end|>
 
-The text between special tokens is encoded piece by piece (role line, content, content between markers), so an answer
-has the same ids whether it was given or is about to be generated.
+The text between special tokens is encoded piece by piece (role line, content, content between markers, the empty thought
+of an answer that begins with one), so an answer has the same ids whether it was given or is about to be generated.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_omni.batch import Modality
+from megatron_omni.config.data import DataConfig
+from megatron_omni.config.thinking import EMPTY_THOUGHT, THINKING, joined
 from megatron_omni.data.record import Message
 from megatron_omni.data.tokenizer import (
     AUDIO_END,
@@ -65,10 +67,12 @@ def render(
     rule: PositionRule,
     system_prompt: str = "",
     open_answer: bool = False,
+    think: bool | None = None,
 ) -> Rendered:
     """Tokens of a conversation. A system turn of the record takes the place of ``system_prompt``.
 
-    ``open_answer`` ends with the header of an assistant turn, for generation.
+    ``open_answer`` ends with the header of an assistant turn, for generation, and without thinking (``think`` is False)
+    with the empty thought behind it.
     """
     writer = _Writer(tokenizer, rule)
     images, audios, videos = iter(media.images), iter(media.audios), iter(media.videos)
@@ -78,7 +82,8 @@ def render(
         writer.special(IM_START)
         writer.text(f"{message.role}\n")
         if message.role == "assistant":
-            writer.text(message.content, answer=message.learned)
+            for text in answer_pieces(message.content):
+                writer.text(text, answer=message.learned)
             writer.special(IM_END, answer=message.learned)
         else:
             pieces = message.pieces()
@@ -98,7 +103,8 @@ def render(
         writer.text("\n")
     if open_answer:
         writer.special(IM_START)
-        writer.text(ANSWER_HEADER)
+        for text in answer_beginning(think):
+            writer.text(text)
     assert next(images, None) is next(audios, None) is next(videos, None) is None, "more media than markers"
     return writer.close()
 
@@ -108,11 +114,49 @@ def prompt_turn(system_prompt: str) -> list[Message]:
     return [Message("system", system_prompt, parts=(system_prompt,))] if system_prompt else []
 
 
+def asked(messages: Sequence[Message], data: DataConfig, think: bool | None) -> list[Message]:
+    """The turns of a prompt with their system turn: the recipe's where the record has none, and switched by ``think``.
+
+    None leaves it as training had it. True puts the prompt for a thought in front of what stands there; where the recipe
+    has another template, in its place. False leaves the recipe's template out; a record's own turn stays as it is.
+    """
+    own, rest = (messages[0], messages[1:]) if messages[0].role == "system" else (None, messages)
+    if think is None or own is not None:
+        turns = [*(prompt_turn(data.system_turn) if own is None else [own]), *rest]
+    else:
+        turns = [*prompt_turn(data.system_prompt), *rest]
+    return headed(turns, THINKING) if think else turns
+
+
+def headed(messages: Sequence[Message], text: str) -> list[Message]:
+    """``messages`` with a system turn that begins with ``text``. What looks like a marker in it is text."""
+    if messages and messages[0].role == "system":
+        own, *rest = messages
+        if own.content.startswith(text):
+            return [own, *rest]
+        first, *pieces = own.pieces()
+        return [Message("system", joined(text, own.content), parts=(joined(text, first), *pieces)), *rest]
+    return [*prompt_turn(text), *messages]
+
+
+def answer_beginning(think: bool | None) -> tuple[str, ...]:
+    """Texts behind ``<|im_start|>`` of an answer that is about to be generated."""
+    return (ANSWER_HEADER, EMPTY_THOUGHT) if think is False else (ANSWER_HEADER,)
+
+
+def answer_pieces(content: str) -> tuple[str, ...]:
+    """An answer's texts as they are encoded: the empty thought apart, since generation without thinking gives it."""
+    if content.startswith(EMPTY_THOUGHT):
+        return EMPTY_THOUGHT, content.removeprefix(EMPTY_THOUGHT)
+    return (content,)
+
+
 def count_text_tokens(messages: Sequence[Message], tokenizer: Tokenizer) -> int:
     """Tokens that ``render`` writes for the turns themselves: what media add comes on top."""
     count = 0
     for message in messages:
-        texts = (f"{message.role}\n", *message.pieces()[::2], "\n")
+        said = answer_pieces(message.content) if message.role == "assistant" else message.pieces()[::2]
+        texts = (f"{message.role}\n", *said, "\n")
         count += 2 + sum(len(tokenizer.encode(text)) for text in texts)
     return count
 

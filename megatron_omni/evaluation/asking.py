@@ -9,16 +9,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_omni.batch import IGNORE_LABEL
+from megatron_omni.config.thinking import THINK, THINK_END
 from megatron_omni.data.decode.media import MediaError
 from megatron_omni.data.record import KINDS, LIST_FIELD, Kind, Message, Record, RecordError, internal_error
 from megatron_omni.data.sample import Sample, SampleBuilder
-from megatron_omni.data.template import ANSWER_HEADER, prompt_turn
+from megatron_omni.data.template import answer_beginning, asked, headed
 from megatron_omni.evaluation.results import Line, SampleResult, SkippedSample
 from megatron_omni.evaluation.task import Question, Task, expected_letters
 from megatron_omni.generation.batches import Result
 from megatron_omni.generation.request import Request
 from megatron_omni.generation.sampling import derived_seed
-from megatron_omni.generation.text import THINK, THINK_END
 from megatron_omni.scoring.choice import LETTERS, LikelihoodChoice
 from megatron_omni.scoring.likelihood import Perplexity
 from megatron_omni.scoring.metric import Scored
@@ -57,10 +57,11 @@ def prepare(task: Task, row: int, builder: SampleBuilder, *, name: str) -> Asked
     record: Record | None = None
     try:
         question = shown(task, row)
-        record = replace(question.record, messages=tuple(turns_of(question.record, builder.data.system_prompt)))
+        think = task.config.thinking
+        record = replace(question.record, messages=tuple(asked(question.record.messages, builder.data, think)))
         question = replace(question, record=record)
         if task.metric.asks == "answer":
-            requests, labels = [_ask(task, row, builder.build_prompt(record), builder, f"{name}.0")], []
+            requests, labels = [_ask(task, row, builder.build_prompt(record, think=think), builder, f"{name}.0")], []
         else:
             answers = question.expected if task.metric.asks == "likelihood" else question.options or ()
             scored = [_likelihood(record, answer, builder, f"{name}.{i}") for i, answer in enumerate(answers)]
@@ -145,18 +146,10 @@ def _with_examples(task: Task, record: Record) -> Record:
         for kind in KINDS:
             media[kind] += example.record.media(kind)
     files: dict[str, Any] = {LIST_FIELD[kind]: (*media[kind], *record.media(kind)) for kind in KINDS}
-    return replace(record, messages=(*_system(task, system), *turns, *rest), **files)
-
-
-def _system(task: Task, own: Sequence[Message]) -> Sequence[Message]:
-    """The task's prompt, and a record's own behind it. What looks like a marker in the first is text."""
-    if not task.system_prompt:
-        return own
-    if not own:
-        return prompt_turn(task.system_prompt)
-    first, *rest = own[0].pieces()
-    pieces = (f"{task.system_prompt}\n\n{first}", *rest)
-    return [Message("system", f"{task.system_prompt}\n\n{own[0].content}", parts=pieces)]
+    prompt = task.config.system_prompt
+    if prompt:  # a record's own comes behind it
+        system = headed(system, prompt)
+    return replace(record, messages=(*system, *turns, *rest), **files)
 
 
 def _answer_of(task: Task, example: Question) -> str:
@@ -166,16 +159,10 @@ def _answer_of(task: Task, example: Question) -> str:
     return example.expected[0]
 
 
-def turns_of(record: Record, system_prompt: str) -> list[Message]:
-    """All turns of a prompt, with the recipe's system turn where the record has none."""
-    has_system = record.messages[0].role == "system"
-    return [*([] if has_system else prompt_turn(system_prompt)), *record.messages]
-
-
-def prompt_text(turns: Sequence[dict[str, str]]) -> str:
+def prompt_text(turns: Sequence[dict[str, str]], think: bool | None) -> str:
     """A prompt as the template renders it (data/template.py), media as markers."""
     said = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
-    return f"{said}<|im_start|>{ANSWER_HEADER}"
+    return f"{said}<|im_start|>{''.join(answer_beginning(think))}"
 
 
 def media_of(record: Record) -> list[dict[str, str]]:

@@ -62,6 +62,8 @@ def evaluate(
     """
     facts = facts_of(checkpoint)
     settings: dict[str, Any] = {"changes": sorted(changes), "deterministic": deterministic}
+    if thinking := {task.name: task.config.thinking for task in tasks if task.config.thinking is not None}:
+        settings["thinking"] = thinking
     asked = {
         "checkpoint": asdict(facts), "settings": settings, "tasks": {task.name: task.digest for task in tasks},
     }  # fmt: skip

@@ -30,7 +30,7 @@ def summarise(task: Task, lines: Mapping[int, Line]) -> TaskSummary:
         changed_by_rule=sum(map(_changed, answers)) if reads_answers else 0,
         not_scored=len(answers) - len(statistics),
         finish_reasons=dict(sorted(Counter(line.finish_reason for line in answers).items())),
-        first_prompt=prompt_text(answers[0].prompt) if answers else "",
+        first_prompt=prompt_text(answers[0].prompt, task.config.thinking) if answers else "",
         group=task.config.group,
     )
 

@@ -31,20 +31,6 @@ from megatron_omni.scoring.choice import LETTERS, letter_of
 from megatron_omni.scoring.rules import Rule, open_rule
 
 SETS = Path(__file__).with_name("sets")
-THINKING_PROMPT = (
-    "You are Uni-MoE-v2, a helpful multi-modal model. Your role as an assistant involves thoroughly exploring questions "
-    "through a systematic thinking process before providing the final precise and accurate solutions. This requires engaging "
-    "in a comprehensive cycle of analysis, summarizing, exploration, reassessment, reflection, backtracing, and iteration to "
-    "develop well-considered thinking process. Please structure your response into two main sections: Thought and Solution "
-    "using the specified format: <think> Thought section </think> Solution section. In the Thought section, detail your "
-    "reasoning process in steps. Each step should include detailed considerations such as analyzing questions, summarizing "
-    "relevant findings, brainstorming new ideas, verifying the accuracy of the current steps, refining any errors, and "
-    "revisiting previous steps. In the Solution section, based on various attempts, explorations, and reflections from the "
-    "Thought section, systematically present the final solution that you deem correct. The Solution section should be "
-    "logical, accurate, and concise and detail necessary steps needed to reach the conclusion. Now, try to solve the "
-    "following question through the above guidelines."
-)
-"""System turn of thinking (paper, appendix A.3)."""
 
 
 @dataclass(kw_only=True)
@@ -88,8 +74,9 @@ class TaskConfig:
     """How the answer is taken from the text (rules.py); empty: the metric's own."""
     system_prompt: str = ""
     """System turn; empty: the recipe's. A record's own follows it."""
-    thinking: bool = False
-    """The system prompt that asks for a thought comes first (paper, A.3)."""
+    thinking: bool | None = None
+    """True: the system prompt that asks for a thought comes first (paper, A.3). False: answers begin behind an empty
+    thought. None: as the checkpoint was trained. No part of what a task is: both ways can be compared."""
     few_shot: FewShotConfig | None = None
     show_options: bool = False
     """Write a record's options as lettered lines behind its question; else the question has them already."""
@@ -132,11 +119,6 @@ class Task:
     def __len__(self) -> int:
         """Rows that are asked."""
         return len(self.source) if self.config.limit is None else min(self.config.limit, len(self.source))
-
-    @property
-    def system_prompt(self) -> str:
-        """What the task puts into the system turn; empty: nothing."""
-        return "\n\n".join(filter(None, (THINKING_PROMPT * self.config.thinking, self.config.system_prompt)))
 
     def question(self, row: int) -> Question:
         """RecordError for a row that cannot be used."""
@@ -271,7 +253,7 @@ def _check_fields(config: TaskConfig, metric: Metric) -> None:
         raise ValueError("shuffle_options needs show_options: the order of options that a question holds is fixed")
     if len(config.stop) > MAX_STOP_STRINGS or not all(config.stop):
         raise ValueError(f"stop has {len(config.stop)} texts; give at most {MAX_STOP_STRINGS}, none of them empty")
-    if metric.asks != "answer" and (config.thinking or config.rule):
+    if metric.asks != "answer" and (config.thinking is not None or config.rule):
         raise ValueError(f"metric {config.metric!r} reads no answer: leave out thinking and rule")
 
 
@@ -380,6 +362,7 @@ def _digest(config: TaskConfig, rule_name: str, files: Sequence[Path]) -> str:
     values = dataclasses.asdict(config) | {"rule": rule_name}
     for name in ("name", "data", "root", "group"):
         del values[name]
+    values["thinking"] = False  # a switch: with and without it is the same task
     if config.few_shot is not None:
         values["few_shot"] = config.few_shot.count
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())

@@ -43,9 +43,11 @@ INTERNAL_ERROR = "internal_error"
 logger = logging.getLogger(__name__)
 
 
-def answer_one(checkpoint: Checkpoint, record: Record, *, out: Path, **settings: Any) -> None:
+def answer_one(
+    checkpoint: Checkpoint, record: Record, *, out: Path, think: bool | None = None, **settings: Any
+) -> None:
     """Answer one prompt; all ranks call this together. ValueError for a record that cannot be used."""
-    prompt = checkpoint.builder.build_prompt(record)  # before the weights: a bad file shows at once
+    prompt = checkpoint.builder.build_prompt(record, think=think)  # before the weights: a bad file shows at once
     windows = generate_windows(
         checkpoint.load_model(),
         lambda _: prompt,
@@ -74,11 +76,12 @@ def answer_all(
     wanted: Wanted,
     batch_size: int,
     limits: EngineLimits,
+    think: bool | None = None,
 ) -> bool:
     """Answer every record of ``source`` that has no line yet; whether any record of the file has an answer.
 
-    All ranks call this together. ``changes`` are overrides that an answer depends on. ValueError where ``out`` holds
-    answers to something else.
+    All ranks call this together. ``changes`` are overrides that an answer depends on, ``think`` switches the prompts
+    (SampleBuilder.build_prompt). ValueError where ``out`` holds answers to something else.
     """
     asked = {
         "checkpoint": str(checkpoint.directory.absolute()),
@@ -87,6 +90,7 @@ def answer_all(
         **_as_asked(wanted),
         "deterministic": limits.deterministic,
         "changes": sorted(changes),
+        "think": think,
     }
     first = from_rank_0(lambda: _lines_there(out, asked))
     failed: dict[int, tuple[str, str]] = {}
@@ -94,7 +98,7 @@ def answer_all(
 
     def build_prompt(number: int) -> Sample | None:
         try:
-            return checkpoint.builder.build_prompt(source[number])
+            return checkpoint.builder.build_prompt(source[number], think=think)
         except (RecordError, MediaError) as error:
             failed[number] = error.reason, str(error)
         except (OSError, MemoryError):  # the machine's fault, not the record's

@@ -12,9 +12,9 @@ their text (Qwen2.5 has no such tokens).
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_omni.config.thinking import THINK, THINK_END
 from megatron_omni.data.tokenizer import Tokenizer
 
-THINK, THINK_END = "<think>", "</think>"
 _REPLACEMENT = "\ufffd"
 _LONGEST_INCOMPLETE = 3
 """Signs that the beginning of a character may be decoded to; more of them are what the answer says."""

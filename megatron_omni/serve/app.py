@@ -112,7 +112,8 @@ class _Tokenize:
                 server.check_model(wanted.model if wanted.model is not None else server.facts.name)
                 if wanted.messages is not None:
                     turns = await read_turns(server, wanted.messages)
-                    job = Job(name="tokenize", turns=turns, separator=server.settings.media_separator)
+                    think = wanted.chat_template_kwargs.enable_thinking
+                    job = Job(name="tokenize", turns=turns, separator=server.settings.media_separator, think=think)
                 else:
                     job = Job(name="tokenize", text=wanted.prompt)
                 built, _ = await server.build(job)

@@ -113,8 +113,8 @@ def _prompt(builder: SampleBuilder, job: Job) -> Sample:
     turns = [(role, [_part(part) for part in parts]) for role, parts in job.turns]
     record = record_of_parts(turns, where="request", separator=job.separator)
     # From headers: what is too long is not decoded.
-    _answer_tokens(builder.prompt_size(record).tokens, builder.data.seq_length, job)
-    return builder.build_prompt(record)
+    _answer_tokens(builder.prompt_size(record, think=job.think).tokens, builder.data.seq_length, job)
+    return builder.build_prompt(record, think=job.think)
 
 
 def _part(part: str | Medium) -> Part:

@@ -120,7 +120,7 @@ async def _jobs(
     if isinstance(wanted, ChatRequest):
         check_modalities(wanted, server.facts.output_modalities)
         turns = await read_turns(server, wanted.messages)
-        common["separator"] = server.settings.media_separator
+        common |= {"separator": server.settings.media_separator, "think": wanted.chat_template_kwargs.enable_thinking}
         return [Job(name=name, turns=turns, fields=fields | {"reasoning": True}, **common)]
     fields["prompt_logprobs"] = wanted.num_top_logprobs if wanted.echo else None
     texts = [prompt if isinstance(prompt, str) else tuple(prompt) for prompt in wanted.prompts]

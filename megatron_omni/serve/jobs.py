@@ -27,6 +27,8 @@ class Job:
     turns: tuple[Turn, ...] = ()
     separator: str = ""
     """Between a medium and a text without white space there."""
+    think: bool | None = None
+    """Of a conversation: ask for a thought, or begin the answer behind an empty one; None: as the recipe asks."""
     text: str | tuple[int, ...] | None = None
     max_new_tokens: int | None = None
     """None: what there is room for, up to ``default_new_tokens``."""

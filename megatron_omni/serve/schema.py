@@ -261,6 +261,13 @@ class ResponseFormat(Model):
     type: Literal["text"]
 
 
+class TemplateSettings(Model):
+    """Settings of the chat template, as vLLM and SGLang take them."""
+
+    enable_thinking: bool | None = None
+    """Ask for a thought before the answer (true), or begin the answer behind an empty one (false)."""
+
+
 class ChatRequest(_Generation):
     """Body of ``POST /v1/chat/completions``."""
 
@@ -279,6 +286,7 @@ class ChatRequest(_Generation):
     modalities: list[str] = Field(default=["text"], min_length=1, max_length=8)
     audio: ChatAudio | None = None
     response_format: ResponseFormat | None = None
+    chat_template_kwargs: TemplateSettings = TemplateSettings()
     metadata: dict[str, Any] | None = None
     """For the client's own use; nothing is kept."""
     service_tier: Literal["auto", "default"] = "auto"
@@ -356,6 +364,7 @@ class TokenizeRequest(Model):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(default=None, min_length=1, max_length=4096)
+    chat_template_kwargs: TemplateSettings = TemplateSettings()
 
     @model_validator(mode="after")
     def _check_one(self) -> Self:

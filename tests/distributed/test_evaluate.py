@@ -333,7 +333,7 @@ def test_bad_command_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_overrides_may_follow_the_tasks(tmp_path: Path) -> None:
-    request = parse([str(tmp_path), "--tasks", "a", "b", "data.video_fps=2", "--out", "o", "--thinking", "on"])
+    request = parse([str(tmp_path), "--tasks", "a", "b", "data.video_fps=2", "--out", "o", "--think"])
     assert (request.tasks, request.overrides, request.changes) == (["a", "b"], ["data.video_fps=2"], {"thinking": True})
 
 

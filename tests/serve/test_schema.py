@@ -37,14 +37,16 @@ def test_what_openais_client_sends_is_accepted() -> None:
         ],
         max_completion_tokens=5, stop="x", n=2, logprobs=True, top_logprobs=3, stream=True, seed=-4, temperature=1,
         stream_options={"include_usage": True}, tools=[], store=False, response_format={"type": "text"}, user="me",
-        presence_penalty=None,
+        presence_penalty=None, chat_template_kwargs={"enable_thinking": False},
     )  # fmt: skip
     wanted = parse(ChatRequest, body)
     assert (wanted.max_new_tokens, wanted.stops, wanted.num_top_logprobs, wanted.temperature) == (5, ("x",), 3, 1.0)
+    assert wanted.chat_template_kwargs.enable_thinking is False
     assert wanted.presence_penalty == 0.0 and wanted.include_usage
 
 
 BAD = {
+    "unknown in the template's": ({"chat_template_kwargs": {"thinking": 1}}, "chat_template_kwargs.thinking", "did you mean"),
     "unknown field": ({"temprature": 1}, "temprature", "did you mean 'temperature'?"),
     "unknown in a part": (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"uri": "x"}}]}]},

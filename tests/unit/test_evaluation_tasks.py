@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from megatron_omni.config.data import EvalSourceConfig
+from megatron_omni.config.thinking import EMPTY_THOUGHT, THINKING
 from megatron_omni.data.sample import SampleBuilder
 from megatron_omni.evaluation.asking import Asked, prepare, shown
 from megatron_omni.evaluation.results import SampleResult, SkippedSample
 from megatron_omni.evaluation.summary import summarise
-from megatron_omni.evaluation.task import THINKING_PROMPT, Task, load_tasks, shipped_sets
+from megatron_omni.evaluation.task import Task, load_tasks, shipped_sets
 from megatron_omni.generation.batches import Result
 from megatron_omni.generation.request import Usage
 from tests.unit.tiny_data import row, tiny_recipe, write_image, write_sound
@@ -112,21 +113,33 @@ def test_thinking_asks_for_a_thought_and_judges_what_follows_it(tmp_path: Path, 
     ]
     task = task_of(tmp_path, "metric: mean_relative_accuracy\nthinking: true\nsystem_prompt: Count.\n", rows)
     line = answer(task, 0, "so 3", "1 or 2", builder=builder)
-    assert line.prompt[0] == {"role": "system", "content": f"{THINKING_PROMPT}\n\nCount."}
+    assert line.prompt[0] == {"role": "system", "content": f"{THINKING}\n\nCount."}
     assert (line.answer, line.thought, line.extracted, line.score) == ("<think>1 or 2</think>so 3", "1 or 2", "3", 1.0)
-    assert answer(task, 1, "4", builder=builder).prompt[0]["content"] == f"{THINKING_PROMPT}\n\nCount.\n\nown"
+    assert answer(task, 1, "4", builder=builder).prompt[0]["content"] == f"{THINKING}\n\nCount.\n\nown"
     summary = summarise(task, {0: line, 1: answer(task, 1, "four", builder=builder)})
     assert (summary.unparsed, summary.changed_by_rule, summary.score) == (1, 1, 0.5)
     off = load_tasks([str(tmp_path / "t.yaml")], changes={"thinking": False})[0]
-    assert answer(off, 0, "3", builder=builder).prompt[0]["content"] == "Count." and off.digest != task.digest
-
-
-def test_the_prompt_of_thinking_is_the_papers() -> None:
-    assert THINKING_PROMPT.startswith(
-        "You are Uni-MoE-v2, a helpful multi-modal model. Your role as an assistant involves"
+    assert answer(off, 0, "3", builder=builder).prompt[0]["content"] == "Count."
+    assert off.digest == task.digest, "both ways can be compared"
+    assert summarise(off, {0: answer(off, 0, "3", builder=builder)}).first_prompt.endswith(
+        f"assistant\n{EMPTY_THOUGHT}"
     )
-    assert THINKING_PROMPT.endswith("Now, try to solve the following question through the above guidelines.")
-    assert "<think> Thought section </think> Solution section." in THINKING_PROMPT
+    asked = [prepare(t, 0, builder, name="q") for t in (task, off)]
+    ends = [
+        builder.tokenizer.decode(a.requests[0].prompt.input_ids.tolist())[-20:] for a in asked if isinstance(a, Asked)
+    ]
+    assert ends[0].endswith("assistant\n") and ends[1].endswith(EMPTY_THOUGHT)
+
+
+def test_a_checkpoint_of_thinking_is_asked_as_it_was_trained_unless_the_task_says_otherwise(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, [], seq_length=2048, system_template="thinking", system_prompt="be brief")
+    builder = SampleBuilder(recipe)
+    rows = [ask("how many?", expected=3)]
+    prompts = []
+    for setting in ("", "thinking: true\n", "thinking: false\n"):
+        task = task_of(tmp_path, f"metric: mean_relative_accuracy\n{setting}", rows)
+        prompts.append(answer(task, 0, "3", builder=builder).prompt[0]["content"])
+    assert prompts == [f"{THINKING}\n\nbe brief", f"{THINKING}\n\nbe brief", "be brief"]
 
 
 def test_unusable_rows_are_skipped_with_their_reason(tmp_path: Path, builder: SampleBuilder) -> None:

@@ -13,7 +13,7 @@ from megatron_omni_lmms.asking import without_thought
 from megatron_omni_lmms.body import THINKING, chat_messages, generation_fields, visual_part, wav_bytes
 from PIL import Image
 
-from megatron_omni.evaluation.task import THINKING_PROMPT
+from megatron_omni.config.thinking import SYSTEM_TEMPLATES
 
 PLUGIN = Path(__file__).resolve().parents[2] / "examples" / "lmms_eval_plugin"
 
@@ -73,7 +73,7 @@ def test_the_system_prompt_stands_before_the_tasks() -> None:
     system, user = chat_messages(task, system_prompt=THINKING)
     assert system == {"role": "system", "content": f"{THINKING}\nbe short"}
     assert user == {"role": "user", "content": [{"type": "text", "text": "hi"}]}
-    assert THINKING == THINKING_PROMPT, "a thought is asked for in the same words on both ways"
+    assert SYSTEM_TEMPLATES["thinking"] == THINKING, "a thought is asked for in the same words on both ways"
     assert chat_messages(task)[0] == {"role": "system", "content": "be short"}
     assert [m["role"] for m in chat_messages(task[1:], system_prompt="s")] == ["system", "user"]
 

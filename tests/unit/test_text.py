@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_omni.config.thinking import THINK, THINK_END
 from megatron_omni.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_omni.generation.text import THINK, THINK_END, Piece, TextStream
+from megatron_omni.generation.text import Piece, TextStream
 from tests.unit.tiny_data import tokenizer_file
 
 STOPS = ["\n\n", "the", "he", "é", "日本", "ab", "abab", "a", " cat", "</think>"]
