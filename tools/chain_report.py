@@ -3,7 +3,8 @@
 python tools/chain_report.py recipes/tiny/chain.yaml                                      # the chain's own run_dir
 python tools/chain_report.py recipes/tiny/chain.yaml runs/seed_7 runs/seed_8 runs/seed_9  # several seeds, with their spread
 
-Prints, and writes held_out.md into the (first) run directory.
+Of stages of thinking it says what rewards, pairs and margins came to. Prints, and writes held_out.md (of a chain with
+another name than chain.yaml: a file of that name) into the (first) run directory.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_omni.chain import REPORT, load_chain, report
+from megatron_omni.chain import load_chain, report, report_file
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(text)
-    (chains[0].run_dir / REPORT).write_text(text + "\n", encoding="utf-8")
+    report_file(chains[0]).write_text(text + "\n", encoding="utf-8")
     return 0
 
 

@@ -80,13 +80,28 @@ def _plan(chain: "Chain", stage: "Stage") -> str:
     done = stage.steps_done
     state = "not started" if done is None else "finished" if stage.is_done else f"at step {done} of {stage.steps}"
     origin = ", ".join(f"{role} {word}" for role, word in stage.sources.items()).removeprefix("init_from ")
-    if stage.recipe is None:
+    if stage.pairs is not None:
+        kind, lines = "pairs", _pairing(stage)
+    elif stage.recipe is None:
         kind = "upcycling"
         lines = [("starts from", origin), ("writes", f"{len(stage.sources)} routed experts, in the order given")]
     else:
         kind = str(stage.recipe_file)
         lines = [("starts from", origin or "random weights"), *_training(chain, stage)]
     return "\n".join([f"\n{stage.name}: {kind} ({state})", *(f"  {name:<12} {text}" for name, text in lines)])
+
+
+def _pairing(stage: "Stage") -> list[tuple[str, str]]:
+    config = stage.pairs
+    assert config is not None
+    consistency = config.consistency.function if config.consistency is not None else "the thought ends with the answer"
+    lines = [
+        ("reads", f"rollouts of {config.rollouts}"),
+        ("right", f"{', '.join(config.correct) or 'all rewards of content'} at least {config.correct_at:g}"),
+        ("consistent", f"{consistency} (at least {config.consistent_at:g})"),
+        ("pairs", f"at most {config.pairs_per_prompt} a prompt, lengths within {config.length_factor:g} times"),
+    ]
+    return [*lines, *([("teacher", config.demonstrations)] if config.demonstrations is not None else [])]
 
 
 def _training(chain: "Chain", stage: "Stage") -> list[tuple[str, str]]:
@@ -111,11 +126,21 @@ def _training(chain: "Chain", stage: "Stage") -> list[tuple[str, str]]:
     return [
         ("trains", ", ".join(f"{p} {_count(n)}" for p, n in trained.items()) + rows),
         ("frozen", ", ".join(frozen) or "nothing"),
-        ("reads", ", ".join(f"{source.name} {source.weight:g}" for source in data.sources)),
+        ("reads", _reads(stage)),
         ("tokens", f"{'' if data.packing else 'at most '}{_count(tokens)} in {recipe.train_iters:,} steps"),
         ("rate", f"{recipe.optim.lr:g} to {recipe.optim.min_lr:g}, {recipe.optim.lr_decay_style}" + (scale and f"; {scale}")),
         ("memory", f"a rank of {ranks}: {held / 2**30:.2f} GiB held, {peak / 2**30:.2f} at the peak (megatron-omni plan)"),
     ]  # fmt: skip
+
+
+def _reads(stage: "Stage") -> str:
+    assert stage.recipe is not None
+    if "data_from" in stage.reads:
+        return f"{stage.reads['data_from']}, all alike"
+    said = ", ".join(f"{source.name} {source.weight:g}" for source in stage.recipe.data.sources)
+    if stage.prompts_from is not None:
+        said += f"; without {stage.prompts_from.drop_solved:.0%} of what {stage.prompts_from.rollouts} solved"
+    return said
 
 
 def _count(number: float) -> str:
@@ -147,7 +172,7 @@ class Signals:
 
 def run(chain: "Chain") -> int:
     """Run the stages that are not finished; the exit status."""
-    from megatron_omni.chain import REPORT, check_inputs, check_paths, report
+    from megatron_omni.chain import check_inputs, check_paths, report, report_file
 
     check_paths(chain)
     chain.run_dir.mkdir(parents=True, exist_ok=True)
@@ -169,17 +194,19 @@ def run(chain: "Chain") -> int:
                 if signals.received:  # during the last step of the stage before
                     raise Stopped
                 print(f"\n== {stage.name} ==", flush=True)
-                status = _upcycle(chain, stage) if stage.recipe is None else _train(chain, stage, signals, lock)
+                status = _make(chain, stage) if stage.recipe is None else _train(chain, stage, signals, lock)
                 if status:
                     return status
         except Stopped:
             print("stopped; start the chain again to go on", flush=True)
             return EXIT_REQUEUE
-    print(f"\nall {len(chain.stages)} stages are finished: {chain.stages[-1].result}", flush=True)
-    if any(stage.recipe is not None and stage.recipe.log.eval_interval > 0 for stage in chain.stages):
+    last = chain.stages[-1]
+    where = last.run_dir if last.pairs is not None else last.result
+    print(f"\nall {len(chain.stages)} stages are finished: {where}", flush=True)
+    if any(s.pairs is not None or (s.recipe is not None and s.recipe.log.eval_interval > 0) for s in chain.stages):
         text = report([chain])
-        (chain.run_dir / REPORT).write_text(text + "\n", encoding="utf-8")
-        print(f"\n{text}\n\nwritten to {chain.run_dir / REPORT}", flush=True)
+        report_file(chain).write_text(text + "\n", encoding="utf-8")
+        print(f"\n{text}\n\nwritten to {report_file(chain)}", flush=True)
     return 0
 
 
@@ -211,22 +238,34 @@ def _train(chain: "Chain", stage: "Stage", signals: Signals, lock: TextIO) -> in
 
 
 def _check_files(chain: "Chain", stage: "Stage") -> None:
-    from megatron_omni.chain import stage_ranks
+    from megatron_omni.chain import recipe_with_rows, stage_ranks
     from megatron_omni.config.validate import validate
 
     assert stage.recipe is not None
     try:
-        validate(stage.recipe, world_size=stage_ranks(chain, stage.recipe))
+        validate(recipe_with_rows(chain, stage), world_size=stage_ranks(chain, stage.recipe))
     except ValueError as error:
         raise ValueError(f"stage {stage.name}: {error}") from error
 
 
-def _upcycle(chain: "Chain", stage: "Stage") -> int:
-    from megatron_omni.chain import run_upcycle
+def _make(chain: "Chain", stage: "Stage") -> int:
+    """A stage that trains nothing, in this process: an upcycling, or pairs."""
+    from megatron_omni.chain import run_pairs, run_upcycle
+    from megatron_omni.chain.pairs import Unanswered
     from megatron_omni.checkpoint.commit import CheckpointError
 
     try:
-        print(f"wrote {run_upcycle(chain, stage)}", flush=True)
+        if stage.pairs is None:
+            print(f"wrote {run_upcycle(chain, stage)}", flush=True)
+        else:
+            made = run_pairs(chain, stage)
+            kinds = ", ".join(f"{kind} {count}" for kind, count in made["by_kind"].items())
+            print(
+                f"wrote {made['pairs']} pairs of {made['prompts']} prompts ({kinds}) into {stage.run_dir}", flush=True
+            )
+    except Unanswered as error:
+        print(f"{stage.name}: {error}", file=sys.stderr)
+        return EXIT_REQUEUE
     except ValueError as error:
         raise ValueError(f"stage {stage.name}: {error}") from error
     except (CheckpointError, OSError) as error:

@@ -55,6 +55,18 @@ def held_out_scores(run_dir: Path) -> Losses:
     return found
 
 
+def first_and_last(name: str, run_dir: Path, metrics: Sequence[str], *, share: float = 1 / 5) -> list[str]:
+    """A line of the means of ``metrics`` over the first and the last ``share`` of the records that have them."""
+    records, found = read_records(run_dir), []
+    for metric in metrics:
+        values = [record[metric] for record in records if metric in record]
+        if values:
+            some = max(1, round(share * len(values)))
+            ends = (sum(part) / some for part in (values[:some], values[-some:]))
+            found.append(f"{metric} {' -> '.join(f'{mean:.3f}' for mean in ends)}")
+    return [f"{name}: {', '.join(found)}"] if found else []
+
+
 def late_means(run_dir: Path, pattern: re.Pattern[str], *, share: float = 1 / 3) -> dict[tuple[str, ...], float]:
     """Mean over the last ``share`` of the steps of every metric that matches ``pattern``, by its groups."""
     records = read_records(run_dir)

@@ -1,79 +1,27 @@
-"""A chain of stages: which checkpoint each starts from, what it trains, how far it is, and running what is left.
+"""The plan of a chain: its stages with everything decided, and the hand-offs checked before anything runs.
 
-    stages:
-      - {name: 1_pretrain, recipe: 1_pretrain.yaml, init_from: path/of/a/checkpoint}
-      - {name: 2_vision, recipe: 2_expert_warmup_vision.yaml, init_from: 1_pretrain}
-      - {name: upcycle, upcycle: {base: 1_pretrain, vision: 2_vision, speech: [2_speech]}}
-      - {name: 3_sft, recipe: 3_sft.yaml, init_from: upcycle}
-
-A stage is a training run in ``run_dir/<name>`` or an upcycling of earlier stages; ``init_from`` and the sources of an
-upcycling are names of earlier stages (or paths). Nothing is remembered beside what the stages leave: a run is finished when
-its newest checkpoint is that of its last step (``train_iters``, or where its data ended), and what it was started from
-stands in its ``resolved.yaml``. So a chain that was stopped anywhere goes on there, and a stage whose predecessor was made
-anew since is an error, not a guess.
-
-Training stages are subprocesses (torchrun, or ``launcher``), so that none leaves memory or process groups behind. Needs
-neither torch nor megatron but for the upcycling itself.
+A stage is a training run in ``run_dir/<name>``, an upcycling of earlier stages, or pairs made of an earlier stage's rollouts.
+Nothing is remembered beside what the stages leave: a run is finished when its newest checkpoint is that of its last step
+(``train_iters``, or where its data ended), pairs when ``pairs.json`` is there.
 """
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from megatron_omni.chain.config import ChainConfig, PairsConfig, PromptsConfig, StageConfig, UpcycleConfig
+from megatron_omni.chain.pairs import REPORT as PAIRS_REPORT
+from megatron_omni.chain.pairs import correct_rewards
 from megatron_omni.checkpoint import commit
 from megatron_omni.checkpoint.meaning import check_handover
-from megatron_omni.checkpoint.run_dir import RESOLVED
 from megatron_omni.checkpoint.tokenizer_files import find_tokenizer
 from megatron_omni.config.load import load_config, load_recipe, read_mapping
-from megatron_omni.config.model import UPCYCLED_SHAPE, ModelConfig, MoEConfig
+from megatron_omni.config.model import ModelConfig, MoEConfig
 from megatron_omni.config.outcome import ENDED_MARKER
-from megatron_omni.config.ranges import file_path, number, out_of_range
+from megatron_omni.config.ranges import out_of_range
 from megatron_omni.config.run import Recipe
 from megatron_omni.config.validate import fewest_ranks, validate
-from megatron_omni.evaluation import stages as reading
-from megatron_omni.foreign import read_json
-
-UPCYCLE_REPORT = "upcycle.json"
-REPORT = "held_out.md"
-"""In the chain's directory: what its stages show on held-out data."""
-
-
-@dataclass(kw_only=True)
-class UpcycleConfig:
-    """Sources of a mixture, in the order of its routed experts (the base is the last)."""
-
-    base: str
-    vision: str | None = None
-    speech: list[str] = field(default_factory=list)
-    trunk: str = "base"
-
-
-@dataclass(kw_only=True)
-class StageConfig:
-    """One stage: ``recipe`` (relative to the chain's file) or ``upcycle``."""
-
-    name: str
-    recipe: str | None = file_path(None)
-    init_from: str | None = file_path(None)
-    """An earlier stage, or a path; None leaves it to the recipe."""
-    overrides: list[str] = field(default_factory=list)
-    """``key=value`` changes of the recipe."""
-    upcycle: UpcycleConfig | None = None
-    hand_on: Literal["last", "best"] = "last"
-    """Which checkpoint later stages start from; ``best`` needs ``checkpoint.keep_best``."""
-
-
-@dataclass(kw_only=True)
-class ChainConfig:
-    """A chain file."""
-
-    run_dir: str = file_path()
-    nproc_per_node: int = number(1, at_least=1, at_most=1024)
-    launcher: str | None = None
-    """Words before ``-m megatron_omni.cli.train`` in place of ``torchrun --standalone``; split at spaces."""
-    stages: list[StageConfig] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +39,10 @@ class Stage:
     upcycle: UpcycleConfig | None = None
     moe: MoEConfig | None = None
     """Of an upcycling: the shape that its consumer wants."""
+    pairs: PairsConfig | None = None
+    prompts_from: PromptsConfig | None = None
+    reads: dict[str, str] = field(default_factory=dict)
+    """Role -> earlier stage whose files it reads: ``rollouts``, ``data_from``, ``prompts_from``."""
 
     @property
     def checkpoints(self) -> Path:
@@ -103,7 +55,9 @@ class Stage:
 
     @property
     def steps_done(self) -> int | None:
-        """Step of the newest checkpoint; None before the first."""
+        """Step of the newest checkpoint; None before the first. Of pairs 0 when they are there."""
+        if self.pairs is not None:
+            return 0 if (self.run_dir / PAIRS_REPORT).is_file() else None
         step = commit.tracked_step(self.checkpoints)
         return step if step is not None and commit.iteration_dir(self.checkpoints, step).is_dir() else None
 
@@ -129,6 +83,8 @@ class Stage:
 class Chain:
     """A checked chain."""
 
+    name: str
+    """Of its file."""
     run_dir: Path
     nproc_per_node: int
     launcher: str | None
@@ -137,6 +93,16 @@ class Chain:
     def source(self, word: str) -> Stage | Path:
         """What ``word`` of a stage's ``sources`` stands for."""
         return next((stage for stage in self.stages if stage.name == word), Path(word))
+
+    def stage(self, name: str) -> Stage:
+        """The stage of this name, which was checked to be there."""
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def recipe_of(self, name: str) -> Recipe:
+        """The recipe of a training stage."""
+        recipe = self.stage(name).recipe
+        assert recipe is not None
+        return recipe
 
     def inputs(self, stage: Stage) -> dict[str, Path]:
         """Role -> checkpoint that ``stage`` starts from; the stages before it are finished."""
@@ -163,6 +129,7 @@ def load_chain(path: Path, overrides: Sequence[str] = (), *, nproc_per_node: int
         stages.append(_stage(path, made, Path(config.run_dir), rest, later))
     stages = [_with_shape(stage, stages) for stage in stages]
     chain = Chain(
+        name=path.stem,
         run_dir=Path(config.run_dir),
         nproc_per_node=config.nproc_per_node,
         launcher=config.launcher,
@@ -184,41 +151,54 @@ def _read(path: Path, overrides: Sequence[str]) -> ChainConfig:
 
 def _stage(path: Path, made: StageConfig, run_dir: Path, overrides: Sequence[str], later: set[str]) -> Stage:
     where = f"{path}: stage {made.name}"
-    if (made.recipe is None) == (made.upcycle is None):
-        raise ValueError(f"{where}: has {'both' if made.recipe else 'neither'} of recipe and upcycle; give one of them")
-    directory = run_dir / made.name
+    kinds = [name for name in ("recipe", "upcycle", "pairs") if getattr(made, name) is not None]
+    if len(kinds) != 1:
+        said = "neither" if not kinds else "both" if len(kinds) == 2 else "all"
+        of = "recipe, upcycle and pairs" if len(kinds) != 2 else " and ".join(kinds)
+        raise ValueError(f"{where}: has {said} of {of}; give one of them")
+    common = {"name": made.name, "run_dir": run_dir / made.name, "hand_on": made.hand_on}
+    if made.recipe is None:
+        for name in ("init_from", "overrides", "data_from", "prompts_from"):
+            if getattr(made, name):
+                raise ValueError(f"{where}: {name} has no effect without a recipe; take it out")
+    if made.pairs is not None:
+        _check_order(where, {"rollouts": made.pairs.rollouts}, later)
+        return Stage(**common, sources={}, pairs=made.pairs, reads={"rollouts": made.pairs.rollouts})
     if made.upcycle is not None:
-        if made.init_from is not None or made.overrides:
-            raise ValueError(f"{where}: init_from and overrides have no effect on an upcycling; take them out")
         given = made.upcycle
         sources = {"vision": given.vision} if given.vision is not None else {}
         sources |= {f"speech{i + 1}": word for i, word in enumerate(given.speech)}
         _check_order(where, sources | {"base": given.base}, later)
-        return Stage(
-            name=made.name,
-            run_dir=directory,
-            hand_on=made.hand_on,
-            sources=sources | {"base": given.base},
-            upcycle=given,
-        )
+        return Stage(**common, sources=sources | {"base": given.base}, upcycle=given)
+    return _training_stage(path, made, common, overrides, later)
+
+
+def _training_stage(
+    path: Path, made: StageConfig, common: Mapping[str, Any], overrides: Sequence[str], later: set[str]
+) -> Stage:
+    where = f"{path}: stage {made.name}"
     assert made.recipe is not None
     file = path.parent / made.recipe
-    words = (*overrides, *made.overrides, f"run_dir={directory}", "load=auto")
+    words = (*overrides, *made.overrides, f"run_dir={common['run_dir']}", "load=auto")
     try:
         recipe = load_recipe(file, list(words))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     word = made.init_from if made.init_from is not None else recipe.init_from
     sources = {"init_from": word} if word is not None else {}
-    _check_order(where, sources, later)
+    if made.data_from is not None and made.prompts_from is not None:
+        raise ValueError(f"{where}: has both of data_from and prompts_from; give one of them")
+    reads = {"data_from": made.data_from} if made.data_from is not None else {}
+    reads |= {"prompts_from": made.prompts_from.rollouts} if made.prompts_from is not None else {}
+    _check_order(where, sources | reads, later)
     return Stage(
-        name=made.name,
-        run_dir=directory,
-        hand_on=made.hand_on,
+        **common,
         sources=sources,
         recipe_file=file,
         overrides=words,
         recipe=recipe,
+        prompts_from=made.prompts_from,
+        reads=reads,
     )
 
 
@@ -239,6 +219,10 @@ def _with_shape(stage: Stage, stages: Sequence[Stage]) -> Stage:
 def _check(chain: Chain, stage: Stage) -> None:
     """The typed hand-off: what arrives has the shape of what is made of it."""
     where = f"stage {stage.name}"
+    _check_reads(where, chain, stage)
+    for role, word in stage.sources.items():
+        if isinstance(source := chain.source(word), Stage) and source.pairs is not None:
+            raise ValueError(f"{where}: {role}: {word} makes pairs and no weights; name a stage that trains")
     sources = {role: _made_with(chain.source(word), chain) for role, word in stage.sources.items()}
     models = {role: source.model if source is not None else None for role, source in sources.items()}
     if stage.recipe is not None:
@@ -257,6 +241,8 @@ def _check(chain: Chain, stage: Stage) -> None:
                     "from a dense stage"
                 )
         return
+    if stage.pairs is not None:
+        return
     known = {role: model for role, model in models.items() if model is not None}
     for role, model in known.items():
         if model.moe is not None:
@@ -273,6 +259,36 @@ def _check(chain: Chain, stage: Stage) -> None:
             f"{where}: {len(stage.sources)} sources make as many routed experts, but the stage that starts from it has "
             f"model.moe.num_routed_experts={stage.moe.num_routed_experts}"
         )
+
+
+def _check_reads(where: str, chain: Chain, stage: Stage) -> None:
+    """What a stage reads of earlier ones is there to be made."""
+    for role, word in stage.reads.items():
+        source = chain.source(word)
+        wanted = "makes pairs" if role == "data_from" else "has task reinforce"
+        fits = isinstance(source, Stage) and (
+            source.pairs is not None
+            if role == "data_from"
+            else source.recipe is not None and source.recipe.task == "reinforce"
+        )
+        if not fits:
+            raise ValueError(f"{where}: {role}: {word!r} is no earlier stage that {wanted}; name one")
+        assert isinstance(source, Stage)
+        rolled = chain.recipe_of(source.reads["rollouts"]) if role == "data_from" else source.recipe
+        assert rolled is not None
+        if (config := stage.pairs or stage.prompts_from) is not None:
+            try:
+                correct_rewards(config, rolled)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+        ours = stage.recipe
+        if role == "data_from" and ours is not None and ours.data.system_turn != rolled.data.system_turn:
+            raise ValueError(
+                f"{where}: {role}: its prompts have another system turn than those of {source.reads['rollouts']}, which were "
+                "answered; give both the same data.system_template and data.system_prompt"
+            )
+        if role == "prompts_from" and ours is not None and ours.task != "reinforce":
+            raise ValueError(f"{where}: {role}: has task {ours.task}; prompts are for task reinforce")
 
 
 def _check_handover(where: str, ours: Recipe, source: "MadeWith", word: str) -> None:
@@ -307,7 +323,7 @@ class MadeWith(NamedTuple):
 def _made_with(source: Stage | Path, chain: Chain) -> MadeWith | None:
     """Of the weights that a stage or path hands on; None where nothing says yet."""
     if isinstance(source, Path):
-        checkpoint = _checkpoint(source)
+        checkpoint = checkpoint_at(source)
         file = checkpoint / "run_config.yaml"
         return MadeWith(load_recipe(file).model, find_tokenizer(checkpoint)) if file.is_file() else None
     if source.recipe is not None:
@@ -316,124 +332,12 @@ def _made_with(source: Stage | Path, chain: Chain) -> MadeWith | None:
     return None if base is None else base._replace(model=replace(base.model, moe=source.moe))
 
 
-def check_paths(chain: Chain) -> None:
-    """ValueError for a stage that has yet to start from a path where nothing is."""
-    for stage in chain.stages:
-        for role, word in stage.sources.items():
-            if stage.steps_done is None and isinstance(path := chain.source(word), Path) and not path.exists():
-                raise ValueError(f"stage {stage.name}: {role}: {word!r} is no earlier stage and no checkpoint is there")
-
-
 def stage_ranks(chain: Chain, recipe: Recipe) -> int:
     """Ranks of a stage: the torchrun's, or with a launcher of its own the fewest that its layout allows."""
     return chain.nproc_per_node if chain.launcher is None else fewest_ranks(recipe.parallel)
 
 
-def check_inputs(chain: Chain, stage: Stage) -> None:
-    """ValueError unless the checkpoint that a started stage was made from is what the chain hands to it now."""
-    if stage.steps_done is None:
-        return
-    expected = {role: _checkpoint(path) for role, path in chain.inputs(stage).items()}
-    if stage.upcycle is not None:
-        report = commit.iteration_dir(stage.checkpoints, 0) / UPCYCLE_REPORT
-        found = read_json(report)["sources"]
-    else:
-        resolved = stage.run_dir / RESOLVED
-        origin = load_recipe(resolved).init_from if resolved.is_file() else None
-        found = {} if origin is None else {"init_from": origin}
-    found = {role: _checkpoint(Path(path)) for role, path in found.items()}
-    if expected != found:
-        raise ValueError(
-            f"stage {stage.name}: was made from {_said(found)}, but the chain hands it {_said(expected)}; move {stage.run_dir} "
-            "away to make it again, or take another run_dir"
-        )
-
-
-def _checkpoint(path: Path) -> Path:
+def checkpoint_at(path: Path) -> Path:
     """The newest checkpoint of a run directory; any other path as it is."""
     step = commit.tracked_step(path / commit.CHECKPOINTS)
     return path if step is None else commit.iteration_dir(path / commit.CHECKPOINTS, step)
-
-
-def _said(inputs: dict[str, Path]) -> str:
-    return ", ".join(map(str, inputs.values())) or "random weights"
-
-
-def training_command(chain: Chain, stage: Stage, python: str) -> list[str]:
-    """The subprocess of a training stage whose predecessors are finished."""
-    launcher = (
-        [python, "-m", "megatron_omni.platform.torchrun", "--standalone", "--nproc-per-node", str(chain.nproc_per_node)]
-        if chain.launcher is None
-        else chain.launcher.split()
-    )
-    inputs = [f"{role}={path}" for role, path in chain.inputs(stage).items()]
-    return [*launcher, "-m", "megatron_omni.cli.train", str(stage.recipe_file), *stage.overrides, *inputs]
-
-
-def run_upcycle(chain: Chain, stage: Stage) -> Path:
-    """Make the mixture of an upcycling stage; ValueError, CheckpointError or OSError as ``upcycle`` raises them."""
-    from megatron_omni.checkpoint.upcycle import upcycle
-
-    assert stage.upcycle is not None
-    stage.run_dir.mkdir(parents=True, exist_ok=True)
-    shape = [f"model.moe.{name}={getattr(stage.moe, name)}" for name in UPCYCLED_SHAPE] if stage.moe is not None else []
-    return upcycle(chain.inputs(stage), stage.run_dir, trunk=stage.upcycle.trunk, overrides=shape)
-
-
-def clean_environment() -> dict[str, str]:
-    """This process's environment without what a torchrun around it said, which would mislead the one of a stage."""
-    dropped = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "GROUP_WORLD_SIZE")
-    prefixes = ("TORCHELASTIC_", "LOCAL_", "ROLE_")
-    kept = {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith(prefixes)}
-    # torchrun gives its workers 30 seconds to save and leave; a large checkpoint takes longer.
-    return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600", **kept}
-
-
-def report(chains: Sequence[Chain]) -> str:
-    """The table over all ``chains`` (one recipe, several seeds) and the reading of each."""
-    first = chains[0]
-    trained = [stage for stage in first.stages if stage.recipe is not None]
-    losses = [{s.name: reading.held_out_losses(s.run_dir) for s in chain.stages} for chain in chains]
-    if not any(seed[stage.name] for seed in losses for stage in trained):
-        raise ValueError(f"{first.run_dir}: no stage has evaluated anything; run the chain, with log.eval_interval > 0")
-    blocks = [reading.table([stage.name for stage in trained], losses)]
-    scores = [{s.name: reading.held_out_scores(s.run_dir) for s in chain.stages} for chain in chains]
-    if any(found for seed in scores for found in seed.values()):
-        blocks += ["", "Scores:", "", reading.table([stage.name for stage in trained], scores)]
-    for chain, found in zip(chains, losses):
-        blocks += [f"{chain.run_dir}:" if len(chains) > 1 else "", *(f"- {line}" for line in _lines(chain, found))]
-    return "\n".join(blocks)
-
-
-def _lines(chain: Chain, losses: dict[str, reading.Losses]) -> list[str]:
-    by_name = {stage.name: stage for stage in chain.stages}
-    lines: list[str] = []
-    for merge in chain.stages:
-        if merge.upcycle is None:
-            continue
-        experts = {
-            name: _own_sets(by_name[name], losses[name])
-            for role, name in merge.sources.items()
-            if role != "base" and losses.get(name)
-        }
-        lines += reading.own_modality(experts, losses)
-        for stage in chain.stages:
-            if stage.sources.get("init_from") == merge.name and losses[stage.name]:
-                lines += reading.against_best(stage.name, list(experts), losses)
-                lines += _after(chain, stage, losses)
-    return lines
-
-
-def _after(chain: Chain, tuned: Stage, losses: dict[str, reading.Losses]) -> list[str]:
-    """Of the stages that start from the fine-tuned mixture, and of its gate after the last of them."""
-    lines, last = [], tuned
-    for stage in chain.stages:
-        if stage.sources.get("init_from") == tuned.name and losses[stage.name]:
-            lines += reading.change(tuned.name, stage.name, losses)
-            last = stage
-    return [*lines, *(f"{last.name}, {line}" for line in reading.routing(last.run_dir))]
-
-
-def _own_sets(stage: Stage, losses: reading.Losses) -> list[str]:
-    assert stage.recipe is not None
-    return [source.name for source in stage.recipe.data.sources if source.name in losses]

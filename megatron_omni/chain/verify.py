@@ -1,0 +1,152 @@
+"""The verifier (VerIPO): of the responses to one prompt, which are preferred to which. Pure rules, no files.
+
+    positive   right, its thought leads to its answer, well formed, not repetitive; the longest first
+    negative   in this order: right and its thought leads elsewhere; wrong with a well-formed thought; repetitive
+    demonstration  of a teacher, checked like a response: the positive of a prompt that was never solved
+
+Neither side was cut: a row of pairs says that both ended by themselves. The two differ, and neither has more than three times
+the tokens of the other, or length would be what is learned. Each prompt gives one or two pairs.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_omni.chain.config import PairsConfig, RolloutsConfig
+from megatron_omni.config.thinking import THINK_END
+from megatron_omni.rewards.answer import Values, answer_text
+
+INCONSISTENT, WRONG, REPETITIVE = "inconsistent", "wrong", "repetitive"
+KINDS = (INCONSISTENT, WRONG, REPETITIVE)
+"""What is wrong with a pair's rejected side, in the order in which negatives are taken."""
+DEMONSTRATION = "demonstration"
+"""Name of a teacher's response."""
+_SHORT = 40
+"""Characters of an answer that can be looked for in a thought."""
+_NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """One response, verified."""
+
+    name: str
+    """``iteration.g``, or ``demonstration``."""
+    text: str
+    tokens: int
+    right: bool | None
+    """None: no reward says."""
+    well_formed: bool
+    repetition: float
+    """Share of repeated trigrams of tokens."""
+    whole: bool
+    """Neither cut, nor other tokens than its text gives."""
+    consistent: bool | None = None
+    """None: nobody could say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """``chosen`` is preferred to ``rejected``, of which ``kind`` is wrong."""
+
+    chosen: Response
+    rejected: Response
+    kind: str
+
+
+def is_right(rewards: Mapping[str, float | None], names: Sequence[str], config: RolloutsConfig) -> bool | None:
+    """Whether the rewards of these names say that a response is right; None where none of them gave a value."""
+    given = [value for name in names if (value := rewards.get(name)) is not None]
+    return all(value >= config.correct_at for value in given) if given else None
+
+
+def is_positive(response: Response, config: PairsConfig) -> bool:
+    """Whether a response may be preferred."""
+    return bool(
+        response.whole
+        and response.right
+        and response.consistent
+        and response.well_formed
+        and response.repetition < config.repetition_below
+    )
+
+
+def fault(response: Response, config: PairsConfig) -> str | None:
+    """What is wrong with a response that may be rejected; None for one that may not."""
+    if not response.whole:
+        return None
+    if response.right and response.consistent is False:
+        return INCONSISTENT
+    if response.right is False and response.well_formed:
+        return WRONG
+    return REPETITIVE if response.repetition >= config.repetition_below else None
+
+
+def choose(
+    responses: Sequence[Response], demonstration: Response | None, config: PairsConfig
+) -> tuple[list[Pair], str | None]:
+    """Pairs of one prompt, and where there is none, why: a word for the counts.
+
+    ``demonstration`` is used where no response is right.
+    """
+    positives = sorted((r for r in responses if is_positive(r, config)), key=lambda r: -r.tokens)
+    if not positives and all(r.right is False for r in responses):
+        if demonstration is None:
+            return [], "never_solved"
+        if not is_positive(demonstration, config):
+            return [], "bad_demonstration"
+        positives = [demonstration]
+    if not positives:
+        return [], "no_positive"
+    negatives = [(kind, r) for kind in KINDS for r in responses if fault(r, config) == kind]
+    if not negatives:
+        return [], "no_negative"
+    pairs = list(_paired(positives, negatives, config))
+    return pairs, None if pairs else "lengths"
+
+
+def _paired(
+    positives: Sequence[Response], negatives: Sequence[tuple[str, Response]], config: PairsConfig
+) -> Iterator[Pair]:
+    """The first negatives, each with the longest positive that fits; one that was not chosen yet goes before one that was."""
+    used: Counter[str] = Counter()
+    seen: set[str] = set()
+    for kind, negative in negatives:
+        if used.total() == config.pairs_per_prompt:
+            return
+        fitting = [p for p in positives if p.text != negative.text and _alike(p.tokens, negative.tokens, config)]
+        if fitting and negative.text not in seen:  # the same words twice teach nothing more
+            chosen = min(fitting, key=lambda p: used[p.name])
+            used[chosen.name] += 1
+            seen.add(negative.text)
+            yield Pair(chosen=chosen, rejected=negative, kind=kind)
+
+
+def _alike(one: int, other: int, config: PairsConfig) -> bool:
+    return max(one, other) <= config.length_factor * min(one, other)
+
+
+def concludes(completions: Sequence[str]) -> Values:
+    """The rule for consistency: 1 where the thought's last line holds the answer, 0 where it does not.
+
+    Of an answer that is a text, its last number is compared with the thought's last; None where one of them has none, and
+    where there is no thought or no answer.
+    """
+    return [_concludes(completion) for completion in completions]
+
+
+def _concludes(completion: str) -> float | None:
+    thought = completion.rpartition(THINK_END)[0].rstrip()
+    answer = answer_text(completion)
+    if not thought or not answer:
+        return None
+    end = thought.splitlines()[-1]
+    if len(answer) <= _SHORT:
+        said, line = (" ".join(text.casefold().split()) for text in (answer.strip(" .,!?:;*"), end))
+        before, after = (r"(?<!\w)", r"(?!\w)") if said.isascii() else ("", "")
+        if _NUMBER.fullmatch(said):
+            before, after = r"(?<![\w.,-])", r"(?!\w|[.,]\d)"
+        return float(re.search(f"{before}{re.escape(said)}{after}", line) is not None)
+    concluded, solved = (_NUMBER.findall(text) for text in (end, answer))
+    return float(concluded[-1] == solved[-1]) if concluded and solved else None
