@@ -156,7 +156,7 @@ def _stage(path: Path, made: StageConfig, run_dir: Path, overrides: Sequence[str
         said = "neither" if not kinds else "both" if len(kinds) == 2 else "all"
         of = "recipe, upcycle and pairs" if len(kinds) != 2 else " and ".join(kinds)
         raise ValueError(f"{where}: has {said} of {of}; give one of them")
-    common = {"name": made.name, "run_dir": run_dir / made.name, "hand_on": made.hand_on}
+    common: dict[str, Any] = {"name": made.name, "run_dir": run_dir / made.name, "hand_on": made.hand_on}
     if made.recipe is None:
         for name in ("init_from", "overrides", "data_from", "prompts_from"):
             if getattr(made, name):
@@ -221,7 +221,7 @@ def _check(chain: Chain, stage: Stage) -> None:
     where = f"stage {stage.name}"
     _check_reads(where, chain, stage)
     for role, word in stage.sources.items():
-        if isinstance(source := chain.source(word), Stage) and source.pairs is not None:
+        if isinstance(given := chain.source(word), Stage) and given.pairs is not None:
             raise ValueError(f"{where}: {role}: {word} makes pairs and no weights; name a stage that trains")
     sources = {role: _made_with(chain.source(word), chain) for role, word in stage.sources.items()}
     models = {role: source.model if source is not None else None for role, source in sources.items()}

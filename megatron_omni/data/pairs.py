@@ -18,6 +18,7 @@ from megatron_omni.data.record import KINDS, Record, RecordError
 from megatron_omni.data.responses import group_sample, joined
 from megatron_omni.data.sample import Sample, SampleBuilder
 from megatron_omni.data.sizes import SampleSize
+from megatron_omni.data.template import answer_pieces
 from megatron_omni.data.tokenizer import IM_END, Tokenizer
 
 
@@ -108,7 +109,8 @@ class PairBuilder(SampleBuilder):
 
     def _response(self, side: Record) -> Sequence[int]:
         """Ids of its answer, the end token included."""
-        return [*self.tokenizer.encode(side.answer), self.tokenizer.special(IM_END)]
+        said = [token for text in answer_pieces(side.answer) for token in self.tokenizer.encode(text)]
+        return [*said, self.tokenizer.special(IM_END)]
 
 
 def sample_builder(recipe: Recipe, tokenizer: Tokenizer | None = None) -> SampleBuilder:

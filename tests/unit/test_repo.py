@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = sorted((ROOT / "megatron_omni").rglob("*.py"))
 SOURCES = [*PACKAGE, *sorted((ROOT / "tools").glob("*.py")), *sorted((ROOT / "examples").rglob("*.py"))]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-CHAINS = sorted((ROOT / "recipes").rglob("chain.yaml"))
+CHAINS = sorted((ROOT / "recipes").rglob("chain*.yaml"))
 RECIPES = sorted(set((ROOT / "recipes").rglob("*.yaml")) - set(CHAINS))
 STATUSES = {"verified", "unverified", "unsupported"}
 
