@@ -21,13 +21,15 @@ METRICS, TENSORBOARD, INCIDENTS, GOODPUT, PROFILE, WANDB, WANDB_ID = (
     "metrics.jsonl", "tensorboard", "incidents.jsonl", "goodput.jsonl", "profile", "wandb", "wandb_id",
 )  # fmt: skip
 RESOLVED = "resolved.yaml"
+REFERENCE = "reference.npz"
+"""What preferences are learned against (tasks/reference.py)."""
 NCCL_TRACES = "nccl_trace_rank_*"
 """What a rank exchanged before a collective timed out (examples/slurm/launch.sh)."""
 UPCYCLED = "upcycled"
 """A mixture made of dense weights, there while they are loaded."""
 WRITTEN = (
     commit.CHECKPOINTS, METRICS, TENSORBOARD, INCIDENTS, GOODPUT, PROFILE, WANDB, WANDB_ID, RESOLVED, STOP_MARKER,
-    ENDED_MARKER, NCCL_TRACES, UPCYCLED, ROLLOUTS, CACHES,
+    ENDED_MARKER, NCCL_TRACES, UPCYCLED, ROLLOUTS, CACHES, REFERENCE,
 )  # fmt: skip
 """Everything that a run writes into its directory, as patterns of names."""
 

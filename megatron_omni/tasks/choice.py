@@ -1,6 +1,7 @@
 """The task of a recipe."""
 
 from megatron_omni.config.run import Recipe
+from megatron_omni.tasks.preference import PreferenceTask
 from megatron_omni.tasks.reinforce import ReinforceTask
 from megatron_omni.tasks.supervised import SupervisedTask
 from megatron_omni.training.task import Task
@@ -10,5 +11,6 @@ def task_of(recipe: Recipe) -> Task:
     """What ``recipe.task`` names."""
     if recipe.task == "reinforce":
         return ReinforceTask(recipe)
-    assert recipe.task == "supervised", f"task {recipe.task} has no code yet"
+    if recipe.task == "preference":
+        return PreferenceTask(recipe)
     return SupervisedTask(recipe.data.sources)

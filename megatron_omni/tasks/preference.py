@@ -10,7 +10,8 @@ positive (``accuracy``), the margin, and the policy's log-probability of chosen 
 two look at both: a margin grows as well where both fall.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,22 +21,45 @@ from megatron_omni.config.run import Recipe
 from megatron_omni.data.responses import Responses, responses_of
 from megatron_omni.losses.breakdown import membership, row_names, sums_and_counts
 from megatron_omni.losses.dpo import dpo_loss, pair_sums
+from megatron_omni.parallel.sharing import StepData
 from megatron_omni.tasks.reference import Reference, complete_reference
-from megatron_omni.training.task import LossFunction, StepInfo
+from megatron_omni.training.hooks import PartTimer
+from megatron_omni.training.setup import Run
+from megatron_omni.training.task import Interrupted, LossFunction, StepInfo, Task
 
 MEASURED = ("accuracy", "margin", "chosen", "rejected")
 
 
-class PreferenceTask:
+class PreferenceTask(Task):
     """DPO over the pairs of the batch."""
 
     def __init__(self, recipe: Recipe) -> None:
         names = [source.name for source in recipe.data.sources]
         self.config, self.num_sources = recipe.preference, len(names)
-        self.num_pairs = recipe.data.global_batch_size
         self.reference: Reference | None = None
-        metrics = [[f"preference/{name}", *row_names(names, f"preference/{name}")] for name in MEASURED]
-        self.report_names: Sequence[str] = ["dpo loss", *row_names(names, "loss"), *sum(metrics, [])]
+        self._begun_with: str | None = None
+        rows = {"dpo loss": "loss"} | {f"preference/{name}": f"preference/{name}" for name in MEASURED}
+        self.report_names = [name for first, rest in rows.items() for name in (first, *row_names(names, rest))]
+
+    def batches(
+        self, run: Run, *, timer: PartTimer, stop: Callable[[], bool], written: Callable[[], bool]
+    ) -> tuple[StepData | None, dict[str, int]]:
+        """Pairs; before the first ones, what the reference lacks."""
+        if self.reference is None:
+            with timer.measure("evaluation"):
+                self.reference = complete_reference(run, expected=self._begun_with, stop=stop, moved=timer.moved)
+        if self.reference is None:
+            raise Interrupted("stopped while the reference was computed; the next start goes on there")
+        batches, totals = super().batches(run, timer=timer, stop=stop, written=written)
+        return batches, totals | {"divisor": totals["samples"]}
+
+    def state_dict(self, run: Run) -> dict[str, Any]:
+        """Which reference the run began with."""
+        return {"reference": self._begun_with if self.reference is None else self.reference.digest}
+
+    def load_state_dict(self, run: Run, state: dict[str, Any]) -> None:
+        """The run must find the same again."""
+        self._begun_with = state["reference"]
 
     def forward_step(self, batch: OmniBatch, model: torch.nn.Module, *, info: StepInfo) -> tuple[Tensor, LossFunction]:
         """See :class:`megatron_omni.training.task.Task`."""
@@ -50,7 +74,7 @@ class PreferenceTask:
                 sums,
                 reference,
                 lengths,
-                num_pairs=self.num_pairs,
+                num_pairs=info.divisor,
                 beta=self.config.beta,
                 label_smoothing=self.config.label_smoothing,
                 length_normalized=self.config.length_normalized,

@@ -30,7 +30,7 @@ from megatron_omni.batch import OmniBatch
 from megatron_omni.checkpoint.run_dir import REFERENCE
 from megatron_omni.config.load import recipe_to_dict
 from megatron_omni.data.index import Fingerprint, tokenizer_digest
-from megatron_omni.data.loader import StepLoader
+from megatron_omni.data.loader import Loader
 from megatron_omni.data.mixture import DataEnded
 from megatron_omni.data.past import describe_order
 from megatron_omni.data.record import Message
@@ -41,18 +41,18 @@ from megatron_omni.parallel.schedule import LossFunction, run_step
 from megatron_omni.parallel.sharing import from_rank_0
 from megatron_omni.parallel.wrap import gather_weights, unwrap_model
 from megatron_omni.training.initial_weights import load_initial_weights
-from megatron_omni.training.loop import next_batches
 from megatron_omni.training.setup import Run, initial_checkpoint, weights_digest
+from megatron_omni.training.step_data import next_batches
 
 logger = logging.getLogger(__name__)
 
 STEPS_AT_ONCE = 32
 """Steps between two writes of the file, which the ranks exchange then."""
-_FREE_FIELDS = (
-    "micro_batch_size", "num_workers", "prefetch_gib", "stall_seconds", "cache_gib", "decoder", "max_bad_fraction",
-    "pad_to_multiple_of",
+_OTHER_FIELDS = (
+    "sources", "eval_sources", "tokenizer", "micro_batch_size", "num_workers", "prefetch_gib", "stall_seconds", "cache_gib",
+    "decoder", "max_bad_fraction", "pad_to_multiple_of",
 )  # fmt: skip
-"""Of the data group: they move the last bits at most."""
+"""Of the data group: told in another way, or without effect on anything but the last bits."""
 
 
 @dataclasses.dataclass
@@ -134,14 +134,14 @@ def complete_reference(
     """
     path = Path(run.recipe.run_dir) / REFERENCE
     found = from_rank_0(partial(_found, run, path, expected))
-    wanted: list[tuple[str, StepLoader | None, int]] = [("", run.loader, run.recipe.train_iters)]
+    wanted: list[tuple[str, Loader[Any] | None, int]] = [("", run.loader, run.recipe.train_iters)]
     if run.recipe.log.eval_interval > 0:
         wanted += [(name, loader, run.recipe.log.eval_iters) for name, loader in run.eval_loaders.items()]
     missing = [w for w in wanted if not (table := found.tables.setdefault(w[0], Table(np.empty((0, 2))))).ended
                and table.steps < w[2]]  # fmt: skip
     if not missing:
         return found
-    with _weights_of_start(run, found.key["weights"]):
+    with _weights_of_start(run, found.key["weights"]["checkpoint"]):
         for name, loader, steps in missing:
             if not _completed(run, found, name, loader, steps, path=path, stop=stop, moved=moved):
                 return None
@@ -159,12 +159,19 @@ def _found(run: Run, path: Path, expected: str | None) -> Reference:
                 "settings that it was made with, or start a new run from init_from"
             )
         return there
-    mine = Reference({"weights": run.initial_weights, "data": _data_key(run)})
+    mine = Reference({"weights": _weights_key(run), "data": _data_key(run)})
     if there is not None and there.key == mine.key:
         return there
     if there is not None:
         logger.info("%s is of other weights, data or tokens: made again", path)
     return mine
+
+
+def _weights_key(run: Run) -> dict[str, Any]:
+    """What the log-probabilities of given tokens follow from."""
+    recipe = run.recipe
+    weights = {"checkpoint": run.initial_weights, "seed": recipe.seed, "precision": recipe.optim.precision}
+    return _plain(weights | {"model": recipe_to_dict(recipe)["model"]})
 
 
 def _data_key(run: Run) -> dict[str, Any]:
@@ -176,17 +183,23 @@ def _data_key(run: Run) -> dict[str, Any]:
         [Message("user", "a"), Message("assistant", "b")], MediaSpans(), tokenizer=builder.tokenizer, rule=builder.rule,
         system_prompt=recipe.data.system_prompt,
     )  # fmt: skip
-    values = recipe_to_dict(recipe)
-    data = {name: value for name, value in values["data"].items() if name not in _FREE_FIELDS}
-    files = [shard for source in run.loader.sources for shard in _files(source)]
-    key = {
-        "tokenizer": tokenizer_digest(recipe.data.tokenizer),
-        "template": probe.input_ids,
-        "order": describe_order(run.loader.mixture),
-        "settings": data | {"model": values["model"], "precision": recipe.optim.precision},
-        "files": {str(path): Fingerprint.of(path).digest for path in files},
-    }
-    told: dict[str, Any] = json.loads(json.dumps(key, sort_keys=True))
+    data = {name: value for name, value in vars(recipe.data).items() if name not in _OTHER_FIELDS}
+    loaders = {"": run.loader} | run.eval_loaders
+    sources = {name: loader.sources for name, loader in loaders.items() if loader is not None}
+    return _plain(
+        {
+            "tokenizer": tokenizer_digest(recipe.data.tokenizer),
+            "template": probe.input_ids,
+            "settings": data | dataclasses.asdict(recipe.preference),
+            "order": {name: describe_order(loader.mixture) for name, loader in loaders.items() if loader is not None},
+            "files": {n: [Fingerprint.of(path).digest for s in of for path in _files(s)] for n, of in sources.items()},
+        }
+    )
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives them back."""
+    told: dict[str, Any] = json.loads(json.dumps(values, sort_keys=True))
     return told
 
 
@@ -195,7 +208,7 @@ def _files(source: Any) -> list[Path]:
 
 
 def _completed(
-    run: Run, found: Reference, name: str, loader: StepLoader | None, steps: int, *, path: Path,
+    run: Run, found: Reference, name: str, loader: Loader[Any] | None, steps: int, *, path: Path,
     stop: Callable[[], bool], moved: Callable[[], None],
 ) -> bool:  # fmt: skip
     """Compute the missing steps of one table; False where a stop was asked for."""
@@ -240,7 +253,9 @@ def _measure(batch: OmniBatch, model: torch.nn.Module) -> tuple[Tensor, LossFunc
     return model(batch, step=0, stochastic=False), report
 
 
-def _exchanged(run: Run, reports: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+def _exchanged(
+    run: Run, reports: list[tuple[Tensor, Tensor]]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
     """What every rank found, on every rank."""
     own = None
     if reports and run.place.tp_rank == 0:
@@ -252,7 +267,7 @@ def _exchanged(run: Run, reports: list[tuple[Tensor, Tensor]]) -> Iterator[tuple
 
 
 @contextmanager
-def _weights_of_start(run: Run, digest: str) -> Iterator[None]:
+def _weights_of_start(run: Run, digest: str | None) -> Iterator[None]:
     """Inside, the model has the weights that the run began with."""
     if run.state.step == 0:
         yield

@@ -267,7 +267,7 @@ def evaluate(run: Run, *, moved: Callable[[], None] = lambda: None) -> dict[str,
                     batches, totals = next_batches(run, loader)
                 except DataEnded:
                     break
-                info = StepInfo(step=run.state.step, training=False, divisor=totals["labels"])
+                info = StepInfo(step=run.state.step, training=False, divisor=totals["labels"], held_out=name)
                 forward = partial(run.task.forward_step, info=info)
                 for report in run_step(forward, batches, run.model, pg=run.pg, recipe=run.recipe, forward_only=True):
                     total = report[0] if total is None else total + report[0]

@@ -172,6 +172,9 @@ def progress_line(step: int, train_iters: int, metrics: Mapping[str, float]) -> 
     parts = [f"step {step}/{train_iters}"]
     for name, label, form in (
         ("lm loss", "loss", "{:.4f}"),
+        ("dpo loss", "loss", "{:.4f}"),
+        ("preference/accuracy", "accuracy", "{:.3f}"),
+        ("preference/margin", "margin", "{:.3f}"),
         ("grad-norm", "grad-norm", "{:.3f}"),
         ("learning-rate", "lr", "{:.2e}"),
         ("tokens/s", "tokens/s", "{:.0f}"),

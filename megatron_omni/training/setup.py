@@ -18,7 +18,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_omni.checkpoint.commit import CHECKPOINTS, nothing_at
+from megatron_omni.checkpoint.commit import CHECKPOINTS, MANIFEST, nothing_at, sha256
 from megatron_omni.checkpoint.distributed import RUN_CONFIG, find_checkpoint, load_checkpoint
 from megatron_omni.checkpoint.meaning import check_tokenizers, differences
 from megatron_omni.checkpoint.memory import SaveMemory
@@ -70,6 +70,8 @@ class Run:
     """On data-reader ranks: of what the task trains on."""
     origin: str = "random"
     """Where its weights come from, for the log."""
+    initial_weights: str | None = None
+    """Digest of the checkpoint of ``init_from``; None where they were drawn, and in a run that goes on."""
     eval_loaders: dict[str, StepLoader | None] = field(default_factory=dict)
     score: "Callable[[Run, Callable[[], None]], dict[str, float]] | None" = None
     """Scores of the held-out sets, beside their losses (evaluation/held_out.py); all ranks together. It calls what it is
@@ -110,8 +112,9 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
     model = build_model(recipe, pg, drawn=directory is None and recipe.init_from is None)
     freeze(model, recipe)
     _check_parameters(model, recipe)
-    if recipe.init_from is not None and directory is None:
-        origin = load_initial_weights(model, recipe, _checkpoint(recipe.init_from, field="init_from"), pg=pg)
+    initial = initial_checkpoint(recipe) if directory is None else None
+    if initial is not None:
+        origin = load_initial_weights(model, recipe, initial, pg=pg)
     wrapped = wrap_model(model, recipe, pg)
     optimizer, scheduler = build_optimizer(wrapped, recipe, pg)
     run = Run(
@@ -125,6 +128,7 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
         scheduler=scheduler,
         loader=_loader(recipe, place, pg, kind=PromptLoader if recipe.task == "reinforce" else StepLoader),
         origin=origin,
+        initial_weights=weights_digest(initial) if initial is not None else None,
         eval_loaders={s.name: _loader(recipe, place, pg, [s], kind=StepLoader) for s in recipe.data.eval_sources},
     )
     task.begin(run)
@@ -136,6 +140,16 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
         if loader is not None and recipe.log.eval_interval > 0:
             loader.plan(Cursor(0))  # ValueError for a set of which no record can be used
     return run
+
+
+def initial_checkpoint(recipe: Recipe) -> Path | None:
+    """The checkpoint that ``init_from`` names, whole, found by all ranks together; ValueError where there is none."""
+    return None if recipe.init_from is None else _checkpoint(recipe.init_from, field="init_from")
+
+
+def weights_digest(directory: Path) -> str:
+    """What names a checkpoint's contents: its manifest holds the hash of every file."""
+    return sha256(directory / MANIFEST)
 
 
 def _check_parameters(model: torch.nn.Module, recipe: Recipe) -> None:

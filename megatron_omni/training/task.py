@@ -44,6 +44,8 @@ class StepInfo:
     """Coefficient of the MoE auxiliary loss / (MoE layers x micro-batches of the global step)."""
     stats: RoutingStats | None = None
     """Where routing statistics are added; None on steps that are not logged."""
+    held_out: str = ""
+    """Name of the held-out set that is evaluated."""
 
 
 class Task(Protocol):

@@ -19,7 +19,7 @@ from PIL import Image
 from megatron_omni.config.load import recipe_from_dict
 from megatron_omni.config.run import Recipe
 from megatron_omni.data.tokenizer import train_sentencepiece
-from megatron_omni.tasks.supervised import SupervisedTask
+from megatron_omni.tasks.choice import task_of
 from megatron_omni.training.loop import train
 from megatron_omni.training.setup import Run, setup
 from tests.distributed.harness import Rank, run_ranks
@@ -126,7 +126,7 @@ def tiny_recipe(corpus: Path, run_dir: Path, **overrides: Any) -> Recipe:
 def prepare(rank: Rank, recipe: Recipe) -> Run:
     """The run of ``recipe`` on this rank."""
     pg = rank.initialize(recipe.parallel)
-    return setup(recipe, SupervisedTask(recipe.data.sources), pg=pg)
+    return setup(recipe, task_of(recipe), pg=pg)
 
 
 def train_rank(rank: Rank, recipe: Recipe, before: Callable[[Run], None] | None = None) -> int:

@@ -135,7 +135,10 @@ class OmniRouter(torch.nn.Module):
         if keep is None:
             selected = routing.mask
         if with_aux_loss:
-            aux_loss = load_balancing_loss(z[:, :slots], selected, ctx=ctx, moe=moe, tp_group=self.tp_group)
+            # Without stochastic routing it is reported and not learned: a recomputed layer, which reports nothing, must not
+            # find tensors saved for it.
+            of = z if ctx.stochastic else z.detach()
+            aux_loss = load_balancing_loss(of[:, :slots], selected, ctx=ctx, moe=moe, tp_group=self.tp_group)
         return RouterOutput(routing, aux_loss, num_before_drop)
 
     @property
