@@ -3,6 +3,7 @@
     megatron-omni prepare recipes/tiny/quickstart.yaml                      # every source of the recipe
     megatron-omni prepare RECIPE --data 'shards/*.tar' more.jsonl           # these files instead
     megatron-omni prepare RECIPE --folder pictures [--prompt "What is it?"] # makes pictures/records.jsonl first
+    megatron-omni prepare RECIPE --trl pairs.jsonl                          # makes pairs.records.jsonl first
 
 JSONL records (messages or ShareGPT) and WebDataset tars, also ones prepared for Energon, get an index beside them
 (docs/data.md). A recipe gives the tokenizer, and the sizes that the printed summary counts in; the index serves any
@@ -18,6 +19,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -26,6 +28,8 @@ from megatron_omni.cli.starting import say_starting
 
 if TYPE_CHECKING:
     from megatron_omni.config.data import SourceConfig
+    from megatron_omni.data.folder import FolderReport
+    from megatron_omni.data.trl_pairs import PairsReport
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
         "--data", nargs="+", default=[], metavar="PATH", help="JSONL files or tars instead of the recipe's"
     )
     made.add_argument("--folder", type=Path, metavar="DIR", help="folder of media with captions to make records of")
+    made.add_argument("--trl", type=Path, metavar="FILE", help="rows of prompt, chosen and rejected to make records of")
     made.add_argument("--prompt", default="", help="question for captions that come without one")
     made.add_argument("--root", default="", metavar="DIR", help="folder that the media of --data lie under")
     made.add_argument(
@@ -81,14 +86,14 @@ def _prepare(words: argparse.Namespace) -> int:
     recipe = load_recipe(words.recipe, words.overrides)
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     sources = [*recipe.data.sources, *recipe.data.eval_sources]
-    if words.data or words.folder is not None:
+    if words.data or words.folder is not None or words.trl is not None:
         sources = [_source(path, words) for path in words.data]
     elif not sources:
         raise ValueError(f"{words.recipe} has no data.sources; add some, or name files with --data")
     files = [shard_paths(source.path) for source in sources]
-    say_starting("prepare", words.folder or words.recipe)
-    if words.folder is not None:
-        sources.append(_source(str(_records_of(words.folder, words.prompt)), words))
+    say_starting("prepare", words.folder or words.trl or words.recipe)
+    for path in _made_records(words):
+        sources.append(_source(str(path), words))
         files.append(shard_paths(sources[-1].path))
     from megatron_omni.checkpoint.progress import ByteProgress
     from megatron_omni.data.index import tokenizer_digest
@@ -128,14 +133,23 @@ def _summary_file(folder: Path, name: str, written: set[Path]) -> Path:
     return file
 
 
-def _records_of(folder: Path, prompt: str) -> Path:
-    """Make the records of a folder and say what was left out."""
-    from megatron_omni.data.folder import records_of_folder
+def _made_records(words: argparse.Namespace) -> Iterator[Path]:
+    """Make the records of a folder and of preference pairs, and say what was left out."""
+    if words.folder is not None:
+        from megatron_omni.data.folder import records_of_folder
 
-    report = records_of_folder(folder, prompt=prompt)
+        folder = records_of_folder(words.folder, prompt=words.prompt)
+        yield _told(folder)
+        if folder.kept is not None:
+            print(f"  what was there before is kept as {folder.kept}")
+    if words.trl is not None:
+        from megatron_omni.data.trl_pairs import records_of_pairs
+
+        yield _told(records_of_pairs(words.trl))
+
+
+def _told(report: "FolderReport | PairsReport") -> Path:
     print(f"wrote {report.path}: {report.num_records} records")
-    if report.kept is not None:
-        print(f"  what was there before is kept as {report.kept}")
     for reason, number in report.rejected.most_common():
         print(f"  left out ({reason}): {number}")
     for message in report.messages:

@@ -17,8 +17,13 @@ def objective_problems(recipe: Recipe) -> Iterator[str]:
     yield from _same_forward(recipe)
     if recipe.data.packing:
         yield f"data.packing=True: with task={recipe.task} a sequence is one prompt with its responses; set it to false"
+    weighted = [source.name for source in recipe.data.sources if source.loss_weight != 1]
+    if weighted:
+        yield f"data.sources: loss_weight of {', '.join(weighted)}: no effect with task={recipe.task}; take it out"
     if recipe.task == "reinforce":
         yield from _reinforce(recipe)
+    elif recipe.init_from is None:
+        yield "init_from is null: with task=preference its weights are the reference; name the checkpoint"
 
 
 def _same_forward(recipe: Recipe) -> Iterator[str]:

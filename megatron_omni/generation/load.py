@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_omni.checkpoint.commit import CheckpointError, nothing_at
 from megatron_omni.checkpoint.distributed import RUN_CONFIG, find_checkpoint, load_weights, tokenizer_path
 from megatron_omni.config.load import load_recipe, recipe_from_overrides
+from megatron_omni.config.objectives import PreferenceConfig, ReinforceConfig
 from megatron_omni.config.run import Recipe
 from megatron_omni.config.validate import data_parallel_size, validate
 from megatron_omni.data.sample import SampleBuilder
@@ -64,6 +65,7 @@ def open_checkpoint(
     recipe = load_recipe(directory / RUN_CONFIG, list(overrides))
     recipe.parallel = parallel
     recipe.load = recipe.init_from = None
+    recipe.task, recipe.reinforce, recipe.preference = "supervised", ReinforceConfig(), PreferenceConfig()
     recipe.init_allow_missing, recipe.init_allow_extra, recipe.init_allow_changed, recipe.freeze = [], [], [], []
     # Batches are the caller's here; these two only have to pass the checks of the layout.
     recipe.data.micro_batch_size, recipe.data.global_batch_size = 1, data_parallel_size(parallel, dist.get_world_size())

@@ -33,9 +33,8 @@ from megatron_omni.data.index import Fingerprint, tokenizer_digest
 from megatron_omni.data.loader import Loader
 from megatron_omni.data.mixture import DataEnded
 from megatron_omni.data.past import describe_order
-from megatron_omni.data.record import Message
+from megatron_omni.data.record import Message, Record
 from megatron_omni.data.responses import responses_of
-from megatron_omni.data.template import MediaSpans, render
 from megatron_omni.losses.dpo import pair_sums
 from megatron_omni.parallel.schedule import LossFunction, run_step
 from megatron_omni.parallel.sharing import from_rank_0
@@ -179,17 +178,14 @@ def _data_key(run: Run) -> dict[str, Any]:
     recipe = run.recipe
     assert run.loader is not None, "rank 0 reads data"
     builder = run.loader.builder
-    probe = render(
-        [Message("user", "a"), Message("assistant", "b")], MediaSpans(), tokenizer=builder.tokenizer, rule=builder.rule,
-        system_prompt=recipe.data.system_prompt,
-    )  # fmt: skip
+    probe = builder.build_prompt(Record(messages=(Message("user", "a"),)))
     data = {name: value for name, value in vars(recipe.data).items() if name not in _OTHER_FIELDS}
     loaders = {"": run.loader} | run.eval_loaders
     sources = {name: loader.sources for name, loader in loaders.items() if loader is not None}
     return _plain(
         {
             "tokenizer": tokenizer_digest(recipe.data.tokenizer),
-            "template": probe.input_ids,
+            "template": probe.input_ids.tolist(),
             "settings": data | dataclasses.asdict(recipe.preference),
             "order": {name: describe_order(loader.mixture) for name, loader in loaders.items() if loader is not None},
             "files": {n: [Fingerprint.of(path).digest for s in of for path in _files(s)] for n, of in sources.items()},

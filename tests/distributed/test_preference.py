@@ -140,7 +140,9 @@ def test_layouts_agree(
 
 def test_bf16_begins_at_ln_2_too(corpus: Path, start: str, tmp_path: Path) -> None:
     """From drawn weights: those of the start are fp32."""
-    recipe = recipe_of(corpus, tmp_path, start, optim__precision="bf16", train_iters=1, log__eval_interval=0, init_from=None)
+    recipe = recipe_of(
+        corpus, tmp_path, start, optim__precision="bf16", train_iters=1, log__eval_interval=0, init_from=None
+    )
     assert_first_step(steps(run_tiny(recipe, 1))[0])
 
 

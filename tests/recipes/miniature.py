@@ -38,7 +38,7 @@ from megatron_omni.generation.answers import ANSWER, answer_one
 from megatron_omni.generation.load import open_checkpoint
 from megatron_omni.generation.request import Wanted
 from megatron_omni.parallel.wrap import unwrap_model
-from megatron_omni.tasks.supervised import SupervisedTask
+from megatron_omni.tasks.choice import task_of
 from megatron_omni.training.loop import train
 from megatron_omni.training.setup import Run, new_token_ids, save, setup
 from tests.distributed.harness import Rank, RankFailure, run_ranks
@@ -223,7 +223,7 @@ def rehearse(rank: Rank, recipe: Recipe, data: Path) -> None:
     pg = rank.initialize(recipe.parallel)
 
     def begin() -> Run:
-        run = setup(recipe, SupervisedTask(recipe.data.sources), pg=pg)
+        run = setup(recipe, task_of(recipe), pg=pg)
         if rank.index == 0:
             take(recipe)
         dist.barrier()
@@ -335,12 +335,13 @@ def whole_weights(run: Run) -> dict[str, torch.Tensor]:
 
 def check_metrics(recipe: Recipe, found: list[dict[str, Any]]) -> None:
     """Every step has finite figures and every held-out set two evaluations."""
-    steps = [record for record in found if "lm loss" in record]
+    loss = task_of(recipe).report_names[0]
+    steps = [record for record in found if loss in record]
     assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
-    assert all(math.isfinite(record["lm loss"]) and 0 < record["grad-norm"] < math.inf for record in steps)
+    assert all(math.isfinite(record[loss]) and 0 < record["grad-norm"] < math.inf for record in steps)
     for source in recipe.data.eval_sources:
         losses = [r[f"eval/loss/{source.name}"] for r in found if f"eval/loss/{source.name}" in r]
-        assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses), source.name
+        assert len(losses) == 2 and all(map(math.isfinite, losses)), source.name
 
 
 def check_weights(recipe: Recipe, step: int) -> None:
@@ -363,7 +364,7 @@ def check_weights(recipe: Recipe, step: int) -> None:
 def make_start(rank: Rank, recipe: Recipe) -> None:
     """A checkpoint of drawn weights to start from."""
     pg = rank.initialize(recipe.parallel)
-    save(setup(recipe, SupervisedTask(recipe.data.sources), pg=pg))
+    save(setup(recipe, task_of(recipe), pg=pg))
 
 
 class Rehearsal:
@@ -391,8 +392,8 @@ class Rehearsal:
         """Weights for the recipe's ``init_from``: of one rank, of the model's own kind."""
         if load_recipe(case.path).init_from is None:
             return None
-        small = shrunk(case, data=self.data, start=None, run_dir=self.directory / "start").recipe
-        small.parallel = ParallelConfig()
+        small = shrunk(case, data=self.data, start=self.directory, run_dir=self.directory / "start").recipe
+        small.parallel, small.init_from, small.task = ParallelConfig(), None, "supervised"
         kind = repr(small.model)
         if kind not in self._starts:
             small.run_dir = str(self.directory / f"start{len(self._starts)}")

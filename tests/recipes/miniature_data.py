@@ -1,5 +1,6 @@
 """Records for recipes in miniature: text, pictures, sound and clips with sound, and a held-out set of which the packed
-sequences of a step have different media.
+sequences of a step have different media. Each also has a response that was rejected, for recipes that learn from
+preferences.
 """
 
 import json
@@ -50,4 +51,5 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = (row | {"rejected_response": f"then {WORDS[i % len(WORDS)]}"} for i, row in enumerate(rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in pairs))

@@ -15,7 +15,11 @@ def reinforce(values: dict[str, Any] | None = None, **recipe: Any) -> dict[str, 
 
 
 def test_the_defaults_of_each_task_are_a_recipe() -> None:
-    for values in (reinforce(), {"task": "preference"}, reinforce({"overlong": "penalize", "overlong_tokens": 64})):
+    for values in (
+        reinforce(),
+        {"task": "preference", "init_from": "runs/6_gspo"},
+        reinforce({"overlong": "penalize", "overlong_tokens": 64}),
+    ):
         validate(recipe_from_dict(values), check_files=False)
 
 
@@ -55,6 +59,11 @@ def test_the_defaults_of_each_task_are_a_recipe() -> None:
         ({"task": "preference", "model": {"lora": {}}}, "model.lora.dropout=0.05: with task=preference"),
         ({"reinforce": {"group_size": 4}}, "reinforce: no effect with task=supervised"),
         ({"task": "preference", "reinforce": {"clip_low": 0.2}}, "reinforce: no effect with task=preference"),
+        ({"task": "preference"}, "init_from is null: with task=preference its weights are the reference"),
+        (
+            reinforce(data={"sources": [{"name": "a", "path": "a.jsonl", "loss_weight": 2.0}]}),
+            "data.sources: loss_weight of a: no effect with task=reinforce",
+        ),
         (reinforce(preference={"beta": 0.2}), "preference: no effect with task=reinforce"),
     ],
 )
