@@ -30,7 +30,7 @@ from megatron_omni.batch import OmniBatch
 from megatron_omni.checkpoint.run_dir import REFERENCE
 from megatron_omni.config.load import recipe_to_dict
 from megatron_omni.data.index import Fingerprint, tokenizer_digest
-from megatron_omni.data.loader import Loader
+from megatron_omni.data.loader import StepLoader
 from megatron_omni.data.mixture import DataEnded
 from megatron_omni.data.past import describe_order
 from megatron_omni.data.record import Message, Record
@@ -133,13 +133,15 @@ def complete_reference(
     """
     path = Path(run.recipe.run_dir) / REFERENCE
     found = from_rank_0(partial(_found, run, path, expected))
-    wanted: list[tuple[str, Loader[Any] | None, int]] = [("", run.loader, run.recipe.train_iters)]
+    assert run.loader is None or isinstance(run.loader, StepLoader)
+    wanted: list[tuple[str, StepLoader | None, int]] = [("", run.loader, run.recipe.train_iters)]
     if run.recipe.log.eval_interval > 0:
         wanted += [(name, loader, run.recipe.log.eval_iters) for name, loader in run.eval_loaders.items()]
     missing = [w for w in wanted if not (table := found.tables.setdefault(w[0], Table(np.empty((0, 2))))).ended
                and table.steps < w[2]]  # fmt: skip
     if not missing:
         return found
+    gather_weights(run.model)
     with _weights_of_start(run, found.key["weights"]["checkpoint"]):
         for name, loader, steps in missing:
             if not _completed(run, found, name, loader, steps, path=path, stop=stop, moved=moved):
@@ -204,7 +206,7 @@ def _files(source: Any) -> list[Path]:
 
 
 def _completed(
-    run: Run, found: Reference, name: str, loader: Loader[Any] | None, steps: int, *, path: Path,
+    run: Run, found: Reference, name: str, loader: StepLoader | None, steps: int, *, path: Path,
     stop: Callable[[], bool], moved: Callable[[], None],
 ) -> bool:  # fmt: skip
     """Compute the missing steps of one table; False where a stop was asked for."""
@@ -274,7 +276,6 @@ def _weights_of_start(run: Run, digest: str | None) -> Iterator[None]:
             f"init_from={run.recipe.init_from!r}: pairs are to be read that the reference of this run lacks, and these are not "
             "the weights that it began with; name their checkpoint, or end the run where it was to end"
         )
-    gather_weights(run.model)
     model = unwrap_model(run.model)
     trained = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
     load_initial_weights(model, run.recipe, directory, pg=run.pg)
