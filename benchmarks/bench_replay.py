@@ -71,10 +71,16 @@ def measure(recipe: Any, *, rows: int, length: int, steps: int) -> dict[str, flo
 
     first = RouteRecord()
     step(batch, first)
-    routes = first.whole(recipe.model, pg).view(length, rows, -1).transpose(0, 1)
+    routes = first.grid(batch, recipe.model, pg)
+
+    def recorded() -> None:
+        record = RouteRecord()
+        step(batch, record)
+        record.grid(batch, recipe.model, pg)
+
     kinds = {
         "live": partial(step, batch, None),
-        "recorded": lambda: step(batch, RouteRecord()),
+        "recorded": recorded,
         "replayed": partial(step, replace(batch, routes=routes), None),
     }
     times: dict[str, list[float]] = {kind: [] for kind in kinds}

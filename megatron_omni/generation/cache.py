@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_omni.batch import NO_RECORD
+from megatron_omni.generation.extents import Extent
 from megatron_omni.generation.scheduler import NOTHING, Chunk, Copy
 from megatron_omni.ops.segment_attention import segment_attention
 from megatron_omni.segments import AttentionSegments, Segment
@@ -52,6 +54,8 @@ class KVCache:
         self.num_positions, self.alike = num_positions, alike
         self.rotation: tuple[Tensor, Tensor] | None = None
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._routes: Tensor | None = None
+        """[N, L n] uint8 beside the keys, where routes are wanted (models/moe/routes.py)."""
         self._reached = 0
         self._places: Tensor | None = None
         self._together: list[_Together] = []
@@ -70,11 +74,22 @@ class KVCache:
         for copy in copies:
             self.reach(max(copy.source, copy.target) + copy.length)
             target = slice(copy.target, copy.target + copy.length)
-            for row in (row for layer in self._layers.values() for row in layer):
+            for row in self._rows():
                 if copy.source == NOTHING:
                     row[target] = 0.0
                 else:
                     row[target] = row[copy.source : copy.source + copy.length]
+
+    def keep_routes(self, places: Tensor, routes: Tensor) -> None:
+        """Of tokens at ``places`` [n], ``routes`` [n, L n]: they move with the keys."""
+        if self._routes is None:
+            self._routes = routes.new_full((self._length(routes), routes.shape[1]), NO_RECORD)
+        self._routes.index_copy_(0, places, routes)
+
+    def routes(self, extent: Extent, num_tokens: int) -> Tensor:
+        """[num_tokens, L n] in host memory: a copy of what was kept of an answer's first tokens."""
+        assert self._routes is not None
+        return self._routes[extent.offset : extent.offset + num_tokens].to("cpu", copy=True)
 
     def begin(self, chunks: Sequence[Chunk], places: Tensor) -> None:
         """Announce the next forward: ``chunks`` in the order of :func:`in_step_order`, ``places`` [n] int64 of all of
@@ -194,12 +209,22 @@ class KVCache:
         if end <= self._reached:
             return
         self._reached = min(max(end, 2 * self._reached), self.num_positions)
-        for number, layer in self._layers.items():
-            if len(layer[0]) < self._reached:
-                longer = tuple(row.new_zeros(self._reached, *row.shape[1:]) for row in layer)
-                for new, old in zip(longer, layer):
-                    new[: len(old)] = old
-                self._layers[number] = (longer[0], longer[1])
+        for number, (keys, values) in self._layers.items():
+            self._layers[number] = self._longer(keys), self._longer(values)
+        if self._routes is not None:
+            self._routes = self._longer(self._routes)
+
+    def _longer(self, row: Tensor) -> Tensor:
+        if len(row) >= self._reached:
+            return row
+        longer = row.new_zeros(self._reached, *row.shape[1:])
+        longer[: len(row)] = row
+        return longer
+
+    def _rows(self) -> list[Tensor]:
+        """Everything that lies at the places of keys."""
+        rows = [row for layer in self._layers.values() for row in layer]
+        return rows if self._routes is None else [*rows, self._routes]
 
 
 def in_step_order(chunks: Sequence[Chunk]) -> list[Chunk]:

@@ -24,14 +24,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from megatron_omni.data.tokenizer import Tokenizer
-from megatron_omni.generation.cache import in_step_order
 from megatron_omni.generation.extents import extent_size
 from megatron_omni.generation.fixed_steps import Decoding, check_decoding
 from megatron_omni.generation.prefix import media_digests, prefixes, whole_prompt
@@ -42,7 +40,6 @@ from megatron_omni.generation.replica import (
     STOP,
     Orders,
     Replica,
-    Results,
     Scored,
     media_places,
     unwrapped,
@@ -58,8 +55,7 @@ from megatron_omni.generation.request import (
 from megatron_omni.generation.sampling import INVALID_TOKEN
 from megatron_omni.generation.scheduler import Answer, Prefix, Scheduler, StepPlan
 from megatron_omni.generation.text import Piece, TextStream
-from megatron_omni.generation.told import Routes, Told
-from megatron_omni.models.moe.routes import width_of
+from megatron_omni.generation.told import Told
 from megatron_omni.parallel.sharing import PeerFailed
 from megatron_omni.platform.device import device, memory_bytes
 
@@ -138,7 +134,6 @@ class Engine:
         self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
         self.step_seconds = 0.0
         """Wall time inside :meth:`step` since the start."""
-        self._route_bytes = width_of(self._replica.omni.language.model_config)
         self._modes = [(module, module.training) for module in self._replica.omni.modules()]
         self._replica.omni.eval()
 
@@ -150,7 +145,7 @@ class Engine:
         self._check(request)
         number, self._next_request = self._next_request, self._next_request + 1
         self._numbers[request.name], self._unsent[number], self._open[number] = number, request, []
-        shared, routes = self._prefixes_of(request, number), None
+        shared = self._prefixes_of(request, number)
         for sample in range(request.n):
             answer = Answer(
                 number=self._next_answer,
@@ -163,8 +158,7 @@ class Engine:
             stream = None
             if request.has_text:
                 stream = TextStream(self.tokenizer, stop=request.stop, reasoning=request.reasoning)
-            routes = Routes(request, self._route_bytes, sibling=routes) if request.routes else None
-            self._told[answer.number] = Told(answer, request, number, sample, stream=stream, routes=routes)
+            self._told[answer.number] = Told(answer, request, number, sample, stream)
             self._open[number].append(answer.number)
             self._scheduler.add(answer)
 
@@ -192,18 +186,16 @@ class Engine:
             self._others_busy = busy = self._leaders_meet = self._meet(_BUSY if busy else _IDLE) == _BUSY
         if busy:
             plan = self._scheduler.plan()
-            results = self._order(STEP, plan)
+            tokens, of_prompts = self._order(STEP, plan)
             self._scheduler.advance(plan)
             self._count(plan)
             encoded, routing = self._replica.observed()
             self.last_step = StepFacts(
                 tokens=plan.num_tokens, admitted=self._admitted, encoded=encoded, routing=routing
             )
-            if results.routes is not None:
-                self._take_routes(plan, results.routes)
-            for scored in results.of_prompts:
+            for scored in of_prompts:
                 self._told[scored.answer].of_prompt.append((scored.logprob or 0.0, scored.top))
-            for scored in results.tokens:
+            for scored in tokens:
                 self._take(scored)
         elif self._answers_gone or self._requests_gone or time.monotonic() - self._last_word > IDLE_SECONDS:
             self._order(NOTHING_TO_DO, StepPlan())
@@ -339,7 +331,7 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------ steps and events
 
-    def _order(self, op: int, plan: StepPlan) -> Results:
+    def _order(self, op: int, plan: StepPlan) -> tuple[list[Scored], list[Scored]]:
         """Have the replica carry out ``plan``, with word of who is new and who has gone."""
         new = [told for told in map(self._told.__getitem__, plan.admitted) if not told.joined]
         for told in new:
@@ -384,13 +376,6 @@ class Engine:
             length = self._told[chunk.answer].request.prompt.length
             self._prompt_tokens += max(0, min(chunk.start + chunk.length, length) - chunk.start)
 
-    def _take_routes(self, plan: StepPlan, routes: np.ndarray) -> None:
-        first = 0
-        for chunk in in_step_order(plan.chunks):
-            if (kept := self._told[chunk.answer].routes) is not None:
-                kept.add(chunk.start, routes[first : first + chunk.length])
-            first += chunk.length
-
     def _take(self, scored: Scored) -> None:
         """One more token of an answer, and whatever follows from it."""
         told = self._told[scored.answer]
@@ -418,7 +403,10 @@ class Engine:
         self, number: int, reason: FinishReason, *, stop: int | str | None = None, message: str | None = None
     ) -> None:
         told = self._told.pop(number)
-        request = told.request
+        request, routes = told.request, None
+        if request.routes and reason in ("stop", "length"):
+            assert told.answer.extent is not None
+            routes = self._replica.cache.routes(told.answer.extent, told.answer.computed).numpy()
         self._scheduler.finish(number, told.all_prefixes(), spoilt=reason in ("error", "cancelled"))
         if told.joined:
             self._answers_gone.append(number)
@@ -427,7 +415,7 @@ class Engine:
             del self._open[told.number], self._numbers[request.name]
             if self._unsent.pop(told.number, None) is None:
                 self._requests_gone.append(told.number)
-        self._events.append(told.finished_event(reason, stop=stop, message=message))
+        self._events.append(told.finished_event(reason, stop=stop, message=message, routes=routes))
 
 
 def _cache_tokens(model: nn.Module, limits: EngineLimits, pg: ProcessGroupCollection) -> int:

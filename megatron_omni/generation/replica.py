@@ -112,17 +112,6 @@ class Scored(NamedTuple):
     top: Alternatives
 
 
-class Results(NamedTuple):
-    """What came of orders."""
-
-    tokens: Sequence[Scored] = ()
-    """Chosen."""
-    of_prompts: Sequence[Scored] = ()
-    """What was wanted of prompts' tokens."""
-    routes: np.ndarray | None = None
-    """[n, L n] uint8 of all n tokens of the chunks, where an answer among them wants them; on the leader."""
-
-
 class Prompt:
     """A request on a rank."""
 
@@ -189,8 +178,9 @@ class Replica:
 
     # ------------------------------------------------------------------------------------------------------- messages
 
-    def lead(self, orders: Orders, requests: Sequence[Request] = ()) -> Results:
-        """Have all ranks carry out ``orders``; what came of it, in the order of :func:`in_step_order`."""
+    def lead(self, orders: Orders, requests: Sequence[Request] = ()) -> tuple[list[Scored], list[Scored]]:
+        """Have all ranks carry out ``orders``; the chosen tokens and what was wanted of prompts' tokens, in the order of
+        :func:`in_step_order`."""
         if self.pg.mp.size() > 1:
             numbers = orders.numbers()
             message = torch.zeros(_FIRST_MESSAGE, dtype=torch.int64)
@@ -226,7 +216,7 @@ class Replica:
             moved()
 
     @torch.inference_mode()
-    def _carry_out(self, orders: Orders, requests: Sequence[Request]) -> Results:
+    def _carry_out(self, orders: Orders, requests: Sequence[Request]) -> tuple[list[Scored], list[Scored]]:
         for answer in orders.answers_gone:
             del self._answers[answer]
         for number in orders.requests_gone:
@@ -237,7 +227,7 @@ class Replica:
             self._answers[answer] = self._new_answer(self._prompts[number], sample)
         self.cache.move(orders.copies)
         if orders.op != STEP:
-            return Results()
+            return [], []
         return self._step(in_step_order(orders.chunks))
 
     def _new_answer(self, prompt: Prompt, sample: int) -> _Answer:
@@ -251,8 +241,9 @@ class Replica:
 
     # --------------------------------------------------------------------------------------------------------- a step
 
-    def _step(self, chunks: list[Chunk]) -> Results:
+    def _step(self, chunks: list[Chunk]) -> tuple[list[Scored], list[Scored]]:
         numbers, rows, scored = self._numbers(chunks)
+        count = sum(chunk.length for chunk in chunks)
         record = RouteRecord() if any(self._answers[c.answer].prompt.request.routes for c in chunks) else None
         routes: Tensor | None = None
         moe = self.omni.language.model_config.moe
@@ -262,7 +253,6 @@ class Replica:
             logits: Tensor | None
             logits, routes = self._fixed.step(numbers, chunks, routes=record is not None)
         else:
-            count = sum(chunk.length for chunk in chunks)
             ctx = facts(count, numbers.shape[1], stats=stats, record=record)
             logits = self._forward(chunks, numbers, rows, ctx)
             routes = None if record is None else record.whole(self.omni.language.model_config, self.pg)
@@ -281,9 +271,9 @@ class Replica:
             here.made.append(tokens[-1].token)
             if here.history is not None and tokens[-1].token >= 0:
                 here.history.add(tokens[-1].token)
-        of_prompts = [_scored(answer, row) for (answer, _), row in zip(scored, results[len(chosen) :])]
-        told = None if routes is None or self.pg.mp.rank() > 0 else routes[: sum(chunk.length for chunk in chunks)]
-        return Results(tokens, of_prompts, None if told is None else told.cpu().numpy())
+        if routes is not None and self.pg.mp.rank() == 0:  # the leader tells them
+            self.cache.keep_routes(torch.from_numpy(numbers[4, :count]).to(device()), routes[:count])
+        return tokens, [_scored(answer, row) for (answer, _), row in zip(scored, results[len(chosen) :])]
 
     def _decodes(self, chunk: Chunk) -> bool:
         """Whether a chunk is the newest token of an answer."""

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from megatron_omni.batch import NO_RECORD
 from megatron_omni.generation.prefix import media_digests, prefixes
 from megatron_omni.generation.replica import Scored
 from megatron_omni.generation.request import (
@@ -21,18 +20,8 @@ from megatron_omni.generation.text import Piece, TextStream
 class Told:
     """One answer."""
 
-    def __init__(
-        self,
-        answer: Answer,
-        request: Request,
-        number: int,
-        sample: int,
-        *,
-        stream: TextStream | None,
-        routes: "Routes | None",
-    ) -> None:
-        self.answer, self.request, self.number, self.sample = answer, request, number, sample
-        self.stream, self.routes = stream, routes
+    def __init__(self, answer: Answer, request: Request, number: int, sample: int, stream: TextStream | None) -> None:
+        self.answer, self.request, self.number, self.sample, self.stream = answer, request, number, sample, stream
         self.joined = False
         """The replica knows of it."""
         self.cached = 0
@@ -61,7 +50,9 @@ class Told:
             is_end=is_end,
         )
 
-    def finished_event(self, reason: FinishReason, *, stop: int | str | None, message: str | None) -> FinishedEvent:
+    def finished_event(
+        self, reason: FinishReason, *, stop: int | str | None, message: str | None, routes: np.ndarray | None
+    ) -> FinishedEvent:
         """The end, with the text that was held back."""
         last = Piece() if self.stream is None or isinstance(stop, str) else self.stream.flush()
         usage = Usage(
@@ -79,7 +70,7 @@ class Told:
             text=last.text,
             reasoning=last.reasoning,
             message=message,
-            routes=None if self.routes is None else self.routes.of_first(usage.prompt + usage.completion - 1),
+            routes=routes,
         )
 
     def all_prefixes(self) -> list[Prefix] | None:
@@ -94,33 +85,3 @@ class Told:
             np.concatenate([media_digests(sample), np.zeros_like(said)]),
             salt=self.request.salt,
         )
-
-
-class Routes:
-    """Routes (models/moe/routes.py) of an answer's tokens as they are computed, [tokens, L n] uint8.
-
-    A token that is computed again after its answer was set back keeps its first routes: those its next token was chosen
-    with. Of several samples one computes the prompt; the others copy its keys and values, and have its routes.
-    """
-
-    def __init__(self, request: Request, width: int, *, sibling: "Routes | None") -> None:
-        self._own = np.full((request.num_tokens, width), NO_RECORD, dtype=np.uint8)
-        first = self._own[: request.prompt.length].copy()
-        self._prompt: np.ndarray = first if sibling is None else sibling._prompt
-        """Shared by the samples of a request."""
-
-    def add(self, start: int, computed: np.ndarray) -> None:
-        """Those of tokens ``start``, ``start`` + 1, ..."""
-        for rows in (self._own, self._prompt):
-            _fill(rows[start : start + len(computed)], computed)
-
-    def of_first(self, num_tokens: int) -> np.ndarray:
-        """[num_tokens, L n]."""
-        _fill(self._own[: len(self._prompt)], self._prompt)
-        return self._own[: max(num_tokens, 0)].copy()
-
-
-def _fill(rows: np.ndarray, with_: np.ndarray) -> None:
-    """Give the ``rows`` that have no record those of ``with_``, as far as there are any."""
-    missing = np.flatnonzero(rows[:, -1] >= NO_RECORD)
-    rows[missing] = with_[missing]

@@ -54,10 +54,7 @@ def recorded(batches: Sequence[OmniBatch], model: Any, *, pg: Any, recipe: Any) 
     run_step(
         partial(forward_step, num_labels=1, records=records), batches, model, pg=pg, recipe=recipe, forward_only=True
     )
-    whole = [record.whole(recipe.model, pg) for record in records]
-    return [
-        r.view(b.input_ids.shape[1], len(b.input_ids), -1).transpose(0, 1) for r, b in zip(whole, batches, strict=True)
-    ]
+    return [record.grid(batch, recipe.model, pg) for record, batch in zip(records, batches, strict=True)]
 
 
 def watch(model: Any) -> list[tuple[int, bool]]:

@@ -69,7 +69,7 @@ def routed(module: OmniRouter, x: Tensor, **changes: object) -> tuple[RouterOutp
 
 def columns(record: RouteRecord) -> Tensor:
     """[T, L n] with other layers' columns full of what must not be read."""
-    own = record.layers[INDEX]
+    own = packed(record.layers[INDEX])
     whole = torch.full((len(own), LAYERS, own.shape[1]), 0x55, dtype=torch.uint8)
     whole[:, INDEX] = own
     return whole.flatten(1)
@@ -100,7 +100,7 @@ def test_on_moved_weights_the_record_holds_and_gradients_are_those_of_the_defini
     replayed, grads, now = routed(moved, x, routes=columns(record))
     mask = live.routing.mask
     assert torch.equal(replayed.routing.mask, mask)
-    own = unpacked(now.layers[INDEX], module.num_slots)[0]
+    own = now.layers[INDEX]
     assert 0.1 < (own != mask).any(1).double().mean() < 0.9, "the logits would choose otherwise for many"
 
     # Softmax over the recorded and the shared slots, by loops over tokens.
@@ -157,12 +157,12 @@ def test_a_flipped_bit_is_noticed() -> None:
     given = columns(record)
     given[77, INDEX] ^= 1 << 2
     replayed, _, now = routed(module, x, routes=given)
-    found = flipped(given[:, INDEX : INDEX + 1], now.layers[INDEX], num_slots=module.num_slots)
+    found = flipped(given[:, INDEX : INDEX + 1], packed(now.layers[INDEX]), num_slots=module.num_slots)
     assert found.nonzero().flatten().tolist() == [77] and int(found.sum()) == 1
-    assert bool(replayed.routing.mask[77, 2]) != bool(unpacked(now.layers[INDEX], module.num_slots)[0][77, 2])
+    assert bool(replayed.routing.mask[77, 2]) != bool(now.layers[INDEX][77, 2])
     without = given.clone()
     without[77] = NO_RECORD
-    assert not flipped(without[:, INDEX : INDEX + 1], now.layers[INDEX], num_slots=module.num_slots).any()
+    assert not flipped(without[:, INDEX : INDEX + 1], packed(now.layers[INDEX]), num_slots=module.num_slots).any()
 
 
 def test_release_is_refused() -> None:

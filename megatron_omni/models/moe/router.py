@@ -27,7 +27,7 @@ from torch import Tensor
 from megatron_omni.config.model import MoEConfig
 from megatron_omni.models.moe.balance import load_balancing_loss
 from megatron_omni.models.moe.context import TokenContext
-from megatron_omni.models.moe.routes import bytes_of, packed, unpacked
+from megatron_omni.models.moe.routes import bytes_of, unpacked
 from megatron_omni.ops.counter_rng import Purpose, gumbel, uniform
 from megatron_omni.ops.topp_route import Routing, RoutingRule, capacity_keep, expert_capacity, topp_route
 
@@ -131,7 +131,7 @@ class OmniRouter(torch.nn.Module):
         else:
             routing, chosen = self._replayed(z, ctx.routes, ctx)
         if ctx.record is not None:
-            ctx.record.layers[self._layer_index] = packed(chosen)
+            ctx.record.layers[self._layer_index] = chosen
         if keep is None:
             selected = routing.mask
         if with_aux_loss:

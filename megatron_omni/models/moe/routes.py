@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_omni.batch import NO_RECORD
+from megatron_omni.batch import NO_RECORD, OmniBatch
 from megatron_omni.config.model import ModelConfig, MoEConfig
 
 
@@ -30,10 +30,11 @@ def bytes_of(num_slots: int) -> int:
 
 
 def packed(mask: Tensor) -> Tensor:
-    """[T, n] uint8 of the selected slots [T, E_d] bool."""
-    num_bytes = bytes_of(mask.shape[1])
-    bits = torch.nn.functional.pad(mask, (0, 8 * num_bytes - mask.shape[1])).view(-1, num_bytes, 8).to(torch.uint8)
-    return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(2, dtype=torch.uint8)
+    """[.., n] uint8 of the selected slots [.., E_d] bool."""
+    num_bytes = bytes_of(mask.shape[-1])
+    bits = torch.nn.functional.pad(mask, (0, 8 * num_bytes - mask.shape[-1])).unflatten(-1, (num_bytes, 8))
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (bits.view(torch.uint8) << shifts).sum(-1, dtype=torch.uint8)
 
 
 def unpacked(routes: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
@@ -48,7 +49,7 @@ class RouteRecord:
     """What the routers of this rank chose in one forward; each adds its layer's."""
 
     layers: dict[int, Tensor] = field(default_factory=dict)
-    """Number of the MoE layer in the model, from 0 -> [T, n] uint8 of this rank's sequence shard."""
+    """Number of the MoE layer in the model, from 0 -> [T, E_d] bool of this rank's sequence shard."""
 
     def whole(self, model: ModelConfig, pg: ProcessGroupCollection) -> Tensor:
         """[T, L n] uint8 of the whole sequence and all stages, in the order of hidden states, on every rank of the replica.
@@ -56,14 +57,20 @@ class RouteRecord:
         All ranks of a replica call this together, in no other order than their other messages.
         """
         assert model.moe is not None and self.layers, "no MoE layer has run"
-        some = next(iter(self.layers.values()))
-        num_tokens, first = len(some), pg.tp.rank() * len(some)
-        routes = some.new_zeros(num_tokens * pg.tp.size(), model.num_layers, some.shape[1])
-        for layer, own in self.layers.items():
-            routes[first : first + num_tokens, layer] = own
-        if pg.mp.size() > 1:
-            dist.all_reduce(routes, group=pg.mp)  # exact: one rank has a byte, the others zeros
+        own = packed(torch.stack([*self.layers.values()], dim=1))
+        if pg.mp.size() == 1:
+            return own.flatten(1)
+        num_tokens, first = len(own), pg.tp.rank() * len(own)
+        routes = own.new_zeros(num_tokens * pg.tp.size(), model.num_layers, own.shape[2])
+        layers = torch.tensor([*self.layers], device=own.device)
+        routes[first : first + num_tokens].index_copy_(1, layers, own)
+        dist.all_reduce(routes, group=pg.mp)  # exact: one rank has a byte, the others zeros
         return routes.flatten(1)
+
+    def grid(self, batch: OmniBatch, model: ModelConfig, pg: ProcessGroupCollection) -> Tensor:
+        """:meth:`whole` as ``OmniBatch.routes`` of the ``batch`` that was computed, [B, S, L n]."""
+        rows, length = batch.input_ids.shape
+        return self.whole(model, pg).view(length, rows, -1).transpose(0, 1).contiguous()
 
 
 def width_of(model: ModelConfig) -> int:
