@@ -440,6 +440,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(const Tensor& dy,
   return {dx, dw1, dw2, drow_weight};
 }
 
+// ---- cached_attention ------------------------------------------------------------------------------------------------
+
+Tensor cached_attention(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& places,
+                        const Tensor& counts, double scale) {
+  const DType dtype = dtype_of(query, "query");
+  TORCH_CHECK_VALUE(query.dim() == 4, "query: has ", query.dim(), " dimensions, must have 4 (tokens, groups, heads, width)");
+  TORCH_CHECK_VALUE(query.stride(3) == 1 || query.size(3) == 1, "query: its rows must be contiguous");
+  const int64_t groups = query.size(1), D = query.size(3), known = places.numel();
+  const auto check_rows = [&](const Tensor& x, const char* name) {
+    TORCH_CHECK_VALUE(x.scalar_type() == query.scalar_type(), name, ": dtype ", x.scalar_type(), " differs from query's ",
+                      query.scalar_type());
+    TORCH_CHECK_VALUE(x.dim() == 3 && x.size(1) == groups && x.size(2) == D, name, ": is ", x.sizes(), ", must be [N, ",
+                      groups, ", ", D, "]");
+    TORCH_CHECK_VALUE(x.is_contiguous(), name, ": must be contiguous; call .contiguous()");
+  };
+  check_rows(keys, "keys");
+  check_rows(values, "values");
+  TORCH_CHECK_VALUE(values.size(0) == keys.size(0), "values: has ", values.size(0), " positions, keys have ", keys.size(0));
+  TORCH_CHECK_VALUE(known <= query.size(0), "places: has ", known, " entries for ", query.size(0), " tokens");
+  check_vector(places, known, at::kLong, "places");
+  check_vector(counts, known, at::kLong, "counts");
+  const int64_t* place = places.const_data_ptr<int64_t>();
+  const int64_t* count = counts.const_data_ptr<int64_t>();
+  bool good = true;
+  for (int64_t i = 0; i < known; ++i)
+    good &= count[i] == 0 || (place[i] < keys.size(0) && count[i] > 0 && count[i] <= place[i] + 1);
+  TORCH_CHECK_VALUE(good, "counts: of a token that sees positions outside 0..", keys.size(0) - 1);
+  Tensor out = at::empty(query.sizes(), query.options().memory_format(at::MemoryFormat::Contiguous));
+  omni::cpu::cached_attention({query.size(0), known, groups, query.size(2), D, query.stride(0), query.stride(1),
+                               query.stride(2), scale, query.const_data_ptr(), keys.const_data_ptr(),
+                               values.const_data_ptr(), place, count, out.mutable_data_ptr()},
+                              dtype, pool());
+  return out;
+}
+
 // ---- counter_rng -----------------------------------------------------------------------------------------------------
 
 Tensor counter_uniform(const Tensor& sample_ids, const Tensor& positions, int64_t num_draws, int64_t call) {
@@ -481,6 +516,8 @@ TORCH_LIBRARY(megatron_omni, m) {
         " -> (Tensor weights, Tensor shared_weights, Tensor mask, Tensor k, Tensor draw_rank, Tensor multiplier)");
   m.def("release_route_backward(Tensor? grad_weights, Tensor? grad_shared, Tensor z, Tensor mask, Tensor draw_rank,"
         " Tensor multiplier, Tensor? keep, float eps) -> Tensor");
+  m.def("cached_attention(Tensor query, Tensor keys, Tensor values, Tensor places, Tensor counts, float scale)"
+        " -> Tensor");
   m.def("counter_uniform(Tensor sample_ids, Tensor positions, SymInt num_draws, int call) -> Tensor");
   m.def("grouped_gemm(Tensor x, Tensor w, Tensor offsets) -> Tensor");
   m.def("grouped_gemm_dgrad(Tensor dy, Tensor w, Tensor offsets) -> Tensor");
@@ -504,6 +541,7 @@ TORCH_LIBRARY_IMPL(megatron_omni, CPU, m) {
   m.impl("topp_route_backward", topp_route_backward);
   m.impl("release_route", release_route);
   m.impl("release_route_backward", release_route_backward);
+  m.impl("cached_attention", cached_attention);
   m.impl("counter_uniform", counter_uniform);
   m.impl("grouped_gemm", grouped_gemm);
   m.impl("grouped_gemm_dgrad", grouped_gemm_dgrad);

@@ -120,6 +120,20 @@ void release_route_backward(const ToppRoute& r, double eps, DType dtype, const v
                             const void* z, const bool* mask, const bool* keep, const int64_t* draw_rank,
                             const void* multiplier, void* grad_z, const Parallel& parallel);
 
+// ---- cached_attention.cpp -------------------------------------------------------------------------------------------
+// out[t, g, h] = sum over j of softmax_j(scale query[t, g, h] . keys[j, g]) values[j, g] over the counts[t] positions j that
+// end at places[t]; of no positions, and of tokens from `known` on, zero. keys and values [N, groups, D], out [T, groups,
+// heads, D]; strides of query in elements, its last one is 1. bf16 and fp16 are computed in fp32.
+struct CachedAttention {
+  int64_t T, known, groups, heads, D;
+  int64_t token_stride, group_stride, head_stride;
+  double scale;
+  const void *query, *keys, *values;
+  const int64_t *places, *counts;
+  void* out;
+};
+void cached_attention(const CachedAttention& a, DType dtype, const Parallel& parallel);
+
 // ---- counter_rng.cpp ------------------------------------------------------------------------------------------------
 // out[t, i] in (0, 1): hash of call (the constants of the call, already mixed), sample_ids[t], positions[t] and i.
 void counter_uniform(const int64_t* sample_ids, const int64_t* positions, int64_t T, int64_t num_draws, uint64_t call,

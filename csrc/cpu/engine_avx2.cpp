@@ -5,6 +5,7 @@
 
 #include "cpu/vector_avx2.h"
 // after the vectors
+#include "cpu/cached_attention_kernels.h"
 #include "cpu/counter_rng.h"
 #include "cpu/gemm_simd_kernels.h"
 #include "cpu/permute_kernels.h"

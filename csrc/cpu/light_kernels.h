@@ -1,5 +1,6 @@
 // The kernels beside the products that have vectors: declared here for their drivers (permute.cpp, topp_route.cpp,
-// counter_rng.cpp), defined in permute_kernels.h, topp_route_kernels.h and counter_rng.h, compiled by engine_<isa>.cpp.
+// cached_attention.cpp, counter_rng.cpp), defined in permute_kernels.h, topp_route_kernels.h, cached_attention_kernels.h and
+// counter_rng.h, compiled by engine_<isa>.cpp.
 #pragma once
 
 #include <type_traits>
@@ -44,6 +45,8 @@ struct LightKernels {
   OMNI_TARGET static void rank_slots(const float* z, const float* gumbel, int64_t n, int32_t* keys, int64_t* draw_rank);
   // p[e] = exp(z[e] - top); their sum
   OMNI_TARGET static float exponentials(const float* z, int64_t n, float top, float* p);
+  // kernels.h's cached_attention for (token, group) begin..end; not F64
+  OMNI_TARGET static void cached_attention(const CachedAttention& a, DType dtype, int64_t begin, int64_t end);
   // one row of counter_rng.cpp
   OMNI_TARGET static void fill_draws(uint32_t low, uint32_t high, int64_t n, float* out);
 };

@@ -2,20 +2,18 @@
 
     keys, values [N, groups, D] a layer, N positions in all; an answer's lie in its extent, in order (extents.py)
 
-The tokens of a step are one row [T] (engine.py): first answers that decode, one token each, then longer chunks, then
-padding. Extents of one size are the rows of a table, ``keys.view(-1, size, groups, D)``; decoding answers whose rows are
-neighbours are computed together, over as many keys as the longest has, without copying any. The queries of a group are
-the rows of one small product, so keys are never repeated. Longer chunks are segments (segments.py), causal at their end.
-On a CUDA device all chunks are: its variable-length kernel takes them in one call.
+The tokens of a step are one row [T] (engine.py): first those of short chunks, a token each of the answers that decode
+among them, then longer chunks, then padding. On a CPU each of the first sees its keys by itself, in one pass over all of
+them (ops/cached_attention.py). Longer chunks are segments (segments.py), causal at their end; on a CUDA device all are:
+its variable-length kernel takes them in one call.
 
 A decoding step of fixed shapes (fixed_steps.py) gathers its keys by place and masks what a token does not see.
 
-``alike``: every token by itself, over exactly the keys that it sees. That is the same product whatever is computed
-beside it, so its bits do not depend on the other answers, on how a prompt was cut or on where it lies; it is slow.
+``alike``: the bits of a token depend on the keys that it sees and on nothing else: not on what is computed beside it, on
+how a prompt was cut or on where it lies. So all tokens are computed by themselves; it is slow.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,27 +22,12 @@ from torch import Tensor
 from megatron_omni.batch import NO_RECORD
 from megatron_omni.generation.extents import Extent
 from megatron_omni.generation.scheduler import NOTHING, Chunk, Copy
+from megatron_omni.ops import cached_attention
 from megatron_omni.ops.segment_attention import segment_attention
 from megatron_omni.segments import AttentionSegments, Segment
 
-_KEYS_MULTIPLE = 16
-"""Keys of a table that are computed together are rounded up to this."""
-
-
-class _Together(NamedTuple):
-    """Neighbouring rows of a table whose answers have one token in this step."""
-
-    first: int
-    """Their first token in the row of the step."""
-    row: int
-    """Their first row in the table."""
-    num_rows: int
-    size: int
-    """Positions of a row of the table."""
-    keys: int
-    """How many of them are computed."""
-    mask: Tensor | None
-    """[rows, 1, 1, keys], 0 or -inf; None where all have as many keys."""
+SHORT = 32
+"""Tokens of the longest chunk whose tokens are computed each by itself: longer ones gain by sharing their keys."""
 
 
 class KVCache:
@@ -58,7 +41,8 @@ class KVCache:
         """[N, L n] uint8 beside the keys, where routes are wanted (models/moe/routes.py)."""
         self._reached = 0
         self._places: Tensor | None = None
-        self._together: list[_Together] = []
+        self._counts: Tensor | None = None
+        """[n] int64 of the first tokens, on a CPU: the positions that each sees, its own the last."""
         self._segments: tuple[Segment, ...] = ()
         self._attention: AttentionSegments | None = None
         self._fixed: tuple[Tensor, Tensor] | None = None
@@ -94,51 +78,31 @@ class KVCache:
     def begin(self, chunks: Sequence[Chunk], places: Tensor) -> None:
         """Announce the next forward: ``chunks`` in the order of :func:`in_step_order`, ``places`` [n] int64 of all of
         their tokens in the cache, on the device."""
-        self._places, self._together, self._segments, self._attention, self._fixed = places, [], (), None, None
+        self._places, self._attention, self._fixed = places, None, None
         self.reach(max((chunk.extent.offset + chunk.extent.size for chunk in chunks), default=0))
-        first = 0
-        run: list[Chunk] = []
+        singly = cached_attention.is_available(places.device)
+        counts: list[int] = []
         segments = []
+        first = 0
         for chunk in chunks:
-            together = chunk.length == 1 and not (self.alike or places.is_cuda)
-            if run and not (together and _neighbours(run[-1], chunk)):
-                self._close(run, first - len(run))
-                run = []
-            if together:
-                run.append(chunk)
+            offset, end = chunk.extent.offset, chunk.start + chunk.length
+            if singly and (chunk.length <= SHORT or self.alike):
+                counts += range(chunk.start + 1, end + 1)
             else:
-                offset = chunk.extent.offset
-                keys = range(offset, offset + chunk.start + chunk.length)
-                segments.append(Segment(range(first, first + chunk.length), (keys,)))
+                segments.append(Segment(range(first, first + chunk.length), (range(offset, offset + end),)))
             first += chunk.length
-        self._close(run, first - len(run))
-        self._segments = tuple(segments)
+        self._counts, self._segments = torch.tensor(counts, dtype=torch.int64) if singly else None, tuple(segments)
 
     def begin_fixed(self, places: Tensor, offsets: Tensor, lengths: Tensor, num_keys: int) -> None:
         """Announce a forward of B tokens of which each is its answer's next: ``places`` [B] int64 of them, ``offsets`` [B]
         of their extents, ``lengths`` [B] of what they see, at most ``num_keys``; all on the device, and read there."""
-        self._places, self._together, self._segments = places, [], ()
+        self._places, self._counts, self._segments = places, None, ()
         numbers = torch.arange(num_keys, device=places.device)
         # The row of positions may end before so many keys: what is gathered in their place is masked.
         gathered = (offsets.unsqueeze(1) + numbers).clamp_max_(self._length(places) - 1).flatten()
         seen = numbers < lengths.unsqueeze(1)
         mask = torch.zeros(seen.shape, device=places.device).masked_fill_(~seen, -torch.inf)
         self._fixed = gathered, mask[:, None, None]
-
-    def _close(self, run: Sequence[Chunk], first: int) -> None:
-        if not run:
-            return
-        extent = run[0].extent
-        lengths = [chunk.start + 1 for chunk in run]
-        keys = max(lengths)
-        mask = None
-        if min(lengths) < keys:
-            keys = min(-(-keys // _KEYS_MULTIPLE) * _KEYS_MULTIPLE, extent.size)
-            here = self._places
-            assert here is not None
-            seen = torch.arange(keys, device=here.device) < torch.tensor(lengths, device=here.device).unsqueeze(1)
-            mask = torch.zeros(len(run), 1, 1, keys, device=here.device).masked_fill_(~seen[:, None, None], -torch.inf)
-        self._together.append(_Together(first, extent.offset // extent.size, len(run), extent.size, keys, mask))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """[T, groups, n, D] of ``query`` [T, groups, n, D], ``key`` and ``value`` [T, groups, D]: store the new keys and
@@ -150,30 +114,21 @@ class KVCache:
         values.index_copy_(0, self._places, value[:count])
         if self._fixed is not None:
             return self._gathered(query, keys, values, scale)
-        if self.alike:
-            return self._alike(query, keys, values, scale)
-        if len(self._together) == 1 and self._together[0].num_rows == len(query):
-            return self._one_product(0, query, keys, values, scale)
-        if self._segments:
-            self._attention = self._attention or AttentionSegments(self._segments, len(query))
-            output = segment_attention(query.flatten(1, 2), keys, values, self._attention, scale=scale)
-            output = output.view(query.shape)
-        else:
-            output = query.new_zeros(query.shape)
-        for i, t in enumerate(self._together):
-            tokens = slice(t.first, t.first + t.num_rows)
-            output[tokens] = self._one_product(i, query[tokens], keys, values, scale)
-        return output
+        if self._counts is None:
+            return (self._alike if self.alike else self._segmented)(query, keys, values, scale)
+        known = len(self._counts)
+        mine = query[:known] if self._segments else query  # padding, too
+        output = cached_attention.cached_attention(mine, keys, values, self._places[:known], self._counts, scale=scale)
+        if not self._segments:
+            return output
+        whole = self._segmented(query, keys, values, scale)
+        whole[:known] = output
+        return whole
 
-    def _one_product(self, number: int, query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
-        """[R, groups, n, D] of the queries of one run of rows: those of a group are the rows of one small product."""
-        t = self._together[number]
-        if t.mask is not None and t.mask.dtype != query.dtype:  # once, for all layers
-            self._together[number] = t = t._replace(mask=t.mask.to(query.dtype))
-        step, width = keys.stride(0), keys.shape[-1]
-        shape, strides = (t.num_rows, keys.shape[1], t.keys, width), (t.size * step, width, step, 1)
-        k, v = (x.as_strided(shape, strides, t.row * t.size * step) for x in (keys, values))
-        return F.scaled_dot_product_attention(query, k, v, attn_mask=t.mask, scale=scale)
+    def _segmented(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
+        self._attention = self._attention or AttentionSegments(self._segments, len(query))
+        output = segment_attention(query.flatten(1, 2), keys, values, self._attention, scale=scale)
+        return output.view(query.shape)
 
     def _gathered(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
         assert self._fixed is not None
@@ -228,12 +183,5 @@ class KVCache:
 
 
 def in_step_order(chunks: Sequence[Chunk]) -> list[Chunk]:
-    """Chunks as they lie in the row of a step: those of one token by their place in the cache, then the longer ones."""
-    short = [chunk for chunk in chunks if chunk.length == 1]
-    short.sort(key=lambda chunk: (chunk.extent.size, chunk.extent.offset))
-    return short + [chunk for chunk in chunks if chunk.length > 1]
-
-
-def _neighbours(one: Chunk, other: Chunk) -> bool:
-    size = one.extent.size
-    return other.extent.size == size and other.extent.offset == one.extent.offset + size
+    """Chunks as they lie in the row of a step: the short ones first."""
+    return sorted(chunks, key=lambda chunk: chunk.length > SHORT)

@@ -37,7 +37,7 @@ CUDA_ERROR = _load("_kernels_cuda.so") if CPU_ERROR is None else CPU_ERROR
 """None, or why the CUDA kernels are not there."""
 
 
-def _missing(name: str) -> str | None:
+def missing(name: str) -> str | None:
     """Why ``megatron_omni::name`` is not there, or None."""
     if CPU_ERROR is None and not hasattr(torch.ops.megatron_omni, name):
         return f"{_FOLDER / '_kernels.so'} is from older sources: {_REBUILD}"
@@ -46,19 +46,19 @@ def _missing(name: str) -> str | None:
 
 def op(name: str) -> Callable[..., Any]:
     """The operator ``megatron_omni::name``, or a function that raises RuntimeError where kernels are not built."""
-    why = _missing(name)
+    why = missing(name)
     if why is None:
         return getattr(torch.ops.megatron_omni, name).default
 
-    def missing(*args: Any, **kwargs: Any) -> Any:
+    def raising(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(f"megatron_omni::{name} is not available: {why}")
 
-    return missing
+    return raising
 
 
 def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the function gives shapes and dtypes of ``megatron_omni::name`` to torch.compile; the schema is C++."""
-    if _missing(name) is None:
+    if missing(name) is None:
         return torch.library.register_fake(f"megatron_omni::{name}")
     return lambda function: function
 

@@ -5,6 +5,7 @@ one that dies takes nothing with it. The number of tokens follows from the text 
 what does not fit is refused before anything is decoded.
 """
 
+import io
 import pickle
 import time
 from collections.abc import Iterator, Mapping
@@ -48,7 +49,21 @@ def work(jobs: Connection, recipe: Recipe) -> None:
             continue
         jobs.send(replace(built, decoding=tuple(timed.seconds)))
         if request is not None:
-            jobs.send_bytes(pickle.dumps(request, protocol=pickle.HIGHEST_PROTOCOL))
+            jobs.send_bytes(pickled(request))
+
+
+def pickled(request: Request) -> bytes:
+    """The request as the engine's process reads it."""
+    data = io.BytesIO()
+    _Pickler(data, protocol=pickle.HIGHEST_PROTOCOL).dump(request)
+    return data.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors as arrays: each in torch's own form takes the engine's process some 0.1 ms to read, between two steps."""
+
+    def reducer_override(self, value: object) -> Any:
+        return (torch.from_numpy, (value.numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
 
 
 class _TimedDecoder:

@@ -69,5 +69,7 @@ def attended(fixed: bool, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_is_that_of_a_ragged_row(dtype: torch.dtype) -> None:
     expected, got = attended(False, dtype), attended(True, dtype)
-    torch.testing.assert_close(got[:3], expected)
+    # torch's product rounds the weights to bf16, of values of about 1; the ragged row's kernel keeps them in fp32.
+    rounding = {"rtol": 1.6e-2, "atol": 2**-8} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(got[:3], expected, **rounding)
     assert torch.equal(got[3], got[0]), "a row that is left over repeats the first one"
