@@ -6,9 +6,11 @@ Each of ``--streams`` clients sends its next request when the last token of the 
 128 new ones, greedy, every token a chunk of a stream. The engine's process has one core, HTTP and the client the other
 one. Both ways are taken in turn ``--repeat`` times, medians are written: ``tokens_per_s`` by the wall clock less the time
 that the engine's process was ready and waited for its core (/proc/PID/schedstat: what other programs took), and
-``tokens_per_cpu_s``, tokens for each second that it computed. ``http_cpu_us_per_token`` is what the process that speaks HTTP
-computes for a token, on the other core. ``overhead`` is the share of the engine's tokens that serving
-costs, ``seconds_waited`` says how busy the machine was. Needs two cores of a Linux machine; the first two are taken.
+``tokens_per_cpu_s``, tokens for each second that it computed. ``overhead`` is the share of the engine's tokens that serving
+costs, ``seconds_waited`` says how busy the machine was. ``tokens_per_step`` is 32 where all streams always have a token to
+compute: over HTTP a stream misses the steps between its last token and the arrival of its next request, which takes
+``queue_ms`` from its first byte to its first step. ``http_``, ``builders_`` and ``client_cpu_us_per_token`` is what the others
+compute for a token, all on the second core. Needs two cores of a Linux machine; the first two are taken.
 """
 
 import argparse
@@ -60,16 +62,17 @@ def measure_direct(checkpoint: Path, streams: int, number: int) -> dict[str, flo
                 for i, ids in enumerate(prompts(number if measured else streams, builder.tokenizer.vocab_size))
             ]
             before = _clocks(os.getpid())
-            tokens = running = 0
+            tokens = running = steps = 0
             while waiting or engine.busy:
                 while waiting and running < streams:
                     engine.submit(waiting.pop())
                     running += 1
+                steps += 1
                 for event in engine.step():
                     if isinstance(event, FinishedEvent):
                         tokens += event.usage.completion
                         running -= 1
-    return _outcome(tokens, before, _clocks(os.getpid()))
+    return _outcome(tokens, before, _clocks(os.getpid())) | {"tokens_per_step": tokens / steps}
 
 
 async def one_stream(port: int, model: str, waiting: list[list[int]]) -> int:
@@ -127,15 +130,34 @@ def measure_http(checkpoint: Path, streams: int, number: int) -> dict[str, float
 
         asyncio.run(run(prompts(streams, vocab_size)))
         (http,) = (child for child in engine.children() if "megatron_omni.serve.http" in child.cmdline())
-        before, http_before = _clocks(engine.pid), http.cpu_times()
+        others = {"http": [http], "builders": http.children(recursive=True), "client": [psutil.Process()]}
+
+        def seconds() -> dict[str, float]:
+            return {name: sum(sum(p.cpu_times()[:2]) for p in processes) for name, processes in others.items()}
+
+        before, others_before, counted = _clocks(engine.pid), seconds(), _metrics(port)
         tokens = asyncio.run(run(prompts(number, vocab_size)))
-        after, http_after = _clocks(engine.pid), http.cpu_times()
-        http_seconds = http_after.user + http_after.system - http_before.user - http_before.system
-        return _outcome(tokens, before, after) | {"http_cpu_us_per_token": http_seconds / tokens * 1e6}
+        after, others_after, counts = _clocks(engine.pid), seconds(), _metrics(port)
+        steps, asked, waited = (
+            counts[name] - counted[name]
+            for name in ("omni:batch_tokens_count", "omni:request_queue_time_seconds_count",
+                         "omni:request_queue_time_seconds_sum")
+        )  # fmt: skip
+        return (
+            _outcome(tokens, before, after)
+            | {"tokens_per_step": tokens / steps, "queue_ms": waited / asked * 1e3}
+            | {f"{name}_cpu_us_per_token": (others_after[name] - others_before[name]) / tokens * 1e6 for name in others}
+        )
     finally:
         server.terminate()
         server.wait()
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
+
+
+def _metrics(port: int) -> dict[str, float]:
+    """What the server says of itself."""
+    lines = urlopen(f"http://127.0.0.1:{port}/metrics").read().decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
 
 
 def _pin(pid: int, core: int) -> None:
@@ -195,8 +217,8 @@ def main() -> None:
             "tokens_per_s": round(statistics.median(run["tokens"] / run["seconds"] for run in runs), 1),
             "tokens_per_cpu_s": round(statistics.median(run["tokens"] / run["cpu_seconds"] for run in runs), 1),
         }  # fmt: skip
-        if "http_cpu_us_per_token" in runs[0]:
-            row["http_cpu_us_per_token"] = round(statistics.median(run["http_cpu_us_per_token"] for run in runs), 1)
+        others = [name for name in runs[0] if name not in ("tokens", "seconds", "cpu_seconds", "seconds_waited")]
+        row |= {name: round(statistics.median(run[name] for run in runs), 1) for name in others}
         row["seconds_waited"] = round(statistics.median(run["seconds_waited"] for run in runs), 2)
         rows.append(row)
         row["overhead"] = round(1 - row["tokens_per_s"] / rows[0]["tokens_per_s"], 3)

@@ -1,8 +1,8 @@
 """Places in a cache of fixed size: a buddy allocator of runs of positions. Pure Python.
 
-The cache is one row of positions. A sample gets an *extent*: 2^k positions from an offset that is a multiple of 2^k. So
-the extents of one size are the rows of a table, ``cache.view(-1, size)[offset // size]``, without a copy and whatever
-their number (Knowlton 1965). An extent grows to twice its size in place where its other half is free, else elsewhere.
+The cache is one row of positions. A sample gets an *extent*: 2^k positions from an offset that is a multiple of 2^k
+(Knowlton 1965), so its keys and values are one run, and no free place is too small for a sample of its size. An extent
+grows to twice its size in place where its other half is free, else elsewhere.
 """
 
 from dataclasses import dataclass

@@ -48,6 +48,4 @@ def cached_attention(
     """[T, G, n, D] of ``query`` [T, G, n, D], ``keys`` and ``values`` [N, G, D] of one dtype, float32, bfloat16, float16 or
     float64; ``places`` and ``counts`` int64 of the first tokens, [at most T]: those after them see nothing. ``scale``
     None: 1 / sqrt(D). Without gradients. ValueError names an argument that does not fit, and positions out of bounds."""
-    return _cached_attention(
-        query, keys, values, places, counts, query.shape[-1] ** -0.5 if scale is None else scale
-    )
+    return _cached_attention(query, keys, values, places, counts, query.shape[-1] ** -0.5 if scale is None else scale)

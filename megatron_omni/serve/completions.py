@@ -40,6 +40,8 @@ from megatron_omni.serve.schema import (
 )
 from megatron_omni.serve.server import Server
 
+_as_json = json.JSONEncoder(ensure_ascii=False).encode
+
 
 class Completions:
     """The ASGI end point of one kind of completion."""
@@ -253,7 +255,7 @@ class EventStream:
     async def send(self, *values: Mapping[str, Any]) -> None:
         """One event for each value, all in one write."""
         if values:
-            await self._write("".join(f"data: {json.dumps(v, ensure_ascii=False)}\n\n" for v in values).encode())
+            await self._write("".join(f"data: {_as_json(v)}\n\n" for v in values).encode())
 
     async def ping(self) -> None:
         """A comment, which keeps proxies from closing the connection."""

@@ -113,8 +113,10 @@ class Replicas:
                 self._ended(event.name, 1)
         for name, _ in refused:
             self._ended(name, self._unfinished[name][1])
-        names = [field.name for field in fields(EngineState)]
-        state = EngineState(**{name: sum(getattr(turn.state, name) for turn in turns) for name in names})
+        state = turns[0].state
+        if len(turns) > 1:
+            names = [field.name for field in fields(EngineState)]
+            state = EngineState(**{name: sum(getattr(turn.state, name) for turn in turns) for name in names})
         steps = tuple(step for turn in turns for step in turn.steps)
         return Turn(events=events, refused=refused, state=state, steps=steps)
 

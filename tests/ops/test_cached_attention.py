@@ -91,6 +91,4 @@ def test_wrong_arguments_are_named(change, named: str) -> None:
 
 def test_its_fake_kernel_gives_its_shape() -> None:
     query, keys, values, places = drawn(2, 3, 5, torch.float32)
-    torch.library.opcheck(
-        torch.ops.megatron_omni.cached_attention.default, (query, keys, values, places, COUNTS, 0.5)
-    )
+    torch.library.opcheck(torch.ops.megatron_omni.cached_attention.default, (query, keys, values, places, COUNTS, 0.5))
