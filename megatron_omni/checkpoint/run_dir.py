@@ -27,9 +27,11 @@ NCCL_TRACES = "nccl_trace_rank_*"
 """What a rank exchanged before a collective timed out (examples/slurm/launch.sh)."""
 UPCYCLED = "upcycled"
 """A mixture made of dense weights, there while they are loaded."""
+UNANSWERED = "unanswered"
+"""How many starts ended because a reward's service did not answer (tasks/unanswered.py)."""
 WRITTEN = (
     commit.CHECKPOINTS, METRICS, TENSORBOARD, INCIDENTS, GOODPUT, PROFILE, WANDB, WANDB_ID, RESOLVED, STOP_MARKER,
-    ENDED_MARKER, NCCL_TRACES, UPCYCLED, ROLLOUTS, CACHES, REFERENCE,
+    ENDED_MARKER, NCCL_TRACES, UPCYCLED, ROLLOUTS, CACHES, REFERENCE, UNANSWERED,
 )  # fmt: skip
 """Everything that a run writes into its directory, as patterns of names."""
 

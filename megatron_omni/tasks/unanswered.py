@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_omni.checkpoint.run_dir import UNANSWERED
 from megatron_omni.foreign import read_text
 from megatron_omni.parallel.sharing import from_rank_0
 from megatron_omni.training.task import Interrupted
 
-FILE = "unanswered"
 SHARE_LIMIT = 0.05
 """Of responses that got no score after all tries, above which an iteration is not trained on."""
 MOST_STARTS = 3
@@ -21,7 +21,7 @@ class Unanswered:
     """Counts the starts of a run in which no iteration got its rewards."""
 
     def __init__(self, run_dir: str) -> None:
-        self._path = Path(run_dir) / FILE
+        self._path = Path(run_dir) / UNANSWERED
 
     def check(self, share: float, *, iteration: int) -> None:
         """With the share of an iteration's responses that got no score, the same on every rank: Interrupted where it is too
