@@ -1,5 +1,6 @@
 """The whole model on rows of a prompt and its responses: what a response computes does not depend on what shares its row,
-the ratio before the first update is 1 to the bit, and layouts agree.
+the ratio before the first update is 1 to the bit, and layouts agree. The loss's log-probabilities are those of a sampler
+at the same temperature, also where they are computed a chunk of rows at a time.
 
 Four groups of the same responses, in four micro-batches: pictures, sound, a clip and text, every row padded; two groups
 share a row where prompts are shared. A step is what training does: log-probabilities by a forward of its own, then
@@ -22,6 +23,9 @@ from megatron_omni.config.run import Recipe
 from megatron_omni.data.collate import collate
 from megatron_omni.data.responses import Group, group_sample, responses_of, separate_samples
 from megatron_omni.data.sample import Sample
+from megatron_omni.generation.request import Sampling
+from megatron_omni.generation.sampling import Choice, next_token_probabilities
+from megatron_omni.losses.dpo import dpo_loss, pair_sums
 from megatron_omni.losses.gspo import advantages, gspo_loss
 from megatron_omni.models.build import build_model
 from megatron_omni.parallel.schedule import run_step
@@ -232,11 +236,97 @@ def test_layouts_compute_what_one_rank_does(layout: str, share: bool) -> None:
     close_gradients(joined(layout, "fp32", share, "gradients"), joined("one", "fp32", share, "gradients"))
 
 
-def close_gradients(some: dict[str, Any], others: dict[str, Any]) -> None:
+def close_gradients(some: dict[str, Any], others: dict[str, Any], *, least: int = 60) -> None:
     assert some.keys() == others.keys() and len(some) > 60
     norms = {name: float(torch.from_numpy(g).norm()) for name, g in others.items()}
-    assert sum(norm > 0 for norm in norms.values()) > 60, "hardly a parameter has a gradient"
+    assert sum(norm > 0 for norm in norms.values()) > least, "hardly a parameter has a gradient"
     largest = max(norms.values())
     for name, gradient in some.items():
         distance = float((torch.from_numpy(gradient) - torch.from_numpy(others[name])).norm())
         assert distance <= 1e-4 * norms[name] + 1e-6 * largest, (name, distance, norms[name])
+
+
+# ------------------------------------------------------------------------------------- what the model's loss is made of
+
+
+def objectives(rank: Rank, parallel: ParallelConfig, chunk: int | None) -> dict[str, Any]:
+    """Of one micro-batch: values and gradients of GSPO, of its first-order form, of DPO; log p and entropy at a
+    temperature, and logits."""
+    step = OneStep(rank.initialize(parallel), parallel, "fp32")
+    omni, batch = unwrap_model(step.model), batches_of(share=True)[0]
+    if chunk is not None:
+        omni.language.logits_chunk = chunk
+    found, labels = responses_of(batch), batch.labels
+    values, kept = next(advantages_of())
+    reference = torch.linspace(-9.0, -8.0, 8, dtype=torch.float64).view(4, 2)
+
+    def log_probs(**options: Any) -> Tensor:
+        return found.of(-step.model(batch, step=1, stochastic=False, **options))
+
+    def gspo() -> Tensor:
+        new = log_probs(temperature=TEMPERATURE)
+        old = new.detach()
+        return gspo_loss(new, old, found.valid, values, kept, num_sequences=8, clip_low=0.1, clip_high=0.1).loss
+
+    def first_order() -> Tensor:
+        means = torch.stack([row[valid].mean() for row, valid in zip(log_probs(temperature=TEMPERATURE), found.valid)])
+        return -(means * values).sum() / 8
+
+    def dpo() -> Tensor:
+        lengths = found.lengths.view(-1, 2)
+        return dpo_loss(pair_sums(log_probs(), found.valid), reference, lengths, num_pairs=4, sft_weight=0.2).loss
+
+    told: dict[str, Any] = {}
+    for compute in (gspo, first_order, dpo):
+        step.model.zero_grad_buffer()
+        loss = compute()
+        loss.backward()
+        named = {n: p.main_grad for n, p in omni.named_parameters() if hasattr(p, "main_grad")}
+        told[compute.__name__] = (loss.item(), {n: g.numpy().copy() for n, g in named.items() if is_watched(n)})
+    with torch.no_grad():
+        both = step.model(batch, step=1, stochastic=False, temperature=TEMPERATURE, with_entropy=True)
+        logits = step.model(batch, step=1, stochastic=False, compute_loss=False)
+        told["without entropy"] = step.model(batch, step=1, stochastic=False, temperature=TEMPERATURE).numpy()
+    told |= {"log p": -both[0].numpy(), "entropy": both[1].numpy(), "logits": logits.numpy(), "labels": labels.numpy()}
+    return told
+
+
+OBJECTIVE_LAYOUTS = {"one": (1, {}), "tp2": (2, {"tensor_model_parallel_size": 2})}
+
+
+@cache
+def objectives_of(layout: str, chunk: int | None) -> dict[str, Any]:
+    world_size, sizes = OBJECTIVE_LAYOUTS[layout]
+    return run_ranks(objectives, world_size, ParallelConfig(**sizes), chunk)[0]
+
+
+@pytest.mark.parametrize("chunk", [None, 64 * 3], ids=["whole", "3-rows"])
+@pytest.mark.parametrize("layout", OBJECTIVE_LAYOUTS)
+def test_log_probabilities_are_those_that_a_sampler_draws_from(layout: str, chunk: int | None) -> None:
+    told = objectives_of(layout, chunk)
+    places = zip(*(told["labels"] != IGNORE_LABEL).nonzero(), strict=True)
+    choice = Choice(sampling=Sampling(temperature=TEMPERATURE), step=0)
+    count = 0
+    for row, column in places:
+        q = next_token_probabilities(torch.from_numpy(told["logits"][row, column]), choice)
+        assert told["log p"][row, column] == pytest.approx(float(q[told["labels"][row, column]].log()), abs=1e-5)
+        assert told["entropy"][row, column] == pytest.approx(-float((q * q.log()).sum()), abs=1e-5)
+        count += 1
+    assert count == sum(sum(lengths) for _, lengths in MICRO_BATCHES[0])
+    assert (told["without entropy"] == -told["log p"]).all(), "who asks for entropy changes no bit of the rest"
+
+
+@pytest.mark.parametrize("layout", OBJECTIVE_LAYOUTS)
+@pytest.mark.parametrize("objective", ["gspo", "dpo"])
+def test_chunks_of_the_vocabulary_product_change_nothing(layout: str, objective: str) -> None:
+    """A chunk of three rows, of 30 with a label; on two ranks of six."""
+    (whole, gradients), (loss, chunked) = (objectives_of(layout, chunk)[objective] for chunk in (None, 64 * 3))
+    assert loss == pytest.approx(whole, rel=1e-6, abs=1e-6)
+    close_gradients(chunked, gradients, least=25)
+
+
+def test_the_first_gradient_is_the_policy_gradient() -> None:
+    """-mean_i A_i mean_t grad log pi, without a ratio or a clip."""
+    (value, gradients), (_, plain) = (objectives_of("one", None)[name] for name in ("gspo", "first_order"))
+    assert value == pytest.approx(0.0, abs=1e-7)
+    close_gradients(gradients, plain, least=25)
