@@ -1,6 +1,7 @@
 """The benchmark of shared rows compares the same update, and its sharing shows."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from megatron_omni.data.responses import responses_of
 
 
 def test_contenders_learn_the_same_responses() -> None:
-    model = load_recipe("recipes/tiny/quickstart.yaml").model
+    model = load_recipe(Path(__file__).parents[2] / "recipes" / "tiny" / "quickstart.yaml").model
     generator = torch.Generator().manual_seed(0)
     groups = [(prompt_of(model, generator), [[3, 4, 5], [6], [7, 8]]) for _ in range(3)]
     assert groups[0][0].length == 60 and int((groups[0][0].modality > 0).sum()) == 32
