@@ -77,6 +77,7 @@ SIZES: dict[str, Any] = {
     "model.audio.max_target_positions": 16,
     "parallel.bucket_size": 1_000,
     "data.seq_length": 128,
+    "data.system_template": "none",
     "data.micro_batch_size": 1,
     "data.global_batch_size": 4,
     "train_iters": STEPS,
