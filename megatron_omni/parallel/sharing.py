@@ -101,6 +101,10 @@ class StepData:
     def __len__(self) -> int:
         return len(self._batches)
 
+    def replay(self, routes: Sequence[Tensor | None]) -> None:
+        """Have every micro-batch replay ``routes`` [B, S, L n], or route live."""
+        self._batches = [replace(b, routes=r) for b, r in zip(self._batches, routes, strict=True)]
+
     @property
     def without_media(self) -> list[OmniBatch]:
         """All micro-batches at once, as stages have them that do not embed."""

@@ -5,10 +5,10 @@ leaves its rank. Which response is which row of a micro-batch's [N, T] tensors f
 the micro-batch, responses in the order of g.
 
 What a checkpoint holds of it stands under the prompts' numbers, so that any layout can read it: ids, rewards, advantages,
-old log-probabilities. Media are decoded again.
+old log-probabilities, and routes that the updates replay. Media are decoded again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,15 @@ from megatron_omni.batch import OmniBatch
 from megatron_omni.config.objectives import ReinforceConfig
 from megatron_omni.data.loader import dealt
 from megatron_omni.data.prompts import Prompt, PromptLoader, PromptStep
-from megatron_omni.data.responses import Group, Responses, group_samples, responses_of, separate_samples
+from megatron_omni.data.responses import (
+    Group,
+    Responses,
+    group_samples,
+    replaying,
+    responses_of,
+    routes_of_responses,
+    separate_samples,
+)
 from megatron_omni.parallel.sharing import StepData, share_step, sum_over_ranks
 from megatron_omni.tasks.responding import Response
 from megatron_omni.training.setup import Run
@@ -64,6 +72,8 @@ class MicroBatch:
     """[N] bool."""
     entropy: float = 0.0
     """Summed over all tokens, before the first update."""
+    flips: Tensor | None = None
+    """[N] layers of their tokens whose routes differ from those of the rollout; None where it told none."""
 
 
 @dataclass(kw_only=True)
@@ -75,6 +85,8 @@ class Iteration:
     """Of each mini-batch its micro-batches on all ranks, as numbers of prompts."""
     responses: dict[int, list[Response]]
     """To this replica's prompts, on all of its ranks."""
+    places: dict[int, str] = field(default_factory=dict)
+    """Where the records of these prompts are, for messages."""
     next: int = 0
     """The mini-batch that is trained on next."""
     batches: list[StepData] = field(default_factory=list)
@@ -121,6 +133,8 @@ class Iteration:
                     for names, batch in zip(order, data.without_media, strict=True)
                 ]
             )
+        for response in (response for group in self.responses.values() for response in group):
+            response.routes = None  # the rows have them
         found = sum_over_ranks(counts, device=run.device)
         width = len(COUNTED)
         self.counts = [dict(zip(COUNTED, found[mini * width : (mini + 1) * width])) for mini in range(len(self.steps))]
@@ -130,7 +144,7 @@ class Iteration:
         groups = [
             (prompt, group)
             for prompt in prompts
-            for group in _groups(prompt, [r.ids for r in self.responses[prompt.number]], run.recipe.reinforce, run)
+            for group in _groups(prompt, self.responses[prompt.number], run.recipe.reinforce, run)
         ]
         return run.loader.collate(groups)
 
@@ -156,6 +170,8 @@ class Iteration:
         logs: dict[int, list[dict[str, Tensor]]] = {}
         if run.pg.mp.rank() == 0:
             own = {number: [_plain(response) for response in group] for number, group in self.responses.items()}
+            for (number, g), routes in self._routes():
+                own[number][g]["routes"] = routes.cpu()
         if run.place.is_last_stage and run.place.tp_rank == 0:
             for micro in (micro for mini in self.micro_batches for micro in mini):
                 for row, (number, _) in enumerate(micro.order):
@@ -170,6 +186,13 @@ class Iteration:
                 for plain, found in zip(responses[number], group, strict=True):
                     plain |= found
         return {"number": self.number, "next": self.next, "steps": self.steps, "responses": responses}
+
+    def _routes(self) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """(prompt, g) of each response and the routes that are replayed of it; nothing where routing is live."""
+        for data, micro_batches in zip(self.batches, self.micro_batches, strict=True):
+            for batch, micro in zip(data.without_media, micro_batches, strict=True):
+                if batch.routes is not None:
+                    yield from zip(micro.order, routes_of_responses(batch.attention, batch.routes), strict=True)
 
     @classmethod
     def of_state(cls, state: dict[str, Any], run: Run) -> "Iteration":
@@ -194,10 +217,14 @@ class Iteration:
                     setattr(micro, name, whole.to(run.device))
 
 
-def _groups(prompt: Prompt, responses: Sequence[Sequence[int]], config: ReinforceConfig, run: Run) -> list[Group]:
-    if not config.share_prompt:
-        return separate_samples(prompt, responses)
-    return group_samples(prompt, responses, capacity=run.recipe.data.seq_length)
+def _groups(prompt: Prompt, responses: Sequence[Response], config: ReinforceConfig, run: Run) -> list[Group]:
+    ids = [response.ids for response in responses]
+    if config.share_prompt:
+        groups = group_samples(prompt, ids, capacity=run.recipe.data.seq_length)
+    else:
+        groups = separate_samples(prompt, ids)
+    routes = [r.routes[: prompt.length - 1 + len(r.ids)] for r in responses if r.routes is not None]
+    return replaying(groups, routes) if routes else groups
 
 
 def _counts(batches: list[OmniBatch] | None, *, num_samples: int) -> list[int]:
@@ -231,4 +258,5 @@ def _response(plain: dict[str, Any]) -> Response:
         total=plain["total"],
         advantage=plain["advantage"],
         kept=plain["kept"],
+        routes=plain.get("routes"),
     )

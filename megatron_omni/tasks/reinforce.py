@@ -14,7 +14,8 @@ in a row end the run. Held-out sets are evaluated as in supervised training.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from megatron_omni.data.mixture import DataEnded
 from megatron_omni.data.prompts import PromptLoader, PromptStep
 from megatron_omni.data.tokenizer import load_tokenizer
 from megatron_omni.losses.gspo import PolicyTerms, gspo_loss
+from megatron_omni.models.moe.routes import RouteRecord, flipped, num_slots
 from megatron_omni.parallel.schedule import run_step
 from megatron_omni.parallel.sharing import ReaderFailed, StepData, sum_over_ranks
 from megatron_omni.platform.seeds import named_seed
@@ -35,6 +37,7 @@ from megatron_omni.rewards.rollouts import write_rollouts
 from megatron_omni.tasks.figures import Figures
 from megatron_omni.tasks.iteration import Drawn, Iteration, MicroBatch
 from megatron_omni.tasks.judging import judge, rollout
+from megatron_omni.tasks.monitor import advise, compare
 from megatron_omni.tasks.responding import sample_responses
 from megatron_omni.tasks.supervised import SupervisedTask
 from megatron_omni.tasks.unanswered import Unanswered
@@ -46,9 +49,6 @@ logger = logging.getLogger(__name__)
 
 EMPTY_LIMIT = 20
 """Steps in a row without anything to learn after which the run ends."""
-MISMATCH_LIMIT, DROPPED_LIMIT = 0.05, 0.1
-"""A response whose mean log-probability per token differs by more between sampler and training is left out of the loss;
-above this share of them the run ends."""
 CUT_SHARE = 0.5
 """Of responses cut by length, above which the log says so."""
 REPORT = ("policy loss", "clip/low", "clip/high", "ratio/mean_dev", "kl")
@@ -77,6 +77,7 @@ class ReinforceTask(Task):
         self._latest: dict[str, float] = {}
         """Figures of the last iteration."""
         self._figures = Figures()
+        self._advised = False
         self._max_dev: Tensor | None = None
 
     # ------------------------------------------------------------------------------------------- of the loop
@@ -185,14 +186,15 @@ class ReinforceTask(Task):
             if mark is not None:
                 run.loader.go_back(mark)  # type: ignore[union-attr]
             raise
-        steps, responses = _from_leader(run, (drawn.steps, drawn.responses))
-        iteration = Iteration(number=self._number, steps=steps, responses=responses)
+        places = {number: prompt.record.where for number, prompt in drawn.prompts.items()}
+        steps, responses, places = _from_leader(run, (drawn.steps, drawn.responses, places))
+        iteration = Iteration(number=self._number, steps=steps, responses=responses, places=places)
         self._number += 1
         with timer.measure("old_logp"):
             start = time.perf_counter()
             iteration.prepare(run, drawn.prompts)
             self._old_log_probs(run, iteration)
-            self._compare(run, iteration)
+            self._take_comparison(compare(run, iteration))
             iteration.settle(run)
             self._figures.add("time/old_logp", time.perf_counter() - start, 1)
         if run.loader is not None:
@@ -270,8 +272,19 @@ class ReinforceTask(Task):
     def _old_log_probs(self, run: Run, iteration: Iteration) -> None:
         """Log-probabilities of the responses under the weights as they stand, by the forward of the updates."""
 
+        replays, moe = self.config.routes == "rollout", run.recipe.model.moe
+        records: list[RouteRecord] = []
+
         def forward(batch: OmniBatch, model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
-            output = model(batch, step=0, stochastic=False, temperature=self.config.temperature, with_entropy=True)
+            records.append(RouteRecord())
+            output = model(
+                batch if replays else replace(batch, routes=None),
+                step=0,
+                stochastic=False,
+                record=records[-1],
+                temperature=self.config.temperature,
+                with_entropy=True,
+            )
             return output, lambda found: (found.new_zeros(()), found)
 
         for data, micro_batches in zip(iteration.batches, iteration.micro_batches, strict=True):
@@ -279,29 +292,28 @@ class ReinforceTask(Task):
             for micro, (token_loss, entropy) in zip(micro_batches, reports):
                 micro.old = micro.where.of(-token_loss).contiguous()
                 micro.entropy = float(micro.where.of(entropy).sum())
+            if moe is not None:
+                pairs = zip(records, data.without_media, strict=True)
+                old = [record.grid(batch, run.recipe.model, run.pg) for record, batch in pairs]
+                self._fix_routes(data, micro_batches, old, slots=num_slots(moe))
+            records.clear()
 
-    def _compare(self, run: Run, iteration: Iteration) -> None:
-        """What the sampler said of its tokens against the training forward, which leaves out responses that differ."""
-        own, dropped = Figures(), list[tuple[int, int]]()
-        if run.place.is_last_stage and run.place.tp_rank == 0:
-            for micro in (micro for mini in iteration.micro_batches for micro in mini):
-                own.add("entropy", micro.entropy, int(micro.where.valid.sum()))
-                if self.config.temperature == 1.0:  # the sampler's are at 1
-                    dropped += _compared(micro, iteration, own)
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (own.plain(), dropped))
-        self._figures.merge(part for part, _ in everyone)
-        gone = [name for _, names in everyone for name in names]
-        for number, g in gone:
-            if number in iteration.responses:
-                iteration.responses[number][g].kept = False
-        total = self.config.group_size * sum(len(micro) for mini in iteration.steps for micro in mini)
-        self._figures.add("rollout/dropped", len(gone), total)
-        if len(gone) > DROPPED_LIMIT * total:
-            raise RuntimeError(
-                f"iteration {iteration.number}: {len(gone)} of {total} responses have other log-probabilities in training "
-                f"than when they were sampled (by more than {MISMATCH_LIMIT} a token): the ratio would compare two models"
-            )
+    def _take_comparison(self, figures: Figures) -> None:
+        advice = advise(figures, routes=self.config.routes)
+        if advice is not None and not self._advised and dist.get_rank() == 0:
+            logger.warning("%s", advice)
+        self._advised = self._advised or advice is not None
+        self._figures.merge([figures.plain()])
+
+    def _fix_routes(
+        self, data: StepData, micro_batches: Sequence[MicroBatch], old: Sequence[Tensor], *, slots: int
+    ) -> None:
+        """Compare the routes that the forward chose with the rollout's; the updates have those that the recipe says."""
+        rollout = [batch.routes for batch in data.without_media]
+        for micro, chosen, sampled in zip(micro_batches, old, rollout, strict=True):
+            if sampled is not None:
+                micro.flips = micro.where.of(flipped(chosen, sampled, num_slots=slots)).sum(1)
+        data.replay({"live": [None] * len(old), "old": old, "rollout": rollout}[self.config.routes])
 
     def _write(self, run: Run, iteration: Iteration, drawn: Drawn) -> None:
         """This replica's file of the iteration's responses."""
@@ -341,22 +353,6 @@ class ReinforceTask(Task):
         ]
         count = kept.sum()
         return torch.stack([torch.stack([value.double(), count.double()]) for value in sums])
-
-
-def _compared(micro: MicroBatch, iteration: Iteration, figures: Figures) -> list[tuple[int, int]]:
-    """Responses of a micro-batch that differ too much; figures of all."""
-    assert micro.old is not None
-    lengths = micro.where.lengths.tolist()
-    found = []
-    for (number, g), log_probs, length in zip(micro.order, micro.old.double().tolist(), lengths, strict=True):
-        sampled = iteration.responses[number][g].log_probs
-        changes = [now - then for now, then in zip(log_probs[:length], sampled, strict=True)]
-        figures.add("rollout/mismatch", sum(map(abs, changes)), length)
-        mean = abs(sum(changes)) / length
-        figures.raise_to("rollout/mismatch_max", mean)
-        if mean > MISMATCH_LIMIT:
-            found.append((number, g))
-    return found
 
 
 def _from_leader[T](run: Run, value: T) -> T:

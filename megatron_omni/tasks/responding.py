@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from megatron_omni.config.objectives import ReinforceConfig
 from megatron_omni.data.prompts import Prompt
 from megatron_omni.data.tokenizer import Tokenizer
@@ -46,6 +48,9 @@ class Response:
     advantage: float = 0.0
     kept: bool = False
     """Takes part in the loss."""
+    routes: Tensor | None = None
+    """[n, L n] uint8 of the prompt and of the response but its last token (models/moe/routes.py), until rows are made of
+    them; None in a dense model."""
 
 
 class Stop:
@@ -93,7 +98,7 @@ def sample_responses(
         look = Stop(work, stop, moved)
         if engine.leads:
             with engine.leading():
-                for result in _results(engine, prompts, config, seed=seed, stop=look):
+                for result in _results(engine, prompts, run, seed=seed, stop=look):
                     found.setdefault(int(result.name), []).append(_response(result))
         else:
             engine.follow(look.look)
@@ -110,16 +115,16 @@ def _limits(config: ReinforceConfig, prompts: Sequence[Prompt]) -> EngineLimits:
     return EngineLimits(max_running=running, max_batch_tokens=tokens, longest=longest)
 
 
-def _results(
-    engine: Engine, prompts: Sequence[Prompt], config: ReinforceConfig, *, seed: int, stop: Stop
-) -> Iterator[Result]:
+def _results(engine: Engine, prompts: Sequence[Prompt], run: Run, *, seed: int, stop: Stop) -> Iterator[Result]:
     """Finished samples, in the order of g for each prompt; after a stop what is left is cancelled."""
+    config = run.recipe.reinforce
     wanted = Wanted(
         max_new_tokens=config.max_new_tokens,
         sampling=Sampling(temperature=config.temperature),
         n=config.group_size,
         logprobs=0,
         reuse_prefix=False,
+        routes=run.recipe.model.moe is not None,
     )
     asked: list[str] = []
 
@@ -142,4 +147,4 @@ def _results(
 
 def _response(result: Result) -> Response:
     ids = result.ids if result.end_id is None else [*result.ids, result.end_id]
-    return Response(ids=ids, finish=result.reason, log_probs=result.logprobs, values={})
+    return Response(ids=ids, finish=result.reason, log_probs=result.logprobs, values={}, routes=result.routes)

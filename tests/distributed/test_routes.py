@@ -62,12 +62,15 @@ def watch(model: Any) -> list[tuple[int, bool]]:
     routed as was given."""
     said: list[tuple[int, bool]] = []
 
-    def look(router: OmniRouter, _: Any, ctx: dict[str, TokenContext], output: Any) -> None:
-        routes, index = ctx["ctx"].routes, router._layer_index
-        if routes is not None:
-            given, has = unpacked(routes[:, index : index + 1], router.num_slots)
-            own = router.topp_route(router.gate(_[0], ctx=ctx["ctx"]).detach(), router.rule_without_noise).mask
-            said.append((int((own != given).any(1).sum()), bool(has.all()) and torch.equal(given, output.routing.mask)))
+    def look(router: OmniRouter, inputs: tuple[Tensor], keywords: dict[str, TokenContext], output: Any) -> None:
+        ctx, index = keywords["ctx"], router._layer_index
+        if ctx.routes is not None:
+            real = ~ctx.padding
+            given, has = unpacked(ctx.routes[real, index : index + 1], router.num_slots)
+            z = router.gate(inputs[0], ctx=ctx).detach()[real]
+            own = router.topp_route(z, router.rule_without_noise).mask
+            same = bool(has.all()) and torch.equal(given, output.routing.mask[real])
+            said.append((int((own != given).any(1).sum()), same))
 
     for module in model.modules():
         if isinstance(module, OmniRouter):
