@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +121,7 @@ def test_the_reference_is_what_the_weights_of_the_start_say(alone: tuple[Path, l
         pytest.param(2, PP | {"parallel__recompute": "full"}, id="pp2-recompute"),
         pytest.param(2, EP, id="ep2"),
         pytest.param(1, {"preference__share_prompt": False}, id="separate"),
+        pytest.param(1, {"data__micro_batch_size": 1}, id="other-micro-batches"),
     ],
 )
 def test_layouts_agree(
@@ -161,6 +164,29 @@ def test_a_run_that_goes_on_is_the_one_that_was_not_stopped(
     assert one is not None and other is not None and one.digest == other.digest
     for name, table in other.tables.items():
         np.testing.assert_array_equal(one.tables[name].values[: 8 * STEPS], table.values[: 8 * STEPS])
+
+
+def test_a_run_goes_on_with_other_ranks(
+    corpus: Path, start: str, tmp_path: Path, alone: tuple[Path, list[dict[str, float]]]
+) -> None:
+    recipe = recipe_of(corpus, tmp_path, start, log__eval_interval=0)
+    run_ranks(train_rank, 2, recipe, stop_after_two)
+    run_tiny(recipe_of(corpus, tmp_path, start, load="auto", log__eval_interval=0), 1)
+    for mine, theirs in zip(steps(records(recipe)), steps(alone[1]), strict=True):
+        for name in METRICS:
+            assert mine[name] == pytest.approx(theirs[name], rel=2e-4, abs=2e-6), (name, mine["step"])
+
+
+def stop_after_two(run: Run) -> None:
+    """Every rank gets the signal when it has made two steps."""
+    batches = run.task.batches
+
+    def stopping(*args: Any, **options: Any) -> Any:
+        if run.state.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batches(*args, **options)
+
+    run.task.batches = stopping  # type: ignore[method-assign]
 
 
 def lose(run_dir: Path) -> None:
