@@ -56,6 +56,7 @@ from megatron_omni.generation.sampling import INVALID_TOKEN
 from megatron_omni.generation.scheduler import Answer, Prefix, Scheduler, StepPlan
 from megatron_omni.generation.text import Piece, TextStream
 from megatron_omni.generation.told import Told
+from megatron_omni.parallel.groups import drop_buffers
 from megatron_omni.parallel.sharing import PeerFailed
 from megatron_omni.platform.device import device, memory_bytes
 
@@ -276,6 +277,7 @@ class Engine:
         if self.leads and not self._released and not self.broken:
             self.release()
         del self._replica.cache
+        drop_buffers()
         for module, mode in self._modes:
             module.training = mode
 

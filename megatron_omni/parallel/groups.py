@@ -97,6 +97,11 @@ def initialize(
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
+def drop_buffers() -> None:
+    """Give up the memory that Megatron keeps for messages: where it was made in inference mode, no gradient may use it."""
+    parallel_state.get_global_memory_buffer().buffer.clear()
+
+
 def destroy() -> None:
     """Tear down the groups and torch.distributed, so that :func:`initialize` may be called again."""
     if parallel_state.model_parallel_is_initialized():
