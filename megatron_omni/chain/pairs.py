@@ -22,6 +22,7 @@ from megatron_omni.chain.handed import (
     digest_of,
     file_digest,
     folder_of,
+    handed,
     opened,
     root_of,
     row_of,
@@ -118,17 +119,19 @@ def made_of(run_dir: Path) -> dict[str, Any] | None:
     return read_json(run_dir / REPORT) if (run_dir / REPORT).is_file() else None
 
 
-def pair_sources(run_dir: Path, recipe: Recipe) -> list[SourceConfig]:
-    """The rows of finished pairs as sources, drawn alike; ``recipe`` is that of the stage that rolled out."""
+def pair_sources(run_dir: Path, rolled: Recipe, reader: Recipe) -> list[SourceConfig]:
+    """The rows of finished pairs as sources of ``reader``, drawn alike, each as often as its first source says.
+
+    ``rolled`` is the recipe of the stage that rolled out.
+    """
     report = made_of(run_dir)
     assert report is not None
     folder, counts = folder_of(run_dir, "pairs", report["digest"]), report["by_source"]
+    epochs = reader.data.sources[0].epochs if reader.data.sources else None
     return [
-        SourceConfig(
-            name=c.name, path=str(folder / f"{c.name}.jsonl"), root=str(root_of(c)), weight=float(counts[c.name])
-        )
-        for c in recipe.data.sources
-        if counts.get(c.name)
+        dataclasses.replace(handed(source, folder), weight=float(counts[source.name]), epochs=epochs)
+        for source in rolled.data.sources
+        if counts.get(source.name)
     ]
 
 

@@ -184,7 +184,7 @@ def _training_stage(
         recipe = load_recipe(file, list(words))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    word = made.init_from if made.init_from is not None else recipe.init_from
+    word = recipe.init_from = made.init_from if made.init_from is not None else recipe.init_from
     sources = {"init_from": word} if word is not None else {}
     if made.data_from is not None and made.prompts_from is not None:
         raise ValueError(f"{where}: has both of data_from and prompts_from; give one of them")

@@ -98,7 +98,8 @@ def handed_sources(chain: Chain, stage: Stage) -> list[SourceConfig] | None:
     """What a stage whose predecessors are finished reads in place of its recipe's sources; None: those."""
     if "data_from" in stage.reads:
         made = chain.stage(stage.reads["data_from"])
-        return pairs.pair_sources(made.run_dir, chain.recipe_of(made.reads["rollouts"]))
+        assert stage.recipe is not None
+        return pairs.pair_sources(made.run_dir, chain.recipe_of(made.reads["rollouts"]), stage.recipe)
     if stage.prompts_from is not None:
         assert stage.recipe is not None
         return prompts.left_sources(stage.prompts_from, chain.recipe_of(stage.reads["prompts_from"]), stage.recipe)

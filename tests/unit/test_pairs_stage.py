@@ -65,7 +65,7 @@ class Stage:
         return make_pairs(PairsConfig(rollouts="6_gspo", **settings), self.recipe, self.folder / "6_pairs")
 
     def rows(self) -> list[dict[str, Any]]:
-        found = pair_sources(self.folder / "6_pairs", self.recipe)
+        found = pair_sources(self.folder / "6_pairs", self.recipe, Recipe())
         return [json.loads(line) for source in found for line in Path(source.path).read_text().splitlines()]
 
 
@@ -93,7 +93,10 @@ def test_pairs_are_rows_of_the_records_with_their_media(stage: Stage) -> None:
     assert (report["pairs"], report["prompts"], report["by_kind"]) == (2, 3, {"inconsistent": 1, "wrong": 1})
     assert report["prompts_without"] == {"no_negative": 1, "never_solved": 1}
     assert report["responses"] == {"right": 3, "wrong": 2, "inconsistent": 1}
-    (source,) = pair_sources(stage.folder / "6_pairs", stage.recipe)
+    reader = Recipe()
+    reader.data.sources = [SourceConfig(name="pairs", path="elsewhere.jsonl", epochs=2.0)]
+    (source,) = pair_sources(stage.folder / "6_pairs", stage.recipe, reader)
+    assert (source.name, source.epochs) == ("sums", 2.0)
     record = open_sources([source])[0][0]
     assert source.weight == 2 and Path(str(record.images[0])).is_file() and record.rejected is not None
 
