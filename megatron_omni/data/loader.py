@@ -20,13 +20,13 @@ error in one surfaces in ``next_step``.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import count, islice
 from math import lcm
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from megatron_omni.batch import OmniBatch
 from megatron_omni.config.data import SourceConfig
@@ -39,6 +39,7 @@ from megatron_omni.data.mixture import DataEnded, Draw, Mixture
 from megatron_omni.data.packing import deal, fill_rows
 from megatron_omni.data.pairs import sample_builder
 from megatron_omni.data.past import check_past, describe_order
+from megatron_omni.data.plan import Cursor, Found, Place, Plan, Row, Skip, dealt
 from megatron_omni.data.record import RecordError, internal_error
 from megatron_omni.data.sample import Sample, SampleBuilder
 from megatron_omni.data.sizes import SampleSize
@@ -58,64 +59,6 @@ _LOGGED_PER_REASON = 3
 _KNOWN_SIZES = 1 << 18
 _TOKEN_BYTES = 96
 """Of a token in a batch: eleven integers, and one for its place if it is a placeholder or has a label."""
-
-
-class Place(NamedTuple):
-    """One sample of a step: its place in the global order, the row that fills it, and its size from headers."""
-
-    sample_id: int
-    draw: Draw
-    attempt: int
-    """0: the row drawn; n: its n-th stand-in."""
-    size: SampleSize
-    is_filler: bool = False
-    """Only fills the last step of an order that ends: read like any other, nothing of it is learned or counted."""
-
-    @property
-    def length(self) -> int:
-        """Tokens."""
-        return self.size.tokens
-
-
-Row = list[Place]
-"""The samples of one sequence of a batch."""
-
-
-class Cursor(NamedTuple):
-    """Where the order stands between two steps."""
-
-    next_sample: int
-    waiting: tuple[int, ...] = ()
-    """Samples before ``next_sample`` that no sequence had room for yet, oldest first."""
-
-    @property
-    def consumed_samples(self) -> int:
-        """Samples that were part of a step."""
-        return self.next_sample - len(self.waiting)
-
-
-class Plan(NamedTuple):
-    """A step, the same on every rank."""
-
-    micro_batches: list[list[Row]]
-    skips: list["Skip"]
-    """Records passed over because of what their headers show."""
-    num_samples: int
-    """Samples that left the order for this step; those that wait were seen before."""
-    after: Cursor
-
-
-@dataclass(frozen=True)
-class Skip:
-    """A record that was passed over."""
-
-    source: str
-    reason: str
-    message: str
-
-
-Found = Literal["planned", "decoded"]
-"""Where a record was found to be bad: in a plan, which all ranks make alike, or when one rank decoded it."""
 
 
 class Counted(Protocol):
@@ -522,9 +465,3 @@ class StepLoader(Loader[OmniBatch]):
             multiple_of=self.length_multiple,
             rule=self.builder.rule,
         )
-
-
-def dealt[T](micro_batches: Sequence[T], *, rank: int, ranks: int) -> list[T]:
-    """The micro-batches of a step that data rank ``rank`` computes: round j hands one to each, in turn or against it."""
-    turns = [rank, ranks - 1 - rank]
-    return [micro_batches[j * ranks + turns[j % 2]] for j in range(len(micro_batches) // ranks)]

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from megatron_omni.batch import IGNORE_LABEL, Modality
 from megatron_omni.config.run import Recipe
 from megatron_omni.data.decode.media import MediaError
-from megatron_omni.data.loader import Cursor, Plan, StepLoader
+from megatron_omni.data.loader import StepLoader
 from megatron_omni.data.mixture import DataEnded
+from megatron_omni.data.plan import Cursor, Plan
 from megatron_omni.data.record import Record, RecordError
 from megatron_omni.data.sample import Sample
 

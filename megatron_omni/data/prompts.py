@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from megatron_omni.batch import OmniBatch
 from megatron_omni.config.run import Recipe
 from megatron_omni.data.collate import collate
-from megatron_omni.data.loader import Cursor, Loader, Row, Skip
+from megatron_omni.data.loader import Loader
 from megatron_omni.data.mixture import Draw
+from megatron_omni.data.plan import Cursor, Row, Skip
 from megatron_omni.data.record import Record, RecordError
 from megatron_omni.data.responses import Group
 from megatron_omni.data.sample import Sample, SampleBuilder

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_omni.batch import OmniBatch
 from megatron_omni.config.objectives import ReinforceConfig
-from megatron_omni.data.loader import dealt
+from megatron_omni.data.plan import dealt
 from megatron_omni.data.prompts import Prompt, PromptLoader, PromptStep
 from megatron_omni.data.responses import (
     Group,

@@ -81,8 +81,9 @@ def missing(recipe: Recipe, *, world_size: int) -> list[str]:
 
 def _first_step(recipe: Recipe, world_size: int, sources: list[SourceConfig] | None) -> None:
     """Open the mixture, or held-out ``sources``, and plan one step of it."""
-    from megatron_omni.data.loader import Cursor, StepLoader
+    from megatron_omni.data.loader import StepLoader
     from megatron_omni.data.mixture import DataEnded
+    from megatron_omni.data.plan import Cursor
 
     without_threads = replace(recipe, data=replace(recipe.data, num_workers=0))
     size = data_parallel_size(recipe.parallel, world_size)

@@ -28,8 +28,9 @@ from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.load import load_recipe
 from megatron_omni.config.parts import frozen_matrices, trains_new_rows_alone
 from megatron_omni.config.run import Recipe
-from megatron_omni.data.loader import Cursor, Loader, StepLoader
+from megatron_omni.data.loader import Loader, StepLoader
 from megatron_omni.data.loader_state import joined_state
+from megatron_omni.data.plan import Cursor
 from megatron_omni.data.prompts import PromptLoader
 from megatron_omni.data.tokenizer import NEW_SPECIALS, load_tokenizer
 from megatron_omni.models.build import build_model

@@ -11,7 +11,8 @@ from megatron_omni.batch import IGNORE_LABEL
 from megatron_omni.cli.preflight import encoder_rows, main
 from megatron_omni.config.load import recipe_to_yaml
 from megatron_omni.config.run import Recipe
-from megatron_omni.data.loader import Cursor, StepLoader
+from megatron_omni.data.loader import StepLoader
+from megatron_omni.data.plan import Cursor
 from megatron_omni.data.preflight import Preflight, inspect
 from megatron_omni.data.preflight_page import page, positions, text_of
 from tests.unit.tiny_data import row, tiny_recipe, write_image, write_sound, write_source

@@ -12,7 +12,8 @@ import soundfile
 from PIL import Image
 
 from megatron_omni.config.load import load_recipe
-from megatron_omni.data.loader import Cursor, StepLoader
+from megatron_omni.data.loader import StepLoader
+from megatron_omni.data.plan import Cursor
 from megatron_omni.data.tokenizer import ALL_SPECIALS, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
