@@ -84,8 +84,9 @@ class Reference:
 
     @property
     def digest(self) -> str:
-        """What names the weights, data and tokens that it is of."""
-        return hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
+        """What names the weights, data and tokens that it is of; held-out sets may come and go."""
+        told = {"weights": self.key["weights"], "data": self.key["data"], "set": self.key["sets"][""]}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def of(self, numbers: Tensor, *, held_out: str) -> Tensor:
         """[P, 2] float64 of the pairs ``numbers`` [P]."""
@@ -152,19 +153,24 @@ def complete_reference(
 def _found(run: Run, path: Path, expected: str | None) -> Reference:
     """On rank 0: what the file holds of this run's pairs, or nothing yet."""
     there = read(path)
-    if expected is not None:
-        if there is None or there.digest != expected or there.key["data"] != _data_key(run):
+    mine = Reference({"weights": _weights_key(run), "data": _data_key(run), "sets": _sets_key(run)})
+    if expected is None:
+        same = there is not None and there.digest == mine.digest
+        if there is not None and not same:
+            logger.info("%s is of other weights, data or tokens: made again", path)
+    else:
+        same = there is not None and there.digest == expected
+        if there is not None:
+            mine.key["weights"] = there.key["weights"]  # those of init_from are not looked at when a run goes on
+        if there is None or not same or mine.digest != expected:
             why = "there is none" if there is None else "it is of other weights, data or tokens"
             raise ValueError(
                 f"{path}: the reference that this run began with is needed to go on, and {why}; put it back with the data "
                 "settings that it was made with, or start a new run from init_from"
             )
-        return there
-    mine = Reference({"weights": _weights_key(run), "data": _data_key(run)})
-    if there is not None and there.key == mine.key:
-        return there
-    if there is not None:
-        logger.info("%s is of other weights, data or tokens: made again", path)
+    if there is not None and same:
+        sets = mine.key["sets"]
+        mine.tables = {name: table for name, table in there.tables.items() if there.key["sets"][name] == sets.get(name)}
     return mine
 
 
@@ -182,15 +188,23 @@ def _data_key(run: Run) -> dict[str, Any]:
     builder = run.loader.builder
     probe = builder.build_prompt(Record(messages=(Message("user", "a"),)))
     data = {name: value for name, value in vars(recipe.data).items() if name not in _OTHER_FIELDS}
-    loaders = {"": run.loader} | run.eval_loaders
-    sources = {name: loader.sources for name, loader in loaders.items() if loader is not None}
     return _plain(
         {
             "tokenizer": tokenizer_digest(recipe.data.tokenizer),
             "template": probe.input_ids.tolist(),
             "settings": data | dataclasses.asdict(recipe.preference),
-            "order": {name: describe_order(loader.mixture) for name, loader in loaders.items() if loader is not None},
-            "files": {n: [Fingerprint.of(path).digest for s in of for path in _files(s)] for n, of in sources.items()},
+        }
+    )
+
+
+def _sets_key(run: Run) -> dict[str, Any]:
+    """Which pair has which number, of each table."""
+    loaders = {name: loader for name, loader in ({"": run.loader} | run.eval_loaders).items() if loader is not None}
+    files = {name: [path for source in loader.sources for path in _files(source)] for name, loader in loaders.items()}
+    return _plain(
+        {
+            name: {"order": describe_order(loader.mixture), "files": [Fingerprint.of(p).digest for p in files[name]]}
+            for name, loader in loaders.items()
         }
     )
 

@@ -166,6 +166,24 @@ def test_a_run_that_goes_on_is_the_one_that_was_not_stopped(
         np.testing.assert_array_equal(one.tables[name].values[: 8 * STEPS], table.values[: 8 * STEPS])
 
 
+def test_a_held_out_set_may_join_later(corpus: Path, start: str, tmp_path: Path, alone: Any) -> None:
+    """Its reference is of the weights of the start; what is trained does not depend on it."""
+    run_tiny(recipe_of(corpus, tmp_path, start, train_iters=2, data__eval_sources=[], log__eval_interval=0), 1)
+    found = run_tiny(recipe_of(corpus, tmp_path, start, load="auto"), 1)
+    assert [[r[name] for name in METRICS] for r in steps(found)] == [[r[n] for n in METRICS] for r in steps(alone[1])]
+    held_out = [[record["eval/loss/held"] for record in run if "eval/loss/held" in record] for run in (found, alone[1])]
+    assert held_out[0] == held_out[1]
+
+
+def test_a_run_ends_with_its_pairs(corpus: Path, start: str, tmp_path: Path) -> None:
+    """Sixty pairs once, eight a step: seven steps of the twenty."""
+    sources = [{"name": n, "path": str(corpus / f"{n}_pairs.jsonl"), "epochs": 1} for n in ("text", "image", "audio")]
+    recipe = recipe_of(corpus, tmp_path, start, data__sources=sources, train_iters=20, log__eval_interval=0)
+    assert len(steps(run_tiny(recipe, 1))) == 7
+    found = reference.read(tmp_path / "reference.npz")
+    assert found is not None and found.tables[""].ended and found.tables[""].steps == 7
+
+
 def test_a_run_goes_on_with_other_ranks(
     corpus: Path, start: str, tmp_path: Path, alone: tuple[Path, list[dict[str, float]]]
 ) -> None:
