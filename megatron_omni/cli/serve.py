@@ -282,12 +282,12 @@ def run(command: Command, http: Connection | None, port: int) -> None:
     from megatron_omni.generation.engine import EngineLimits
     from megatron_omni.generation.load import open_checkpoint
     from megatron_omni.serve.leader import Leader, facts_of, start_engine
-    from megatron_omni.serve.link import Opened
+    from megatron_omni.serve.link import Opened, tell
     from megatron_omni.serve.replicas import Replicas, take_part
 
     checkpoint = open_checkpoint(command.checkpoint, overrides=command.overrides)
     if http is not None:
-        http.send(Opened(facts_of(checkpoint, command.settings.name), checkpoint.recipe))
+        tell(http, Opened(facts_of(checkpoint, command.settings.name), checkpoint.recipe))
     engine = start_engine(checkpoint, EngineLimits(**command.limits))
     if http is None:
         for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 says when to stop

@@ -28,7 +28,7 @@ from megatron_omni.serve.link import (
     Pause,
     Ready,
     Resume,
-    unpacked,
+    told,
 )
 from megatron_omni.serve.link import Refused as RefusedByEngine
 
@@ -176,7 +176,7 @@ class EngineClient:
     def _read(self) -> None:
         try:
             while self._connection.poll():
-                self._on(self._connection.recv())
+                self._on(told(self._connection))
         except (EOFError, OSError):
             asyncio.get_running_loop().remove_reader(self._connection.fileno())
             self._on(Failed("the model's process has ended"))
@@ -188,7 +188,7 @@ class EngineClient:
                 for name in (name for step in message.steps for name in step.admitted):
                     if (box := self._boxes.get(name)) is not None:
                         box.admitted()
-                for event in unpacked(message.events):
+                for event in message.events:
                     if (box := self._boxes.get(event.name)) is not None:
                         box.put(event, message.token_bytes)
                 self._happened(message)

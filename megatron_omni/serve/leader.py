@@ -26,7 +26,7 @@ from megatron_omni.foreign import read_bytes
 from megatron_omni.generation.engine import Engine, EngineLimits
 from megatron_omni.generation.load import Checkpoint
 from megatron_omni.generation.request import Event, PromptEvent, TokenEvent
-from megatron_omni.serve.link import Drained, Draining, Failed, Happened, ModelFacts, Ready, Refused, packed
+from megatron_omni.serve.link import Drained, Draining, Failed, Happened, ModelFacts, Ready, Refused, tell
 from megatron_omni.serve.replicas import Command, Replicas
 
 IDLE_SECONDS = 1.0
@@ -46,13 +46,13 @@ class Leader:
         """Serve. An exception is the end of the engine, and clients have been told."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        self._http.send(Ready())
+        tell(self._http, Ready())
         try:
             while not self._drained:
                 commands = self._read(IDLE_SECONDS if not self._engines.busy else 0.0)
                 if self._signals and not self._told_to_drain:
                     self._told_to_drain = True
-                    self._http.send(Draining(self._grace_seconds))
+                    tell(self._http, Draining(self._grace_seconds))
                 self._turn(commands)
         except BaseException:
             self._say_failed()
@@ -85,20 +85,21 @@ class Leader:
         busy, start = self._engines.busy or bool(commands), time.perf_counter()
         turn = self._engines.turn(commands)
         for name, message in turn.refused:
-            self._http.send(Refused(name, message))
-        self._http.send(
+            tell(self._http, Refused(name, message))
+        tell(
+            self._http,
             Happened(
-                events=packed(turn.events),
+                events=turn.events,
                 token_bytes={token: self._tokenizer.token_bytes(token) for token in set(_tokens_to_name(turn.events))},
                 state=turn.state,
                 steps=turn.steps,
                 step_seconds=time.perf_counter() - start if busy else None,
-            )
+            ),
         )
 
     def _say_failed(self) -> None:
         try:
-            self._http.send(Failed(ENGINE_ENDED))
+            tell(self._http, Failed(ENGINE_ENDED))
         except OSError:  # HTTP has gone first
             return
 

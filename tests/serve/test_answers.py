@@ -1,18 +1,26 @@
 """Events of the engine as OpenAI's bodies and chunks: what a stream says is what the whole body says."""
 
-import pickle
 from dataclasses import fields
+from multiprocessing.connection import Pipe
 from typing import Any
 
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from megatron_omni.generation.request import Event, FinishedEvent, PromptEvent, TokenEvent, Usage
+from megatron_omni.generation.request import (
+    EngineState,
+    Event,
+    FinishedEvent,
+    PromptEvent,
+    StepFacts,
+    TokenEvent,
+    Usage,
+)
 from megatron_omni.serve.answers import ChatAnswer, TextAnswer
 from megatron_omni.serve.errors import ApiError
 from megatron_omni.serve.jobs import Built
-from megatron_omni.serve.link import ModelFacts, packed, unpacked
+from megatron_omni.serve.link import Happened, ModelFacts, Ready, tell, told
 
 FACTS = ModelFacts(
     name="m", created=1, fingerprint="iter_0000003-abc", seq_length=64, vocab_size=9, input_modalities=("text",)
@@ -192,4 +200,13 @@ def test_events_cross_the_link_as_they_are() -> None:
         token, PromptEvent(name="a", logprobs=(-1.0,), top=(((1, -2.0),),)),
         FinishedEvent(name="a", sample=1, reason="stop", usage=usage, stop="end", text="z"),
     ]  # fmt: skip
-    assert list(unpacked(pickle.loads(pickle.dumps(packed(events))))) == events
+    state = EngineState(**{field.name: number for number, field in enumerate(fields(EngineState))})
+    step = StepFacts(tokens=3, admitted=("a",), encoded=(("image", 0.5),), routing=((1.5, 0.25),))
+    assert all(getattr(step, field.name) != field.default for field in fields(StepFacts)), "every field is sent"
+    here, there = Pipe()
+    for message in (
+        Ready(), Happened(events=events, token_bytes={7: b"x"}, state=state, steps=(step,), step_seconds=0.5),
+        Happened(events=[], state=state),
+    ):  # fmt: skip
+        tell(here, message)
+        assert told(there) == message
