@@ -70,6 +70,7 @@ class Tokenizer(ABC):
         self.specials = specials
         self.vocab_size = vocab_size
         self._special_names = {token_id: name for name, token_id in specials.items()}
+        self._texts: dict[int, str] = {}
 
     def special(self, name: str) -> int:
         """Id of a special token; ValueError when this vocabulary has none of that name."""
@@ -120,6 +121,13 @@ class Tokenizer(ABC):
                 parts.append("\ufffd")
         flush()
         return "".join(parts)
+
+    def text_of(self, token_id: int) -> str:
+        """Text of one token by itself; remembered."""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self.decode([token_id])
+        return text
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token adds to the UTF-8 of a text: perhaps a part of a character, nothing for a special token."""

@@ -45,13 +45,13 @@ class Detokenizer:
             return ""
         self._window.append(token)
         text = self._tokenizer.decode(self._window)
-        tail = len(text) - len(text.rstrip(_REPLACEMENT))
+        tail = len(text) - len(text.rstrip(_REPLACEMENT)) if text.endswith(_REPLACEMENT) else 0
         certain = max(self._told, len(text) - min(tail, _LONGEST_INCOMPLETE))
         new = text[self._told : certain]
         self._told = certain
         if tail == 0:  # the last id stays, since what follows may decode otherwise at the beginning of a text
             self._window = [token]
-            self._told = len(self._tokenizer.decode(self._window))
+            self._told = len(self._tokenizer.text_of(token))
         return new
 
     def flush(self) -> str:
@@ -93,6 +93,8 @@ class TextStream:
 
     def _take(self, new: str, *, final: bool) -> Piece:
         """Move from what is held to what is told, up to a stop string, as far as it is certain."""
+        if not (self._stop or self._by_text):
+            return Piece("", new) if self._thinks else Piece(new)
         self._held += new
         told = {False: "", True: ""}
         stop = None

@@ -8,6 +8,7 @@ takes an empty step, which tells the other ranks and HTTP that it lives. Nothing
 """
 
 import os
+import select
 import signal
 import time
 import traceback
@@ -39,6 +40,8 @@ class Leader:
 
     def __init__(self, engines: Replicas, tokenizer: Tokenizer, http: Connection, *, grace_seconds: float) -> None:
         self._engines, self._tokenizer, self._http, self._grace_seconds = engines, tokenizer, http, grace_seconds
+        self._come = select.poll()
+        self._come.register(http.fileno(), select.POLLIN)
         self._signals = 0
         self._told_to_drain = self._drained = False
 
@@ -69,7 +72,7 @@ class Leader:
     def _read(self, seconds: float) -> list[Command]:
         """What HTTP has sent."""
         commands: list[Command] = []
-        while self._http.poll(seconds):
+        while self._come.poll(seconds * 1000):  # Connection.poll() makes a selector each time
             try:
                 message = self._http.recv()
             except EOFError:
