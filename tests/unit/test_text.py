@@ -116,6 +116,9 @@ class WithMarks:
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)
 
+    def text_of(self, token: int) -> str:
+        return self.tokenizer.text_of(token)
+
 
 def test_special_marks_of_thought_are_told_apart_by_their_ids(tokenizer: Tokenizer) -> None:
     typed, said = tokenizer.encode("a</think>b"), tokenizer.encode("the dog")
