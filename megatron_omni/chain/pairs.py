@@ -29,7 +29,7 @@ from megatron_omni.chain.handed import (
     source_digests,
     write_rows,
 )
-from megatron_omni.chain.verify import DEMONSTRATION, Pair, Response, choose, concludes, fault, is_right
+from megatron_omni.chain.verify import DEMONSTRATION, Pair, Response, choose, fault, is_right
 from megatron_omni.checkpoint.commit import write_text
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.objectives import RewardConfig
@@ -40,6 +40,7 @@ from megatron_omni.data.tokenizer import IM_END, Tokenizer, load_tokenizer
 from megatron_omni.foreign import read_json
 from megatron_omni.rewards import Rewards, Scores, columns_of
 from megatron_omni.rewards.answer import Values
+from megatron_omni.rewards.consistency import consistency
 from megatron_omni.rewards.load import SHAPE
 from megatron_omni.rewards.rollouts import FOLDER, Rollout, iterations, read_rollouts
 from megatron_omni.rewards.shape import is_well_formed, repeated_share
@@ -47,19 +48,6 @@ from megatron_omni.rewards.shape import is_well_formed, repeated_share
 REPORT = "pairs.json"
 MOST_UNANSWERED = 0.05
 """Share of the responses that a judge may leave without a score."""
-CONSISTENCY = """Here are the thought and the solution that a model gave to a question.
-
-Question:
-{prompt}
-
-Thought and solution:
-{completion}
-
-Does the thought lead to the solution? Do not judge whether the solution is right: only whether it is what the thought
-concludes, without a contradiction or a leap. Say so in a few sentences. Then write, as the last line and nothing after it,
-SCORE: x
-where x is 1 if it does and 0 if it does not."""
-"""Template of a judge that has none of its own."""
 _BATCH = 256
 """Responses that are judged in one call."""
 
@@ -274,9 +262,9 @@ def _consistency(
 ) -> Values:
     """Of whole responses to the prompts of ``records``; :class:`Unanswered` where the judge is away."""
     if reward is None:
-        return concludes(texts)
+        return consistency(completions=texts)
     if reward.function == "judge":
-        reward = dataclasses.replace(reward, settings={"template": CONSISTENCY, **reward.settings})
+        reward = dataclasses.replace(reward, settings={"template": "consistent", **reward.settings})
     values: Values = []
     unanswered = 0.0
     with Rewards([reward], run_dir=run_dir) as rewards:

@@ -8,23 +8,17 @@ Neither side was cut: a row of pairs says that both ended by themselves. The two
 the tokens of the other, or length would be what is learned. Each prompt gives one or two pairs.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_omni.chain.config import PairsConfig, RolloutsConfig
-from megatron_omni.config.thinking import THINK_END
-from megatron_omni.rewards.answer import Values, answer_text
 
 INCONSISTENT, WRONG, REPETITIVE = "inconsistent", "wrong", "repetitive"
 KINDS = (INCONSISTENT, WRONG, REPETITIVE)
 """What is wrong with a pair's rejected side, in the order in which negatives are taken."""
 DEMONSTRATION = "demonstration"
 """Name of a teacher's response."""
-_SHORT = 40
-"""Characters of an answer that can be looked for in a thought."""
-_NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,28 +119,3 @@ def _paired(
 
 def _alike(one: int, other: int, config: PairsConfig) -> bool:
     return max(one, other) <= config.length_factor * min(one, other)
-
-
-def concludes(completions: Sequence[str]) -> Values:
-    """The rule for consistency: 1 where the thought's last line holds the answer, 0 where it does not.
-
-    Of an answer that is a text, its last number is compared with the thought's last; None where one of them has none, and
-    where there is no thought or no answer.
-    """
-    return [_concludes(completion) for completion in completions]
-
-
-def _concludes(completion: str) -> float | None:
-    thought = completion.rpartition(THINK_END)[0].rstrip()
-    answer = answer_text(completion)
-    if not thought or not answer:
-        return None
-    end = thought.splitlines()[-1]
-    if len(answer) <= _SHORT:
-        said, line = (" ".join(text.casefold().split()) for text in (answer.strip(" .,!?:;*"), end))
-        before, after = (r"(?<!\w)", r"(?!\w)") if said.isascii() else ("", "")
-        if _NUMBER.fullmatch(said):
-            before, after = r"(?<![\w.,-])", r"(?!\w|[.,]\d)"
-        return float(re.search(f"{before}{re.escape(said)}{after}", line) is not None)
-    concluded, solved = (_NUMBER.findall(text) for text in (end, answer))
-    return float(concluded[-1] == solved[-1]) if concluded and solved else None

@@ -11,11 +11,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from megatron_omni.config.thinking import THINK, THINK_END
 from megatron_omni.evaluation.page import save_page, shown_medium
 from megatron_omni.evaluation.page_media import PageMedia
-from megatron_omni.rewards.answer import THOUGHT_ENDS
 from megatron_omni.rewards.rollouts import Rollout, iterations, read_rollouts
-from megatron_omni.rewards.shape import THOUGHT_BEGINS
 
 MOST_CHARACTERS = 6000
 """Of one text."""
@@ -108,15 +107,15 @@ def _responses(group: Sequence[Rollout]) -> list[dict[str, Any]]:
 
 
 def _response(one: Rollout) -> dict[str, Any]:
-    thought, ended, answer = one.text.rpartition(THOUGHT_ENDS)
-    opened = one.text.lstrip().startswith(THOUGHT_BEGINS)
+    thought, ended, answer = one.text.rpartition(THINK_END)
+    opened = one.text.lstrip().startswith(THINK)
     if not ended and opened:  # a thought without an end is all thought
         thought, answer = one.text, ""
     has_thought = bool(ended) or opened
     return {
         "g": one.g, "tokens": one.tokens, "finish": one.finish, "total": one.total, "advantage": one.advantage,
         "rewards": dict(one.rewards), "extra": _numbers(one.extra),
-        "thought": _cut(thought.strip().removeprefix(THOUGHT_BEGINS).strip()) if has_thought else None,
+        "thought": _cut(thought.strip().removeprefix(THINK).strip()) if has_thought else None,
         "answer": _cut(answer.strip() if has_thought else one.text),
     }  # fmt: skip
 

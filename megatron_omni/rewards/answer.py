@@ -9,17 +9,17 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_omni.config.thinking import THINK_END
 from megatron_omni.scoring.rules import RULES
 
 Value = float | None
 Values = list[Value]
-THOUGHT_ENDS = "</think>"
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def answer_text(completion: str, thinking: bool = True) -> str:
     """The answer, without space at its ends; empty where there is none. ``thinking`` false: a thought is not asked for."""
-    _, found, said = completion.rpartition(THOUGHT_ENDS)
+    _, found, said = completion.rpartition(THINK_END)
     if thinking and not found:
         return ""
     tagged = _TAGGED.findall(said)

@@ -44,12 +44,12 @@ def choice(
         offered = None if options is None or not options[place] else [str(option) for option in options[place] or ()]
         if not _usable(metric, known, offered):
             return None
-        return metric.score(letter_in(answer, offered), known, offered).score
+        return metric.score(_letter(answer, offered), known, offered).score
 
     return compared(completions, solution, thinking, one)
 
 
-def letter_in(answer: str, options: Sequence[str] | None) -> str | None:
+def _letter(answer: str, options: Sequence[str] | None) -> str | None:
     """The letter by evaluation's rule ("answer is (B)", "B.", an option's text), else the first that stands alone."""
     answer = TEXT_COMMAND.sub(r"\1", answer)
     found = RULES["letter"](answer, options)

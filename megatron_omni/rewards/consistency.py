@@ -1,50 +1,37 @@
-"""Whether the answer is what the thought came to: a rule that reads no solution (a judge can say the same, judge.py).
-
-The conclusion of a thought is looked for from its end, sentence by sentence, as the kind of thing that the answer is: a
-letter of a choice, a number, or else the answer's words.
-"""
+"""Whether the thought comes to the answer: a rule that reads no solution (a judge can say the same, judge.py)."""
 
 import re
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any
 
-from megatron_omni.rewards.answer import THOUGHT_ENDS, Value, Values, answer_text
-from megatron_omni.rewards.compare import letter_in
-from megatron_omni.scoring.numeric import NUMBER, parse_number
-from megatron_omni.scoring.text import squad
+from megatron_omni.config.thinking import THINK_END
+from megatron_omni.rewards.answer import Value, Values, answer_text
 
-_SENTENCE = re.compile(r"(?<=[.!?])\s+|[\n。！？]+")
-
-
-def consistency(
-    *, completions: Sequence[str], options: Sequence[Sequence[str] | None] | None = None, **_: Any
-) -> Values:
-    """1 where thought and answer agree, 0 where the thought came to another answer, None where no conclusion is found."""
-    offered = options if options is not None else [None] * len(completions)
-    return [agreement(said, choices) for said, choices in zip(completions, offered, strict=True)]
+_SHORT = 40
+"""Characters of an answer that can be looked for in a thought."""
+_NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
 
 
-def agreement(completion: str, options: Sequence[str] | None = None) -> Value:
-    """Of one completion, as :func:`consistency`."""
-    thought, ended, _ = completion.rpartition(THOUGHT_ENDS)
+def consistency(*, completions: Sequence[str], **_: Any) -> Values:
+    """1 where the thought's last line holds the answer, 0 where it does not.
+
+    Of an answer that is a text, its last number is compared with the thought's last; None where one of them has none, and
+    where there is no thought or no answer.
+    """
+    return [_concludes(completion) for completion in completions]
+
+
+def _concludes(completion: str) -> Value:
+    thought = completion.rpartition(THINK_END)[0].rstrip()
     answer = answer_text(completion)
-    if not ended or not answer:
+    if not thought or not answer:
         return None
-    sentences = [sentence for sentence in reversed(_SENTENCE.split(thought)) if sentence.strip()]
-    letter = letter_in(answer, options) if options or len(answer.strip("().")) == 1 else None
-    if letter is not None:
-        chosen = next((found for sentence in sentences if (found := letter_in(sentence.strip(), options))), None)
-        return None if chosen is None else float(chosen == letter)
-    number = _last_number(answer)
-    if number is not None:
-        concluded = next((one for sentence in sentences if (one := _last_number(sentence)) is not None), None)
-        return None if concluded is None else float(concluded == number)
-    words = squad(answer)
-    return 1.0 if words and any(f" {words} " in f" {squad(sentence)} " for sentence in sentences[:2]) else None
-
-
-def _last_number(text: str) -> Fraction | None:
-    found = NUMBER.findall(text)
-    value = parse_number(found[-1]) if found else None
-    return None if value is None else Fraction(str(value))
+    end = thought.splitlines()[-1]
+    if len(answer) <= _SHORT:
+        said, line = (" ".join(text.casefold().split()) for text in (answer.strip(" .,!?:;*"), end))
+        before, after = (r"(?<!\w)", r"(?!\w)") if said.isascii() else ("", "")
+        if _NUMBER.fullmatch(said):
+            before, after = r"(?<![\w.,-])", r"(?!\w|[.,]\d)"
+        return float(re.search(f"{before}{re.escape(said)}{after}", line) is not None)
+    concluded, solved = (_NUMBER.findall(text) for text in (end, answer))
+    return float(concluded[-1] == solved[-1]) if concluded and solved else None

@@ -36,17 +36,18 @@ Answer to grade:
 Say in a few sentences whether the answer is right and complete. Then write, as the last line and nothing after it,
 SCORE: x
 where x is a number from 0 (wrong) to 1 (right)."""
-CONSISTENT = """You check whether the answer to a question is what its reasoning came to. Whether it is right does not matter.
+CONSISTENT = """Here are the thought and the solution that a model gave to a question.
 
 Question:
 {prompt}
 
-Reasoning and answer, the reasoning between <think> and </think>:
+Thought and solution:
 {completion}
 
-Say in one sentence what the reasoning concludes. Then write, as the last line and nothing after it,
+Does the thought lead to the solution? Do not judge whether the solution is right: only whether it is what the thought
+concludes, without a contradiction or a leap. Say so in a few sentences. Then write, as the last line and nothing after it,
 SCORE: x
-where x is 1 if the reasoning is logical and concludes the answer, and 0 if it concludes another one or none."""
+where x is 1 if it does and 0 if it does not."""
 TEMPLATES = {"correct": CORRECT, "consistent": CONSISTENT}
 """By the names that a recipe may give."""
 PLACES = ("prompt", "completion", "answer", "solution")

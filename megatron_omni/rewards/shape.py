@@ -7,26 +7,25 @@ abstains (score.py).
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_omni.rewards.answer import THOUGHT_ENDS, Values
-
-THOUGHT_BEGINS = "<think>"
+from megatron_omni.config.thinking import THINK, THINK_END
+from megatron_omni.rewards.answer import Values
 
 
 def think_format(*, completions: Sequence[str], prompts: Sequence[str], **_: Any) -> Values:
     """1 for exactly one ``<think>``, at the start, exactly one ``</think>``, and something on both sides of it. A prompt
     that ends with ``<think>`` has opened the thought already."""
     return [
-        float(is_well_formed(THOUGHT_BEGINS + said if prompt.rstrip().endswith(THOUGHT_BEGINS) else said))
+        float(is_well_formed(THINK + said if prompt.rstrip().endswith(THINK) else said))
         for said, prompt in zip(completions, prompts, strict=True)
     ]
 
 
 def is_well_formed(completion: str) -> bool:
     """Whether a completion is ``<think>`` thought ``</think>`` answer, neither of them empty."""
-    if completion.count(THOUGHT_BEGINS) != 1 or completion.count(THOUGHT_ENDS) != 1:
+    if completion.count(THINK) != 1 or completion.count(THINK_END) != 1:
         return False
-    before, _, rest = completion.partition(THOUGHT_BEGINS)
-    thought, closed, answer = rest.partition(THOUGHT_ENDS)
+    before, _, rest = completion.partition(THINK)
+    thought, closed, answer = rest.partition(THINK_END)
     return not before.strip() and bool(closed and thought.strip() and answer.strip())
 
 

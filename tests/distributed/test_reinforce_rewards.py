@@ -14,7 +14,7 @@ from megatron_omni.training.loop import train
 from megatron_omni.training.setup import setup
 from tests.distributed.harness import Rank, run_ranks
 from tests.distributed.tiny_reinforce import make_task, reinforce
-from tests.distributed.tiny_run import PP, records
+from tests.distributed.tiny_run import PP, TP, records
 from tests.unit.judge_server import Handler, Reply, Server, completion, started, status
 
 TEMPLATE = "{completion}"
@@ -78,7 +78,7 @@ def test_one_rank_of_a_replica_asks_and_all_learn_from_the_same_rewards(
 ) -> None:
     server.script = [graded]
     found = {}
-    for name, layout in {"pp2": PP, "dp2": {}}.items():
+    for name, layout in {"tp2": TP, "pp2": PP, "dp2": {}}.items():
         server.asked.clear()
         recipe = judged(task, tmp_path / name, server, **layout)
         assert run_ranks(outcome, 2, recipe) == [0, 0]
@@ -86,13 +86,14 @@ def test_one_rank_of_a_replica_asks_and_all_learn_from_the_same_rewards(
         texts = [row.text for row in read_rollouts(recipe.run_dir, 0)]
         assert len(texts) == 2 * 8 * 4 and len(server.asked) == len(kept)
         assert {body["messages"][0]["content"] for body in server.asked} == set(texts)
-        if name == "pp2":
+        if name != "dp2":
             assert len(server.asked) == len(set(texts))  # each response once
         found[name] = scored(recipe), records(recipe)
     assert len(list((tmp_path / "dp2").glob("judge*.jsonl"))) == 2  # a file each
-    assert found["pp2"][0] == found["dp2"][0] and None not in found["pp2"][0].values()
-    for one, other in zip(found["pp2"][1], found["dp2"][1], strict=True):
-        assert one["grad-norm"] == pytest.approx(other["grad-norm"], rel=1e-5)
+    for name in ("tp2", "pp2"):
+        assert found[name][0] == found["dp2"][0] and None not in found[name][0].values()
+        for one, other in zip(found[name][1], found["dp2"][1], strict=True):
+            assert one["grad-norm"] == pytest.approx(other["grad-norm"], rel=1e-5)
     first = found["dp2"][1][0]
     assert first["reward/judge"] == pytest.approx(sum(found["dp2"][0].values()) / 64)
     assert first["reward/judge/unanswered"] == 0

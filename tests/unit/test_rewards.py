@@ -397,22 +397,8 @@ def test_async_functions_work_side_by_side(tmp_path):
     assert _score([(f"{path}:first", 1.0), (f"{path}:second", 1.0)], ["x"]).totals == [3.0]
 
 
-@pytest.mark.parametrize(
-    "completion, options, value",
-    [
-        ("<think>1 + 2 = 3.</think>3", None, 1.0),
-        ("<think>1 + 2 = 3. Let me check.\nYes.</think>\\boxed{3.0}", None, 1.0),
-        ("<think>It might be 4. No, 1 + 2 = 3.</think>The answer is 4.", None, 0.0),
-        ("<think>I cannot see it.</think>4", None, None),
-        ("<think>A is too small. So it is (B).</think>B", None, 1.0),
-        ("<think>The answer is C</think>B", None, 0.0),
-        ("<think>it is clearly a bed</think>a bed", OPTIONS, None),
-        ("<think>What I see is:\na bed</think>C", OPTIONS, 1.0),
-        ("<think>It stands in Paris.</think>Paris", None, 1.0),
-        ("<think>It stands in London.</think>Paris", None, None),
-        ("<think>3", None, None),
-        ("<think>3</think>", None, None),
-    ],
-)
-def test_consistency_of_thought_and_answer(completion, options, value):
-    assert _value("consistency", completion, options=options) == value
+def test_consistency_of_thought_and_answer():
+    """Cases: tests/unit/test_verify.py."""
+    assert _value("consistency", "<think>1 + 2 = 3</think>3") == 1.0
+    assert _value("consistency", "<think>1 + 2 = 4</think>3") == 0.0
+    assert _value("consistency", "3") is None

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_omni.chain.config import PairsConfig
-from megatron_omni.chain.verify import Response, choose, concludes, fault, is_positive, is_right
+from megatron_omni.chain.verify import Response, choose, fault, is_positive, is_right
+from megatron_omni.rewards.consistency import consistency
 
 CONFIG = PairsConfig(rollouts="6_gspo")
 GOOD = Response(
@@ -121,4 +122,4 @@ def test_right_is_what_all_rewards_that_say_something_say() -> None:
     ],
 )
 def test_what_a_thought_concludes(completion: str, value: float | None) -> None:
-    assert concludes([completion]) == [value]
+    assert consistency(completions=[completion]) == [value]
