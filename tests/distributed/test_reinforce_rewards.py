@@ -1,5 +1,6 @@
 """Rewards in a run of GSPO: who asks a judge, what becomes of its silence, and a function that fails on one rank."""
 
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from megatron_omni.training.loop import train
 from megatron_omni.training.setup import setup
 from tests.distributed.harness import Rank, run_ranks
 from tests.distributed.tiny_reinforce import make_task, reinforce
-from tests.distributed.tiny_run import PP, TP, records
+from tests.distributed.tiny_run import PP, TP, chat, records
 from tests.unit.judge_server import Handler, Reply, Server, completion, started, status
 
 TEMPLATE = "{completion}"
@@ -29,6 +30,9 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "\n\ndef fails_on_a_record(completions, solution, **columns):\n    if any(ODD(gold) for gold in solution):\n"
         )
         file.write("        raise KeyError('odd')\n    return [0.0 for _ in completions]\n")
+        file.write(
+            "\n\ndef digits(completion_ids, **columns):\n    return [sum(ids) % 5 / 4 for ids in completion_ids]\n"
+        )
         file.write("\n\ndef ODD(gold):\n    return int(gold.rpartition('end')[2]) % 2\n")
     return directory
 
@@ -135,6 +139,27 @@ def test_a_few_silences_leave_their_responses_out(task: Path, tmp_path: Path, se
     (record,) = records(recipe)
     assert record["reward/judge/unanswered"] == len(silent)
     assert record["reward/left_out"] == pytest.approx(len(silent) / len(rows))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("math_verify") is None,
+    reason="math-verify is not installed: pip install 'megatron-omni[rl]'",
+)
+def test_a_solution_that_hangs_the_comparison_is_counted_and_costs_no_step(task: Path, tmp_path: Path) -> None:
+    rows = [chat(f"{n}?", "3") | {"solution": "$9^{9^{9^9}}$" if n == 3 else "3"} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"timeout_seconds": 0.5, "processes": 2, "thinking": False}
+    digits = {"function": f"{task / 'mine.py'}:digits", "weight": 0.5}
+    recipe = reinforce(
+        task, tmp_path / "run", train_iters=1, reinforce__mini_batches=1,
+        data__sources=[{"name": "rows", "path": str(tmp_path / "rows.jsonl")}],
+        reinforce__rewards=[{"function": "accuracy", "settings": settings}, digits],
+    )  # fmt: skip
+    assert run_ranks(outcome, 1, recipe) == [0]
+    hung = [row for row in read_rollouts(recipe.run_dir, 0) if row.record == 3]
+    assert len(hung) == 4 and all(row.rewards["accuracy"] == 0.0 for row in hung)
+    (record,) = records(recipe)
+    assert 1 <= record["reward/accuracy/hung"] <= 4 and record["grad-norm"] > 0  # those that say a number
 
 
 def test_a_function_that_raises_on_one_rank_ends_all_of_them(task: Path, tmp_path: Path) -> None:
