@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_omni.batch import OmniBatch
+from megatron_omni.checkpoint.distributed import RUN_CONFIG
 from megatron_omni.checkpoint.run_dir import REFERENCE
-from megatron_omni.config.load import recipe_to_dict
+from megatron_omni.config.load import load_recipe, recipe_to_dict
 from megatron_omni.data.index import Fingerprint, tokenizer_digest
 from megatron_omni.data.loader import StepLoader
 from megatron_omni.data.mixture import DataEnded
@@ -192,7 +193,7 @@ def _data_key(run: Run) -> dict[str, Any]:
         {
             "tokenizer": tokenizer_digest(recipe.data.tokenizer),
             "template": probe.input_ids.tolist(),
-            "settings": data | dataclasses.asdict(recipe.preference),
+            "settings": data,
         }
     )
 
@@ -284,11 +285,15 @@ def _weights_of_start(run: Run, digest: str | None) -> Iterator[None]:
     if run.state.step == 0:
         yield
         return
-    directory = initial_checkpoint(run.recipe)
+    directory, why = initial_checkpoint(run.recipe), ""
     if directory is None or weights_digest(directory) != digest:
+        why = "these are not the weights that it began with; name their checkpoint"
+    elif (lora := load_recipe(directory / RUN_CONFIG).model.lora) is not None and lora != run.recipe.model.lora:
+        why = "its adapters can only be merged before a run; start a new one"
+    if why or directory is None:
         raise ValueError(
-            f"init_from={run.recipe.init_from!r}: pairs are to be read that the reference of this run lacks, and these are not "
-            "the weights that it began with; name their checkpoint, or end the run where it was to end"
+            f"init_from={run.recipe.init_from!r}: pairs are to be read that the reference of this run lacks, and {why}, or end "
+            "the run where it was to end"
         )
     model = unwrap_model(run.model)
     trained = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}

@@ -236,6 +236,15 @@ def test_a_run_that_goes_on_needs_its_reference(
         run_tiny(recipe_of(corpus, tmp_path, start, train_iters=2, load="auto", log__eval_interval=0), 1)
 
 
+def test_a_run_that_is_made_longer_needs_the_weights_of_its_start(corpus: Path, start: str, tmp_path: Path) -> None:
+    run_tiny(recipe_of(corpus, tmp_path / "one", start, train_iters=1, log__eval_interval=0), 1)
+    longer = recipe_of(corpus, tmp_path / "one", str(tmp_path / "one"), load="auto", log__eval_interval=0)
+    with pytest.raises(
+        RankFailure, match=r"the reference of this run lacks, and these are not the weights that it began with"
+    ):
+        run_tiny(longer, 1)
+
+
 def test_a_reference_of_other_weights_or_settings_is_made_again(corpus: Path, start: str, tmp_path: Path) -> None:
     """In a directory where no checkpoint was written yet."""
     recipe = recipe_of(corpus, tmp_path, start, train_iters=1, log__eval_interval=0)
