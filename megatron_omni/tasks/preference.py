@@ -41,15 +41,16 @@ class PreferenceTask(Task):
         rows = {"dpo loss": "loss"} | {f"preference/{name}": f"preference/{name}" for name in MEASURED}
         self.report_names = [name for first, rest in rows.items() for name in (first, *row_names(names, rest))]
 
+    def prepare(self, run: Run, *, stop: Callable[[], bool], moved: Callable[[], None]) -> None:
+        """Compute what the reference lacks."""
+        self.reference = complete_reference(run, expected=self._begun_with, stop=stop, moved=moved)
+        if self.reference is None:
+            raise Interrupted("stopped while the reference was computed; the next start goes on there")
+
     def batches(
         self, run: Run, *, timer: PartTimer, stop: Callable[[], bool], written: Callable[[], bool]
     ) -> tuple[StepData | None, dict[str, int]]:
-        """Pairs; before the first ones, what the reference lacks."""
-        if self.reference is None:
-            with timer.measure("evaluation"):
-                self.reference = complete_reference(run, expected=self._begun_with, stop=stop, moved=timer.moved)
-        if self.reference is None:
-            raise Interrupted("stopped while the reference was computed; the next start goes on there")
+        """Pairs."""
         batches, totals = super().batches(run, timer=timer, stop=stop, written=written)
         return batches, totals | {"divisor": totals["samples"]}
 

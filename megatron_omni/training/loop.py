@@ -72,6 +72,12 @@ def train(run: Run) -> int:
 def _train(run: Run, signals: StopSignals, logger: RunLogger) -> int:
     state, timer, saver = run.state, logger.timer, _Saver(run, logger)
     stopping, evaluated = False, dict[str, float]()
+    try:
+        if state.step < run.recipe.train_iters:
+            with logger.paused("preparation"):
+                run.task.prepare(run, stop=signals.asked, moved=timer.moved)
+    except Interrupted as reason:
+        return _interrupted(run, logger, saver, evaluated, reason)
     while state.step < run.recipe.train_iters and not stopping:
         logger.begin_step(state.step + 1)
         try:
@@ -80,11 +86,7 @@ def _train(run: Run, signals: StopSignals, logger: RunLogger) -> int:
             _end_with_the_data(run, logger, saver, end, evaluated)
             return 0
         except Interrupted as reason:
-            logger.say(str(reason))
-            if run.state.step and saver.step != run.state.step:
-                saver.save(evaluated, wait=True)
-            saver.finish()
-            return _leave(logger, stopped=True)
+            return _interrupted(run, logger, saver, evaluated, reason)
         stopping = totals["stop"] > 0
         state.step += 1
         state.consumed_samples += totals["samples"]
@@ -102,6 +104,17 @@ def _train(run: Run, signals: StopSignals, logger: RunLogger) -> int:
         if last or saver.is_due():
             saver.save(evaluated, wait=last)
     return _leave(logger, stopped=stopping and state.step < run.recipe.train_iters)
+
+
+def _interrupted(
+    run: Run, logger: RunLogger, saver: "_Saver", evaluated: Mapping[str, float], reason: Interrupted
+) -> int:
+    """Save what was not saved, and leave to be started again."""
+    logger.say(str(reason))
+    if run.state.step and saver.step != run.state.step:
+        saver.save(evaluated, wait=True)
+    saver.finish()
+    return _leave(logger, stopped=True)
 
 
 def _learn(run: Run, batches: StepData, totals: Mapping[str, int], logger: RunLogger) -> None:

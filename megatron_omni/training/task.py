@@ -60,6 +60,11 @@ class Task(Protocol):
         """The run is set up and not resumed yet: what would end it later is looked for here. All ranks together."""
         return
 
+    def prepare(self, run: "Run", *, stop: Callable[[], bool], moved: Callable[[], None]) -> None:
+        """What a start does before its first step, however long it takes: ``moved`` is called now and then. Interrupted, on
+        all ranks, where one was asked to ``stop``."""
+        return
+
     def batches(
         self, run: "Run", *, timer: PartTimer, stop: Callable[[], bool], written: Callable[[], bool]
     ) -> tuple[StepData | None, dict[str, int]]:
