@@ -62,6 +62,11 @@ def _reinforce(recipe: Recipe) -> Iterator[str]:
             f"reinforce.max_new_tokens={config.max_new_tokens}: data.seq_length={recipe.data.seq_length} has to hold a "
             "prompt and the longest response; lower the one or raise the other"
         )
+    if config.resample and recipe.data.batch_by == "source":
+        yield (
+            f"reinforce.resample={config.resample}: data.batch_by=source deals whole steps to a source, so single prompts "
+            "cannot be replaced; set data.batch_by=mixed or resample=0"
+        )
     if config.kl_coeff and recipe.init_from is None:
         yield f"reinforce.kl_coeff={config.kl_coeff}: the divergence is from the weights of init_from, which is not set"
     if config.routes != "live":

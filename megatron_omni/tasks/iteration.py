@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_omni.batch import OmniBatch
 from megatron_omni.config.objectives import ReinforceConfig
+from megatron_omni.data.mixture import DataEnded
 from megatron_omni.data.plan import dealt
 from megatron_omni.data.prompts import Prompt, PromptLoader, PromptStep
 from megatron_omni.data.responses import (
@@ -29,7 +30,7 @@ from megatron_omni.data.responses import (
     routes_of_responses,
     separate_samples,
 )
-from megatron_omni.parallel.sharing import StepData, share_step, sum_over_ranks
+from megatron_omni.parallel.sharing import ReaderFailed, StepData, share_step, sum_over_ranks
 from megatron_omni.tasks.responding import Response
 from megatron_omni.training.setup import Run
 
@@ -53,6 +54,35 @@ class Drawn:
             steps=[step.numbers for step in steps],
             prompts={prompt.number: prompt for step in steps for micro in step.own for prompt in micro},
         )
+
+
+def replace_dull(run: Run, drawn: Drawn, asked: Sequence[Prompt]) -> list[Prompt] | None:
+    """In place of the prompts that were ``asked`` last and whose responses have no spread, the next ones of the order, in the
+    order of their numbers: this replica's of them. None, on all ranks, where there is nothing to replace or no more data.
+    """
+    dull: list[list[int]] = [[]] * dist.get_world_size()
+    mine = [p.number for p in asked if not any(response.advantage for response in drawn.responses[p.number])]
+    dist.all_gather_object(dull, mine)
+    leaving = sorted(number for part in dull for number in part)
+    error: Exception | None = None
+    fresh: list[Prompt] = []
+    more = bool(leaving)
+    if leaving and isinstance(run.loader, PromptLoader):
+        try:
+            coming = dict(zip(leaving, run.loader.draw_further(len(leaving))))
+            fresh = [run.loader.prompt(coming[number]) for number in mine]
+            drawn.prompts |= {prompt.number: prompt for prompt in fresh}
+            drawn.steps = [[[coming.get(n, n) for n in micro] for micro in mini] for mini in drawn.steps]
+        except DataEnded:
+            more = False
+        except Exception as caught:  # raised below, once every rank knows that it must not wait for this one
+            error = caught
+    failed, ended = sum_over_ranks([int(error is not None), int(not more)], device=run.device)
+    if error is not None:
+        raise error
+    if failed:
+        raise ReaderFailed("another rank could not load its data")
+    return None if ended else fresh
 
 
 @dataclass(kw_only=True)

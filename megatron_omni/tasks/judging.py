@@ -20,7 +20,6 @@ from megatron_omni.parallel.long_work import long_work
 from megatron_omni.rewards import Rewards, Scores, columns_of
 from megatron_omni.rewards.rollouts import Rollout
 from megatron_omni.tasks.figures import Figures, of_responses
-from megatron_omni.tasks.iteration import Drawn
 from megatron_omni.tasks.responding import Response
 from megatron_omni.training.setup import Run
 
@@ -29,18 +28,23 @@ LIVES_SECONDS = 1.0
 
 
 def judge(
-    run: Run, rewards: Rewards | None, drawn: Drawn, *, tokenizer: Tokenizer, moved: Callable[[], None]
+    run: Run,
+    rewards: Rewards | None,
+    prompts: Sequence[Prompt],
+    responses: dict[int, list[Response]],
+    *,
+    tokenizer: Tokenizer,
+    moved: Callable[[], None],
 ) -> Figures:
-    """Give the responses to all prompts of ``drawn`` rewards and advantages; figures of all replicas, on every rank. All ranks
-    of the run together; the leader of each replica has ``rewards``."""
+    """Give the responses to ``prompts`` rewards and advantages; figures of all replicas, on every rank. All ranks of the run
+    together; the leader of each replica has ``rewards``."""
     names = [source.name for source in run.recipe.data.sources]
-    prompts = [*drawn.prompts.values()]
     with long_work("asking the rewards", measured=False) as work:
         own = Figures()
         if rewards is not None:
-            scores = score(rewards, prompts, drawn.responses, tokenizer=tokenizer, step=run.state.step + 1, moved=moved)
-            set_advantages(drawn.responses.values(), run.recipe.reinforce)
-            own = of_responses(prompts, drawn.responses, scores, names)
+            scores = score(rewards, prompts, responses, tokenizer=tokenizer, step=run.state.step + 1, moved=moved)
+            set_advantages([responses[prompt.number] for prompt in prompts], run.recipe.reinforce)
+            own = of_responses(prompts, responses, scores, names)
         parts = work.exchange(own.plain(), waiting=moved)
     figures = Figures()
     figures.merge(parts)
@@ -88,11 +92,6 @@ def set_advantages(groups: Iterable[Sequence[Response]], config: ReinforceConfig
         for response, advantage, kept in zip(group, found.values[0].tolist(), found.kept[0].tolist(), strict=True):
             cut = config.overlong == "mask" and response.finish == "length"
             response.advantage, response.kept = advantage, kept and not cut
-
-
-def has_spread(group: Sequence[Response]) -> bool:
-    """Whether its rewards tell responses apart."""
-    return any(response.advantage for response in group)
 
 
 def text_of(response: Response, tokenizer: Tokenizer) -> str:

@@ -35,7 +35,7 @@ from megatron_omni.platform.seeds import named_seed
 from megatron_omni.rewards import Rewards
 from megatron_omni.rewards.rollouts import write_rollouts
 from megatron_omni.tasks.figures import Figures
-from megatron_omni.tasks.iteration import Drawn, Iteration, MicroBatch
+from megatron_omni.tasks.iteration import Drawn, Iteration, MicroBatch, replace_dull
 from megatron_omni.tasks.judging import judge, rollout
 from megatron_omni.tasks.monitor import advise, compare
 from megatron_omni.tasks.responding import sample_responses
@@ -188,6 +188,8 @@ class ReinforceTask(Task):
             raise
         places = {number: prompt.record.where for number, prompt in drawn.prompts.items()}
         steps, responses, places = _from_leader(run, (drawn.steps, drawn.responses, places))
+        asked = {number for mini in steps for micro in mini for number in micro}  # others gave way
+        responses = {number: group for number, group in responses.items() if number in asked}
         iteration = Iteration(number=self._number, steps=steps, responses=responses, places=places)
         self._number += 1
         with timer.measure("old_logp"):
@@ -202,26 +204,32 @@ class ReinforceTask(Task):
         return iteration
 
     def _answer(self, run: Run, drawn: Drawn, timer: PartTimer, stop: Callable[[], bool]) -> None:
-        """Responses to what was drawn, with rewards and advantages."""
-        with timer.measure("rollout"):
+        """Responses to what was drawn, with rewards and advantages; prompts without spread give way to the next ones."""
+        found, fresh = Figures(), [*drawn.prompts.values()]
+        for turn in range(1 + self.config.resample):
             start = time.perf_counter()
-            drawn.responses = sample_responses(
-                run,
-                [*drawn.prompts.values()],
-                tokenizer=self.tokenizer,
-                seed=named_seed(run.recipe.seed, "rollout", self._number),
-                stop=stop,
-                moved=timer.moved,
-            )
-            rolled = time.perf_counter() - start
-        with timer.measure("reward"):
-            start = time.perf_counter()
-            found = judge(run, self._rewards, drawn, tokenizer=self.tokenizer, moved=timer.moved)
-            self._unanswered.check(found.scores[0].unanswered_share, iteration=self._number)
-            found.add("time/reward", time.perf_counter() - start, 1)
-        found.add("time/rollout", rolled, 1)
-        tokens = found.sums["rollout/length"][0]
-        found.add("rollout/tokens_per_s", tokens, rolled)
+            with timer.measure("rollout"):
+                drawn.responses |= sample_responses(
+                    run,
+                    fresh,
+                    tokenizer=self.tokenizer,
+                    seed=named_seed(run.recipe.seed, "rollout", self._number),
+                    stop=stop,
+                    moved=timer.moved,
+                )
+            found.add("time/rollout", (rolled := time.perf_counter()) - start, not turn)
+            with timer.measure("reward"):
+                figures = judge(run, self._rewards, fresh, drawn.responses, tokenizer=self.tokenizer, moved=timer.moved)
+                self._unanswered.check(figures.scores[0].unanswered_share, iteration=self._number)
+            found.merge([figures.plain()])
+            found.add("time/reward", time.perf_counter() - rolled, not turn)
+            if turn == self.config.resample:
+                break
+            replaced = replace_dull(run, drawn, fresh)
+            if replaced is None:
+                break
+            fresh = replaced
+        found.add("rollout/tokens_per_s", found.sums["rollout/length"][0], found.sums["time/rollout"][0])
         self._latest = found.metrics()
         if self._latest["rollout/cut"] > CUT_SHARE and dist.get_rank() == 0:
             logger.warning(

@@ -43,7 +43,7 @@ from megatron_omni.training.loop import train
 from megatron_omni.training.setup import Run, new_token_ids, save, setup
 from tests.distributed.harness import Rank, RankFailure, run_ranks
 from tests.distributed.tiny_run import records
-from tests.recipes.miniature_data import HELD_OUT, MIXED, TOKENIZER, make_data, question
+from tests.recipes.miniature_data import HELD_OUT, MIXED, REWARD_FILE, TOKENIZER, make_data, question
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted([*(ROOT / "recipes").glob("[0-9]*.yaml"), *(ROOT / "recipes" / "layout").glob("*.yaml")])
@@ -97,16 +97,25 @@ AT_MOST: dict[str, int] = {
     "parallel.expert_tensor_parallel_size": 2,
 }
 """Counts that stay where they are smaller, or null."""
+REINFORCE: dict[str, Any] = {
+    "reinforce.group_size": 3,
+    "reinforce.mini_batches": 3,
+    "reinforce.max_new_tokens": 6,
+    "reinforce.max_running": 8,
+}
+"""Of recipes that reinforce: an iteration is longer than the steps to the first checkpoint."""
+REWARDS = "reinforce.rewards"
+"""Functions alone are replaced, by one that tells a drawn model's responses apart."""
 PATHS = ("run_dir", "init_from", "data.tokenizer", "data.sources", "data.eval_sources")
 """Of a source, ``path`` and ``root`` alone are replaced; of the held-out sets, which there are as well."""
 TIMEOUT = "parallel.distributed_timeout_seconds"
 """The harness's own: no test waits ten minutes."""
-REPLACED = frozenset({*SIZES, *AT_MOST, *PATHS, TIMEOUT})
+REPLACED = frozenset({*SIZES, *AT_MOST, *REINFORCE, *PATHS, REWARDS, TIMEOUT})
 OVERLAPS = ("parallel.overlap_grad_reduce", "parallel.overlap_param_gather")
 MOST_RANKS, DP = 4, 2
 MASTER = "optimizer.state.param."
 """Before a tensor's name: its fp32 master weight in a checkpoint."""
-TIMES = ("time/", "step time", "tokens/s", "TFLOP/s", "MFU")
+TIMES = ("time/", "step time", "tokens/s", "TFLOP/s", "MFU", "rollout/tokens_per_s")
 
 
 @dataclass(frozen=True)
@@ -151,6 +160,11 @@ def shrunk(case: Case, *, data: Path, start: Path | None, run_dir: Path) -> Mini
         _set(recipe, name, lambda old, value=value: copy.deepcopy(value))
     for name, most in AT_MOST.items():
         _set(recipe, name, lambda old, most=most: None if old is None else min(old, most))
+    if recipe.task == "reinforce":
+        for name, value in REINFORCE.items():
+            _set(recipe, name, lambda old, value=value: value)
+        for reward in recipe.reinforce.rewards:
+            reward.function = f"{data / REWARD_FILE}:digits"
     num_ranks = _fit(recipe.parallel)
     recipe.run_dir, recipe.init_from = str(run_dir), None if start is None else str(start)
     recipe.data.tokenizer = str(data / TOKENIZER)
@@ -275,18 +289,17 @@ def rehearse(rank: Rank, recipe: Recipe, data: Path) -> None:
 
 
 def stop_in(run: Run, step: int) -> None:
-    """The rank that reads first gets SIGTERM while it reads the data of ``step``."""
+    """Rank 0 gets SIGTERM before the data of ``step`` is there."""
     if dist.get_rank() != 0:
         return
-    assert run.loader is not None
-    read = run.loader.next_step
+    make = run.task.batches
 
-    def next_step() -> Any:
+    def batches(*arguments: Any, **settings: Any) -> Any:
         if run.state.step + 1 == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return read()
+        return make(*arguments, **settings)
 
-    run.loader.next_step = next_step  # type: ignore[method-assign]
+    run.task.batches = batches  # type: ignore[method-assign]
 
 
 def log_file(recipe: Recipe, rank: int) -> Path:

@@ -1,6 +1,6 @@
 """Records for recipes in miniature: text, pictures, sound and clips with sound, and a held-out set of which the packed
 sequences of a step have different media. Each also has a response that was rejected, for recipes that learn from
-preferences.
+preferences; a reward for those that are reinforced is a function of a response's tokens.
 """
 
 import json
@@ -10,7 +10,11 @@ from typing import Any
 from tests.distributed.tiny_run import WORDS, chat, make_corpus
 from tests.unit.media_files import tone, write_scenes
 
-TOKENIZER, MIXED, HELD_OUT = "tokenizer.model", "mixed.jsonl", "held_out.jsonl"
+TOKENIZER, MIXED, HELD_OUT, REWARD_FILE = "tokenizer.model", "mixed.jsonl", "held_out.jsonl", "rewards.py"
+REWARDS = """
+def digits(completion_ids, **columns):
+    return [sum(ids) % 5 / 4 for ids in completion_ids]
+"""
 FILLING = " ".join(WORDS)
 """An answer that fills more than half of a packed sequence with its question: no two such samples share one."""
 
@@ -18,6 +22,7 @@ FILLING = " ".join(WORDS)
 def make_data(directory: Path) -> Path:
     """Write everything below ``directory``."""
     make_corpus(directory)
+    (directory / REWARD_FILE).write_text(REWARDS)
     for number in range(4):
         write_scenes(
             directory / f"{number}.mp4", codec="mpeg4", num_frames=8, rate=4, size=(32, 32), sound=clip_sound()

@@ -46,6 +46,7 @@ def test_the_defaults_of_each_task_are_a_recipe() -> None:
             "overlong_tokens=4096: above max_new_tokens=2048",
         ),
         (reinforce({"max_new_tokens": 8192}), "max_new_tokens=8192: data.seq_length=8192 has to hold a prompt"),
+        (reinforce({"resample": 1}, data={"batch_by": "source"}), "resample=1: data.batch_by=source deals whole steps"),
         (reinforce({"kl_coeff": 0.1}), "kl_coeff=0.1: .* init_from, which is not set"),
         (reinforce({"routes": "old"}, model={"moe": None}), "routes=old: no effect in a dense model"),
         (
