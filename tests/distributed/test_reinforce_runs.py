@@ -111,7 +111,7 @@ def in_rollout(run: Run) -> None:
     reinforce.sample_responses = sample
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+@pytest.mark.parametrize("stop", [1, 2, 3])
 def test_a_run_that_is_stopped_amid_an_iteration_goes_on_bit_for_bit(
     corpus: Path, tmp_path: Path, straight: tuple[Recipe, list[dict[str, float]]], stop: int
 ) -> None:
@@ -190,8 +190,8 @@ def in_a_save(run: Run) -> None:
 
 @pytest.mark.parametrize(
     "kill",
-    [partial(at_step, 3, die), partial(at_step, 4, die), partial(at_step, 6, die), after_rollout, in_a_save],
-    ids=["before_3", "before_4", "before_6", "after_rollout", "in_a_save"],
+    [partial(at_step, 6, die), after_rollout, in_a_save],
+    ids=["before_6", "after_rollout", "in_a_save"],
 )
 def test_a_run_that_is_killed_goes_on_bit_for_bit(
     corpus: Path, tmp_path: Path, straight: tuple[Recipe, list[dict[str, float]]], kill: Callable[[Run], None]
@@ -215,7 +215,8 @@ def test_an_iteration_that_has_begun_keeps_its_settings(corpus: Path, tmp_path: 
 
 
 def test_rewards_without_spread_skip_steps_and_end_the_run_with_a_reason(corpus: Path, tmp_path: Path) -> None:
-    small = {"reinforce__mini_batches": 10, "reinforce__max_new_tokens": 2, "data__global_batch_size": 2}
+    small = {"reinforce__mini_batches": 10, "reinforce__max_new_tokens": 2, "data__micro_batch_size": 1}
+    small["data__global_batch_size"] = 2
     recipe = recipe_of(corpus, tmp_path, train_iters=30, **small, **rewarded(corpus, "equal"))
     with pytest.raises(
         RankFailure, match=r"20 steps in a row had no prompt .* 100% were answered right every time and 0% wr"
