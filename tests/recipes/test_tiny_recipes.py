@@ -2,6 +2,9 @@
 corpus of the quickstart's kind; and the command that runs a chain stops, goes on and passes over what is finished.
 """
 
+import dataclasses
+import json
+import math
 import os
 import signal
 import subprocess
@@ -25,6 +28,7 @@ from megatron_omni.config.run import Recipe  # noqa: E402
 from megatron_omni.config.validate import validate  # noqa: E402
 from megatron_omni.evaluation.stages import held_out_losses, read_records  # noqa: E402
 from tests.distributed.tiny_run import run_ranks, train_rank  # noqa: E402
+from tests.recipes.miniature import make_start  # noqa: E402
 
 CHAIN = ROOT / "recipes" / "tiny" / "chain.yaml"
 SIZES = {"image": 24, "word": 16, "sound": 16, "video": 6, "text": 24}
@@ -67,6 +71,27 @@ def test_every_stage_trains_from_the_stage_before_it(corpus: Path, tmp_path: Pat
         assert stage.is_done
     last = read_records(chain.stages[-1].run_dir)
     assert {"moe/null_share", "moe/k/layer_2/0", "moe/load/layer_0/image/expert_3"} <= set(last[0])
+
+
+def test_the_tiny_preference_recipe_learns_from_pairs(corpus: Path, tmp_path: Path) -> None:
+    """On pairs made of the quickstart's rows: another row's answer is the one that was rejected."""
+    short = [f"run_dir={tmp_path / 'dpo'}", *SHORT[:2], "log.interval=1", "data.global_batch_size=8"]
+    recipe = on(corpus, load_recipe(CHAIN.parent / "7_dpo.yaml", short))
+    for source, kind in zip(recipe.data.sources, ("image", "word", "video"), strict=True):
+        lines = (corpus / "data" / "train" / f"{kind}.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        answers = sorted({row["messages"][-1]["content"] for row in rows})
+        for row in rows:
+            row["rejected_response"] = next(a for a in answers if a != row["messages"][-1]["content"])
+        source.path, source.root = str(tmp_path / f"{kind}.jsonl"), str(corpus / "data" / "train")
+        Path(source.path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe.init_from = str(tmp_path / "start")
+    start = dataclasses.replace(recipe, task="supervised", run_dir=recipe.init_from, init_from=None)
+    run_ranks(make_start, 1, start)
+    validate(recipe)
+    assert run_ranks(train_rank, 1, recipe) == [0]
+    first, second = (record for record in read_records(Path(recipe.run_dir)) if "dpo loss" in record)
+    assert first["dpo loss"] == pytest.approx(math.log(2), rel=1e-12) and second["preference/margin"] > 0
 
 
 def test_the_quickstart_recipes_name_what_the_chain_reads() -> None:
