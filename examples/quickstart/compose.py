@@ -34,6 +34,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -144,6 +145,16 @@ def compose_image_two(assets: Assets, rng: np.random.Generator, split: str) -> S
     """Two objects side by side or one over the other; the left or upper one is named first."""
     first, second = draw_pair(rng, split)
     relation = ("left", "above")[int(rng.integers(2))]
+    picture = picture_of_two(assets, rng, split, first, relation, second)
+    language = int(rng.random() < 0.3)
+    caption = (english_caption, chinese_caption)[language](assets, first, relation, second)
+    return Sample(PROMPTS["image_two"][language], caption, ".png", picture)
+
+
+def picture_of_two(
+    assets: Assets, rng: np.random.Generator, split: str, first: int, relation: str, second: int
+) -> bytes:
+    """A PNG of two objects: the first to the left of the second, or above it."""
     canvas = media.gradient(rng)
     level = int(rng.integers(4, 29))  # of both objects across the relation, to 4 px: never diagonal
     for order, concept in enumerate((first, second)):
@@ -152,25 +163,26 @@ def compose_image_two(assets: Assets, rng: np.random.Generator, split: str) -> S
         across = level + int(rng.integers(-4, 5))
         x, y = (along, across) if relation == "left" else (across, along)
         media.paste(canvas, assets.pictures[style_of(split)][concept], size_px, x, y)
-    language = int(rng.random() < 0.3)
-    caption = (english_caption, chinese_caption)[language](assets, first, relation, second)
-    return Sample(PROMPTS["image_two"][language], caption, ".png", png_bytes(canvas))
+    return png_bytes(canvas)
 
 
 def compose_word(assets: Assets, rng: np.random.Generator, split: str) -> Sample:
     """One word: the step that makes two learnable soon. Held out are only new pauses and loudness."""
     concept = int(rng.integers(64))
-    wave = media.join_words(rng, [assets.words[draw_voice(assets, rng, split)][concept]])
-    return Sample(PROMPTS["word"][0], assets.english[concept], ".flac", media.flac_bytes(wave))
+    return Sample(PROMPTS["word"][0], assets.english[concept], ".flac", spoken_words(assets, rng, split, concept))
 
 
 def compose_speech(assets: Assets, rng: np.random.Generator, split: str) -> Sample:
     """Two words of one voice with a short pause between."""
     first, second = draw_pair(rng, split)
-    words = assets.words[draw_voice(assets, rng, split)]
-    wave = media.join_words(rng, [words[first], words[second]])
     answer = f"{assets.english[first]} {assets.english[second]}"
-    return Sample(PROMPTS["speech"][0], answer, ".flac", media.flac_bytes(wave))
+    return Sample(PROMPTS["speech"][0], answer, ".flac", spoken_words(assets, rng, split, first, second))
+
+
+def spoken_words(assets: Assets, rng: np.random.Generator, split: str, *concepts: int) -> bytes:
+    """A FLAC of words in one voice, a short pause before each."""
+    words = assets.words[draw_voice(assets, rng, split)]
+    return media.flac_bytes(media.join_words(rng, [words[concept] for concept in concepts]))
 
 
 def compose_sound(assets: Assets, rng: np.random.Generator, split: str) -> Sample:
@@ -189,10 +201,20 @@ def compose_video(assets: Assets, rng: np.random.Generator, split: str) -> Sampl
     """An emoji moving in one of four directions while a voice says another concept's name."""
     shown, spoken = draw_pair(rng, split)
     direction = list(media.DIRECTIONS)[int(rng.integers(len(media.DIRECTIONS)))]
+    caption = clip_caption(assets, shown, direction, spoken)
+    return Sample(PROMPTS["video"][0], caption, ".mp4", clip(assets, rng, split, shown, direction, spoken))
+
+
+def clip_caption(assets: Assets, shown: int, direction: str, spoken: int) -> str:
+    """`cat left said: dog`."""
+    return f"{assets.english[shown]} {direction} said: {assets.english[spoken]}"
+
+
+def clip(assets: Assets, rng: np.random.Generator, split: str, shown: int, direction: str, spoken: int) -> bytes:
+    """An MP4 of an object that moves in a direction while a voice says a word."""
     frames = media.moving_frames(rng, assets.pictures[style_of(split)][shown], direction)
     wave = media.join_words(rng, [assets.words[draw_voice(assets, rng, split)][spoken]])
-    answer = f"{assets.english[shown]} {direction} said: {assets.english[spoken]}"
-    return Sample(PROMPTS["video"][0], answer, ".mp4", media.mp4_bytes(frames, wave))
+    return media.mp4_bytes(frames, wave)
 
 
 def compose_text(assets: Assets, rng: np.random.Generator, split: str) -> Sample:
@@ -243,17 +265,28 @@ def compose_chunk(chunk: Chunk) -> list[str]:
         name = f"media/{chunk.source}.{chunk.split}/{index:06d}{sample.suffix}"
         if sample.suffix:
             (chunk.folder / name).write_bytes(sample.data)
-        row = {
-            "messages": [
-                {"role": "user", "content": sample.prompt},
-                {"role": "assistant", "content": sample.answer},
-            ],
-            **{field: [name] * (field in MEDIA_FIELDS[sample.suffix]) for field in ("images", "audios", "videos")},
-            "source": chunk.source,
-            "id": f"{chunk.source}.{chunk.split}.{index:06d}",
-        }
+        row = row_of(sample, name, source=chunk.source, id=f"{chunk.source}.{chunk.split}.{index:06d}")
         lines.append(json.dumps(row, ensure_ascii=False))
     return lines
+
+
+def row_of(sample: Sample, name: str, *, source: str, id: str) -> dict[str, Any]:
+    """The record of a sample whose medium is the file ``name``."""
+    return {
+        "messages": [{"role": "user", "content": sample.prompt}, {"role": "assistant", "content": sample.answer}],
+        **{field: [name] * (field in MEDIA_FIELDS[sample.suffix]) for field in ("images", "audios", "videos")},
+        "source": source,
+        "id": id,
+    }
+
+
+def in_processes[In, Out](work: Callable[[In], Out], items: Sequence[In], processes: int) -> list[Out]:
+    """``work`` of every item, in order."""
+    if processes <= 1:
+        return [work(item) for item in items]
+    # Spawned, not forked: a fork of a process that has torch's threads running can hang.
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        return pool.map(work, items, chunksize=1)
 
 
 def plan(
@@ -288,13 +321,7 @@ def compose(
     sizes = sizes or SIZES
     files = plan(out, seed, sizes, eval_size, SPLITS if choice else SPLITS[:3])
     chunks = [chunk for parts in files.values() for chunk in parts]
-    if processes > 1:
-        # Spawned, not forked: a fork of a process that has torch's threads running can hang.
-        with multiprocessing.get_context("spawn").Pool(processes) as pool:
-            written = pool.map(compose_chunk, chunks, chunksize=1)
-    else:
-        written = [compose_chunk(chunk) for chunk in chunks]
-    lines = iter(written)
+    lines = iter(in_processes(compose_chunk, chunks, processes))
     for path, parts in files.items():
         text = "".join(line + "\n" for _ in parts for line in next(lines))
         path.write_text(text, encoding="utf-8")
