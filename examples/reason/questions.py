@@ -1,12 +1,14 @@
-"""Three questions that need a thought: what is seen or heard, the letters of its names, and a sum to work out.
+"""Three questions that need a thought: what is seen or heard, the letters of its names, and what follows from them.
 
-    picture    <image> how many letters in all?      cat left of elephant:3+8          -> 11
-    speech     <audio> how many letters more?        cat elephant:8-3                  -> 5
-    clip       <video><audio> where does it turn?    cat left said: tiger:left+5       -> up
+    picture    <image> what is in the picture? which word is longer?    cat3 left of elephant8           -> right
+    speech     <audio> write down the words. which word is longer?      cat3 elephant8                   -> 2
+    clip       <video><audio> what moves where, and what is said? where to?
+                                                                        cat3 left said: elephant8        -> right
 
-A clip turns to the right once for each letter of the word that is said. What stands behind the last colon of a thought is
-its conclusion; ``conclusion`` works it out, whatever the picture shows. Questions have 6, 5 and 4 answers, all equally
-frequent (``wanted``), so who guesses is right that often. No torch.
+Of a picture the place of the longer word is asked, of two spoken words its number (``same`` and ``0`` where both are
+equally long); what moves in a clip turns back where the word that is said is longer than its own. A thought names what
+is there with the letters of each; ``conclusion`` draws from it what follows, whatever the media show. Questions have 5, 3
+and 4 answers, all equally frequent (``wanted``), so who guesses is right that often. No torch.
 """
 
 import re
@@ -15,27 +17,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from examples.quickstart import compose
+from examples.quickstart import compose, media
 from examples.quickstart.assets import Assets
-from examples.quickstart.compose import Sample
+from examples.quickstart.compose import OPPOSITE, PROMPTS, Sample
 from megatron_omni.generation.text import THINK, THINK_END
 
 SOURCES = ("picture", "speech", "clip")
 QUESTIONS = {
-    "picture": "<image> how many letters in all?",
-    "speech": "<audio> how many letters more?",
-    "clip": "<video><audio> where does it turn?",
+    "picture": f"{PROMPTS['image_two'][0]} which word is longer?",
+    "speech": f"{PROMPTS['speech'][0]} which word is longer?",
+    "clip": f"{PROMPTS['video'][0]} where to?",
 }
-CLOCKWISE = ("up", "right", "down", "left")
 ANSWERS: dict[str, tuple[str, ...]] = {
-    "picture": tuple(str(n) for n in range(8, 14)),
-    "speech": tuple(str(n) for n in range(5)),
-    "clip": CLOCKWISE,
+    "picture": ("left", "right", "above", "below", "same"),
+    "speech": ("1", "2", "0"),
+    "clip": tuple(media.DIRECTIONS),
 }
 CHANCE = {source: 1 / len(answers) for source, answers in ANSWERS.items()}
 SYSTEM = "think"
 """System turn of a prompt that is to be thought about; one that is to be answered at once has none."""
-_SUM = re.compile(rf"(\d|{'|'.join(CLOCKWISE)})([+-])(\d)")
+_BACK = {"left": "right", "right": "left", "up": "down", "down": "up"}
+_THOUGHT = re.compile(r"[a-z]+(\d)(?: (left of|above)|| (left|right|up|down) said:) [a-z]+(\d)")
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,18 @@ class Question:
 
 
 def conclusion(thought: str) -> str | None:
-    """What a thought comes to: the value of the sum behind its last colon; None where no sum can be read."""
-    found = _SUM.fullmatch(thought.rpartition(":")[2].strip())
+    """What follows from a thought; None where it cannot be read."""
+    found = _THOUGHT.fullmatch(thought.strip())
     if found is None:
         return None
-    first, sign, second = found[1], found[2], int(found[3])
-    if first in CLOCKWISE:
-        return CLOCKWISE[(CLOCKWISE.index(first) + second) % 4] if sign == "+" else None
-    return str(int(first) + second if sign == "+" else int(first) - second)
+    first, relation, direction, second = int(found[1]), (found[2] or "").split(" ")[0], found[3], int(found[4])
+    if direction is not None:
+        return _BACK[direction] if second > first else direction
+    if first == second:
+        return "same" if relation else "0"
+    if not relation:
+        return "1" if first > second else "2"
+    return relation if first > second else OPPOSITE[relation]
 
 
 def split(completion: str) -> tuple[str | None, str]:
@@ -71,11 +77,6 @@ def contradicts(completion: str) -> bool:
     return thought is None or conclusion(thought) != answer
 
 
-def answered(completion: str) -> str:
-    """The thought and answer of a demonstration or the answer alone, as one text."""
-    return split(completion)[1]
-
-
 def with_thought(thought: str, answer: str) -> str:
     """What an assistant says that thinks."""
     return f"{THINK}{thought}{THINK_END}{answer}"
@@ -83,10 +84,10 @@ def with_thought(thought: str, answer: str) -> str:
 
 def compose_question(assets: Assets, rng: np.random.Generator, source: str, split: str, wanted: str) -> Question:
     """A question of a source whose answer is ``wanted``, on the split's side of the quickstart's rule."""
-    relation = ("left", "above")[int(rng.integers(2))]
-    direction = CLOCKWISE[int(rng.integers(4))]
     while True:
         first, second = compose.draw_pair(rng, split)
+        relation = ("left", "above")[int(rng.integers(2))]
+        direction = ANSWERS["clip"][int(rng.integers(4))]
         thought = think(assets, source, first, second, relation=relation, direction=direction)
         if conclusion(thought) == wanted:
             break
@@ -101,12 +102,10 @@ def compose_question(assets: Assets, rng: np.random.Generator, source: str, spli
 
 def think(assets: Assets, source: str, first: int, second: int, *, relation: str, direction: str) -> str:
     """The thought that is demonstrated for two concepts."""
-    lengths = [len(assets.english[concept]) for concept in (first, second)]
+    one, other = (f"{assets.english[concept]}{len(assets.english[concept])}" for concept in (first, second))
     if source == "picture":
-        return f"{compose.english_caption(assets, first, relation, second)}:{lengths[0]}+{lengths[1]}"
-    if source == "speech":
-        return f"{assets.english[first]} {assets.english[second]}:{max(lengths)}-{min(lengths)}"
-    return f"{compose.clip_caption(assets, first, direction, second)}:{direction}+{lengths[1]}"
+        return f"{one} {compose.ENGLISH_RELATIONS[relation]} {other}"
+    return f"{one} {other}" if source == "speech" else f"{one} {direction} said: {other}"
 
 
 def wanted(source: str, index: int) -> str:

@@ -1,0 +1,156 @@
+"""The questions of ``make reason``: answers in equal shares, thoughts that come to them, rules that read what is said, and
+how each question is asked."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # examples/ is not installed
+
+from examples.quickstart.assets import load_assets  # noqa: E402
+from examples.quickstart.compose import is_held_out  # noqa: E402
+from examples.reason import ask, corpus, measure, questions  # noqa: E402
+from examples.reason.questions import ANSWERS, SOURCES, conclusion, contradicts, split  # noqa: E402
+from examples.reason.rewards import right  # noqa: E402
+from megatron_omni.rewards.shape import is_well_formed  # noqa: E402
+
+SIZES = {"demonstrations": 12, "prompts": 12, "held_out": 60, "choice": 12}
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("reason")
+    corpus.compose(out, sizes=SIZES)
+    return out
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("thought", "answer"),
+    [
+        ("cat left of elephant:3+8", "11"), ("cat elephant:8-3", "5"), ("cat dog:3-3", "0"), ("x:left+5", "up"),
+        ("x:up+3", "left"), ("x:down+4", "down"), ("x: 3+4 ", "7"), ("3+4", "7"), ("x:3+", None), ("x:12+3", None),
+        ("x:left-3", None), ("x:3+left", None), ("x:3+4 or 5", None), ("", None), ("x:1+1:", None),
+    ],
+)  # fmt: skip
+def test_what_a_thought_comes_to(thought: str, answer: str | None) -> None:
+    assert conclusion(thought) == answer
+
+
+@pytest.mark.parametrize(
+    ("said", "thought", "answer", "bad"),
+    [
+        ("<think>a b:3-3</think>0", "a b:3-3", "0", False),
+        ("<think>a b:3-3</think> 0 ", "a b:3-3", "0", False),
+        ("<think>a b:3-3</think>1", "a b:3-3", "1", True),
+        ("<think>a b</think>0", "a b", "0", True),
+        ("0", None, "0", True),
+        ("<think>a b:3-3", None, "<think>a b:3-3", True),
+        ("0<think>a b:3-3</think>0", None, "0", True),
+        ("<think>a<think>:3-3</think>0", None, "0", True),
+        ("<think>a:3-3</think></think>0", None, "0", True),
+    ],
+)
+def test_thought_and_answer_are_told_apart(said: str, thought: str | None, answer: str, bad: bool) -> None:
+    assert split(said) == (thought, answer)
+    assert contradicts(said) is bad
+
+
+def test_the_reward_is_for_an_answer_behind_a_thought() -> None:
+    said = ["<think>a b:3-3</think>0", "<think>a b:9-3</think>0", "0", "<think>a b:3-3</think>1", "<think>0"]
+    assert right(said, ["0"] * 5, prompts=[""] * 5) == [1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+def test_all_answers_come_equally_often_and_thoughts_come_to_them(composed: Path) -> None:
+    for source in SOURCES:
+        found = rows(composed / "held_out" / f"{source}.jsonl")
+        counts = Counter(row["solution"] for row in found)
+        assert set(counts) == set(ANSWERS[source]) and len(ANSWERS[source]) >= 3
+        assert set(counts.values()) == {SIZES["held_out"] // len(ANSWERS[source])}
+        assert all(conclusion(row["thought"]) == row["solution"] == row["messages"][-1]["content"] for row in found)
+        assert questions.CHANCE[source] == pytest.approx(1 / len(counts))
+
+
+def test_pairs_that_the_quickstart_holds_out_stay_held_out(composed: Path) -> None:
+    names = load_assets().english
+    for name, held_out in (("demonstrations", False), ("prompts", False), ("held_out", True), ("choice", True)):
+        for source in SOURCES:
+            for row in rows(composed / name / f"{source}.jsonl"):
+                thought = row.get("thought") or split(row["messages"][-1]["content"])[0]
+                if thought is not None:
+                    words = thought.replace(":", " ").split()
+                    assert is_held_out(*[names.index(word) for word in words if word in names]) is held_out
+
+
+def test_every_demonstration_is_there_with_a_thought_and_without(composed: Path) -> None:
+    for source in SOURCES:
+        found = rows(composed / "demonstrations" / f"{source}.jsonl")
+        for thinking, at_once in zip(found[::2], found[1::2], strict=True):
+            assert is_well_formed(thinking["messages"][-1]["content"])
+            assert not contradicts(thinking["messages"][-1]["content"])
+            assert split(thinking["messages"][-1]["content"])[1] == at_once["messages"][-1]["content"]
+            assert [turn["role"] for turn in thinking["messages"]] == ["system", "user", "assistant"]
+            assert [turn["role"] for turn in at_once["messages"]] == ["user", "assistant"]
+            assert all(thinking[kind] == at_once[kind] for kind in ("images", "audios", "videos"))
+
+
+def test_the_same_seed_composes_the_same(composed: Path, tmp_path: Path) -> None:
+    corpus.compose(tmp_path, sizes={"choice": 5})
+    for source in SOURCES:
+        assert rows(tmp_path / "choice" / f"{source}.jsonl") == rows(composed / "choice" / f"{source}.jsonl")[:5]
+        media = sorted((tmp_path / "choice" / "media" / source).iterdir())
+        assert all(one.read_bytes() == (composed / "choice" / "media" / source / one.name).read_bytes() for one in media)
+
+
+def test_another_question_is_never_the_same_one_and_of_its_source(composed: Path) -> None:
+    asked = ask.read_questions(composed / "held_out", limit=7)
+    partner = ask.neighbours(asked, seed=0)
+    assert sorted(partner) == list(range(len(asked)))
+    for place, other in enumerate(partner):
+        assert place != other and asked[place].record.source == asked[other].record.source
+        swapped = ask.with_media_of(asked[place], asked[other])
+        given = asked[other].record
+        assert (swapped.record.images, swapped.record.videos) == (given.images, given.videos)
+        assert swapped.expected == asked[place].expected and swapped.record.messages == asked[place].record.messages
+    assert ask.at_once(asked[0]).record.messages == asked[0].record.messages[1:]
+
+
+def test_only_a_thought_that_comes_to_another_answer_is_forced(composed: Path) -> None:
+    asked = ask.read_questions(composed / "held_out", limit=1)[1]
+    assert (asked.record.source, asked.expected) == ("speech", "0")
+    forced = ask.with_thought_of(asked, "<think>cat elephant:8-3</think>1")
+    assert forced is not None and (forced.expected, forced.thought) == ("5", "cat elephant:8-3")
+    assert ask.with_thought_of(asked, "<think>cat dog:3-3</think>0") is None
+    assert ask.with_thought_of(asked, "<think>cat dog</think>0") is None
+    assert ask.with_thought_of(asked, "5") is None
+
+
+def test_scores_are_shares_of_what_was_said(composed: Path) -> None:
+    """A model that always thinks of nothing and says 0, and one that follows what is forced."""
+    asked = ask.read_questions(composed / "held_out", limit=5)
+
+    def says(given: list[ask.Asked], temperature: float, samples: int) -> list[list[measure.Response]]:
+        text = {True: "<think>a b:3-3</think>0", False: "0"}
+        said = []
+        for one in given:
+            is_thinking = one.record.messages[0].role == "system"
+            answer = one.expected if one.thought else text[is_thinking]
+            said.append([measure.Response(one.record.source, one.record.id, one.expected, answer, 9, False)] * samples)
+        return said
+
+    said = measure.measure(says, asked, ways=measure.WAYS, samples=2)
+    assert list(said) == list(measure.WAYS) and len(said["sampled"]) == 2 * len(asked)
+    scores = measure.by_source(said)
+    assert scores["speech"]["greedy"] == scores["speech"]["sampled"] == scores["speech"]["no_think"] == 0.2
+    assert scores["picture"]["greedy"] == scores["clip"]["swapped_media"] == 0.0
+    assert scores["all"]["greedy"] == pytest.approx(1 / 15, abs=1e-4) and scores["all"]["count"] == 15
+    assert scores["all"]["format"] == 1.0 and scores["all"]["contradiction"] == 0.0 and scores["all"]["length"] == 9
+    assert scores["all"]["swapped_thought"] == 1.0  # of the 14 where a thought of 0 is another answer
+    assert len(said["swapped_thought"]) == 14
