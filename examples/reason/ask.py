@@ -38,9 +38,9 @@ def read_questions(folder: Path, *, limit: int | None = None) -> list[Asked]:
 
 
 def at_once(asked: Asked) -> Asked:
-    """Without the system turn that asks for a thought."""
+    """Without the system turn that asks for a thought, and behind an empty one, as ``--no-think`` does."""
     messages = tuple(message for message in asked.record.messages if message.role != "system")
-    return replace(asked, record=replace(asked.record, messages=messages))
+    return replace(asked, record=replace(asked.record, messages=messages), thought="")
 
 
 def with_media_of(asked: Asked, other: Asked) -> Asked:

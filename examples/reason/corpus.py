@@ -52,8 +52,8 @@ def compose_chunk(chunk: Chunk) -> list[str]:
     assets, lines = load_assets(), []
     for index in range(chunk.start, chunk.stop):
         entropy = [FIRST_ENTROPY, chunk.seed, list(SETS).index(chunk.name), SOURCES.index(chunk.source), index]
-        answer = wanted(chunk.source, index)
-        question = compose_question(assets, np.random.default_rng(entropy), chunk.source, SETS[chunk.name], answer)
+        rng = np.random.default_rng(entropy)
+        question = compose_question(assets, rng, chunk.source, SETS[chunk.name], wanted(chunk.source, index))
         medium = f"media/{chunk.source}/{index:06d}{question.sample.suffix}"
         (chunk.out / chunk.name / medium).write_bytes(question.sample.data)
         row = row_of(question.sample, medium, source=chunk.source, id=f"{chunk.source}.{chunk.name}.{index:06d}")
@@ -68,10 +68,10 @@ def rows(row: dict[str, Any], thought: str, *, demonstrated: bool) -> list[str]:
     if not demonstrated:
         extra = {"solution": answered["content"], "thought": thought}
         return [json.dumps({**row, "messages": [system, asked, answered], **extra})]
-    thinking = {**answered, "content": with_thought(thought, answered["content"])}
+    thinking, at_once = ({**answered, "content": with_thought(one, answered["content"])} for one in (thought, ""))
     return [
         json.dumps({**row, "messages": [system, asked, thinking]}),
-        json.dumps({**row, "messages": [asked, answered], "id": f"{row['id']}.no_think"}),
+        json.dumps({**row, "messages": [asked, at_once], "id": f"{row['id']}.no_think"}),
     ]
 
 
@@ -88,7 +88,11 @@ def compose(out: Path, *, seed: int = 0, sizes: dict[str, int] | None = None, pr
     written = iter(in_processes(compose_chunk, chunks, processes))
     for path, parts in files.items():
         path.write_text("".join(line + "\n" for _ in parts for line in next(written)), encoding="utf-8")
-    manifest = {"seed": seed, "questions": {name: size * len(SOURCES) for name, size in sizes.items()}, "chance": CHANCE}
+    manifest = {
+        "seed": seed,
+        "questions": {name: size * len(SOURCES) for name, size in sizes.items()},
+        "chance": CHANCE,
+    }
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 

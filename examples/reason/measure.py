@@ -1,10 +1,10 @@
 """Measure whether a checkpoint thinks: accuracy in five ways of asking, and what its thoughts are like.
 
-    torchrun --nproc-per-node 2 -m examples.reason.measure CHECKPOINT ... --questions DIR --out FILE
+    torchrun --nproc-per-node 2 -m examples.reason.measure CHECKPOINT ... --questions DIR ... --out FILE
         [--ways greedy sampled] [--samples 4] [--limit N] [--seed 0]
 
-FILE is a JSON list with an entry for each checkpoint: its path, {"all", "picture", "speech", "clip"} -> scores, and the
-answers. Scores, each a share of ``count`` questions:
+FILE is a JSON list with an entry for each checkpoint and set of questions: {"checkpoint", "questions"}, "scores" of "all",
+"picture", "speech" and "clip", and the responses. Scores, each a share of ``count`` questions:
 
     greedy           right answers, at temperature 0
     sampled          right answers, at temperature 1 with ``--samples`` each; of these responses also
@@ -117,9 +117,7 @@ def asker(checkpoint: Any, model: Any, *, seed: int) -> Ask:
     tokenizer = checkpoint.builder.tokenizer
 
     def ask(questions: Sequence[Asked], temperature: float, samples: int) -> list[list[Response]]:
-        wanted = Wanted(
-            max_new_tokens=MAX_NEW_TOKENS, sampling=Sampling(temperature=temperature, seed=seed), n=samples
-        )
+        wanted = Wanted(max_new_tokens=MAX_NEW_TOKENS, sampling=Sampling(temperature=temperature, seed=seed), n=samples)
         answers: dict[int, list[Any]] = {}
         for _, window in generate_windows(
             model,
@@ -145,7 +143,7 @@ def main() -> None:
     """Measure on all ranks; rank 0 writes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoints", type=Path, nargs="+", help="run directories or checkpoints")
-    parser.add_argument("--questions", type=Path, required=True, help="a set of the corpus")
+    parser.add_argument("--questions", type=Path, nargs="+", required=True, help="sets of the corpus")
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--samples", type=int, default=4, help="of each question at temperature 1")
@@ -161,17 +159,20 @@ def main() -> None:
     from megatron_omni.generation.load import open_checkpoint
     from megatron_omni.parallel.groups import destroy
 
-    questions = read_questions(options.questions, limit=options.limit)
+    sets = {folder: read_questions(folder, limit=options.limit) for folder in options.questions}
     measured, pg = [], None
     for path in options.checkpoints:
         checkpoint = open_checkpoint(path, pg=pg)
         pg = checkpoint.pg
         ask = asker(checkpoint, checkpoint.load_model(), seed=options.seed)
-        said = measure(ask, questions, ways=options.ways, samples=options.samples)
-        rows = {way: [asdict(one) for one in given] for way, given in said.items()}
-        measured.append({"checkpoint": str(path), "scores": by_source(said), "responses": rows})
-        if dist.get_rank() == 0:
-            print(f"{path}: " + "  ".join(f"{name} {value}" for name, value in measured[-1]["scores"]["all"].items()))
+        for folder, questions in sets.items():
+            said = measure(ask, questions, ways=options.ways, samples=options.samples)
+            rows = {way: [asdict(one) for one in given] for way, given in said.items()}
+            entry = {"checkpoint": str(path), "questions": str(folder), "scores": by_source(said), "responses": rows}
+            measured.append(entry)
+            if dist.get_rank() == 0:
+                shown = "  ".join(f"{name} {value}" for name, value in entry["scores"]["all"].items())
+                print(f"{path}, {folder.name}: {shown}", flush=True)
     if dist.get_rank() == 0:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(measured) + "\n", encoding="utf-8")

@@ -1,43 +1,49 @@
-"""Three questions that need a thought: what is seen or heard, the letters of its names, and what follows from them.
+"""Three questions that need a thought: what is seen or heard, the letters of its words, and what follows from them.
 
-    picture    <image> what is in the picture? which word is longer?    cat3 left of elephant8           -> right
-    speech     <audio> write down the words. which word is longer?      cat3 elephant8                   -> 2
-    clip       <video><audio> what moves where, and what is said? where to?
-                                                                        cat3 left said: elephant8        -> right
+    picture    how many letters in all? <image> what is in the picture?     cat left of horse:3+5       -> 8
+    speech     which word is longer? <audio> write down the words.          cat horse:3,5               -> 2
+    clip       where to? <video><audio> what moves where, and what is said?
+                                                                            cat left said: horse:3,5    -> right
 
-Of a picture the place of the longer word is asked, of two spoken words its number (``same`` and ``0`` where both are
-equally long); what moves in a clip turns back where the word that is said is longer than its own. A thought names what
-is there with the letters of each; ``conclusion`` draws from it what follows, whatever the media show. Questions have 5, 3
-and 4 answers, all equally frequent (``wanted``), so who guesses is right that often. No torch.
+Of two spoken words the number of the longer is asked, 0 where both are equally long; what moves in a clip turns back where
+the word that is said is longer than its own. A thought names what is there and counts the letters; its conclusion is what
+the numbers behind its last colon come to (``conclusion``), whatever the media show. All words have 3 to 5 letters. The
+questions have 5, 3 and 4 answers, all equally frequent (``wanted``), so who guesses is right that often. No torch.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from examples.quickstart import compose, media
 from examples.quickstart.assets import Assets
-from examples.quickstart.compose import OPPOSITE, PROMPTS, Sample
+from examples.quickstart.compose import PROMPTS, Sample
 from megatron_omni.generation.text import THINK, THINK_END
 
 SOURCES = ("picture", "speech", "clip")
 QUESTIONS = {
-    "picture": f"{PROMPTS['image_two'][0]} which word is longer?",
-    "speech": f"{PROMPTS['speech'][0]} which word is longer?",
-    "clip": f"{PROMPTS['video'][0]} where to?",
+    "picture": f"how many letters in all? {PROMPTS['image_two'][0]}",
+    "speech": f"which word is longer? {PROMPTS['speech'][0]}",
+    "clip": f"where to? {PROMPTS['video'][0]}",
 }
 ANSWERS: dict[str, tuple[str, ...]] = {
-    "picture": ("left", "right", "above", "below", "same"),
+    "picture": ("6", "7", "8", "9", "10"),
     "speech": ("1", "2", "0"),
     "clip": tuple(media.DIRECTIONS),
 }
 CHANCE = {source: 1 / len(answers) for source, answers in ANSWERS.items()}
+LETTERS = (3, 4, 5)
 SYSTEM = "think"
 """System turn of a prompt that is to be thought about; one that is to be answered at once has none."""
 _BACK = {"left": "right", "right": "left", "up": "down", "down": "up"}
-_THOUGHT = re.compile(r"[a-z]+(\d)(?: (left of|above)|| (left|right|up|down) said:) [a-z]+(\d)")
+_CONCLUSIONS = {
+    "picture": re.compile(r"[a-z]+ (?:left of|above) [a-z]+:(\d)\+(\d)"),
+    "speech": re.compile(r"[a-z]+ [a-z]+:(\d),(\d)"),
+    "clip": re.compile(rf"[a-z]+ ({'|'.join(_BACK)}) said: [a-z]+:(\d),(\d)"),
+}
 
 
 @dataclass(frozen=True)
@@ -49,18 +55,20 @@ class Question:
 
 
 def conclusion(thought: str) -> str | None:
-    """What follows from a thought; None where it cannot be read."""
-    found = _THOUGHT.fullmatch(thought.strip())
-    if found is None:
-        return None
-    first, relation, direction, second = int(found[1]), (found[2] or "").split(" ")[0], found[3], int(found[4])
-    if direction is not None:
-        return _BACK[direction] if second > first else direction
-    if first == second:
-        return "same" if relation else "0"
-    if not relation:
-        return "1" if first > second else "2"
-    return relation if first > second else OPPOSITE[relation]
+    """What a thought comes to; None where it is no thought of these questions."""
+    for source, form in _CONCLUSIONS.items():
+        if found := form.fullmatch(thought.strip()):
+            *direction, first, second = found.groups()
+            return _follows(source, int(first), int(second), *direction)
+    return None
+
+
+def _follows(source: str, first: int, second: int, direction: str = "") -> str:
+    if source == "picture":
+        return str(first + second)
+    if source == "speech":
+        return "0" if first == second else "1" if first > second else "2"
+    return _BACK[direction] if second > first else direction
 
 
 def split(completion: str) -> tuple[str | None, str]:
@@ -77,6 +85,11 @@ def contradicts(completion: str) -> bool:
     return thought is None or conclusion(thought) != answer
 
 
+def consistent(*, completions: Sequence[str], **_: Any) -> list[float]:
+    """The verifier's rule for pairs: 1 where the answer is what the thought comes to."""
+    return [float(not contradicts(said)) for said in completions]
+
+
 def with_thought(thought: str, answer: str) -> str:
     """What an assistant says that thinks."""
     return f"{THINK}{thought}{THINK_END}{answer}"
@@ -87,9 +100,10 @@ def compose_question(assets: Assets, rng: np.random.Generator, source: str, spli
     while True:
         first, second = compose.draw_pair(rng, split)
         relation = ("left", "above")[int(rng.integers(2))]
-        direction = ANSWERS["clip"][int(rng.integers(4))]
+        direction = list(media.DIRECTIONS)[int(rng.integers(4))]
+        lengths = [len(assets.english[concept]) for concept in (first, second)]
         thought = think(assets, source, first, second, relation=relation, direction=direction)
-        if conclusion(thought) == wanted:
+        if conclusion(thought) == wanted and all(one in LETTERS for one in lengths):
             break
     if source == "picture":
         suffix, data = ".png", compose.picture_of_two(assets, rng, split, first, relation, second)
@@ -102,13 +116,14 @@ def compose_question(assets: Assets, rng: np.random.Generator, source: str, spli
 
 def think(assets: Assets, source: str, first: int, second: int, *, relation: str, direction: str) -> str:
     """The thought that is demonstrated for two concepts."""
-    one, other = (f"{assets.english[concept]}{len(assets.english[concept])}" for concept in (first, second))
+    one, other = assets.english[first], assets.english[second]
     if source == "picture":
-        return f"{one} {compose.ENGLISH_RELATIONS[relation]} {other}"
-    return f"{one} {other}" if source == "speech" else f"{one} {direction} said: {other}"
+        return f"{compose.english_caption(assets, first, relation, second)}:{len(one)}+{len(other)}"
+    if source == "speech":
+        return f"{one} {other}:{len(one)},{len(other)}"
+    return f"{compose.clip_caption(assets, first, direction, second)}:{len(one)},{len(other)}"
 
 
 def wanted(source: str, index: int) -> str:
     """The answer of question ``index``: all in turn."""
-    answers: Sequence[str] = ANSWERS[source]
-    return answers[index % len(answers)]
+    return ANSWERS[source][index % len(ANSWERS[source])]

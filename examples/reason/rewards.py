@@ -1,10 +1,21 @@
 """The reward of ``make reason``: an example of a function of yours (docs/reinforcement.md)."""
 
+import random
 from collections.abc import Sequence
 from typing import Any
+
+from megatron_omni.rewards.shape import think_format
 
 
 def right(completions: Sequence[str], solution: Sequence[str], **_: Any) -> list[float]:
     """1 for an answer, behind the end of a thought, that is the record's ``solution`` to the letter."""
     answers = [said.rpartition("</think>") for said in completions]
     return [float(bool(end) and answer.strip() == known) for (_, end, answer), known in zip(answers, solution)]
+
+
+def permuted(completions: Sequence[str], solution: Sequence[str], step: int, **columns: Any) -> list[float]:
+    """The control: the sum of the recipe's rewards, dealt to other responses of the batch."""
+    paid = zip(right(completions, solution), think_format(completions=completions, **columns))
+    totals = [value + 0.5 * (form or 0.0) for value, form in paid]
+    random.Random(step).shuffle(totals)
+    return totals

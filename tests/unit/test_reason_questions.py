@@ -2,6 +2,7 @@
 how each question is asked."""
 
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -35,9 +36,13 @@ def rows(path: Path) -> list[dict]:
 @pytest.mark.parametrize(
     ("thought", "answer"),
     [
-        ("cat left of elephant:3+8", "11"), ("cat elephant:8-3", "5"), ("cat dog:3-3", "0"), ("x:left+5", "up"),
-        ("x:up+3", "left"), ("x:down+4", "down"), ("x: 3+4 ", "7"), ("3+4", "7"), ("x:3+", None), ("x:12+3", None),
-        ("x:left-3", None), ("x:3+left", None), ("x:3+4 or 5", None), ("", None), ("x:1+1:", None),
+        ("cat left of horse:3+5", "8"), ("cat above horse:5+5", "10"), (" pig left of egg:3+3 ", "6"),
+        ("cat horse:3,5", "2"), ("horse cat:5,3", "1"), ("cat dog:3,3", "0"), ("cat dog:4,3", "1"),
+        ("cat left said: horse:3,5", "right"), ("cat up said: horse:3,5", "down"), ("horse up said: cat:5,3", "up"),
+        ("cat down said: dog:3,3", "down"),
+        ("cat left of horse:3,5", None), ("cat horse:3+5", None), ("cat horse", None), ("cat:3,5", None),
+        ("cat horse:3,", None), ("cat left said: horse", None), ("cat above said: horse:3,5", None), ("", None),
+        ("cat horse:3,5 cat", None), ("cat horse:13,5", None),
     ],
 )  # fmt: skip
 def test_what_a_thought_comes_to(thought: str, answer: str | None) -> None:
@@ -47,15 +52,15 @@ def test_what_a_thought_comes_to(thought: str, answer: str | None) -> None:
 @pytest.mark.parametrize(
     ("said", "thought", "answer", "bad"),
     [
-        ("<think>a b:3-3</think>0", "a b:3-3", "0", False),
-        ("<think>a b:3-3</think> 0 ", "a b:3-3", "0", False),
-        ("<think>a b:3-3</think>1", "a b:3-3", "1", True),
+        ("<think>a b:3,3</think>0", "a b:3,3", "0", False),
+        ("<think>a b:3,3</think> 0 ", "a b:3,3", "0", False),
+        ("<think>a b:3,3</think>1", "a b:3,3", "1", True),
         ("<think>a b</think>0", "a b", "0", True),
         ("0", None, "0", True),
-        ("<think>a b:3-3", None, "<think>a b:3-3", True),
-        ("0<think>a b:3-3</think>0", None, "0", True),
-        ("<think>a<think>:3-3</think>0", None, "0", True),
-        ("<think>a:3-3</think></think>0", None, "0", True),
+        ("<think>a b:3,3", None, "<think>a b:3,3", True),
+        ("0<think>a b:3,3</think>0", None, "0", True),
+        ("<think>a b:3,3<think></think>0", None, "0", True),
+        ("<think>a b:3,3</think></think>0", None, "0", True),
     ],
 )
 def test_thought_and_answer_are_told_apart(said: str, thought: str | None, answer: str, bad: bool) -> None:
@@ -64,7 +69,7 @@ def test_thought_and_answer_are_told_apart(said: str, thought: str | None, answe
 
 
 def test_the_reward_is_for_an_answer_behind_a_thought() -> None:
-    said = ["<think>a b:3-3</think>0", "<think>a b:9-3</think>0", "0", "<think>a b:3-3</think>1", "<think>0"]
+    said = ["<think>a b:3,3</think>0", "<think>a b:9,3</think>0", "0", "<think>a b:3,3</think>1", "<think>0"]
     assert right(said, ["0"] * 5, prompts=[""] * 5) == [1.0, 1.0, 0.0, 0.0, 0.0]
 
 
@@ -72,7 +77,7 @@ def test_all_answers_come_equally_often_and_thoughts_come_to_them(composed: Path
     for source in SOURCES:
         found = rows(composed / "held_out" / f"{source}.jsonl")
         counts = Counter(row["solution"] for row in found)
-        assert set(counts) == set(ANSWERS[source]) and len(ANSWERS[source]) >= 3
+        assert set(counts) == set(ANSWERS[source]) and len(counts) >= 3
         assert set(counts.values()) == {SIZES["held_out"] // len(ANSWERS[source])}
         assert all(conclusion(row["thought"]) == row["solution"] == row["messages"][-1]["content"] for row in found)
         assert questions.CHANCE[source] == pytest.approx(1 / len(counts))
@@ -85,7 +90,7 @@ def test_pairs_that_the_quickstart_holds_out_stay_held_out(composed: Path) -> No
             for row in rows(composed / name / f"{source}.jsonl"):
                 thought = row.get("thought") or split(row["messages"][-1]["content"])[0]
                 if thought is not None:
-                    words = thought.replace(":", " ").split()
+                    words = re.split(r"\W+", thought)
                     assert is_held_out(*[names.index(word) for word in words if word in names]) is held_out
 
 
@@ -93,9 +98,10 @@ def test_every_demonstration_is_there_with_a_thought_and_without(composed: Path)
     for source in SOURCES:
         found = rows(composed / "demonstrations" / f"{source}.jsonl")
         for thinking, at_once in zip(found[::2], found[1::2], strict=True):
+            assert at_once["messages"][-1]["content"].startswith("<think></think>")
             assert is_well_formed(thinking["messages"][-1]["content"])
             assert not contradicts(thinking["messages"][-1]["content"])
-            assert split(thinking["messages"][-1]["content"])[1] == at_once["messages"][-1]["content"]
+            assert split(thinking["messages"][-1]["content"])[1] == split(at_once["messages"][-1]["content"])[1]
             assert [turn["role"] for turn in thinking["messages"]] == ["system", "user", "assistant"]
             assert [turn["role"] for turn in at_once["messages"]] == ["user", "assistant"]
             assert all(thinking[kind] == at_once[kind] for kind in ("images", "audios", "videos"))
@@ -106,7 +112,9 @@ def test_the_same_seed_composes_the_same(composed: Path, tmp_path: Path) -> None
     for source in SOURCES:
         assert rows(tmp_path / "choice" / f"{source}.jsonl") == rows(composed / "choice" / f"{source}.jsonl")[:5]
         media = sorted((tmp_path / "choice" / "media" / source).iterdir())
-        assert all(one.read_bytes() == (composed / "choice" / "media" / source / one.name).read_bytes() for one in media)
+        assert all(
+            one.read_bytes() == (composed / "choice" / "media" / source / one.name).read_bytes() for one in media
+        )
 
 
 def test_another_question_is_never_the_same_one_and_of_its_source(composed: Path) -> None:
@@ -119,15 +127,16 @@ def test_another_question_is_never_the_same_one_and_of_its_source(composed: Path
         given = asked[other].record
         assert (swapped.record.images, swapped.record.videos) == (given.images, given.videos)
         assert swapped.expected == asked[place].expected and swapped.record.messages == asked[place].record.messages
-    assert ask.at_once(asked[0]).record.messages == asked[0].record.messages[1:]
+    at_once = ask.at_once(asked[0])
+    assert at_once.record.messages == asked[0].record.messages[1:] and at_once.thought == ""
 
 
 def test_only_a_thought_that_comes_to_another_answer_is_forced(composed: Path) -> None:
     asked = ask.read_questions(composed / "held_out", limit=1)[1]
-    assert (asked.record.source, asked.expected) == ("speech", "0")
-    forced = ask.with_thought_of(asked, "<think>cat elephant:8-3</think>1")
-    assert forced is not None and (forced.expected, forced.thought) == ("5", "cat elephant:8-3")
-    assert ask.with_thought_of(asked, "<think>cat dog:3-3</think>0") is None
+    assert (asked.record.source, asked.expected) == ("speech", "1")
+    forced = ask.with_thought_of(asked, "<think>cat horse:3,5</think>1")
+    assert forced is not None and (forced.expected, forced.thought) == ("2", "cat horse:3,5")
+    assert ask.with_thought_of(asked, "<think>horse dog:5,3</think>1") is None
     assert ask.with_thought_of(asked, "<think>cat dog</think>0") is None
     assert ask.with_thought_of(asked, "5") is None
 
@@ -137,7 +146,7 @@ def test_scores_are_shares_of_what_was_said(composed: Path) -> None:
     asked = ask.read_questions(composed / "held_out", limit=5)
 
     def says(given: list[ask.Asked], temperature: float, samples: int) -> list[list[measure.Response]]:
-        text = {True: "<think>a b:3-3</think>0", False: "0"}
+        text = {True: "<think>a b:3,3</think>0", False: "0"}
         said = []
         for one in given:
             is_thinking = one.record.messages[0].role == "system"
