@@ -133,7 +133,7 @@ class Reason:
         words = [CHAIN, *self.sources("prompts")]
         if self.fast:
             words += [f"run_dir={self.out}", f"train_iters={FAST_STEPS['chain']}"]
-            words += [f"stages.gspo.init_from={self.out}/chosen"]
+            words += [f"init_from={self.out}/chosen"]
         self.steps.run("GSPO, pairs, DPO, GSPO", "-m", "megatron_omni.cli.chain", *words)
 
     def measure(self, name: str, runs: list[Path], *sets: str, ways: tuple[str, ...] = (), samples: int = 4) -> None:
