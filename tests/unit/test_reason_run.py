@@ -66,7 +66,7 @@ def test_a_finished_run_is_not_deleted_without_being_told(tmp_path: Path, monkey
     (tmp_path / run.OUT / report.SCORES).write_text("{}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["run"])
-    with pytest.raises(SystemExit, match="holds a finished run.*OVERWRITE=1"):
+    with pytest.raises(SystemExit, match=r"holds a finished run.*OVERWRITE=1"):
         run.main()
 
 
