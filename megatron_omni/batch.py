@@ -38,6 +38,17 @@ NO_RECORD = 0x80
 MEDIA = ("pixel_values", "audio_features")
 INDICES = ("picture_places", "sound_places", "label_places")
 COUNTS = ("num_samples", "num_tokens")
+APART = ("attention", "routes", "kept_rows")
+
+
+class KeptRows:
+    """Rows of frozen encoders, kept between passes over a micro-batch that is computed several times."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Tensor] = {}
+        """By name of the medium."""
+        self.complete = False
+        """Media are not needed again."""
 
 
 class Modality(IntEnum):
@@ -91,6 +102,8 @@ class OmniBatch:
     routes: Tensor | None = None
     """[B, S, MoE layers x bytes] uint8: slots that the routers are to take (models/moe/routes.py); None: those of their
     logits."""
+    kept_rows: KeptRows | None = None
+    """Where rows of frozen encoders are kept; None: nowhere. It stays where it was made."""
 
     @classmethod
     def of(
@@ -149,7 +162,7 @@ class OmniBatch:
         return len(self.label_places)
 
 
-GRIDS = tuple(f.name for f in fields(OmniBatch) if f.name not in (*MEDIA, *INDICES, *COUNTS, "attention", "routes"))
+GRIDS = tuple(f.name for f in fields(OmniBatch) if f.name not in (*MEDIA, *INDICES, *COUNTS, *APART))
 
 
 def label_places(labels: Tensor) -> Tensor:

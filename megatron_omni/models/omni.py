@@ -149,10 +149,20 @@ class OmniModel(MegatronModule):
     def embed(self, batch: OmniBatch) -> Tensor:
         """[S, B, H]: word embeddings with the encoders' rows in place of the placeholders."""
         idle = self.overlap  # encoders before the embedding: in the order of registration
+        kept = batch.kept_rows
         media = [
-            _encode(self.vision, batch.pixel_values, batch.picture_places, idle=idle, group=self.tp_group),
-            _encode(self.audio, batch.audio_features, batch.sound_places, idle=idle, group=self.tp_group),
+            (places, kept.rows[name])
+            if kept is not None and name in kept.rows
+            else _encode(encoder, inputs, places, idle=idle, group=self.tp_group)
+            for name, encoder, inputs, places in (
+                ("vision", self.vision, batch.pixel_values, batch.picture_places),
+                ("audio", self.audio, batch.audio_features, batch.sound_places),
+            )
         ]
+        if kept is not None and not kept.complete:
+            found = zip(("vision", "audio"), (self.vision, self.audio), media)
+            has = {name: part[1] for name, encoder, part in found if part is not None and not is_trainable(encoder)}
+            kept.rows, kept.complete = has, len(has) == len([*filter(None, media)])
         hidden = self.language.embed(batch.input_ids)
         for places, rows in filter(None, media):
             flat = hidden.reshape(-1, hidden.shape[-1])

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_omni.batch import COUNTS, GRIDS, INDICES, MEDIA, OmniBatch
+from megatron_omni.batch import COUNTS, GRIDS, INDICES, MEDIA, KeptRows, OmniBatch
 from megatron_omni.platform.device import beside_computation, join_computation, pinned
 from megatron_omni.segments import AttentionSegments
 
@@ -115,12 +115,20 @@ class StepData:
         """(B, S) of every micro-batch."""
         return [(len(batch.input_ids), batch.input_ids.shape[1]) for batch in self._batches]
 
+    def keep_rows(self) -> None:
+        """Keep the rows of frozen encoders from the first pass on, in place of the media."""
+        self._batches = [replace(batch, kept_rows=KeptRows()) for batch in self._batches]
+
+    def _arriving(self, index: int) -> Callable[[], list[Tensor | None]]:
+        kept = self._batches[index].kept_rows
+        return (lambda: [None, None]) if kept is not None and kept.complete else self._media(index)
+
     def __iter__(self) -> Iterator[OmniBatch]:
-        arriving = self._media(0)
+        arriving = self._arriving(0)
         for index, batch in enumerate(self._batches):
             pixels, sound = arriving()
             if index + 1 < len(self._batches):
-                arriving = self._media(index + 1)
+                arriving = self._arriving(index + 1)
             yield replace(batch, pixel_values=pixels, audio_features=sound)
 
 

@@ -155,6 +155,7 @@ class Iteration:
                 batches, num_micro_batches=run.num_micro_batches, pg=run.pg, device=run.device, precision=precision
             )
             assert data is not None
+            data.keep_rows()
             self.batches.append(data)
             order = [[(n, g) for n in micro for g in range(len(self.responses[n]))] for micro in own]
             self.micro_batches.append(

@@ -39,6 +39,7 @@ from megatron_omni.tasks.iteration import Drawn, Iteration, MicroBatch, replace_
 from megatron_omni.tasks.judging import judge, rollout
 from megatron_omni.tasks.monitor import advise, compare
 from megatron_omni.tasks.responding import sample_responses
+from megatron_omni.tasks.start_weights import StartWeights
 from megatron_omni.tasks.supervised import SupervisedTask
 from megatron_omni.tasks.unanswered import Unanswered
 from megatron_omni.training.hooks import PartTimer
@@ -79,12 +80,16 @@ class ReinforceTask(Task):
         self._figures = Figures()
         self._advised = False
         self._max_dev: Tensor | None = None
+        self._start: StartWeights | None = None
+        """What the KL divergence is from."""
 
     # ------------------------------------------------------------------------------------------- of the loop
 
     def begin(self, run: Run) -> None:
         """See :class:`megatron_omni.training.task.Task`."""
         self.tokenizer = load_tokenizer(run.recipe.data.tokenizer)
+        if self.config.kl_coeff:
+            self._start = StartWeights(run.model)
         if run.loader is not None:
             self._rewards = Rewards.of(self.config, run_dir=run.recipe.run_dir, rank=run.place.dp_rank)
 
@@ -196,6 +201,7 @@ class ReinforceTask(Task):
             start = time.perf_counter()
             iteration.prepare(run, drawn.prompts)
             self._old_log_probs(run, iteration)
+            self._reference_log_probs(run, iteration)
             self._take_comparison(compare(run, iteration))
             iteration.settle(run)
             self._figures.add("time/old_logp", time.perf_counter() - start, 1)
@@ -305,6 +311,22 @@ class ReinforceTask(Task):
                 old = [record.grid(batch, run.recipe.model, run.pg) for record, batch in pairs]
                 self._fix_routes(data, micro_batches, old, slots=num_slots(moe))
             records.clear()
+
+    def _reference_log_probs(self, run: Run, iteration: Iteration) -> None:
+        """The same under the weights that the run started from, where the loss asks for them."""
+        if self._start is None:
+            return
+
+        def forward(batch: OmniBatch, model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            live = replace(batch, routes=None)
+            output = model(live, step=0, stochastic=False, temperature=self.config.temperature)
+            return output, lambda found: (found.new_zeros(()), found)
+
+        with self._start.in_place():
+            for data, micro_batches in zip(iteration.batches, iteration.micro_batches, strict=True):
+                reports = run_step(forward, data, run.model, pg=run.pg, recipe=run.recipe, forward_only=True)
+                for micro, token_loss in zip(micro_batches, reports):
+                    micro.reference = micro.where.of(-token_loss).contiguous()
 
     def _take_comparison(self, figures: Figures) -> None:
         advice = advise(figures, routes=self.config.routes)

@@ -113,7 +113,8 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
     model = build_model(recipe, pg, drawn=directory is None and recipe.init_from is None)
     freeze(model, recipe)
     _check_parameters(model, recipe)
-    initial = initial_checkpoint(recipe) if directory is None else None
+    compares = recipe.reinforce.kl_coeff > 0  # with its start, also when it goes on
+    initial = initial_checkpoint(recipe) if directory is None or compares else None
     if initial is not None:
         origin = load_initial_weights(model, recipe, initial, pg=pg)
     wrapped = wrap_model(model, recipe, pg)

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_omni.checkpoint import commit
 from megatron_omni.config.run import Recipe
+from megatron_omni.parallel.wrap import unwrap_model
 from megatron_omni.rewards.rollouts import iterations, read_rollouts
 from megatron_omni.tasks import iteration, reinforce
 from megatron_omni.training import loop
@@ -19,7 +21,7 @@ from megatron_omni.training.setup import Run
 from tests.distributed import test_reinforce
 from tests.distributed.harness import RankFailure, run_ranks
 from tests.distributed.test_reinforce import told
-from tests.distributed.tiny_run import EP, PP, make_corpus, records, run_tiny, train_rank
+from tests.distributed.tiny_run import EP, PP, TP, make_corpus, records, run_tiny, train_rank
 
 MORE_REWARDS = """
 def equal(completions, **columns):
@@ -272,3 +274,45 @@ def test_prompts_without_spread_give_way_to_the_next_ones(corpus: Path, tmp_path
     if ranks > 1:
         test_reinforce.same(found, run_tiny(alone, 1))
         assert told(recipe) == told(alone)
+
+
+# ------------------------------------------------------------------------------------------------ what is kept
+
+
+def test_a_divergence_from_the_start_is_nothing_at_first_and_survives_a_stop(corpus: Path, tmp_path: Path) -> None:
+    start = recipe_of(corpus, tmp_path / "start", train_iters=1)
+    run_tiny(start, 1)
+    settings = {"reinforce__kl_coeff": 0.5, "init_from": start.run_dir, "optim__lr": 1e-2}
+    straight = recipe_of(corpus, tmp_path / "straight", **settings)
+    found = run_tiny(straight, 1)
+    assert found[0]["kl"] == 0 and all(record["kl"] > 0 for record in found[1:])
+    plain = run_tiny(recipe_of(corpus, tmp_path / "plain", **(settings | {"reinforce__kl_coeff": 0.0})), 1)
+    assert [r["grad-norm"] == p["grad-norm"] for r, p in zip(found, plain)][:2] == [True, False]
+    stopped = recipe_of(corpus, tmp_path / "stopped", **settings)
+    assert run_ranks(train_rank, 1, stopped, stop_at(5)) == [75]
+    assert exact(run_tiny(stopped, 1)) == exact(found)
+    test_reinforce.same(run_tiny(recipe_of(corpus, tmp_path / "tp2", **settings, **TP), 2), found)
+
+
+def count_encoders(counts: Path, run: Run) -> None:
+    """Note the pictures that the vision encoder is shown in training's own passes."""
+    vision = unwrap_model(run.model).vision
+
+    def seen(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if not torch.is_inference_mode_enabled():
+            with counts.open("a") as file:
+                file.write(f"{len(inputs[0])}\n")
+
+    if vision is not None:
+        vision.register_forward_pre_hook(seen)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_rows_of_frozen_encoders_are_computed_once_for_all_passes(corpus: Path, tmp_path: Path, frozen: bool) -> None:
+    """Where the projector is trained: in the pass of the old log-probabilities and in the update."""
+    parts = ["gate", "vision", "audio", *(["projectors"] if frozen else [])]
+    recipe = recipe_of(corpus, tmp_path / "run", freeze=parts, train_iters=MINI)
+    run_ranks(train_rank, 1, recipe, partial(count_encoders, tmp_path / "seen"))
+    shown = sum(map(int, (tmp_path / "seen").read_text().split()))
+    pictures = {row.prompt for row in read_rollouts(recipe.run_dir, 0) if row.source == "image"}
+    assert shown == len(pictures) * (1 if frozen else 2)
