@@ -140,7 +140,7 @@ def tell(connection: Connection, message: FromEngine) -> None:
 
 def told(connection: Connection) -> FromEngine:
     """The next message; waits for it. EOFError where the other end is closed."""
-    plain: Any = pickle.loads(connection.recv_bytes())
+    plain: Any = connection.recv()
     if not isinstance(plain, tuple):
         return plain
     events, token_bytes, state, steps, step_seconds = plain
