@@ -51,7 +51,7 @@ def recipe_for(corpus: Path, **overrides: Any) -> Recipe:
         "data__min_frames": 2, "data__max_frames": 4, "data__max_frames_with_audio": 4, "data__seq_length": 512,
         "model__max_position_embeddings": 1024, **overrides,
     }  # fmt: skip
-    return tiny_recipe(corpus, corpus / "run", model__init_method_std=0.25, **settings)
+    return tiny_recipe(corpus, corpus / "run", **({"model__init_method_std": 0.25} | settings))
 
 
 def placed_questions(corpus: Path) -> list[dict[str, Any]]:
