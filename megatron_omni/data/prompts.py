@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from megatron_omni.batch import OmniBatch
 from megatron_omni.config.run import Recipe
 from megatron_omni.data.collate import collate
-from megatron_omni.data.loader import Loader
+from megatron_omni.data.loader import Loader, StepLoader
 from megatron_omni.data.mixture import Draw
 from megatron_omni.data.plan import Cursor, Row, Skip
 from megatron_omni.data.record import Record, RecordError
@@ -142,6 +142,11 @@ class PromptLoader(Loader[Prompts]):
         record = self.sources[draw.source][draw.row]
         sample = self.builder.build_sample(record)
         return Prompt(**vars(sample), record=record, row=draw.row, source=draw.source)
+
+
+def loader_kind(recipe: Recipe) -> type[Loader[Any]]:
+    """What reads the data that the recipe's task trains on."""
+    return PromptLoader if recipe.task == "reinforce" else StepLoader
 
 
 def as_prompt(sample: Sample) -> Prompt:

@@ -1,8 +1,8 @@
 """What ``--dry-run`` says of a run without starting it: its parameters and memory, and whether its files would do.
 
 ``describe`` needs the recipe alone. ``missing`` opens what the run would open at its start, as the run would: tokenizer, every
-source with its index, the first step of the mixture and of each held-out set (planned, nothing decoded), and the
-checkpoint that the weights come from. One process stands for all ranks.
+source with its index, the first step of the mixture and of each held-out set (planned, nothing decoded), the checkpoint
+that the weights come from, and reward functions. One process stands for all ranks.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,6 +21,7 @@ from megatron_omni.estimate import count_parameters, weight_bytes_per_rank
 from megatron_omni.estimate.hardware import GPUS
 from megatron_omni.estimate.plan import make_plan
 from megatron_omni.platform.environment import main_memory_bytes
+from megatron_omni.rewards import Rewards
 
 GIB = 2**30
 RUN_CONFIG = "run_config.yaml"
@@ -72,6 +73,8 @@ def missing(recipe: Recipe, *, world_size: int) -> list[str]:
     if recipe.log.eval_interval > 0:
         for source in recipe.data.eval_sources:
             attempt(lambda source=source: _first_step(recipe, world_size, [source]))  # type: ignore[misc]
+    if recipe.task == "reinforce":
+        attempt(lambda: Rewards.of(recipe.reinforce, run_dir=recipe.run_dir).close())
     if recipe.init_from is not None:
         attempt(lambda: _check_weights(recipe, _checkpoint(str(recipe.init_from), field="init_from")))
     if recipe.load not in (None, "auto"):
@@ -84,10 +87,12 @@ def _first_step(recipe: Recipe, world_size: int, sources: list[SourceConfig] | N
     from megatron_omni.data.loader import StepLoader
     from megatron_omni.data.mixture import DataEnded
     from megatron_omni.data.plan import Cursor
+    from megatron_omni.data.prompts import loader_kind
 
     without_threads = replace(recipe, data=replace(recipe.data, num_workers=0))
     size = data_parallel_size(recipe.parallel, world_size)
-    loader = StepLoader(without_threads, data_rank=0, data_size=size, sources=sources)
+    kind = loader_kind(recipe) if sources is None else StepLoader
+    loader = kind(without_threads, data_rank=0, data_size=size, sources=sources)
     try:
         loader.plan(Cursor(0))
     except DataEnded as ended:

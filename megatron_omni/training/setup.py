@@ -31,7 +31,7 @@ from megatron_omni.config.run import Recipe
 from megatron_omni.data.loader import Loader, StepLoader
 from megatron_omni.data.loader_state import joined_state
 from megatron_omni.data.plan import Cursor
-from megatron_omni.data.prompts import PromptLoader
+from megatron_omni.data.prompts import loader_kind
 from megatron_omni.data.tokenizer import NEW_SPECIALS, load_tokenizer
 from megatron_omni.models.build import build_model
 from megatron_omni.models.omni import OmniModel
@@ -128,7 +128,7 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
         model=wrapped,
         optimizer=optimizer,
         scheduler=scheduler,
-        loader=_loader(recipe, place, pg, kind=PromptLoader if recipe.task == "reinforce" else StepLoader),
+        loader=_loader(recipe, place, pg, kind=loader_kind(recipe)),
         origin=origin,
         initial_weights=weights_digest(initial) if initial is not None else None,
         eval_loaders={s.name: _loader(recipe, place, pg, [s], kind=StepLoader) for s in recipe.data.eval_sources},

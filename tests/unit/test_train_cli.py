@@ -132,6 +132,24 @@ def test_dry_run_refuses_a_stale_index(recipe_file: Path, tmp_path: Path, capsys
     assert "stale, 'rows.jsonl' has changed since it was made" in capsys.readouterr().err
 
 
+def test_dry_run_of_reinforcement_reads_prompts_and_opens_the_rewards(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('{"messages": [{"role": "user", "content": "q"}], "solution": "a"}\n' * 9)
+    words = [str(recipe_file), "--dry-run", "task=reinforce", "data.packing=false", "reinforce.max_new_tokens=8"]
+    words += [f"data.sources=[{{name: rows, path: {data}}}]", "data.eval_sources=[]"]
+    for function, said in (
+        ("think_format", None),
+        ("think_formatt", "did you mean 'think_format'"),
+        (f"{tmp_path}/mine.py:none", "there is no file"),
+    ):
+        status = main([*words, f"reinforce.rewards=[{{function: '{function}'}}]"])
+        error = capsys.readouterr().err
+        assert (status, error) == (0, "") if said is None else (status == 2 and said in error), error
+    assert main([*words, "reinforce.rewards=[{function: choice}]", "data.seq_length=8"]) == 2
+
+
 @pytest.mark.parametrize(("words", "launched", "ranks"), [([], "", 4), (["--ranks=32"], "", 32), ([], "16", 16)])
 def test_dry_run_of_a_shipped_stage_needs_neither_ranks_nor_data_to_show_it(
     words: list[str], launched: str, ranks: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
