@@ -363,10 +363,12 @@ class ReinforceTask(Task):
         self._figures.add("groups/empty_steps", 1, 1)
         if self._empty >= EMPTY_LIMIT:
             right, wrong = (self._latest.get(f"groups/all_{name}", 0.0) for name in ("right", "wrong"))
+            left_out = self._latest.get("reward/left_out", 0.0)
+            unusable = f" {left_out:.0%} of the responses got no reward: look at the records' solutions." if left_out else ""
             raise RuntimeError(
                 f"{EMPTY_LIMIT} steps in a row had no prompt whose responses got different rewards, so there was nothing to "
-                f"learn; of the last prompts {right:.0%} were answered right every time and {wrong:.0%} wrong every time. "
-                "Take harder prompts, or easier ones and a better start (init_from), or raise reinforce.group_size"
+                f"learn; of the last prompts {right:.0%} were answered right every time and {wrong:.0%} wrong every time."
+                f"{unusable} Take harder prompts, or easier ones and a better start (init_from), or raise reinforce.group_size"
             )
 
     def _report(self, terms: PolicyTerms, kept: Tensor, divisor: int) -> Tensor:
