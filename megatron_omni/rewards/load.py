@@ -70,11 +70,16 @@ def open_reward(config: RewardConfig, *, run_dir: Path, rank: int) -> Reward:
         if key in ARGUMENTS:
             raise ValueError(f"rewards: {name}: settings.{key} is what every reward is called with; take it out")
     if name in SERVICES:
-        _check_settings(name, SERVICES[name], settings, leave={"run_dir", "rank"}, closed=False)
-        function = SERVICES[name](run_dir=run_dir, rank=rank, **settings)
+        _check_settings(name, SERVICES[name], settings, leave={"run_dir", "rank"}, closed=False, builtin=True)
+        try:
+            function = SERVICES[name](run_dir=run_dir, rank=rank, **settings)
+        except TypeError as error:
+            raise ValueError(f"rewards: {name}: settings of another type: {error}") from error
     else:
         plain = FUNCTIONS[name] if name in FUNCTIONS else _of_file(name)
-        _check_settings(name, plain, settings, leave=set(ARGUMENTS), closed=name in FUNCTIONS)
+        _check_settings(
+            name, plain, settings, leave=set(ARGUMENTS), closed=name in FUNCTIONS, builtin=name in FUNCTIONS
+        )
         function = partial(plain, **settings) if settings else plain
     return Reward(
         name=name, weight=config.weight, function=function, settings=frozenset(settings), is_shape=name in SHAPE
@@ -82,11 +87,17 @@ def open_reward(config: RewardConfig, *, run_dir: Path, rank: int) -> Reward:
 
 
 def _check_settings(
-    name: str, function: Callable[..., Any], settings: dict[str, Any], *, leave: set[str], closed: bool = True
+    name: str, function: Callable[..., Any], settings: dict[str, Any], *, leave: set[str], closed: bool, builtin: bool
 ) -> None:
+    """ValueError for a setting that ``function`` does not take, and where one of the package lacks what it needs."""
     parameters = inspect.signature(function).parameters.values()
     named = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD and one.name not in leave]
     takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters)
+    needed = [one.name for one in parameters if one.name in named and one.default is one.empty]
+    if builtin and (lacking := [key for key in needed if key not in settings]):
+        raise ValueError(
+            f"rewards: {name} lacks settings.{', settings.'.join(lacking)}; docs/reinforcement.md has the list"
+        )
     for key in settings:
         if key not in named and (closed or not takes_all):
             said = nearest(key, named) if named else "it has none"

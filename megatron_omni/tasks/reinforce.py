@@ -155,6 +155,8 @@ class ReinforceTask(Task):
     def state_dict(self, run: Run) -> dict[str, Any]:
         """See :class:`megatron_omni.training.task.Task`."""
         state: dict[str, Any] = {"iteration": self._number, "empty": self._empty}
+        if self._start is not None:
+            state["reference"] = run.initial_weights
         if self._held is not None and not self._held.is_done:
             state |= {"settings": self._settings(run), "held": self._held.state_dict(run)}
         return state
@@ -162,6 +164,11 @@ class ReinforceTask(Task):
     def load_state_dict(self, run: Run, state: dict[str, Any]) -> None:
         """See :class:`megatron_omni.training.task.Task`."""
         self._number, self._empty = state["iteration"], state["empty"]
+        if self._start is not None and state.get("reference", run.initial_weights) != run.initial_weights:
+            raise ValueError(
+                f"init_from={run.recipe.init_from!r}: with reinforce.kl_coeff the divergence is from the weights that the run "
+                "began with, and these are others; name their checkpoint, or start a new run"
+            )
         if "held" not in state:
             return
         for name, value in self._settings(run).items():
@@ -174,7 +181,7 @@ class ReinforceTask(Task):
 
     def _settings(self, run: Run) -> dict[str, Any]:
         """What an iteration that has begun goes on with."""
-        fixed = ("group_size", "mini_batches", "max_new_tokens", "temperature", "share_prompt", "routes")
+        fixed = ("group_size", "mini_batches", "max_new_tokens", "temperature", "share_prompt", "routes", "kl_coeff")
         found = {f"reinforce.{name}": getattr(self.config, name) for name in fixed}
         return found | {"data.global_batch_size": run.recipe.data.global_batch_size}
 
@@ -364,7 +371,9 @@ class ReinforceTask(Task):
         if self._empty >= EMPTY_LIMIT:
             right, wrong = (self._latest.get(f"groups/all_{name}", 0.0) for name in ("right", "wrong"))
             left_out = self._latest.get("reward/left_out", 0.0)
-            unusable = f" {left_out:.0%} of the responses got no reward: look at the records' solutions." if left_out else ""
+            unusable = (
+                f" {left_out:.0%} of the responses got no reward: look at the records' solutions." if left_out else ""
+            )
             raise RuntimeError(
                 f"{EMPTY_LIMIT} steps in a row had no prompt whose responses got different rewards, so there was nothing to "
                 f"learn; of the last prompts {right:.0%} were answered right every time and {wrong:.0%} wrong every time."

@@ -276,6 +276,16 @@ def test_prompts_without_spread_give_way_to_the_next_ones(corpus: Path, tmp_path
         assert told(recipe) == told(alone)
 
 
+def test_records_without_a_usable_solution_end_the_run_with_a_reason(corpus: Path, tmp_path: Path) -> None:
+    small = {"reinforce__mini_batches": 20, "reinforce__max_new_tokens": 2, "data__micro_batch_size": 1}
+    rewards = {"reinforce__rewards": [{"function": "number", "settings": {"thinking": False}}]}
+    recipe = recipe_of(corpus, tmp_path, train_iters=30, data__global_batch_size=1, **small, **rewards)
+    with pytest.raises(
+        RankFailure, match=r"0% were answered right .* 100% of the responses got no reward: look at the rec"
+    ):
+        run_tiny(recipe, 1)
+
+
 # ------------------------------------------------------------------------------------------------ what is kept
 
 
@@ -292,6 +302,9 @@ def test_a_divergence_from_the_start_is_nothing_at_first_and_survives_a_stop(cor
     assert run_ranks(train_rank, 1, stopped, stop_at(5)) == [75]
     assert exact(run_tiny(stopped, 1)) == exact(found)
     test_reinforce.same(run_tiny(recipe_of(corpus, tmp_path / "tp2", **settings, **TP), 2), found)
+    other = settings | {"init_from": straight.run_dir, "train_iters": STEPS + 1}
+    with pytest.raises(RankFailure, match="the divergence is from the weights that the run began with"):
+        run_tiny(recipe_of(corpus, tmp_path / "stopped", **other), 1)
 
 
 def count_encoders(counts: Path, run: Run) -> None:

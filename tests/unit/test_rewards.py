@@ -305,6 +305,12 @@ def test_functions_that_cannot_be_opened(mine):
         opened(f"{mine}:no_columns")
     with pytest.raises(ValueError, match="has no setting 'kinds'; did you mean 'kind'"):
         opened("iou", kinds="box")
+    with pytest.raises(ValueError, match=r"judge lacks settings\.url;"):
+        opened("judge", model="m")
+    with pytest.raises(ValueError, match=r"overlong lacks settings\.max_new_tokens, settings\.overlong_tokens;"):
+        opened("overlong")
+    with pytest.raises(ValueError, match="judge: settings of another type"):
+        opened("judge", url="http://localhost/v1", model="m", tries="many")
     with pytest.raises(ValueError, match=r"settings\.step is what every reward is called with"):
         opened(f"{mine}:slow", step=1)
     with pytest.raises(ValueError, match="at least one function"):
