@@ -1,18 +1,21 @@
 """Routes as bytes: every record comes back, and replay is the recorded routing, weighted by whatever the logits are now."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_omni.batch import NO_RECORD
-from megatron_omni.config.model import MoEConfig
+from megatron_omni.config.model import ModelConfig, MoEConfig
 from megatron_omni.data.collate import collate
 from megatron_omni.data.responses import group_samples, replaying, routes_of_responses
 from megatron_omni.models.moe.kernels import load_kernels
 from megatron_omni.models.moe.router import OmniRouter, RouterOutput
 from megatron_omni.models.moe.routes import RouteRecord, bytes_of, flipped, packed, unpacked
+from megatron_omni.platform.host_waits import HostWaits
+from tests.unit.moe_problem import Alone
 from tests.unit.test_collate import sample as text
 from tests.unit.test_router import H, context, hidden, router
 
@@ -179,6 +182,18 @@ def test_without_record_and_replay_routing_is_one_call() -> None:
     module.topp_route = lambda *a, **k: calls.append(k) or inner(*a, **k)
     module(hidden(), ctx=context(False))
     assert len(calls) == 1 and calls[0].get("keep") is None
+
+
+def test_neither_recording_nor_replaying_waits_for_the_device() -> None:
+    module = router(layer=LAYER)
+    x = hidden(64)
+    routes = torch.full((64, LAYERS), 0x15, dtype=torch.uint8)
+    alone = SimpleNamespace(mp=Alone(), tp=Alone())
+    with HostWaits(allowed={}):
+        record = RouteRecord()
+        module(x, ctx=context(False, 64, routes=routes, record=record))
+        record.whole(ModelConfig(num_layers=1), alone)
+        flipped(routes, routes, num_slots=module.num_slots)
 
 
 def test_routes_of_samples_lie_where_their_tokens_do() -> None:
