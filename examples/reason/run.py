@@ -106,6 +106,7 @@ class Reason:
         self.started, self._began = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
         tokenizer = (FAST_QUICKSTART if fast else QUICKSTART) / "tokenizer.model"
         self.moved = [f"data.tokenizer={tokenizer}"] if fast else []
+        self.short = [f"train_iters={FAST_STEPS['chain']}", "optim.lr_warmup_iters=0"] if fast else []
 
     def sources(self, name: str) -> list[str]:
         """Overrides: the set's questions in this run's folder, where that is not the recipes'."""
@@ -132,8 +133,7 @@ class Reason:
         print(f"chosen: {chosen}")
         words = [CHAIN, *self.sources("prompts")]
         if self.fast:
-            words += [f"run_dir={self.out}", f"train_iters={FAST_STEPS['chain']}"]
-            words += [f"init_from={self.out}/chosen"]
+            words += [f"run_dir={self.out}", f"init_from={self.out}/chosen", *self.short]
         self.steps.run("GSPO, pairs, DPO, GSPO", "-m", "megatron_omni.cli.chain", *words)
 
     def measure(self, name: str, runs: list[Path], *sets: str, ways: tuple[str, ...] = (), samples: int = 4) -> None:
@@ -156,10 +156,9 @@ class Reason:
 
     def controls(self) -> None:
         """Permuted rewards, and the cold start for as long as GSPO took."""
-        short = [f"train_iters={FAST_STEPS['chain']}"] if self.fast else []
         start = [f"init_from={self.out}/chosen"]
         rewards = ['reinforce.rewards=[{function: "examples/reason/rewards.py:permuted"}]']
-        words = [GSPO, *self.sources("prompts"), f"run_dir={self.out}/control", *start, *rewards, *short]
+        words = [GSPO, *self.sources("prompts"), f"run_dir={self.out}/control", *start, *rewards, *self.short]
         self.steps.run("GSPO with permuted rewards", *torchrun("megatron_omni.cli.train", *words))
         more = report.steps_in_the_time_of_gspo(self.out)
         words = [COLD_START, *self.sources("demonstrations"), f"run_dir={self.out}/sft_more", *start]
