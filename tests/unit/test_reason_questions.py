@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # examples/ is not installed
 
+from examples.quickstart import compose  # noqa: E402
 from examples.quickstart.assets import load_assets  # noqa: E402
 from examples.quickstart.compose import is_held_out  # noqa: E402
+from examples.quickstart.tokenizer import train_tokenizer  # noqa: E402
 from examples.reason import ask, corpus, measure, questions  # noqa: E402
 from examples.reason.questions import ANSWERS, SOURCES, conclusion, contradicts, split  # noqa: E402
 from examples.reason.rewards import right  # noqa: E402
+from megatron_omni.batch import IGNORE_LABEL  # noqa: E402
+from megatron_omni.config.load import load_recipe  # noqa: E402
+from megatron_omni.data.record import Message  # noqa: E402
+from megatron_omni.data.sample import SampleBuilder  # noqa: E402
 from megatron_omni.rewards.shape import is_well_formed  # noqa: E402
 
 SIZES = {"demonstrations": 12, "prompts": 12, "held_out": 60, "choice": 12}
@@ -139,6 +146,27 @@ def test_only_a_thought_that_comes_to_another_answer_is_forced(composed: Path) -
     assert ask.with_thought_of(asked, "<think>horse dog:5,3</think>1") is None
     assert ask.with_thought_of(asked, "<think>cat dog</think>0") is None
     assert ask.with_thought_of(asked, "5") is None
+
+
+def test_a_forced_thought_is_the_beginning_of_the_answer(composed: Path, tmp_path: Path) -> None:
+    """The same tokens and positions as those of an answer with this thought, up to where the answer proper begins."""
+    tokenizer = train_tokenizer(compose.tokenizer_corpus(load_assets()), tmp_path / "t.model")
+    recipe = load_recipe(ROOT / "recipes/tiny/reason/1_cold_start.yaml", [f"data.tokenizer={tokenizer}"])
+    builder = SampleBuilder(recipe)
+    for asked in ask.read_questions(composed / "held_out", limit=1):
+        said = questions.with_thought("cat horse:3,5", "2")
+        turns = (*asked.record.messages[:-1], Message("assistant", said))
+        whole = builder.build_sample(replace(asked.record, messages=turns))
+        forced = ask.prompt_of(replace(asked, thought="cat horse:3,5"), builder)
+        plain = ask.prompt_of(asked, builder)
+        assert forced.input_ids.tolist() == [
+            *plain.input_ids,
+            *builder.tokenizer.encode("<think>cat horse:3,5</think>"),
+        ]
+        assert forced.input_ids.tolist() == whole.input_ids[: forced.length].tolist()
+        assert forced.position_ids.equal(whole.position_ids[:, : forced.length])
+        assert forced.next_position == int(whole.position_ids[0, forced.length])
+        assert (forced.labels == IGNORE_LABEL).all() and forced.modality.equal(whole.modality[: forced.length])
 
 
 def test_scores_are_shares_of_what_was_said(composed: Path) -> None:
