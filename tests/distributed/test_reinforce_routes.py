@@ -150,6 +150,16 @@ def test_a_resume_amid_an_iteration_replays_the_same_routes(
             assert last[name] == value, name
 
 
+def test_a_resume_on_another_layout_replays_them_too(corpus: Path, tmp_path: Path, alone: dict[str, Any]) -> None:
+    run_of(recipe_of(corpus, tmp_path, reinforce__routes="old", train_iters=3))
+    recipe = recipe_of(corpus, tmp_path, reinforce__routes="old", load="auto", data__micro_batch_size=1, **PP)
+    for result in run_of(recipe, 2):
+        assert result["said"] and all(same for _, same in result["said"])
+    last, expected = records(recipe)[-1], alone["old"][0][-1]
+    for name in ("policy loss", "grad-norm", "ratio/max_dev"):
+        assert last[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+
+
 # --------------------------------------------------------------------------------------------------------- the monitor
 
 

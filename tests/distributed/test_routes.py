@@ -19,7 +19,7 @@ from megatron_omni.batch import OmniBatch
 from megatron_omni.models.build import build_language_model
 from megatron_omni.models.moe.context import TokenContext
 from megatron_omni.models.moe.router import OmniRouter
-from megatron_omni.models.moe.routes import RouteRecord, unpacked, width_of
+from megatron_omni.models.moe.routes import RouteRecord, bytes_of, unpacked, width_of
 from megatron_omni.models.omni import token_facts
 from megatron_omni.parallel.groups import place_in
 from megatron_omni.parallel.schedule import run_step
@@ -66,7 +66,8 @@ def watch(model: Any) -> list[tuple[int, bool]]:
         ctx, index = keywords["ctx"], router._layer_index
         if ctx.routes is not None:
             real = ~ctx.padding
-            given, has = unpacked(ctx.routes[real, index : index + 1], router.num_slots)
+            width = bytes_of(router.num_slots)
+            given, has = unpacked(ctx.routes[real, index * width : (index + 1) * width], router.num_slots)
             z = router.gate(inputs[0], ctx=ctx).detach()[real]
             own = router.topp_route(z, router.rule_without_noise).mask
             same = bool(has.all()) and torch.equal(given, output.routing.mask[real])
@@ -113,9 +114,15 @@ def replayed(rank: Rank, recipe: Any) -> dict[str, Any]:
     return result
 
 
+def recipe_of(experts: int = 4, **sizes: Any) -> Any:
+    recipe = _recipe(moe=True, **sizes)
+    recipe.model.moe.num_routed_experts = experts
+    return recipe
+
+
 @cache
-def one_rank() -> dict[str, Any]:
-    (result,) = run_ranks(replayed, 1, _recipe(moe=True))
+def one_rank(experts: int = 4) -> dict[str, Any]:
+    (result,) = run_ranks(replayed, 1, recipe_of(experts))
     return result
 
 
@@ -124,6 +131,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2 with sequence parallelism": (2, {"tensor_model_parallel_size": 2}),
     "PP2, mixtures recomputed": (2, {"pipeline_model_parallel_size": 2, "recompute": "moe"}),
     "EP2": (2, {"expert_model_parallel_size": 2}),
+    "PP2, two bytes a token and layer": (2, {"pipeline_model_parallel_size": 2, "experts": 9}),
     "TP2xPP2, recomputed": (
         4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "recompute": "full"},
     ),
@@ -142,10 +150,11 @@ def test_one_rank_replays_what_it_recorded() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_record_and_replay_alike(layout: str) -> None:
     world_size, sizes = LAYOUTS[layout]
-    expected = one_rank()
+    expected = one_rank(sizes.get("experts", 4))
+    assert len(expected["routes"][0][0][0]) == (4 if "experts" in sizes else 2)
     calls = 2 if sizes.get("recompute", "none") != "none" else 1
     stages = sizes.get("pipeline_model_parallel_size", 1)
-    for result in run_ranks(replayed, world_size, _recipe(moe=True, **sizes)):
+    for result in run_ranks(replayed, world_size, recipe_of(**sizes)):
         assert result["routes"] == [expected["routes"][i] for i in result["mine"]], "bytes of all layers on all ranks"
         assert len(result["said"]) == STEPS * len(result["mine"]) * calls * 2 // stages
         assert all(same for _, same in result["said"])
