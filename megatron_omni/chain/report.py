@@ -9,7 +9,7 @@ from megatron_omni.evaluation import stages as reading
 
 FIGURES = {
     "reinforce": ("reward/mean", "groups/kept", "rollout/length"),
-    "preference": ("dpo/accuracy", "dpo/margin"),
+    "preference": ("preference/accuracy", "preference/margin"),
 }
 """Metrics of a task that tell how it went, where metrics.jsonl has them."""
 
