@@ -12,7 +12,7 @@
 ``init_from`` and the sources of an upcycling are names of earlier stages, or paths; the other hand-offs are names. A chain
 that was stopped anywhere goes on there, and a stage whose predecessor was made anew since is an error.
 
-Needs neither torch nor megatron but for the upcycling itself.
+Needs neither torch nor megatron but for an upcycling, and for rows that are made.
 """
 
 from megatron_omni.chain.config import ChainConfig

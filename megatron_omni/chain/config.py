@@ -6,6 +6,9 @@ from typing import Literal
 from megatron_omni.config.objectives import RewardConfig
 from megatron_omni.config.ranges import file_path, number
 
+PAIRS_REPORT = "pairs.json"
+"""What a finished stage of pairs leaves, last."""
+
 
 @dataclass(kw_only=True)
 class UpcycleConfig:

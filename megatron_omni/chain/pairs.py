@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_omni.chain.config import PairsConfig, RolloutsConfig
+from megatron_omni.chain.config import PAIRS_REPORT, PairsConfig
 from megatron_omni.chain.handed import (
     digest_of,
     file_digest,
@@ -29,7 +29,7 @@ from megatron_omni.chain.handed import (
     source_digests,
     write_rows,
 )
-from megatron_omni.chain.verify import DEMONSTRATION, Pair, Response, choose, fault, is_right
+from megatron_omni.chain.verify import DEMONSTRATION, Pair, Response, choose, correct_rewards, fault, is_right
 from megatron_omni.checkpoint.commit import write_text
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.objectives import RewardConfig
@@ -41,11 +41,9 @@ from megatron_omni.foreign import read_json
 from megatron_omni.rewards import Rewards, Scores, columns_of
 from megatron_omni.rewards.answer import Values
 from megatron_omni.rewards.consistency import consistency
-from megatron_omni.rewards.load import SHAPE
 from megatron_omni.rewards.rollouts import FOLDER, Rollout, iterations, read_rollouts
 from megatron_omni.rewards.shape import is_well_formed, repeated_share
 
-REPORT = "pairs.json"
 MOST_UNANSWERED = 0.05
 """Share of the responses that a judge may leave without a score."""
 _BATCH = 256
@@ -80,17 +78,6 @@ def rollout_files(run_dir: Path) -> list[Path]:
     return files
 
 
-def correct_rewards(config: RolloutsConfig, recipe: Recipe) -> list[str]:
-    """Names of the rewards that say whether a response is right; ValueError for one that the recipe has not."""
-    known = [reward.function.rpartition(":")[2] for reward in recipe.reinforce.rewards]
-    if unknown := [name for name in config.correct if name not in known]:
-        raise ValueError(f"correct: {unknown[0]!r} is no reward of {recipe.run_dir}; it has {', '.join(known)}")
-    found = config.correct or [name for name in known if name not in {*SHAPE, "judge"}]
-    if not found:
-        raise ValueError(f"correct: no reward of {recipe.run_dir} says what is right ({', '.join(known)}); name one")
-    return found
-
-
 def last_rollouts(run_dir: Path) -> dict[tuple[str, int], list[Rollout]]:
     """Of every record that was asked, the responses of the last iteration that asked it, in order."""
     found: dict[tuple[str, int], list[Rollout]] = {}
@@ -104,7 +91,7 @@ def last_rollouts(run_dir: Path) -> dict[tuple[str, int], list[Rollout]]:
 
 def made_of(run_dir: Path) -> dict[str, Any] | None:
     """What pairs.json says; None before it is there."""
-    return read_json(run_dir / REPORT) if (run_dir / REPORT).is_file() else None
+    return read_json(run_dir / PAIRS_REPORT) if (run_dir / PAIRS_REPORT).is_file() else None
 
 
 def pair_sources(run_dir: Path, rolled: Recipe, reader: Recipe) -> list[SourceConfig]:
@@ -158,7 +145,7 @@ def make_pairs(config: PairsConfig, recipe: Recipe, run_dir: Path) -> dict[str, 
         "by_source": {name: len(found) for name, found in rows.items()}, "by_kind": dict(kinds),
         "prompts_without": dict(without), "responses": dict(responses), "inputs": inputs,
     }  # fmt: skip
-    write_text(run_dir / REPORT, json.dumps(report, indent=1) + "\n")
+    write_text(run_dir / PAIRS_REPORT, json.dumps(report, indent=1) + "\n")
     return report
 
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_omni.chain.config import ChainConfig, PairsConfig, PromptsConfig, StageConfig, UpcycleConfig
-from megatron_omni.chain.pairs import REPORT as PAIRS_REPORT
-from megatron_omni.chain.pairs import correct_rewards
+from megatron_omni.chain.config import PAIRS_REPORT, ChainConfig, PairsConfig, PromptsConfig, StageConfig, UpcycleConfig
+from megatron_omni.chain.verify import correct_rewards
 from megatron_omni.checkpoint import commit
 from megatron_omni.checkpoint.meaning import check_handover
 from megatron_omni.checkpoint.tokenizer_files import find_tokenizer

@@ -24,8 +24,8 @@ from megatron_omni.chain.handed import (
     source_digests,
     write_rows,
 )
-from megatron_omni.chain.pairs import correct_rewards, last_rollouts, rollout_files
-from megatron_omni.chain.verify import is_right
+from megatron_omni.chain.pairs import last_rollouts, rollout_files
+from megatron_omni.chain.verify import correct_rewards, is_right
 from megatron_omni.checkpoint.commit import write_text
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.run import Recipe

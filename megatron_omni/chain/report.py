@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_omni.chain import pairs
+from megatron_omni.chain.config import PAIRS_REPORT
 from megatron_omni.chain.plan import Chain, Stage
 from megatron_omni.evaluation import stages as reading
+from megatron_omni.foreign import read_json
 
 FIGURES = {
     "reinforce": ("reward/mean", "groups/kept", "rollout/length"),
@@ -76,7 +77,8 @@ def _thinking(chain: Chain) -> list[str]:
     """Of the stages that were reinforced, made pairs or learned from them, at their beginning and their end."""
     lines = []
     for stage in chain.stages:
-        if stage.pairs is not None and (made := pairs.made_of(stage.run_dir)) is not None:
+        if stage.pairs is not None and stage.is_done:
+            made = read_json(stage.run_dir / PAIRS_REPORT)
             kinds = ", ".join(f"{kind} {count}" for kind, count in made["by_kind"].items())
             lines.append(f"{stage.name}: {made['pairs']} pairs of {made['prompts']} prompts ({kinds})")
         elif stage.recipe is not None and stage.recipe.task != "supervised":

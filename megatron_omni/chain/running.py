@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_omni.chain import pairs, prompts
-from megatron_omni.chain.handed import digest_of
 from megatron_omni.chain.plan import Chain, Stage, checkpoint_at
 from megatron_omni.checkpoint import commit
 from megatron_omni.checkpoint.run_dir import RESOLVED
@@ -62,6 +60,8 @@ def check_inputs(chain: Chain, stage: Stage) -> None:
 
 
 def _check_pairs(chain: Chain, stage: Stage) -> None:
+    from megatron_omni.chain import pairs
+
     assert stage.pairs is not None
     was, now = pairs.made_of(stage.run_dir), pairs.inputs_of(stage.pairs, chain.recipe_of(stage.reads["rollouts"]))
     assert was is not None
@@ -74,11 +74,15 @@ def _check_pairs(chain: Chain, stage: Stage) -> None:
 
 
 def _same(one: Any, other: Any) -> bool:
+    from megatron_omni.chain.handed import digest_of
+
     return digest_of({"": one}) == digest_of({"": other})
 
 
 def _check_rows(chain: Chain, stage: Stage) -> None:
     """Rows made for a stage lie in a folder that is named after what they were made of."""
+    from megatron_omni.chain import prompts
+
     resolved = stage.run_dir / RESOLVED
     if not stage.reads or not resolved.is_file():
         return
@@ -96,6 +100,10 @@ def _check_rows(chain: Chain, stage: Stage) -> None:
 
 def handed_sources(chain: Chain, stage: Stage) -> list[SourceConfig] | None:
     """What a stage whose predecessors are finished reads in place of its recipe's sources; None: those."""
+    if not stage.reads:
+        return None
+    from megatron_omni.chain import pairs, prompts
+
     if "data_from" in stage.reads:
         made = chain.stage(stage.reads["data_from"])
         assert stage.recipe is not None
@@ -117,6 +125,8 @@ def recipe_with_rows(chain: Chain, stage: Stage) -> Recipe:
 
 def run_pairs(chain: Chain, stage: Stage) -> Mapping[str, Any]:
     """Make the pairs of a stage; what pairs.json holds. ValueError, OSError, and pairs.Unanswered where a judge is away."""
+    from megatron_omni.chain import pairs
+
     assert stage.pairs is not None
     return pairs.make_pairs(stage.pairs, chain.recipe_of(stage.reads["rollouts"]), stage.run_dir)
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_omni.chain.config import PairsConfig, RolloutsConfig
+from megatron_omni.config.run import Recipe
+from megatron_omni.rewards.load import SHAPE
 
 INCONSISTENT, WRONG, REPETITIVE = "inconsistent", "wrong", "repetitive"
 KINDS = (INCONSISTENT, WRONG, REPETITIVE)
@@ -47,6 +49,17 @@ class Pair:
     chosen: Response
     rejected: Response
     kind: str
+
+
+def correct_rewards(config: RolloutsConfig, recipe: Recipe) -> list[str]:
+    """Names of the rewards that say whether a response is right; ValueError for one that the recipe has not."""
+    known = [reward.function.rpartition(":")[2] for reward in recipe.reinforce.rewards]
+    if unknown := [name for name in config.correct if name not in known]:
+        raise ValueError(f"correct: {unknown[0]!r} is no reward of {recipe.run_dir}; it has {', '.join(known)}")
+    found = config.correct or [name for name in known if name not in {*SHAPE, "judge"}]
+    if not found:
+        raise ValueError(f"correct: no reward of {recipe.run_dir} says what is right ({', '.join(known)}); name one")
+    return found
 
 
 def is_right(rewards: Mapping[str, float | None], names: Sequence[str], config: RolloutsConfig) -> bool | None:

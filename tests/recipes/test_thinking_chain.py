@@ -47,7 +47,7 @@ def write_stages(folder: Path) -> Path:
     whole = ["<think>", "</think>", *"0123456789", "or", "?", "<"]
     train_sentencepiece([*texts, "user assistant system"] * 4, folder / "t.model", vocab_size=294, whole=whole)
     common: dict[str, Any] = {
-        "seed": 5, "load": "auto", "model": MODEL, "freeze": ["gate"],
+        "seed": 5, "load": "auto", "model": MODEL,
         "optim": {"precision": "fp32", "lr": 5e-3, "lr_warmup_iters": 2, "lr_decay_style": "constant", "weight_decay": 0.0,
                   "use_distributed_optimizer": False},
         "data": {"tokenizer": str(folder / "t.model"), "seq_length": 256, "micro_batch_size": 16, "global_batch_size": 16,
@@ -58,11 +58,17 @@ def write_stages(folder: Path) -> Path:
     rewards = [{"function": "wer"}, {"function": "think_format", "weight": 0.5}]
     asked = [{"name": "digits", "path": str(folder / "asked.jsonl")}]
     gspo = {
-        "extends": "cold.yaml", "task": "reinforce", "train_iters": 4, "optim": {"lr": 5e-4, "lr_warmup_iters": 0},
+        "extends": "cold.yaml", "task": "reinforce", "freeze": ["gate"], "train_iters": 4, "optim": {"lr": 5e-4, "lr_warmup_iters": 0},
         "reinforce": {"rewards": rewards, "mini_batches": 2, "max_new_tokens": 10, "clip_low": 0.2, "clip_high": 0.2},
         "data": {"sources": asked},
     }  # fmt: skip
-    dpo = {"extends": "cold.yaml", "task": "preference", "train_iters": 2, "optim": {"lr": 1e-4, "lr_warmup_iters": 0}}
+    dpo = {
+        "extends": "cold.yaml",
+        "task": "preference",
+        "freeze": ["gate"],
+        "train_iters": 2,
+        "optim": {"lr": 1e-4, "lr_warmup_iters": 0},
+    }
     for name, recipe in (("cold", common), ("gspo", gspo), ("dpo", dpo)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
     stages = yaml.safe_load((ROOT / "recipes" / "chain_thinking.yaml").read_text())["stages"]

@@ -1,6 +1,8 @@
 """A chain with pairs and prompts: its plan, what is refused, what each stage is handed, and what a stale stage is."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +184,9 @@ def test_a_judge_that_is_away_stops_the_chain_to_be_started_again(
     roll_out(stage)
     assert main([str(file)]) == 75
     assert "the judge gave no score to 5 of 5 responses" in capsys.readouterr().err
+
+
+def test_a_plan_needs_no_torch() -> None:
+    code = "import sys, megatron_omni.chain as c; c.load_chain; print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "False"
