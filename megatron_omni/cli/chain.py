@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron_omni.config.outcome import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_REQUEUE, STOP_MARKER
 
@@ -160,14 +160,29 @@ class Signals:
     def __init__(self) -> None:
         self.received = False
         self.child: subprocess.Popen[bytes] | None = None
+        self._starts = self._missed = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Signal handler."""
         self.received = True
         if self.child is None:
-            raise Stopped
+            if not self._starts:
+                raise Stopped
+            self._missed = True  # by a process that is about to be there: it must not outlive this one
+            return
         # torchrun passes SIGTERM on to its workers and waits for them; of SIGUSR1 it would die.
         self.child.send_signal(signal.SIGTERM)
+
+    def start(self, command: list[str], **settings: Any) -> int:
+        """Run a stage, which gets the signals that come from here on; its exit status."""
+        self._starts = True
+        self.child = subprocess.Popen(command, **settings)
+        self._starts = False
+        if self._missed:
+            self.child.send_signal(signal.SIGTERM)
+        status = self.child.wait()
+        self.child = None
+        return status
 
 
 def run(chain: "Chain") -> int:
@@ -219,9 +234,7 @@ def _train(chain: "Chain", stage: "Stage", signals: Signals, lock: TextIO) -> in
     command = training_command(chain, stage, sys.executable)
     print("$", " ".join(command), flush=True)
     # A session of its own: Ctrl-C reaches the stage once, through this process. It inherits the lock.
-    signals.child = subprocess.Popen(command, env=clean_environment(), start_new_session=True, pass_fds=[lock.fileno()])
-    status = signals.child.wait()
-    signals.child = None
+    status = signals.start(command, env=clean_environment(), start_new_session=True, pass_fds=[lock.fileno()])
     if status == 0 and stage.is_done:
         return 0
     if (stage.run_dir / STOP_MARKER).exists():

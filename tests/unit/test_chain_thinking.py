@@ -1,6 +1,7 @@
 """A chain with pairs and prompts: its plan, what is refused, what each stage is handed, and what a stale stage is."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import yaml
 
 from megatron_omni.chain import Chain, check_inputs, load_chain, recipe_with_rows, report, run_pairs, training_command
 from megatron_omni.checkpoint import commit
-from megatron_omni.cli.chain import main
+from megatron_omni.cli.chain import Signals, Stopped, main
 from megatron_omni.config.load import load_recipe, recipe_to_yaml
 from megatron_omni.data.tokenizer import load_tokenizer
 from tests.unit.test_pairs_stage import ASTRAY, RIGHT, WRONG, Stage
@@ -184,6 +185,21 @@ def test_a_judge_that_is_away_stops_the_chain_to_be_started_again(
     roll_out(stage)
     assert main([str(file)]) == 75
     assert "the judge gave no score to 5 of 5 responses" in capsys.readouterr().err
+
+
+def test_a_signal_in_the_moment_in_which_a_stage_starts_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the stage would outlive its chain and keep its lock."""
+    signals, start = Signals(), subprocess.Popen.__init__
+
+    def begin(self: Any, *args: Any, **kwargs: Any) -> None:
+        start(self, *args, **kwargs)
+        signals(signal.SIGTERM, None)
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", begin)
+    assert signals.start([sys.executable, "-c", "import signal; signal.pause()"]) == -signal.SIGTERM
+    assert signals.received and signals.child is None
+    with pytest.raises(Stopped):
+        signals(signal.SIGTERM, None)
 
 
 def test_a_plan_needs_no_torch() -> None:
