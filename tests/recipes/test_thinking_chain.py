@@ -58,7 +58,8 @@ def write_stages(folder: Path) -> Path:
     rewards = [{"function": "wer"}, {"function": "think_format", "weight": 0.5}]
     asked = [{"name": "digits", "path": str(folder / "asked.jsonl")}]
     gspo = {
-        "extends": "cold.yaml", "task": "reinforce", "freeze": ["gate"], "train_iters": 4, "optim": {"lr": 5e-4, "lr_warmup_iters": 0},
+        "extends": "cold.yaml", "task": "reinforce", "freeze": ["gate"], "train_iters": 4,
+        "optim": {"lr": 5e-4, "lr_warmup_iters": 0},
         "reinforce": {"rewards": rewards, "mini_batches": 2, "max_new_tokens": 10, "clip_low": 0.2, "clip_high": 0.2},
         "data": {"sources": asked},
     }  # fmt: skip
