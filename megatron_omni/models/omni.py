@@ -160,9 +160,10 @@ class OmniModel(MegatronModule):
             )
         ]
         if kept is not None and not kept.complete:
-            found = zip(("vision", "audio"), (self.vision, self.audio), media)
-            has = {name: part[1] for name, encoder, part in found if part is not None and not is_trainable(encoder)}
-            kept.rows, kept.complete = has, len(has) == len([*filter(None, media)])
+            for name, encoder, part in zip(("vision", "audio"), (self.vision, self.audio), media):
+                if encoder is not None and part is not None and not is_trainable(encoder):
+                    kept.rows[name] = part[1]
+            kept.complete = len(kept.rows) == len([*filter(None, media)])
         hidden = self.language.embed(batch.input_ids)
         for places, rows in filter(None, media):
             flat = hidden.reshape(-1, hidden.shape[-1])

@@ -5,6 +5,7 @@ nothing has groups with spread. In fp32 the responses are the same token for tok
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,3 +244,34 @@ def test_the_gradient_is_that_of_the_definition(
         assert not equal and "responses have other log-probabilities in training" in str(failure), failure
     else:
         assert (norm == pytest.approx(expected, rel=1e-5)) is equal, (norm, expected)
+
+
+# ------------------------------------------------------------------------------------------------ what is sampled
+
+
+def excess(rank: Rank, recipe: Recipe) -> float:
+    """Of first tokens of 5,120 responses to one prompt, named as 80: chi-square against the model's probabilities at
+    temperature 1, in standard deviations from what chance gives."""
+    run = prepare(rank, recipe)
+    assert isinstance(run.loader, PromptLoader)
+    prompt = run.loader.prompt(0)
+    named = [replace(prompt, number=number) for number in range(80)]
+    found = responding.sample_responses(run, named, tokenizer=run.loader.builder.tokenizer, seed=3)
+    first = torch.tensor([response.ids[0] for group in found.values() for response in group])
+    batch = collate([prompt], pad_id=0, rule=run.loader.builder.rule)
+    with torch.no_grad():
+        logits = unwrap_model(run.model)(batch, step=0, stochastic=False, compute_loss=False)[0, prompt.length - 1]
+    expected = torch.softmax(logits.double(), 0) * len(first)
+    seen = torch.bincount(first, minlength=len(expected)).double()
+    often = expected >= 5
+    expected, seen = (torch.cat([counts[often], counts[~often].sum()[None]]) for counts in (expected, seen))
+    chi_square, freedom = float(((seen - expected).square() / expected).sum()), len(seen) - 1
+    return (chi_square - freedom) / (2 * freedom) ** 0.5
+
+
+def test_first_tokens_are_drawn_by_the_models_own_probabilities(corpus: Path, tmp_path: Path) -> None:
+    settings = {"reinforce__group_size": 64, "reinforce__max_new_tokens": 2, "reinforce__max_running": 64}
+    settings["model__init_method_std"] = 0.4  # some tokens are much likelier than others
+    assert abs(run_ranks(excess, 1, recipe_of(corpus, tmp_path, **settings))[0]) < 4
+    warm = recipe_of(corpus, tmp_path, **settings, reinforce__temperature=1.2)
+    assert run_ranks(excess, 1, warm)[0] > 8
