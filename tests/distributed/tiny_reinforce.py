@@ -26,8 +26,10 @@ def form(completions, **columns):
     return [float(text.startswith("think") and len(text) == 13 and text[8:11] == "end") for text in completions]
 
 
-def none_right(completions, **columns):
-    return [0.0 for _ in completions]
+def shuffled(completions, solution, step, **columns):
+    paid = [a + 0.5 * b for a, b in zip(right(completions, solution), form(completions))]
+    random.Random(step).shuffle(paid)
+    return paid
 """
 
 
