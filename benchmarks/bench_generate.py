@@ -253,6 +253,7 @@ class Contenders:
         weights and the interpreter's own data out of the processor's caches."""
         with self.engine(max_running=8, max_batch_tokens=512) as engine:
             cache = engine._replica.cache
+            assert callable(cache._singly), "what is replaced below"
             for i, row in enumerate(self.prompts(8, context)):
                 engine.submit(request(str(i), row, 4 * STEPS + 32))
             while engine.state().prompt_tokens < 8 * context:
@@ -260,13 +261,13 @@ class Contenders:
             times: dict[bool, list[float]] = {True: [], False: []}
             for reads in (True, False) * 2:
                 if not reads:
-                    cache._one_product = lambda number, query, *rest: query
+                    cache._singly = lambda query, *rest: query
                 for turn in range(STEPS):
                     start = time.thread_time()
                     engine.step()
                     if turn >= STEPS // 4:  # the first ones find the caches as the other kind left them
                         times[reads].append(time.thread_time() - start)
-                vars(cache).pop("_one_product", None)
+                vars(cache).pop("_singly", None)
             while engine.busy:
                 engine.step()
         step, rest = (1e3 * statistics.median(times[reads]) for reads in (True, False))

@@ -118,12 +118,17 @@ class KVCache:
             return (self._alike if self.alike else self._segmented)(query, keys, values, scale)
         known = len(self._counts)
         mine = query[:known] if self._segments else query  # padding, too
-        output = cached_attention.cached_attention(mine, keys, values, self._places[:known], self._counts, scale=scale)
+        output = self._singly(mine, keys, values, scale)
         if not self._segments:
             return output
         whole = self._segmented(query, keys, values, scale)
         whole[:known] = output
         return whole
+
+    def _singly(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
+        assert self._places is not None and self._counts is not None
+        places = self._places[: len(self._counts)]
+        return cached_attention.cached_attention(query, keys, values, places, self._counts, scale=scale)
 
     def _segmented(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
         self._attention = self._attention or AttentionSegments(self._segments, len(query))
