@@ -18,6 +18,9 @@ from megatron_omni.data.tokenizer import train_sentencepiece
 from tests.distributed.tiny_run import chat, tiny_values
 
 REWARDS = """
+import random
+
+
 def right(completions, solution, **columns):
     return [float(text.partition("end")[2] == gold.partition("end")[2]) for text, gold in zip(completions, solution)]
 
