@@ -103,6 +103,17 @@ def exact(run: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in record.items() if not name.startswith(TIMES)} for record in run]
 
 
+@pytest.mark.parametrize("settings", [{}, PLAIN], ids=["distributed", "plain"])
+def test_rates_of_parts_that_are_those_of_the_others_are_continued(
+    corpus: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """A factor of 1 takes back that of the recipe which is extended."""
+    rates = settings | {"optim__lr_scale": {"vision": 2.0, "gate": 1.0, "shared_experts": 1.0}}
+    straight = run_tiny(tiny_recipe(corpus, tmp_path / "straight", train_iters=STEPS, **rates), 1)
+    resumed = stop_and_resume(corpus, tmp_path / "resumed", (1, {}), (1, {}), **rates)
+    assert [r["loss"] for r in resumed] == [r["loss"] for r in straight]
+
+
 @pytest.mark.parametrize(
     ("world_size", "layout"),
     [
