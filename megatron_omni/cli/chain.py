@@ -240,6 +240,9 @@ def _train(chain: "Chain", stage: "Stage", signals: Signals, lock: TextIO) -> in
     if (stage.run_dir / STOP_MARKER).exists():
         print(f"{stage.name}: stopped with a whole checkpoint; start the chain again to go on", flush=True)
         return EXIT_REQUEUE
+    if signals.received and stage.is_done:  # the signal came with its last step
+        print(f"{stage.name}: finished; start the chain again to go on", flush=True)
+        return EXIT_REQUEUE
     if signals.received and status in (-signal.SIGTERM, 128 + signal.SIGTERM):
         print(
             f"{stage.name}: stopped, nothing saved since the last checkpoint; start the chain again to go on",

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,14 @@ sys.path.insert(0, str(ROOT))  # examples/ is not installed
 
 from examples.quickstart import compose  # noqa: E402
 from examples.quickstart.tokenizer import train_tokenizer  # noqa: E402
-from megatron_omni.chain import Chain, load_chain, run_upcycle  # noqa: E402
+from examples.reason import corpus as questions  # noqa: E402
+from megatron_omni.chain import Chain, load_chain, recipe_with_rows, run_pairs, run_upcycle  # noqa: E402
 from megatron_omni.config.load import load_recipe  # noqa: E402
 from megatron_omni.config.run import Recipe  # noqa: E402
 from megatron_omni.config.validate import validate  # noqa: E402
+from megatron_omni.data.tokenizer import IM_END, load_tokenizer  # noqa: E402
 from megatron_omni.evaluation.stages import held_out_losses, read_records  # noqa: E402
+from megatron_omni.rewards.rollouts import iterations, read_rollouts, write_rollouts  # noqa: E402
 from tests.distributed.tiny_run import run_ranks, train_rank  # noqa: E402
 from tests.recipes.miniature import make_start  # noqa: E402
 
@@ -92,6 +96,58 @@ def test_the_tiny_preference_recipe_learns_from_pairs(corpus: Path, tmp_path: Pa
     assert run_ranks(train_rank, 1, recipe) == [0]
     first, second = (record for record in read_records(Path(recipe.run_dir)) if "dpo loss" in record)
     assert first["dpo loss"] == pytest.approx(math.log(2), rel=1e-12) and second["preference/margin"] > 0
+
+
+def test_the_stages_of_thinking_train_from_each_other(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From drawn weights, which are never right: what they answered is written anew before pairs are made of it."""
+    monkeypatch.chdir(ROOT)  # a reward is examples/reason/rewards.py
+    questions.compose(corpus / "reason", sizes={"demonstrations": 2, "prompts": 8})
+    chain = load_chain(
+        CHAIN.with_name("chain_thinking.yaml"),
+        [f"run_dir={tmp_path}", *SHORT, "data.global_batch_size=4", "data.micro_batch_size=4"],
+        nproc_per_node=1,
+    )
+    for stage in chain.stages:
+        for source in stage.recipe.data.sources if stage.recipe is not None else ():
+            source.path = source.path.replace("runs/reason/data", str(corpus / "reason"))
+        if stage.recipe is not None:
+            on(corpus, stage.recipe)
+    for stage in chain.stages:
+        if stage.pairs is not None:
+            answer_by_hand(chain.recipe_of(stage.pairs.rollouts))
+            assert run_pairs(chain, stage)["by_kind"].keys() == {"inconsistent", "wrong"}
+        else:
+            recipe = recipe_with_rows(chain, stage)
+            recipe.init_from = next((str(path) for path in chain.inputs(stage).values()), None)
+            if stage is chain.stages[0]:
+                recipe.init_from, recipe.freeze = None, []
+            validate(recipe)
+            assert run_ranks(train_rank, 1, recipe) == [0]
+        assert stage.is_done
+    assert read_records(chain.stage("7_dpo").run_dir)[0]["dpo loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def answer_by_hand(recipe: Recipe) -> None:
+    """Rollouts of a stage with answers that are right, contradict their thought, or are wrong."""
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    for number in iterations(recipe.run_dir):
+        rollouts = []
+        for one in read_rollouts(recipe.run_dir, number):
+            end, answer = [(one.solution,) * 2, ("9", one.solution), ("9", "9")][one.g % 3]
+            text = f"<think>so {end}</think>{answer}"
+            ids = [*tokenizer.encode(text), tokenizer.special(IM_END)]
+            rewards = {"right": float(answer == one.solution), "think_format": 1.0}
+            told: dict[str, Any] = {
+                "text": text,
+                "token_ids": ids,
+                "tokens": len(ids),
+                "finish": "stop",
+                "rewards": rewards,
+            }
+            rollouts.append(replace(one, **told))
+        write_rollouts(recipe.run_dir, rollouts, iteration=number, rank=0, ranks=1)
 
 
 def test_the_quickstart_recipes_name_what_the_chain_reads() -> None:
