@@ -78,10 +78,8 @@ def _overrides(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:
     """Megatron's per-parameter settings: no weight decay on vectors, learning rates of the scaled parts."""
     overrides = {_key("no weight decay", _undecayed): ParamGroupOverride(wd_mult=0.0)}
     for part, scale in recipe.optim.lr_scale.items():
-        if (
-            scale == 1
-        ):  # a group of its own would look like the plain one where Megatron looks for groups of a checkpoint
-            continue
+        if scale == 1:
+            continue  # its group would look like the plain one, and Megatron knows a checkpoint's groups by their looks
         key = _key(f"lr_scale {part}", lambda _, name, part=part: scaled_with(_bare(name)) == part)
         overrides[key] = ParamGroupOverride(max_lr=recipe.optim.lr * scale, min_lr=recipe.optim.min_lr * scale)
     return overrides
