@@ -36,6 +36,7 @@ from megatron_omni.data.mixture import DataEnded
 from megatron_omni.data.past import describe_order
 from megatron_omni.data.record import Message, Record
 from megatron_omni.data.responses import responses_of
+from megatron_omni.foreign import parse_json
 from megatron_omni.losses.dpo import pair_sums
 from megatron_omni.parallel.schedule import LossFunction, run_step
 from megatron_omni.parallel.sharing import from_rank_0
@@ -119,7 +120,7 @@ def read(path: Path) -> Reference | None:
             names = [name.removeprefix("steps/") for name in file.files if name.startswith("steps/")]
             steps = {name: file[f"steps/{name}"].tolist() for name in names}
             tables = {n: Table(file[f"values/{n}"], int(steps[n][0]), bool(steps[n][1])) for n in names}
-            return Reference(json.loads(str(file["key"])), tables)
+            return Reference(parse_json(str(file["key"]), str(path)), tables)
     except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
         logger.warning("%s: damaged (%s)", path, error)
         return None
@@ -212,7 +213,7 @@ def _sets_key(run: Run) -> dict[str, Any]:
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     """As JSON gives them back."""
-    told: dict[str, Any] = json.loads(json.dumps(values, sort_keys=True))
+    told: dict[str, Any] = parse_json(json.dumps(values, sort_keys=True), "key")
     return told
 
 

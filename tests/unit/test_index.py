@@ -82,7 +82,7 @@ def test_an_index_changes_nothing_but_the_files_that_planning_opens(tmp_path, mi
     index_of(tmp_path, "mixed.jsonl")
     quick = StepLoader(tiny_recipe(tmp_path, [mixed], **settings), data_rank=0, data_size=1)
     probed = []
-    monkeypatch.setattr("megatron_omni.data.loader.measure", lambda *_: probed.append(1) or measure(*_))
+    monkeypatch.setattr("megatron_omni.data.sample.measure", lambda *_: probed.append(1) or measure(*_))
     for _ in range(12):
         a, b = plain.plan(plain._cursor), quick.plan(quick._cursor)
         assert a.micro_batches == b.micro_batches and a.num_samples == b.num_samples
