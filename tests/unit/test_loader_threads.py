@@ -141,7 +141,7 @@ def test_a_header_that_stalls_on_one_rank_is_skipped_by_all(tmp_path, monkeypatc
             hang_until(released)
         return measure(record, tokenizer)
 
-    monkeypatch.setattr("megatron_omni.data.loader.measure", hanging)
+    monkeypatch.setattr("megatron_omni.data.sample.measure", hanging)
     steps = [[], []]
 
     def run(rank):

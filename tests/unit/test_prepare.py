@@ -13,7 +13,7 @@ from tests.unit.test_tar import write_tar
 from tests.unit.tiny_data import row, tiny_recipe, tokenizer_file, write_image
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-TINY = sorted(path.name for path in (RECIPES / "tiny").glob("*.yaml") if path.stem != "chain")
+TINY = sorted(path.name for path in (RECIPES / "tiny").glob("*.yaml") if not path.stem.startswith("chain"))
 
 
 @pytest.fixture
