@@ -120,6 +120,9 @@ def found():
     return checker.check()
 
 
+CPU_ONLY = {"megatron_omni::cached_attention"}  # a GPU has kernels for sequences of any length (generation/cache.py)
+
+
 @built
 def test_objects_hold_code_for_every_device(found):
     assert found.wrong == []
@@ -142,4 +145,4 @@ def test_loads_without_a_gpu_and_covers_every_op():
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     on_cpu = {n for n in names if has(n, "CPU")}
     assert len(on_cpu) >= 10
-    assert {n for n in on_cpu if not has(n, "CUDA")} == set()
+    assert {n for n in on_cpu if not has(n, "CUDA")} == CPU_ONLY
