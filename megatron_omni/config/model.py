@@ -8,6 +8,7 @@ The defaults are the full Uni-MoE-2.0-Omni on Qwen2.5-7B; ``recipes/tiny/`` over
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_omni.config.generators import CodecConfig, SpeechConfig
 from megatron_omni.config.ranges import number
 
 
@@ -209,6 +210,12 @@ class ModelConfig:
     """null: no pictures and no video."""
     audio: AudioConfig | None = field(default_factory=AudioConfig)
     """null: no sound."""
+    output_bias: bool = False
+    """The output layer has a bias (the released speech generator)."""
+    speech: SpeechConfig | None = None
+    """The trunk is a speech generator: codes out of text. null: it is a language model."""
+    codec: CodecConfig | None = None
+    """The model is a codec and has no trunk (``task: codec``)."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of the model; export merges them."""
     megatron: dict[str, Any] = field(default_factory=dict)

@@ -57,9 +57,9 @@ class LogConfig:
 class Recipe:
     """One training run. ``load`` resumes everything; ``init_from`` takes weights only."""
 
-    task: Literal["supervised", "reinforce", "preference"] = "supervised"
+    task: Literal["supervised", "reinforce", "preference", "codec"] = "supervised"
     """What is learned: the answers of the records; to get rewards for responses of its own (GSPO, docs/reinforcement.md);
-    to prefer one answer to another (DPO)."""
+    to prefer one answer to another (DPO); to turn sound into codes and back (docs/speech.md)."""
     seed: int = number(3407, at_least=0, at_most=2**32 - 1)
     """Decides every random draw: initial weights, the order of the data, routing, dropout."""
     deterministic_mode: bool = False
