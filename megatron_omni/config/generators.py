@@ -4,7 +4,7 @@ Plain dataclasses, as config/model.py. The defaults are the released ones: MoE-T
 WavTokenizer-large-unify-40token.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -119,7 +119,7 @@ class CodecConfig:
     encoder: Literal["seanet", "mel"] = "seanet"
     """``seanet``: convolutions on the waveform (released). ``mel``: convolutions on its log-mel spectrogram, which train
     from scratch in minutes."""
-    strides: list[int] = field(default_factory=lambda: [4, 5, 5, 6])
+    strides: list[int] = number(lambda: [4, 5, 5, 6], at_least=1, at_most=1000)
     """Of SEANet's blocks; their product is the samples of a code (600)."""
     num_filters: int = number(32, at_least=1, at_most=65536)
     """Channels of SEANet's first convolution; each stride doubles them."""
