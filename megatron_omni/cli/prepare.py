@@ -28,8 +28,7 @@ from megatron_omni.cli.starting import say_starting
 
 if TYPE_CHECKING:
     from megatron_omni.config.data import SourceConfig
-    from megatron_omni.data.folder import FolderReport
-    from megatron_omni.data.trl_pairs import PairsReport
+    from megatron_omni.data.made_records import MadeRecords
 
 
 def parser() -> argparse.ArgumentParser:
@@ -138,23 +137,22 @@ def _made_records(words: argparse.Namespace) -> Iterator[Path]:
     if words.folder is not None:
         from megatron_omni.data.folder import records_of_folder
 
-        folder = records_of_folder(words.folder, prompt=words.prompt)
-        yield _told(folder)
-        if folder.kept is not None:
-            print(f"  what was there before is kept as {folder.kept}")
+        yield _told(records_of_folder(words.folder, prompt=words.prompt))
     if words.trl is not None:
         from megatron_omni.data.trl_pairs import records_of_pairs
 
         yield _told(records_of_pairs(words.trl))
 
 
-def _told(report: "FolderReport | PairsReport") -> Path:
-    print(f"wrote {report.path}: {report.num_records} records")
-    for reason, number in report.rejected.most_common():
+def _told(made: "MadeRecords") -> Path:
+    print(f"wrote {made.path}: {made.num_records} records")
+    for reason, number in made.rejected.most_common():
         print(f"  left out ({reason}): {number}")
-    for message in report.messages:
+    for message in made.messages:
         print(f"  {message}")
-    return report.path
+    if made.kept is not None:
+        print(f"  what was there before is kept as {made.kept}")
+    return made.path
 
 
 def _source(path: str, words: argparse.Namespace) -> "SourceConfig":

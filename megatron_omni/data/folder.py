@@ -8,18 +8,17 @@ the file; one to a folder is not followed (it may lead in a circle), and named.
 """
 
 import csv
-import filecmp
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import count
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_omni.data.assemble import assemble, media_kind
-from megatron_omni.data.record import RecordError, internal_error, parse_record
+from megatron_omni.data.made_records import MadeRecords, make_records
+from megatron_omni.data.record import RecordError, parse_record
 from megatron_omni.data.tar import is_junk
 from megatron_omni.foreign import ForeignError, parse_json, read_json, read_text
 
@@ -28,62 +27,26 @@ _METADATA_BYTES = 1 << 30
 """Largest table of captions."""
 
 
-@dataclass
-class FolderReport:
-    """What became of the files of a folder."""
-
-    path: Path
-    """The JSONL file that was written."""
-    kept: Path | None = None
-    """Where the file went that was there before, if it said anything else: somebody's work, perhaps."""
-    num_records: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    messages: list[str] = field(default_factory=list)
-    """Why files were left out, the first of them."""
-
-
-def records_of_folder(folder: Path, *, prompt: str = "", most_messages: int = 20) -> FolderReport:
+def records_of_folder(folder: Path, *, prompt: str = "") -> MadeRecords:
     """Write ``folder/records.jsonl``: a record for every medium with a caption, in the order of their names.
-
-    Another file of that name is kept under the next free one (``records.jsonl.1``).
 
     ValueError when the folder is none, or nothing in it can be used.
     """
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is no folder")
-    report = FolderReport(folder / RECORDS)
     listed = _metadata(folder)
-    partial = report.path.with_name(f"{RECORDS}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as out:
-            for key, files, captions in _groups(folder):
-                where = str(folder / key)
-                try:
-                    if not files:
-                        raise _linked(where)
-                    text, metadata = _caption(files, captions, listed, where)
-                    row = assemble(key, files, where=where, text=text, metadata=metadata, prompt=prompt)
-                    parse_record(row, where=where)
-                    line = json.dumps(row, ensure_ascii=False) + "\n"
-                except Exception as error:
-                    bad = error if isinstance(error, RecordError) else internal_error(where, error)
-                    report.rejected[bad.reason] += 1
-                    if len(report.messages) < most_messages:
-                        report.messages.append(str(bad))
-                    continue
-                out.write(line)
-                report.num_records += 1
-        if not report.num_records:
-            first = f"; the first: {report.messages[0]}" if report.messages else ""
-            raise ValueError(f"{str(folder)!r} holds no medium with a caption{first}")
-        if report.path.exists() and not filecmp.cmp(partial, report.path, shallow=False):
-            numbered = (report.path.with_name(f"{RECORDS}.{number}") for number in count(1))
-            report.kept = next(path for path in numbered if not os.path.lexists(path))
-            os.rename(report.path, report.kept)
-        os.replace(partial, report.path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return report
+
+    def row(key: str, files: dict[str, str], captions: dict[str, Path]) -> dict[str, Any]:
+        where = str(folder / key)
+        if not files:
+            raise _linked(where)
+        text, metadata = _caption(files, captions, listed, where)
+        row = assemble(key, files, where=where, text=text, metadata=metadata, prompt=prompt)
+        parse_record(row, where=where)
+        return row
+
+    rows = ((str(folder / key), partial(row, key, files, captions)) for key, files, captions in _groups(folder))
+    return make_records(folder / RECORDS, rows, nothing=f"{str(folder)!r} holds no medium with a caption")
 
 
 def _groups(folder: Path) -> Iterator[tuple[str, dict[str, str], dict[str, Path]]]:

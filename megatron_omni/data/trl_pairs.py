@@ -10,72 +10,43 @@ files in the order of the markers that these become. A picture that a text promp
 sides have the same prompt and the same media.
 """
 
-import json
-import os
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from megatron_omni.data.made_records import MadeRecords, make_records
 from megatron_omni.data.pairs import sides
-from megatron_omni.data.record import KINDS, LIST_FIELD, MARKER, RecordError, internal_error, parse_record
+from megatron_omni.data.record import KINDS, LIST_FIELD, MARKER, RecordError, parse_record
 from megatron_omni.data.text_rows import find_rows
 from megatron_omni.foreign import ForeignError, open_regular, parse_json
 
 SUFFIX = ".records.jsonl"
-MOST_MESSAGES = 20
 
 
-@dataclass
-class PairsReport:
-    """What became of a file's rows."""
-
-    path: Path
-    """The JSONL file that was written."""
-    num_records: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    messages: list[str] = field(default_factory=list)
-    """Why rows were left out, the first of them."""
-
-
-def records_of_pairs(source: Path) -> PairsReport:
+def records_of_pairs(source: Path) -> MadeRecords:
     """Write ``NAME.records.jsonl`` beside ``source`` (JSONL, or a ``.json`` file with an array): a record for each row.
 
     ValueError for a file that is none or of which no row can be used, and where the file to be written is there.
     """
     if not source.is_file():
         raise ValueError(f"{str(source)!r} is no file; give JSONL rows with prompt, chosen and rejected")
-    report = PairsReport(source.with_name(source.name.removesuffix(".jsonl").removesuffix(".json") + SUFFIX))
-    if report.path.exists():
-        raise ValueError(f"{str(report.path)!r} is there already; move it away to have it made again")
+    path = source.with_name(source.name.removesuffix(".jsonl").removesuffix(".json") + SUFFIX)
+    if path.exists():
+        raise ValueError(f"{str(path)!r} is there already; move it away to have it made again")
     ranges, numbers = find_rows(source)
-    partial = report.path.with_name(f"{report.path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as out, open_regular(source) as rows:
-            for (start, end), number in zip(ranges.tolist(), numbers.tolist()):
-                rows.seek(start)
-                where = f"{source}:{number}"
-                try:
-                    row = pair_row(_parsed(rows.read(end - start), where), where=where)
-                    sides(parse_record(row, where=where))
-                    line = json.dumps(row, ensure_ascii=False) + "\n"
-                except Exception as error:
-                    bad = error if isinstance(error, RecordError) else internal_error(where, error)
-                    report.rejected[bad.reason] += 1
-                    if len(report.messages) < MOST_MESSAGES:
-                        report.messages.append(str(bad))
-                    continue
-                out.write(line)
-                report.num_records += 1
-        if not report.num_records:
-            first = f"; the first: {report.messages[0]}" if report.messages else ""
-            raise ValueError(f"{str(source)!r} holds no pair{first}")
-        os.replace(partial, report.path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return report
+    with open_regular(source) as file:
+
+        def row(start: int, end: int, where: str) -> dict[str, Any]:
+            file.seek(start)
+            row = pair_row(_parsed(file.read(end - start), where), where=where)
+            sides(parse_record(row, where=where))
+            return row
+
+        places = ((f"{source}:{number}", *place) for place, number in zip(ranges.tolist(), numbers.tolist()))
+        rows = ((where, partial(row, start, end, where)) for where, start, end in places)
+        return make_records(path, rows, nothing=f"{str(source)!r} holds no pair")
 
 
 def pair_row(row: object, *, where: str) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from megatron_omni.batch import OmniBatch
 from megatron_omni.config.objectives import ReinforceConfig
-from megatron_omni.data.mixture import DataEnded
 from megatron_omni.data.plan import dealt
 from megatron_omni.data.prompts import Prompt, PromptLoader, PromptStep
 from megatron_omni.data.responses import (
@@ -30,11 +29,10 @@ from megatron_omni.data.responses import (
     routes_of_responses,
     separate_samples,
 )
-from megatron_omni.parallel.sharing import ReaderFailed, StepData, share_step, sum_over_ranks
+from megatron_omni.parallel.sharing import StepData, share_step, sum_over_ranks
 from megatron_omni.tasks.responding import Response
 from megatron_omni.training.setup import Run
-
-COUNTED = ("labels", "tokens", "samples", "tiles", "chunks")
+from megatron_omni.training.step_data import COUNTED, counted, read_together
 
 
 @dataclass(kw_only=True)
@@ -64,25 +62,20 @@ def replace_dull(run: Run, drawn: Drawn, asked: Sequence[Prompt]) -> list[Prompt
     mine = [p.number for p in asked if not any(response.advantage for response in drawn.responses[p.number])]
     dist.all_gather_object(dull, mine)
     leaving = sorted(number for part in dull for number in part)
-    error: Exception | None = None
-    fresh: list[Prompt] = []
-    more = bool(leaving)
-    if leaving and isinstance(run.loader, PromptLoader):
-        try:
-            coming = dict(zip(leaving, run.loader.draw_further(len(leaving))))
-            fresh = [run.loader.prompt(coming[number]) for number in mine]
-            drawn.prompts |= {prompt.number: prompt for prompt in fresh}
-            drawn.steps = [[[coming.get(n, n) for n in micro] for micro in mini] for mini in drawn.steps]
-        except DataEnded:
-            more = False
-        except Exception as caught:  # raised below, once every rank knows that it must not wait for this one
-            error = caught
-    failed, ended = sum_over_ranks([int(error is not None), int(not more)], device=run.device)
-    if error is not None:
-        raise error
-    if failed:
-        raise ReaderFailed("another rank could not load its data")
-    return None if ended else fresh
+    loader = run.loader if isinstance(run.loader, PromptLoader) else None
+
+    def next_ones() -> list[Prompt]:
+        assert loader is not None
+        coming = dict(zip(leaving, loader.draw_further(len(leaving))))
+        fresh = [loader.prompt(coming[number]) for number in mine]
+        drawn.prompts |= {prompt.number: prompt for prompt in fresh}
+        drawn.steps = [[[coming.get(n, n) for n in micro] for micro in mini] for mini in drawn.steps]
+        return fresh
+
+    if not leaving:
+        return None
+    fresh, end = read_together(None if loader is None else next_ones, device=run.device)
+    return None if end is not None else fresh or []
 
 
 @dataclass(kw_only=True)
@@ -150,7 +143,8 @@ class Iteration:
             batches, own = None, self.own(run, mini)
             if run.loader is not None:
                 batches = [self._rows(run, [prompts[number] for number in micro]) for micro in own]
-            counts += _counts(batches, num_samples=sum(map(len, own)))
+            step = dict(zip(COUNTED, counted(batches), strict=True))
+            counts += (step | {"samples": sum(map(len, own)) if batches is not None else 0}).values()
             data = share_step(
                 batches, num_micro_batches=run.num_micro_batches, pg=run.pg, device=run.device, precision=precision
             )
@@ -256,16 +250,6 @@ def _groups(prompt: Prompt, responses: Sequence[Response], config: ReinforceConf
         groups = separate_samples(prompt, ids)
     routes = [r.routes[: prompt.length - 1 + len(r.ids)] for r in responses if r.routes is not None]
     return replaying(groups, routes) if routes else groups
-
-
-def _counts(batches: list[OmniBatch] | None, *, num_samples: int) -> list[int]:
-    """:data:`COUNTED` of a reader's batches, 0 on other ranks."""
-    if batches is None:
-        return [0] * len(COUNTED)
-    tiles = sum(len(batch.pixel_values) for batch in batches if batch.pixel_values is not None)
-    chunks = sum(len(batch.audio_features) for batch in batches if batch.audio_features is not None)
-    labels = sum(batch.num_label_tokens for batch in batches)
-    return [labels, sum(batch.num_tokens for batch in batches), num_samples, tiles, chunks]
 
 
 def _plain(response: Response) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from megatron_omni.losses.dpo import pair_sums
 from megatron_omni.parallel.schedule import LossFunction, run_step
 from megatron_omni.parallel.sharing import from_rank_0
 from megatron_omni.parallel.wrap import gather_weights, unwrap_model
+from megatron_omni.tasks.start_weights import put_back
 from megatron_omni.training.initial_weights import load_initial_weights
 from megatron_omni.training.setup import Run, initial_checkpoint, weights_digest
 from megatron_omni.training.step_data import next_batches
@@ -297,11 +298,6 @@ def _weights_of_start(run: Run, digest: str | None) -> Iterator[None]:
             "the run where it was to end"
         )
     model = unwrap_model(run.model)
-    trained = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
-    load_initial_weights(model, run.recipe, directory, pg=run.pg)
-    try:
+    with put_back(model.parameters()):
+        load_initial_weights(model, run.recipe, directory, pg=run.pg)
         yield
-    finally:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(trained[name])

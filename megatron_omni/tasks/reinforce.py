@@ -24,13 +24,12 @@ from torch import Tensor
 
 from megatron_omni.batch import OmniBatch
 from megatron_omni.config.run import Recipe
-from megatron_omni.data.mixture import DataEnded
 from megatron_omni.data.prompts import PromptLoader, PromptStep
 from megatron_omni.data.tokenizer import load_tokenizer
 from megatron_omni.losses.gspo import PolicyTerms, gspo_loss
 from megatron_omni.models.moe.routes import RouteRecord, flipped, num_slots
 from megatron_omni.parallel.schedule import run_step
-from megatron_omni.parallel.sharing import ReaderFailed, StepData, sum_over_ranks
+from megatron_omni.parallel.sharing import StepData, sum_over_ranks
 from megatron_omni.platform.seeds import named_seed
 from megatron_omni.rewards import Rewards
 from megatron_omni.rewards.rollouts import write_rollouts
@@ -44,6 +43,7 @@ from megatron_omni.tasks.supervised import SupervisedTask
 from megatron_omni.tasks.unanswered import Unanswered
 from megatron_omni.training.hooks import PartTimer
 from megatron_omni.training.setup import Run
+from megatron_omni.training.step_data import read_together
 from megatron_omni.training.task import Interrupted, LossFunction, StepInfo, Task
 
 logger = logging.getLogger(__name__)
@@ -269,25 +269,14 @@ class ReinforceTask(Task):
     def _read(self, run: Run) -> list[PromptStep]:
         """The prompts of the next steps, fewer where the data ends; none on ranks that do not read."""
         steps: list[PromptStep] = []
+        loader = run.loader if isinstance(run.loader, PromptLoader) else None
         for place in range(self.config.mini_batches):
-            error: Exception | None = None
-            end: DataEnded | None = None
-            if isinstance(run.loader, PromptLoader):
-                try:
-                    steps.append(run.loader.next_step())
-                except DataEnded as caught:
-                    end = caught
-                except Exception as caught:  # raised below, once every rank knows that it must not wait for this one
-                    error = caught
-            failed, ended = sum_over_ranks([int(error is not None), int(end is not None)], device=run.device)
-            if error is not None:
-                raise error
-            if failed:
-                raise ReaderFailed("another rank could not load its data")
-            if ended and not place:
-                raise end or DataEnded("the data ends here")
-            if ended:
+            step, end = read_together(None if loader is None else loader.next_step, device=run.device)
+            if end is not None and not place:
+                raise end
+            if end is not None:
                 break
+            steps += [step] if step is not None else []
         return steps
 
     def _old_log_probs(self, run: Run, iteration: Iteration) -> None:

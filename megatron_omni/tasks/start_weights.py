@@ -4,11 +4,23 @@ A copy of the trained parameters in main memory; frozen ones are the same in bot
 every rank for itself, and afterwards the trained ones are back bit for bit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+
+@contextmanager
+def put_back(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Behind the block ``parameters`` are what they are now, whatever was written into them; kept in main memory."""
+    kept = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, now in kept:
+                parameter.copy_(now)
 
 
 class StartWeights:
@@ -20,13 +32,8 @@ class StartWeights:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The model has them inside the block."""
-        trained = [parameter.detach().to("cpu", copy=True) for parameter, _ in self._kept]
-        with torch.no_grad():
-            for parameter, start in self._kept:
-                parameter.copy_(start)
-        try:
-            yield
-        finally:
+        with put_back(parameter for parameter, _ in self._kept):
             with torch.no_grad():
-                for (parameter, _), now in zip(self._kept, trained, strict=True):
-                    parameter.copy_(now)
+                for parameter, start in self._kept:
+                    parameter.copy_(start)
+            yield

@@ -1,11 +1,12 @@
 """The data of a step on every rank: read by one rank of each replica, shared, and agreed upon by all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from megatron_omni.batch import OmniBatch
 from megatron_omni.data.loader import StepLoader
 from megatron_omni.data.mixture import DataEnded
 from megatron_omni.parallel.sharing import ReaderFailed, StepData, share_step, sum_over_ranks
@@ -13,6 +14,37 @@ from megatron_omni.training.hooks import PartTimer
 
 if TYPE_CHECKING:
     from megatron_omni.training.setup import Run
+
+COUNTED = ("labels", "tokens", "samples", "tiles", "chunks")
+
+
+def counted(batches: Sequence[OmniBatch] | None) -> list[int]:
+    """:data:`COUNTED` of a reader's micro-batches; 0 on ranks that do not read."""
+    totals = [0] * len(COUNTED)
+    for batch in batches or ():
+        media = [0 if inputs is None else len(inputs) for inputs in (batch.pixel_values, batch.audio_features)]
+        own = [batch.num_label_tokens, batch.num_tokens, batch.num_samples, *media]
+        totals = [total + number for total, number in zip(totals, own, strict=True)]
+    return totals
+
+
+def read_together[T](read: Callable[[], T] | None, *, device: torch.device) -> tuple[T | None, DataEnded | None]:
+    """What this rank's ``read`` gives, None on ranks that do not read and at the end of the data; and the end, where any rank
+    met it. All ranks together: a reader that fails raises its own error, the others ReaderFailed.
+    """
+    found, error, end = None, None, None
+    try:
+        found = read() if read is not None else None
+    except DataEnded as caught:
+        end = caught
+    except Exception as caught:  # raised below, once every rank knows that it must not wait for this one
+        error = caught
+    failed, ended = sum_over_ranks([int(error is not None), int(end is not None)], device=device)
+    if error is not None:
+        raise error
+    if failed:
+        raise ReaderFailed("another rank could not load its data")
+    return found, (end or DataEnded("the data ends here")) if ended else None
 
 
 def next_batches(
@@ -41,13 +73,6 @@ def next_batches(
             end = caught
         except Exception as caught:  # reported below, once every rank knows that it must not wait for this one
             error = caught
-    labels = tokens = samples = tiles = chunks = 0
-    if batches is not None:
-        labels = sum(batch.num_label_tokens for batch in batches)
-        tokens = sum(batch.num_tokens for batch in batches)
-        samples = sum(batch.num_samples for batch in batches)
-        tiles = sum(len(batch.pixel_values) for batch in batches if batch.pixel_values is not None)
-        chunks = sum(len(batch.audio_features) for batch in batches if batch.audio_features is not None)
     with timer.measure("communication"):
         shared = share_step(
             batches,
@@ -56,15 +81,13 @@ def next_batches(
             device=run.device,
             precision=torch.bfloat16 if run.recipe.optim.precision == "bf16" else torch.float32,
         )
-        values = [labels, tokens, samples, tiles, chunks, error is not None, stop(), written(), end is not None]
-        labels, tokens, samples, tiles, chunks, failed, stops, done, ended = sum_over_ranks(
-            [int(value) for value in values], device=run.device
-        )
+        said = [error is not None, stop(), written(), end is not None]
+        *totals, failed, stops, done, ended = sum_over_ranks([*counted(batches), *map(int, said)], device=run.device)
     if error is not None:
         raise error
     if ended and not failed:
         raise end or DataEnded("the data ends here")
     if failed or shared is None:
         raise ReaderFailed("another rank could not load its data")
-    read = {"divisor": labels, "labels": labels, "tokens": tokens, "samples": samples, "tiles": tiles, "chunks": chunks}
-    return shared, read | {"stop": stops, "written": done}
+    read = dict(zip(COUNTED, totals, strict=True))
+    return shared, read | {"divisor": read["labels"], "stop": stops, "written": done}
