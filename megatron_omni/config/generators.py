@@ -135,6 +135,8 @@ class CodecConfig:
     """ConvNeXt blocks."""
     num_bandwidths: int = number(4, at_least=1, at_most=1000)
     """Rows of the adaptive norms; row 0 decodes."""
+    dropout: float = number(0.1, at_least=0, below=1)
+    """Training only: share of the values inside the decoder's ResNet blocks that is left out."""
 
     @property
     def hop_size(self) -> int:
