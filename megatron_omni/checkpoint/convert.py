@@ -85,10 +85,12 @@ def import_checkpoint(
         raise ConversionError(f"{out}: holds a checkpoint already; choose another --out or remove it")
     recipe.optim.precision = "bf16" if target == torch.bfloat16 else "fp32"
     vocabulary = read_vocabulary(tokenizer) if tokenizer is not None else None
-    if vocabulary is not None and vocabulary.size > recipe.model.vocab_size:
+    speech = recipe.model.speech
+    num_rows = recipe.model.vocab_size if speech is None else speech.text_vocab_size
+    if vocabulary is not None and vocabulary.size > num_rows:
         raise ConversionError(
             f"{vocabulary.path}: has {vocabulary.size} ids with the special tokens of this model, and the embedding has "
-            f"{recipe.model.vocab_size} rows; add rows where the weights come from (transformers: "
+            f"{num_rows} rows; add rows where the weights come from (transformers: "
             f"model.resize_token_embeddings({vocabulary.size}), then save_pretrained)"
         )
     size = sum(math.prod(job.entry.shape) * target.itemsize for job in plan.jobs)
@@ -115,7 +117,7 @@ def import_checkpoint(
                 "tensors": lines,
                 "carried": carried,
                 "twins": [{"key": key, "equal_to": other} for _, key, other in plan.twins],
-                "appended_tokens": vocabulary.appended if vocabulary is not None else {},
+                "appended_tokens": vocabulary.appended if vocabulary is not None and speech is None else {},
             }
             write_ledger(directory, ledger)
             if finishing is not None:
@@ -181,7 +183,7 @@ def _made(job: Job, target: torch.dtype) -> Tensor:
         if target.itemsize < part.dtype.itemsize:
             check_finite(parts[-1], infos[key])
         del part
-    return job.entry.transform.to_ours(parts).contiguous()
+    return job.entry.transform.to_ours(parts).to(target).contiguous()
 
 
 def _said(part: Part) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from megatron_omni.checkpoint.sources import Digests, read_json
 from megatron_omni.checkpoint.tensor_files import ConversionError, SafetensorsWriter, read_header, read_tensor
 from megatron_omni.checkpoint.torch_dist import TorchDistReader
 from megatron_omni.checkpoint.uni_moe_loader import other_arithmetic
+from megatron_omni.checkpoint.uni_moe_speech import released_arithmetic
 from megatron_omni.config.load import load_recipe
 from megatron_omni.config.run import Recipe
 
@@ -117,6 +118,8 @@ def default_family(opened: Opened) -> str:
     if len(parts) == 1 and not any(key.startswith("language.") for key in opened.reader.tensors):
         return parts[0]
     model = opened.recipe.model
+    if model.speech is not None:
+        return "speech_gen"
     return "qwen2" if model.moe is None and model.vision is None and model.audio is None else "uni_moe"
 
 
@@ -137,6 +140,8 @@ def export_checkpoint(
     if out.exists():
         raise ConversionError(f"{out}: exists already; choose another --out or remove it")
     if family == "uni_moe" and (other := other_arithmetic(opened.recipe.model, opened.recipe.data)):
+        logger.warning("%s", "\n  - ".join([OTHER_ARITHMETIC, *other]))
+    if family == "speech_gen" and (other := released_arithmetic(opened.recipe.model)):
         logger.warning("%s", "\n  - ".join([OTHER_ARITHMETIC, *other]))
     writes = _export_plan(opened, family, dtype)
     files = _shards(writes, max_shard_bytes)
@@ -209,12 +214,15 @@ def _export_plan(opened: Opened, family: str, dtype: str) -> list[_Write]:
     known, options = FAMILIES[family], opened.options(family)
     stored, before = opened.reader.tensors, opened.source_dtypes()
     writes, problems = [], []
-    for entry in expand(known.rows(opened.recipe.model, options)):
+    entries = expand(known.rows(opened.recipe.model, options))
+    for entry in entries:
         found = stored.get(entry.ours)
         if found is None:
             problems.append(f"nothing fills {', '.join(entry.theirs)}: the checkpoint has no {entry.ours!r}")
         elif found.shape != entry.global_shape:
             problems.append(f"{entry.ours!r}: expected shape {list(entry.global_shape)}, found {list(found.shape)}")
+        elif not entry.theirs:  # theirs does without: it must be what theirs computes
+            entry.transform.to_theirs(opened.reader.read(entry.ours))
         else:
             kind = before.get((entry.ours, entry.expert), found.dtype) if dtype == "auto" else DTYPES[dtype]
             writes += [
@@ -223,7 +231,7 @@ def _export_plan(opened: Opened, family: str, dtype: str) -> list[_Write]:
             ]
     if problems:
         raise ConversionError(listed(f"{opened.directory}: not a {family} model:", problems))
-    _check_left_out(opened, family, {write.entry.ours for write in writes if write.entry is not None})
+    _check_left_out(opened, family, {entry.ours for entry in entries})
     return writes + _export_carried(opened, family, options)
 
 

@@ -47,7 +47,7 @@ def write_documents(
     if make is None:  # an encoder alone: its own configuration
         return
     chats = family in ("qwen2", "uni_moe")
-    tokenizer = find_tokenizer(checkpoint) if chats else None
+    tokenizer = find_tokenizer(checkpoint) if chats or family == "speech_gen" else None
     tokens = read_vocabulary(tokenizer).specials if tokenizer is not None else {}
     made = make(recipe.model, recipe.data, tokens, dtype)
     kept = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
@@ -58,8 +58,9 @@ def write_documents(
         _write_json(directory / TEMPLATE_FILE, {"chat_template": chat_template(recipe.data.system_turn)})
     if tokenizer is not None:
         copy_tokenizer(tokenizer, directory)
-        _write_stops(directory / GENERATION_FILE, tokens)
-    if recipe.data.system_turn:
+        if chats:
+            _write_stops(directory / GENERATION_FILE, tokens)
+    if chats and recipe.data.system_turn:
         _write_template(directory, recipe.data.system_turn, of_processor=family == "uni_moe")
     elif family == "uni_moe" and _adds_no_system_turn(directory):
         logger.warning(

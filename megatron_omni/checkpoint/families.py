@@ -6,6 +6,7 @@ further keys may be there. Those are *carried*: kept beside the checkpoint under
 them. To add a model: rows in a module of its own, one entry in :data:`FAMILIES` (docs/checkpoints.md).
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_omni.checkpoint import uni_moe
+from megatron_omni.checkpoint import uni_moe, uni_moe_speech
 from megatron_omni.checkpoint.hf_config import qwen2_config, qwen2_model, siglip_vision, whisper_audio
 from megatron_omni.checkpoint.names import (
     Row,
@@ -33,8 +34,10 @@ from megatron_omni.config.model import ModelConfig
 from megatron_omni.models.encoders.weights import draw_normal, draw_weights
 from megatron_omni.platform.seeds import named_generator
 
+logger = logging.getLogger(__name__)
+
 Options = dict[str, str]
-"""What the rows of one directory need beside the configuration: the prefix of its names."""
+"""What the rows of one directory need beside the configuration: the prefix of its names, which of two layouts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +146,13 @@ FAMILIES: dict[str, Family] = {
         config=lambda model, data, tokens, dtype: uni_moe.config_to_theirs(model, data, tokens=tokens, dtype=dtype),
         wants=uni_moe.unused_shapes,
     ),
+    "speech_gen": Family(
+        rows=uni_moe_speech.speech_rows,
+        config=lambda model, data, tokens, dtype: uni_moe_speech.speech_config(model, dtype),
+    ),
+    # Layers of a language model under a generator, and the word embeddings that it reads text by.
+    "speech_trunk": Family(rows=lambda model, options: uni_moe_speech.trunk_layer_rows(model)),
+    "text_table": Family(rows=uni_moe_speech.table_rows),
 }
 
 
@@ -211,6 +221,28 @@ def draw_projectors(model: ModelConfig, *, seed: int) -> Part:
     return _part("projectors", ValuesSource(f"drawn from seed {seed}", values), model, {})
 
 
+def open_speech(path: Path) -> tuple[ModelConfig, Part]:
+    """The speech generator at ``path``: its file, a folder that holds it, or a Uni-MoE-2.0-Omni directory."""
+    source, options = uni_moe_speech.open_source(path)
+    folder = source.path if source.path.is_dir() else source.path.parent
+    model = uni_moe_speech.model_of(source, options, config=folder / "config.json")
+    return model, _part("speech_gen", source, model, options)
+
+
+def open_speech_start(language: Path, table: Path) -> tuple[ModelConfig, list[Part]]:
+    """A generator's start: layers of the dense text model in ``language``, the word embeddings of ``table``.
+
+    Everything else of it (embeddings of codes, projection, output layer) is new and not written.
+    """
+    dense, _ = open_language(language)
+    source = uni_moe_speech.KeptKeys(language, r"model\.(layers\.|norm\.)")
+    words, key = uni_moe_speech.open_table(table)
+    model = uni_moe_speech.generator_of(dense, words.infos()[key].shape)
+    for said in (source, words):
+        logger.warning("%s: %d weights are left out, %s", said.path, len(said.left_out), ", ".join(said.left_out[:3]))
+    return model, [_part("speech_trunk", source, model, {}), _part("text_table", words, model, {"key": key})]
+
+
 def _part(name: str, source: Source, model: ModelConfig, options: Options) -> Part:
     family = FAMILIES[name]
     same = family.same
@@ -253,8 +285,16 @@ def open_sources(
     projectors: Path | None = None,
     draw_seed: int | None = None,
     query_tokens: int | None = None,
+    speech: Path | None = None,
+    text_table: Path | None = None,
 ) -> OpenedSources:
-    """The model that these directories make together. ConversionError where something is missing or given twice."""
+    """The model that these directories make together. ConversionError where something is missing or given twice.
+
+    ``speech``: a speech generator, which is a model of its own. ``text_table`` makes one of ``language``.
+    """
+    others = [vision, audio, projectors, draw_seed, query_tokens]
+    if speech is not None or text_table is not None:
+        return _open_generator(speech, language, text_table, alone=all(other is None for other in others))
     if language is None and vision is None and audio is None:
         raise ConversionError("nothing to convert: give --hf, or --vision or --audio alone")
     model, parts = ModelConfig(moe=None, vision=None, audio=None), []
@@ -283,3 +323,20 @@ def open_sources(
     if parts[-1].family == "projectors":
         wanted += projector_rows(model)
     return OpenedSources(model=model, parts=parts, wanted=wanted)
+
+
+def _open_generator(speech: Path | None, language: Path | None, table: Path | None, *, alone: bool) -> OpenedSources:
+    if not alone:
+        raise ConversionError("a speech generator has no encoders and no projectors: leave out their options")
+    if speech is not None:
+        if language is not None or table is not None:
+            raise ConversionError(f"--speech {speech}: is a whole speech generator; leave out --hf and --text-table")
+        model, part = open_speech(speech)
+        return OpenedSources(model=model, parts=[part], wanted=list(part.rows))
+    assert table is not None
+    if language is None:
+        raise ConversionError(
+            f"--text-table {table}: give --hf too, the dense text model whose layers a generator starts from"
+        )
+    model, parts = open_speech_start(language, table)
+    return OpenedSources(model=model, parts=parts, wanted=[row for part in parts for row in part.rows])

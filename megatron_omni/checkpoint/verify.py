@@ -150,7 +150,8 @@ def _verify_source(
     dtype = DTYPES_BY_NAME[ledger["dtype"]]
     entries = expand(FAMILIES[record["family"]].rows(recipe.model, record["options"]))
     for entry in entries:
-        tensor = entry.transform.to_ours([source.read(key).to(dtype) for key in entry.theirs]).contiguous()
+        parts = [source.read(key).to(dtype) for key in entry.theirs]
+        tensor = entry.transform.to_ours(parts).to(dtype).contiguous()
         if tensor_digest(tensor) != lines[entry.ours, entry.expert]["sha256"]:
             raise CheckpointError(
                 f"{source.label}: {', '.join(entry.theirs)} do not make the checkpoint's {entry.ours!r}"

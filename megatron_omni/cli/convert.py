@@ -2,6 +2,8 @@
 
 megatron-omni convert import --hf QWEN --out DIR --tp 2 --pp 2
 megatron-omni convert import --hf QWEN --vision SIGLIP --audio WHISPER --draw-projectors 0 --out DIR
+megatron-omni convert import --speech speech_gen/speech_gen_ep2.bin --tokenizer QWEN --out DIR
+megatron-omni convert import --hf QWEN_0.5B --text-table QWEN_VL_3B --out DIR
 megatron-omni convert export --checkpoint RUN --out DIR
 megatron-omni convert roundtrip --hf QWEN --tp 2 --pp 2
 megatron-omni convert verify DIR
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
     from megatron_omni.checkpoint.layout import Layout
 
 EXIT_INTERRUPTED = 130
-FAMILIES = ("qwen2", "siglip", "whisper", "projectors", "uni_moe")
+FAMILIES = ("qwen2", "siglip", "whisper", "projectors", "uni_moe", "speech_gen", "speech_trunk", "text_table")
+EXPORTED = ("qwen2", "siglip", "whisper", "projectors", "uni_moe", "speech_gen")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,7 +45,11 @@ def parser() -> argparse.ArgumentParser:
     exporting = commands.add_parser("export", help="a checkpoint of ours to a Hugging Face directory")
     exporting.add_argument("--checkpoint", type=Path, required=True, help="run, imported directory or iter_*")
     exporting.add_argument("--out", type=Path, required=True, help="directory to make")
-    exporting.add_argument("--to", choices=FAMILIES, help="layout (default: qwen2 for a text model, else uni_moe)")
+    exporting.add_argument(
+        "--to",
+        choices=EXPORTED,
+        help="layout (default: qwen2 for a text model, speech_gen for a generator, else uni_moe)",
+    )
     exporting.add_argument("--like", type=Path, help="imported checkpoint that a trained one started from")
     exporting.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto")
     exporting.add_argument("--max-shard-gb", type=float, default=5.0, help="size of one safetensors file")
@@ -66,6 +73,13 @@ def _add_sources(command: argparse.ArgumentParser) -> None:
     command.add_argument("--audio", type=Path, help="Whisper directory")
     command.add_argument("--projectors", type=Path, help="file or directory with vision_aligner.*, audio_aligner.*")
     command.add_argument("--draw-projectors", type=int, metavar="SEED", help="draw them as a run of that seed does")
+    command.add_argument(
+        "--speech", type=Path, help="speech generator: speech_gen_ep2.bin, its folder, or a Uni-MoE-2.0-Omni directory"
+    )
+    command.add_argument(
+        "--text-table", type=Path, help="makes --hf (Qwen2.5-0.5B) the start of a generator that reads text by the word "
+        "embeddings in this directory (Qwen2.5-VL-3B)"
+    )  # fmt: skip
     command.add_argument("--query-tokens", type=int, help="audio tokens a chunk (default: 20 for 3 seconds)")
     for name, meaning in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert"), ("etp", "expert tensor")):
         command.add_argument(f"--{name}", type=int, default=1, help=f"{meaning} parallel size of what is written")
@@ -105,11 +119,12 @@ def run_import(options: argparse.Namespace) -> None:
     from megatron_omni.config.run import Recipe
 
     opened = _open(options)
-    place = options.tokenizer or options.hf
+    place = options.tokenizer or options.hf or (options.speech if options.speech and options.speech.is_dir() else None)
     tokenizer = find_tokenizer(place) if place is not None and place.is_dir() else place
-    if tokenizer is None and options.hf is not None:
+    if tokenizer is None and (options.hf is not None or options.speech is not None):
         logging.warning(
-            "%s: holds no tokenizer; training needs data.tokenizer, or import again with --tokenizer", place
+            "%s: holds no tokenizer; training needs data.tokenizer, or import again with --tokenizer",
+            place or options.speech,
         )
     written = import_checkpoint(
         opened.parts,
@@ -182,6 +197,8 @@ def _open(options: argparse.Namespace) -> "OpenedSources":
         projectors=options.projectors,
         draw_seed=options.draw_projectors,
         query_tokens=options.query_tokens,
+        speech=options.speech,
+        text_table=options.text_table,
     )
 
 
