@@ -81,6 +81,13 @@ def prefix(length: int, rest: int) -> tuple[Segment, ...]:
     )
 
 
+def prefix_length(segments: Sequence[Segment], length: int) -> int | None:
+    """The n of :func:`prefix` that made ``segments`` of ``length`` tokens; 0: they are causal. None: neither."""
+    first = segments[0] if segments else None
+    n = len(first.queries) if first is not None and not first.causal else 0
+    return n if tuple(segments) == (prefix(n, length - n) if n else causal(length)) else None
+
+
 @dataclass(frozen=True)
 class AttentionSegments:
     """The segments of a batch, in the order of their queries."""

@@ -132,7 +132,7 @@ def _as_asked(wanted: Wanted) -> dict[str, Any]:
     """The fields that an answer depends on, as JSON has them."""
     flat = asdict(wanted)
     flat |= flat.pop("sampling")
-    del flat["routes"]  # said beside the answer
+    del flat["routes"], flat["banned_ids"]  # said beside the answer; nothing that a command asks for
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
 

@@ -5,7 +5,8 @@
 The tokens of a step are one row [T] (engine.py): first those of short chunks, a token each of the answers that decode
 among them, then longer chunks, then padding. On a CPU each of the first sees its keys by itself, in one pass over all of
 them (ops/cached_attention.py). Longer chunks are segments (segments.py), causal at their end; on a CUDA device all are:
-its variable-length kernel takes them in one call.
+its variable-length kernel takes them in one call. Where a prompt begins with tokens that all see each other, so does its
+first chunk: their keys are stored before any of them looks.
 
 A decoding step of fixed shapes (fixed_steps.py) gathers its keys by place and masks what a token does not see.
 
@@ -43,6 +44,8 @@ class KVCache:
         self._places: Tensor | None = None
         self._counts: Tensor | None = None
         """[n] int64 of the first tokens, on a CPU: the positions that each sees, its own the last."""
+        self._last: Tensor | None = None
+        """[n] int64 of the first tokens, on a CPU: the place of the last position that each sees. None: its own."""
         self._segments: tuple[Segment, ...] = ()
         self._attention: AttentionSegments | None = None
         self._fixed: tuple[Tensor, Tensor] | None = None
@@ -82,21 +85,25 @@ class KVCache:
         self.reach(max((chunk.extent.offset + chunk.extent.size for chunk in chunks), default=0))
         singly = cached_attention.is_available(places.device)
         counts: list[int] = []
-        segments = []
+        last: list[int] = []
+        segments: list[Segment] = []
         first = 0
         for chunk in chunks:
             offset, end = chunk.extent.offset, chunk.start + chunk.length
             if singly and (chunk.length <= SHORT or self.alike):
-                counts += range(chunk.start + 1, end + 1)
+                seen = [*[chunk.whole] * chunk.whole, *range(chunk.start + chunk.whole + 1, end + 1)]
+                counts += seen
+                last += [offset + count - 1 for count in seen]
             else:
-                segments.append(Segment(range(first, first + chunk.length), (range(offset, offset + end),)))
+                segments += _segments_of(chunk, first)
             first += chunk.length
         self._counts, self._segments = torch.tensor(counts, dtype=torch.int64) if singly else None, tuple(segments)
+        self._last = torch.tensor(last, dtype=torch.int64) if any(chunk.whole for chunk in chunks) else None
 
     def begin_fixed(self, places: Tensor, offsets: Tensor, lengths: Tensor, num_keys: int) -> None:
         """Announce a forward of B tokens of which each is its answer's next: ``places`` [B] int64 of them, ``offsets`` [B]
         of their extents, ``lengths`` [B] of what they see, at most ``num_keys``; all on the device, and read there."""
-        self._places, self._counts, self._segments = places, None, ()
+        self._places, self._counts, self._last, self._segments = places, None, None, ()
         numbers = torch.arange(num_keys, device=places.device)
         # The row of positions may end before so many keys: what is gathered in their place is masked.
         gathered = (offsets.unsqueeze(1) + numbers).clamp_max_(self._length(places) - 1).flatten()
@@ -127,7 +134,7 @@ class KVCache:
 
     def _singly(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
         assert self._places is not None and self._counts is not None
-        places = self._places[: len(self._counts)]
+        places = self._places[: len(self._counts)] if self._last is None else self._last
         return cached_attention.cached_attention(query, keys, values, places, self._counts, scale=scale)
 
     def _segmented(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
@@ -148,7 +155,8 @@ class KVCache:
         for segment in self._segments:
             (seen,) = segment.keys
             for i in segment.queries:
-                own = slice(seen.start, seen.stop - segment.queries.stop + 1 + i)
+                behind = segment.queries.stop - 1 - i if segment.causal else 0
+                own = slice(seen.start, seen.stop - behind)
                 k, v = (x[own].transpose(0, 1)[None] for x in (keys, values))
                 output[i] = F.scaled_dot_product_attention(query[i][None], k, v, scale=scale)[0]
         return output
@@ -185,6 +193,17 @@ class KVCache:
         """Everything that lies at the places of keys."""
         rows = [row for layer in self._layers.values() for row in layer]
         return rows if self._routes is None else [*rows, self._routes]
+
+
+def _segments_of(chunk: Chunk, first: int) -> list[Segment]:
+    """Those of a chunk whose tokens lie in the row of the step from ``first`` on."""
+    offset, end, causal = chunk.extent.offset, first + chunk.length, first + chunk.whole
+    segments = []
+    if chunk.whole:
+        segments.append(Segment(range(first, causal), (range(offset, offset + chunk.whole),), causal=False))
+    if causal < end:
+        segments.append(Segment(range(causal, end), (range(offset, offset + chunk.start + chunk.length),)))
+    return segments
 
 
 def in_step_order(chunks: Sequence[Chunk]) -> list[Chunk]:

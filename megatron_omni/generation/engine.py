@@ -32,7 +32,7 @@ from torch import nn
 from megatron_omni.data.tokenizer import Tokenizer
 from megatron_omni.generation.extents import extent_size
 from megatron_omni.generation.fixed_steps import Decoding, check_decoding
-from megatron_omni.generation.prefix import media_digests, prefixes, whole_prompt
+from megatron_omni.generation.prefix import media_digests, prefixes, whole_prompt, whole_tokens
 from megatron_omni.generation.replica import (
     FAILED,
     NOTHING_TO_DO,
@@ -109,7 +109,7 @@ class Engine:
             model,
             pg=pg,
             cache_tokens=tokens,
-            eos_ids=tokenizer.eos_ids,
+            eos_ids=[i for i in tokenizer.eos_ids if i < unwrapped(model).language.model_config.vocab_size],
             deterministic=limits.deterministic,
             decoding=limits.decoding,
         )
@@ -152,7 +152,8 @@ class Engine:
                 number=self._next_answer,
                 known=request.prompt.length,
                 prefixes=shared,
-                keep=self.limits.prefix_cache and request.reuse_prefix,
+                keep=self._keeps(request),
+                whole=whole_tokens(request.prompt),
                 group=number if request.n > 1 else None,
             )
             self._next_answer += 1
@@ -298,8 +299,14 @@ class Engine:
         if request.name in self._numbers:
             raise ValueError(f"name is {request.name!r}, which a request that has not finished has")
         ids = prompt.input_ids.numpy()
-        check_ids((int(ids.min()), int(ids.max())), model.vocab_size, "prompt")
+        check_ids((int(ids.min()), int(ids.max())), self._replica.omni.num_input_ids, "prompt")
         check_ids(request.stop_ids, model.vocab_size, "stop_ids")
+        check_ids(request.banned_ids, model.vocab_size, "banned_ids")
+        if len({*request.banned_ids, *request.stop_ids, *self.tokenizer.eos_ids}) >= model.vocab_size:
+            raise ValueError(
+                f"banned_ids has {len(request.banned_ids)} tokens and leaves none to choose; leave some out"
+            )
+        self._check_whole(request)
         if request.routes and model.moe is None:
             raise ValueError("routes is True, but model.moe is null: there are none to tell; set it to False")
         wanted = f"prompt has {prompt.length} tokens and max_new_tokens is {request.max_new_tokens}, together "
@@ -320,16 +327,35 @@ class Engine:
                     "rows for each; build it with the model's own recipe"
                 )
 
+    def _check_whole(self, request: Request) -> None:
+        """Of a prompt that begins with tokens that see each other."""
+        whole, largest = whole_tokens(request.prompt), self._scheduler.largest_whole
+        if whole > largest:
+            raise ValueError(
+                f"prompt begins with {whole} tokens that see each other, which one step must hold; beside a token for each "
+                f"other answer it holds {largest}: shorten them, raise max_batch_tokens ({self.limits.max_batch_tokens}) or "
+                f"lower max_running ({self.limits.max_running})"
+            )
+        if whole and request.prompt_logprobs is not None:
+            raise ValueError(
+                f"prompt_logprobs is {request.prompt_logprobs}, but the first {whole} tokens of the prompt see those behind "
+                "them: they have none; leave it out"
+            )
+
     def _prefixes_of(self, request: Request, number: int) -> list[Prefix]:
         """Beginnings of the prompt that may be shared; none where the logits of all of its tokens are wanted, and of other
-        requests' none where routes are, which are not kept."""
+        requests' none where routes are, which are not kept, nor where tokens see those behind them, which no name tells."""
         if request.prompt_logprobs is not None:
             return []
         sample, blocks = request.prompt, []
-        if self.limits.prefix_cache and request.reuse_prefix and not request.routes:
+        if self._keeps(request) and not request.routes:
             ids, positions = sample.input_ids.numpy(), sample.position_ids.numpy()
             blocks = prefixes(ids, positions, media_digests(sample), salt=request.salt)
         return whole_prompt(blocks, request=number, num_tokens=sample.length) if request.n > 1 else blocks
+
+    def _keeps(self, request: Request) -> bool:
+        """Whether keys and values of a request may be those of another one."""
+        return self.limits.prefix_cache and request.reuse_prefix and not whole_tokens(request.prompt)
 
     # ------------------------------------------------------------------------------------------------ steps and events
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_omni.batch import Modality
 from megatron_omni.data.sample import Sample
 from megatron_omni.generation.scheduler import Prefix
+from megatron_omni.segments import prefix_length
 
 BLOCK = 64
 """Tokens of a block."""
@@ -62,3 +63,16 @@ def whole_prompt(blocks: Sequence[Prefix], *, request: int, num_tokens: int) -> 
     """``blocks`` and the whole prompt of a request, which its samples alone share."""
     name = b"request" + request.to_bytes(8, "little")
     return [*(block for block in blocks if block.num_tokens < num_tokens), Prefix(name, num_tokens)]
+
+
+def whole_tokens(prompt: Sample) -> int:
+    """First tokens of a prompt that all see each other. ValueError where others do than :func:`segments.prefix` says."""
+    if prompt.attention is None:
+        return 0
+    whole = prefix_length(prompt.attention, prompt.length)
+    if whole is None:
+        raise ValueError(
+            "prompt.attention is neither causal nor segments.prefix(n, rest), which is all that a prompt can be; give the "
+            "responses to a prompt as requests"
+        )
+    return whole

@@ -70,7 +70,11 @@ class Orders:
     def numbers(self) -> list[int]:
         """All of it as integers; :meth:`from_numbers` reads them."""
         lists = [
-            [v for c in self.chunks for v in (c.answer, c.start, c.length, c.extent.offset, c.extent.size, c.ends)],
+            [
+                v
+                for c in self.chunks
+                for v in (c.answer, c.start, c.length, c.extent.offset, c.extent.size, c.ends, c.whole)
+            ],
             [v for c in self.copies for v in (c.source, c.target, c.length)],
             self.requests,
             [v for joined in self.joined for v in joined],
@@ -90,7 +94,7 @@ class Orders:
         chunks, copies, requests, joined, answers_gone, requests_gone = lists
         return cls(
             op=op,
-            chunks=tuple(Chunk(a, s, n, Extent(o, z), bool(e)) for a, s, n, o, z, e in _in_rows(chunks, 6)),
+            chunks=tuple(Chunk(a, s, n, Extent(o, z), bool(e), w) for a, s, n, o, z, e, w in _in_rows(chunks, 7)),
             copies=tuple(Copy(*row) for row in _in_rows(copies, 3)),
             requests=tuple(requests),
             joined=tuple((a, r, s) for a, r, s in _in_rows(joined, 3)),
@@ -329,7 +333,7 @@ class Replica:
         self.cache.begin(chunks, on_device[4, :count])
         hidden = None
         if place.is_first_stage:
-            hidden = language.embed(on_device[:1])
+            hidden = self.omni.embed_ids(on_device[:1])
             self._place_media(chunks, hidden)
         else:
             received = torch.empty(
@@ -384,9 +388,10 @@ class Replica:
 
     def _choice(self, number: int) -> Choice:
         answer = self._answers[number]
-        request, forbidden = answer.prompt.request, tuple[int, ...]()
+        request = answer.prompt.request
+        forbidden = request.banned_ids
         if len(answer.made) < request.min_new_tokens:
-            forbidden = (*request.stop_ids, *(() if request.ignore_eos else self._eos_ids))
+            forbidden = (*forbidden, *request.stop_ids, *(() if request.ignore_eos else self._eos_ids))
         return Choice(sampling=answer.sampling, step=len(answer.made), history=answer.history, forbidden=forbidden)
 
     # ---------------------------------------------------------------------------------------------------------- media

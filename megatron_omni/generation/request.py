@@ -103,6 +103,8 @@ class Wanted:
     """Text that ends the answer; it is never part of it."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end the answer, beside the tokenizer's end tokens."""
+    banned_ids: tuple[int, ...] = ()
+    """Tokens that are never chosen, an end token among them too."""
     ignore_eos: bool = False
     """The tokenizer's end tokens do not end the answer."""
     logprobs: int | None = None
@@ -131,7 +133,9 @@ class Wanted:
         for text in self.stop:
             _require(1 <= len(text) <= MAX_STOP_CHARACTERS, "stop", f"{len(text)} characters",
                      f"1 to {MAX_STOP_CHARACTERS} characters each")  # fmt: skip
-        _require(all(_whole(i) and i >= 0 for i in self.stop_ids), "stop_ids", self.stop_ids, "token ids, 0 or above")
+        for name in ("stop_ids", "banned_ids"):
+            ids = getattr(self, name)
+            _require(all(_whole(i) and i >= 0 for i in ids), name, ids, "token ids, 0 or above")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             _require(value is None or (_whole(value) and 0 <= value <= MAX_LOGPROBS), name, value,

@@ -4,7 +4,7 @@ For one row of logits z [V], V the model's vocabulary (the columns that the loss
 
     z <- z / r where z > 0 else z r      tokens of the prompt or the answer, r = repetition_penalty (Keskar et al. 2019)
     z <- z - f count - p [count > 0]     count = times that the answer has the token, f frequency_, p presence_penalty
-    z <- -inf                            tokens that may not be chosen yet (``min_new_tokens``)
+    z <- -inf                            tokens that may not be chosen (``banned_ids``), or not yet (``min_new_tokens``)
     greedy: the largest z, the lowest id among equals
     q = softmax(z / temperature)
     q <- 0 where q < min_p max q

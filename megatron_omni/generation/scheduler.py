@@ -12,6 +12,8 @@ one thing: a :class:`Chunk`.
   as it speaks. Where nothing is left for one that grows, first kept prefixes are given up, then the youngest answer is
   set back: it loses its extent, waits again and is computed again. The oldest is never set back, so all end.
 * An answer that is paused gets no turn. It keeps its place while nobody needs it, and is the first to be set back.
+* The first tokens of a prompt may see each other (``whole`` of them): these are one chunk, or a part of one. The oldest
+  such answer finds room for it in every step, since :meth:`Scheduler.largest_whole` is left beside what decodes.
 * A prompt that begins like an earlier one copies its keys and values. A :class:`Prefix` is named by its tokens, their
   positions and media (prefix.py), so that equal names mean equal keys and values.
 
@@ -49,6 +51,8 @@ class Answer:
     """Leave the keys and values to prompts that come later."""
     group: int | None = None
     """Answers to one prompt: while one of them computes it, the others wait."""
+    whole: int = 0
+    """First tokens of the prompt that all see each other: computed in one step, or copied together."""
     computed: int = 0
     extent: Extent | None = None
     cached: int = 0
@@ -65,6 +69,8 @@ class Chunk:
     extent: Extent
     ends: bool
     """Its last token is the last known one: the logits there choose the next."""
+    whole: int = 0
+    """First tokens of the chunk that all see each other, and the answer begins with; the others are causal."""
 
 
 NOTHING = -1
@@ -146,6 +152,11 @@ class Scheduler:
     def kept_tokens(self) -> int:
         """Positions of extents that are kept."""
         return sum(kept.extent.size for kept in self._kept.values())
+
+    @property
+    def largest_whole(self) -> int:
+        """Most tokens of a prompt that can see each other: a step's, but one for each other running answer."""
+        return self.max_batch_tokens - self.max_running + 1
 
     def fits(self, num_tokens: int) -> bool:
         """Whether an answer of so many tokens can be computed at all."""
@@ -273,15 +284,24 @@ class Scheduler:
         return False
 
     def _share_out(self, step: _Step) -> None:
-        """Chunks: a token for whoever has one left, half of the rest to the oldest, then to the shortest."""
+        """Chunks: a token for whoever has one left, what must be whole, half of the rest to the oldest, then to the
+        shortest."""
         lengths: dict[int, int] = {}
-        longer = []
+        longer, whole = list[Answer](), list[Answer]()
         for answer in self.running.values():
             if answer.known > answer.computed and answer.number not in self._paused:
+                if answer.computed < answer.whole:
+                    whole.append(answer)
+                    continue
                 lengths[answer.number] = 1  # all advance
                 if answer.known - answer.computed > 1:
                     longer.append(answer)
         spare = self.max_batch_tokens - len(lengths)
+        for answer in whole:
+            if answer.whole <= spare:
+                lengths[answer.number] = answer.whole
+                spare -= answer.whole
+                longer.append(answer)
         turns = [(answer, (spare + 1) // 2) for answer in longer[:1]]
         turns += [(answer, spare) for answer in sorted(longer, key=lambda a: (a.known - a.computed, a.number))]
         for answer, at_most in turns:
@@ -292,7 +312,8 @@ class Scheduler:
             answer = self.running[number]
             assert answer.extent is not None
             ends = answer.computed + length == answer.known
-            step.chunks.append(Chunk(number, answer.computed, length, answer.extent, ends))
+            first = answer.whole if answer.computed < answer.whole else 0
+            step.chunks.append(Chunk(number, answer.computed, length, answer.extent, ends, first))
 
     # ------------------------------------------------------------------------------------------------ room and prefixes
 
@@ -359,9 +380,12 @@ class Scheduler:
                 self._holders.pop(prefix.name, None)
 
     def _longest_prefix(self, answer: Answer) -> tuple[Answer | _Kept | None, int]:
-        """Who holds the longest beginning of an answer, and its tokens; the last known token is always computed."""
+        """Who holds the longest beginning of an answer, and its tokens; the last known token is always computed, and what
+        must be whole is never copied in part."""
         for prefix in reversed(answer.prefixes):
             if prefix.name in self._holders and (length := min(prefix.num_tokens, answer.known - 1)):
+                if length < answer.whole:
+                    break
                 holder = next(iter(self._holders[prefix.name]))
                 if isinstance(holder, _Kept):
                     self._kept.move_to_end(holder.extent.offset)

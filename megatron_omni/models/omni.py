@@ -146,6 +146,15 @@ class OmniModel(MegatronModule):
             with_entropy=with_entropy,
         )
 
+    def embed_ids(self, input_ids: Tensor) -> Tensor:
+        """[S, B, H] of ``input_ids`` [B, S] alone; of the first pipeline stage."""
+        return self.language.embed(input_ids)
+
+    @property
+    def num_input_ids(self) -> int:
+        """Ids that a token of a prompt can have, from 0 on: those that can be chosen, where nothing else is said."""
+        return self.language.model_config.vocab_size
+
     def embed(self, batch: OmniBatch) -> Tensor:
         """[S, B, H]: word embeddings with the encoders' rows in place of the placeholders."""
         idle = self.overlap  # encoders before the embedding: in the order of registration
@@ -164,7 +173,7 @@ class OmniModel(MegatronModule):
                 if encoder is not None and part is not None and not is_trainable(encoder):
                     kept.rows[name] = part[1]
             kept.complete = len(kept.rows) == len([*filter(None, media)])
-        hidden = self.language.embed(batch.input_ids)
+        hidden = self.embed_ids(batch.input_ids)
         for places, rows in filter(None, media):
             flat = hidden.reshape(-1, hidden.shape[-1])
             hidden = flat.index_copy(0, places, rows.to(hidden.dtype)).view_as(hidden)

@@ -70,7 +70,10 @@ class Told:
         self.answers: dict[int, Answer] = {}
         self.number = 0
 
-    def add(self, prompt: str, *, block: int = 8, keep: bool = False, copies: int = 1, share: bool = True) -> list[int]:
+    def add(
+        self, prompt: str, *, block: int = 8, keep: bool = False, copies: int = 1, share: bool = True, whole: int = 0
+    ) -> list[int]:
+        share = share and not whole
         prefixes = [Prefix(prompt[:n].encode(), n) for n in range(block, len(prompt) + 1, block)] if share else []
         group = None
         if copies > 1:
@@ -78,7 +81,9 @@ class Told:
             prefixes.append(Prefix(f"{group} {prompt}".encode(), len(prompt)))
         numbers = []
         for _ in range(copies):
-            answer = Answer(number=self.number, known=len(prompt), prefixes=prefixes, keep=keep, group=group)
+            answer = Answer(
+                number=self.number, known=len(prompt), prefixes=prefixes, keep=keep, group=group, whole=whole
+            )
             self.texts[self.number], self.answers[self.number] = prompt, answer
             self.scheduler.add(answer)
             numbers.append(self.number)
@@ -100,6 +105,8 @@ class Told:
             for i in range(chunk.start, chunk.start + chunk.length):
                 self.cache[base + i] = (text[: i + 1], i)
             assert chunk.ends == (chunk.start + chunk.length == len(text))
+            whole = self.answers[chunk.answer].whole
+            assert chunk.whole == (0 if chunk.start else whole) and (chunk.start or chunk.length) >= whole
         self.scheduler.advance(plan)
         for chunk in plan.chunks:
             if chunk.ends:
@@ -139,6 +146,26 @@ def test_samples_of_a_request_share_the_whole_prompt() -> None:
     plan = told.step()
     assert len(plan.copies) == 3 and {copy.length for copy in plan.copies} == {10}
     assert {chunk.answer: chunk.length for chunk in plan.chunks} == {first: 1, **dict.fromkeys(others, 1)}
+
+
+def test_what_must_be_whole_is_one_chunk_and_the_oldest_finds_room_for_it() -> None:
+    told = Told(batch=16)  # of four answers: 13 tokens for one
+    assert told.scheduler.largest_whole == 13
+    short, first, second = (told.add(text, whole=whole)[0] for text, whole in (("ab", 0), ("c" * 14, 13), ("d" * 9, 8)))
+    chunks = [(c.answer, c.length, c.whole, c.ends) for c in told.step().chunks]
+    assert chunks == [(short, 2, 0, True), (first, 14, 13, True)]
+    assert {c.answer: c.length for c in told.step().chunks} == {short: 1, first: 1, second: 9}
+
+
+def test_samples_share_what_is_whole_and_never_a_part_of_it() -> None:
+    for whole, copied in ((9, 9), (10, 0)):  # the last token is computed by each: with the other nine it must be whole
+        told = Told(batch=64)
+        told.add("abcdefghij", copies=3, whole=whole)
+        told.step()
+        plan = told.step()
+        assert {copy.length for copy in plan.copies} == ({copied} if copied else set())
+        while any(answer.computed < 10 for answer in told.answers.values()):
+            told.step()
 
 
 def test_a_prompt_that_begins_alike_copies_and_other_text_does_not() -> None:
@@ -239,10 +266,12 @@ class AnyOrder(RuleBasedStateMachine):
         more=st.integers(1, 60),
         copies=st.sampled_from([1, 1, 3]),
         keep=st.booleans(),
+        whole=st.sampled_from([0, 0, 1, 7, 10]),
     )
-    def arrive(self, beginning: str, end: str, more: int, copies: int, keep: bool) -> None:
-        assert self.told.scheduler.fits(len(beginning + end) + more)
-        for number in self.told.add(beginning + end, copies=copies, keep=keep):
+    def arrive(self, beginning: str, end: str, more: int, copies: int, keep: bool, whole: int) -> None:
+        assert self.told.scheduler.fits(len(beginning + end) + more) and self.told.scheduler.largest_whole == 10
+        whole = min(whole, len(beginning + end))
+        for number in self.told.add(beginning + end, copies=copies, keep=keep and not whole, whole=whole):
             self.longest[number] = len(beginning + end) + more
 
     @precondition(lambda self: self.longest.keys() - self.paused)
@@ -253,6 +282,9 @@ class AnyOrder(RuleBasedStateMachine):
         assert plan.chunks, "there is always something to compute"
         for number in set(before) & set(self.told.scheduler.running) - set(plan.admitted):  # not set back on the way
             advanced = self.told.answers[number].computed > before[number]
+            if before[number] < self.told.answers[number].whole:  # may wait for room
+                assert advanced in (False, number not in self.paused)
+                continue
             assert advanced != (number in self.paused), "a running answer stands still, or a paused one does not"
         # One that was paused may have lost its place; the oldest of those that have one then goes on.
         oldest = min(set(self.told.scheduler.running) - self.paused if self.ever_paused else self.longest)
