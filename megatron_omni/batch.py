@@ -23,6 +23,7 @@ labels are, which media a sample has, counts. On a device each of these would be
     GRIDS     everything else: [B, S], position_ids [3, B, S]
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from typing import Any
@@ -41,14 +42,34 @@ COUNTS = ("num_samples", "num_tokens")
 APART = ("attention", "routes", "kept_rows")
 
 
+SampleRows = dict[str, Tensor]
+"""What the encoders ``vision`` and ``audio`` made of a sample's media, in the order of its placeholders: [n, H] each."""
+
+
 class KeptRows:
     """Rows of frozen encoders, kept between passes over a micro-batch that is computed several times."""
 
     def __init__(self) -> None:
         self.rows: dict[str, Tensor] = {}
-        """By name of the medium."""
+        """By name of the encoder."""
         self.complete = False
         """Media are not needed again."""
+
+    @classmethod
+    def of_samples(cls, batch: "OmniBatch", known: Mapping[int, SampleRows]) -> "KeptRows":
+        """For ``batch``, with the rows that are ``known`` of its samples by their ids. A sample may be there several times."""
+        kept = cls()
+        pictures = (batch.modality == Modality.IMAGE) | (batch.modality == Modality.VIDEO)
+        places = {"vision": pictures, "audio": batch.modality == Modality.AUDIO}
+        wanted = {name: batch.sample_ids[here] for name, here in places.items() if here.any()}
+        for name, ids in wanted.items():
+            runs = [*zip(*(found.tolist() for found in ids.unique_consecutive(return_counts=True)))]
+            rows = [known.get(sample, {}).get(name) for sample, _ in runs]
+            parts = [own.repeat(count // len(own), 1) for own, (_, count) in zip(rows, runs) if own is not None]
+            if len(parts) == len(runs):
+                kept.rows[name] = torch.cat(parts)
+        kept.complete = len(kept.rows) == len(wanted)
+        return kept
 
 
 class Modality(IntEnum):

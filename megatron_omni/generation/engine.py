@@ -29,6 +29,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
+from megatron_omni.batch import SampleRows
 from megatron_omni.data.tokenizer import Tokenizer
 from megatron_omni.generation.extents import extent_size
 from megatron_omni.generation.fixed_steps import Decoding, check_decoding
@@ -95,8 +96,15 @@ class Engine:
     """One model replica's engine; its ranks make it together. A context: the model evaluates inside."""
 
     def __init__(
-        self, model: nn.Module, *, tokenizer: Tokenizer, pg: ProcessGroupCollection, limits: EngineLimits | None = None
+        self,
+        model: nn.Module,
+        *,
+        tokenizer: Tokenizer,
+        pg: ProcessGroupCollection,
+        limits: EngineLimits | None = None,
+        keep_rows: dict[str, SampleRows] | None = None,
     ) -> None:
+        """``keep_rows`` is filled, on ranks that encode, with what frozen encoders made of each request's media."""
         self.limits = limits = limits or EngineLimits()
         check_decoding(limits.decoding, deterministic=limits.deterministic, pg=pg)
         self.tokenizer, self.pg = tokenizer, pg
@@ -112,6 +120,7 @@ class Engine:
             eos_ids=[i for i in tokenizer.eos_ids if i < unwrapped(model).language.model_config.vocab_size],
             deterministic=limits.deterministic,
             decoding=limits.decoding,
+            keep_rows=keep_rows,
         )
         self._told: dict[int, Told] = {}
         self._open: dict[int, list[int]] = {}

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from megatron_omni.batch import Modality
+from megatron_omni.batch import Modality, SampleRows
 from megatron_omni.generation.cache import KVCache, in_step_order
 from megatron_omni.generation.extents import Extent
 from megatron_omni.generation.fixed_steps import Decoding, FixedSteps
@@ -30,6 +30,7 @@ from megatron_omni.generation.request import Alternatives, Request, Sampling
 from megatron_omni.generation.sampling import Choice, History, choose, derived_seed, token_log_probabilities
 from megatron_omni.generation.scheduler import Chunk, Copy
 from megatron_omni.models.attention import kv_cache
+from megatron_omni.models.encoders.weights import is_trainable
 from megatron_omni.models.moe.balance import layer_use, moe_layer_numbers, reduce_stats
 from megatron_omni.models.moe.context import RoutingStats, TokenContext
 from megatron_omni.models.moe.routes import RouteRecord
@@ -159,8 +160,10 @@ class Replica:
         eos_ids: Sequence[int],
         deterministic: bool,
         decoding: Decoding = "ragged",
+        keep_rows: dict[str, SampleRows] | None = None,
     ) -> None:
         self.omni, self.pg = unwrapped(model), pg
+        self._kept = keep_rows
         self.place = place_in(pg)
         self.cache = KVCache(cache_tokens, alike=deterministic)
         self._eos_ids, self._deterministic = tuple(eos_ids), deterministic
@@ -433,6 +436,8 @@ class Replica:
             self._encoded.append(("audio" if kind else "image", watch))
             for prompt, own in zip(group, rows.split([len(prompt.places[kind]) for prompt in group])):
                 prompt.rows[kind] = own
+                if self._kept is not None and not is_trainable(encoder):
+                    self._kept.setdefault(prompt.request.name, {})["audio" if kind else "vision"] = own
 
 
 def facts(

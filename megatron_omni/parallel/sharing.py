@@ -12,7 +12,7 @@ A reader that fails says so in the header; :func:`sum_over_ranks` then carries t
 every rank stops at the same step instead of waiting for a timeout. :func:`from_rank_0` does so for other work of one rank.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_omni.batch import COUNTS, GRIDS, INDICES, MEDIA, KeptRows, OmniBatch
+from megatron_omni.batch import COUNTS, GRIDS, INDICES, MEDIA, KeptRows, OmniBatch, SampleRows
 from megatron_omni.platform.device import beside_computation, join_computation, pinned
 from megatron_omni.segments import AttentionSegments
 
@@ -115,9 +115,10 @@ class StepData:
         """(B, S) of every micro-batch."""
         return [(len(batch.input_ids), batch.input_ids.shape[1]) for batch in self._batches]
 
-    def keep_rows(self) -> None:
-        """Keep the rows of frozen encoders from the first pass on, in place of the media."""
-        self._batches = [replace(batch, kept_rows=KeptRows()) for batch in self._batches]
+    def keep_rows(self, known: Mapping[int, SampleRows]) -> None:
+        """Keep the rows of frozen encoders from the first pass on, in place of the media; those of the samples in ``known``
+        are there already."""
+        self._batches = [replace(batch, kept_rows=KeptRows.of_samples(batch, known)) for batch in self._batches]
 
     def _arriving(self, index: int) -> Callable[[], list[Tensor | None]]:
         kept = self._batches[index].kept_rows

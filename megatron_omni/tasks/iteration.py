@@ -8,7 +8,7 @@ What a checkpoint holds of it stands under the prompts' numbers, so that any lay
 old log-probabilities, and routes that the updates replay. Media are decoded again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_omni.batch import OmniBatch
+from megatron_omni.batch import OmniBatch, SampleRows
 from megatron_omni.config.objectives import ReinforceConfig
 from megatron_omni.data.plan import dealt
 from megatron_omni.data.prompts import Prompt, PromptLoader, PromptStep
@@ -135,8 +135,9 @@ class Iteration:
 
     # ---------------------------------------------------------------------------------------- on the device
 
-    def prepare(self, run: Run, prompts: dict[int, Prompt]) -> None:
-        """Rows of every mini-batch on all ranks of the replica; ``prompts`` are its own, on the leader."""
+    def prepare(self, run: Run, prompts: dict[int, Prompt], rows: Mapping[int, SampleRows] | None = None) -> None:
+        """Rows of every mini-batch on all ranks of the replica; ``prompts`` are its own, on the leader. ``rows`` are those of
+        frozen encoders, by the prompt's number, that the rollout has computed."""
         precision = torch.bfloat16 if run.recipe.optim.precision == "bf16" else torch.float32
         counts: list[int] = []
         for mini in range(len(self.steps)):
@@ -149,7 +150,7 @@ class Iteration:
                 batches, num_micro_batches=run.num_micro_batches, pg=run.pg, device=run.device, precision=precision
             )
             assert data is not None
-            data.keep_rows()
+            data.keep_rows(rows or {})
             self.batches.append(data)
             order = [[(n, g) for n in micro for g in range(len(self.responses[n]))] for micro in own]
             self.micro_batches.append(

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_omni.batch import OmniBatch
+from megatron_omni.batch import OmniBatch, SampleRows
 from megatron_omni.config.run import Recipe
 from megatron_omni.data.prompts import PromptLoader, PromptStep
 from megatron_omni.data.tokenizer import load_tokenizer
@@ -193,7 +193,7 @@ class ReinforceTask(Task):
         with timer.measure("data"):
             drawn = Drawn.of(self._read(run))
         try:
-            self._answer(run, drawn, timer, stop)
+            rows = self._answer(run, drawn, timer, stop)
         except Interrupted:
             if mark is not None:
                 run.loader.go_back(mark)  # type: ignore[union-attr]
@@ -206,7 +206,7 @@ class ReinforceTask(Task):
         self._number += 1
         with timer.measure("old_logp"):
             start = time.perf_counter()
-            iteration.prepare(run, drawn.prompts)
+            iteration.prepare(run, drawn.prompts, rows)
             self._old_log_probs(run, iteration)
             self._reference_log_probs(run, iteration)
             self._take_comparison(compare(run, iteration))
@@ -216,9 +216,11 @@ class ReinforceTask(Task):
             self._write(run, iteration, drawn)
         return iteration
 
-    def _answer(self, run: Run, drawn: Drawn, timer: PartTimer, stop: Callable[[], bool]) -> None:
-        """Responses to what was drawn, with rewards and advantages; prompts without spread give way to the next ones."""
+    def _answer(self, run: Run, drawn: Drawn, timer: PartTimer, stop: Callable[[], bool]) -> dict[int, SampleRows]:
+        """Responses to what was drawn, with rewards and advantages; prompts without spread give way to the next ones. Rows of
+        frozen encoders are returned, by the prompt's number."""
         found, fresh = Figures(), [*drawn.prompts.values()]
+        rows: dict[int, SampleRows] = {}
         for turn in range(1 + self.config.resample):
             start = time.perf_counter()
             with timer.measure("rollout"):
@@ -227,6 +229,7 @@ class ReinforceTask(Task):
                     fresh,
                     tokenizer=self.tokenizer,
                     seed=named_seed(run.recipe.seed, "rollout", self._number),
+                    rows=rows,
                     stop=stop,
                     moved=timer.moved,
                 )
@@ -251,6 +254,7 @@ class ReinforceTask(Task):
                 self._number, 100 * self._latest["rollout/cut"], self.config.max_new_tokens,
             )  # fmt: skip
         self._figures.merge([found.plain()])
+        return rows
 
     def _restored(self, run: Run, timer: PartTimer) -> Iteration:
         """The iteration that a checkpoint was saved in."""

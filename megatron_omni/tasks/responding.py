@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from megatron_omni.batch import SampleRows
 from megatron_omni.config.objectives import ReinforceConfig
 from megatron_omni.data.prompts import Prompt
 from megatron_omni.data.tokenizer import Tokenizer
@@ -82,18 +83,22 @@ def sample_responses(
     *,
     tokenizer: Tokenizer,
     seed: int,
+    rows: dict[int, SampleRows],
     stop: Callable[[], bool] = lambda: False,
     moved: Callable[[], None] = lambda: None,
 ) -> dict[int, list[Response]]:
     """``group_size`` responses to each of this replica's ``prompts``, by the prompt's number, on the leader of the replica;
     {} on its other ranks. All ranks of the run together. Interrupted, on all of them, where one was asked to stop.
+
+    What frozen encoders made of the prompts' media is added to ``rows``, on the ranks of the first stage.
     """
     config = run.recipe.reinforce
     gather_weights(run.model)
     found: dict[int, list[Response]] = {}
+    kept: dict[str, SampleRows] = {}
     with (
         long_work("sampling responses", measured=False) as work,
-        Engine(run.model, tokenizer=tokenizer, pg=run.pg, limits=_limits(config, prompts)) as engine,
+        Engine(run.model, tokenizer=tokenizer, pg=run.pg, limits=_limits(config, prompts), keep_rows=kept) as engine,
     ):
         look = Stop(work, stop, moved)
         if engine.leads:
@@ -105,6 +110,7 @@ def sample_responses(
         stopped = any(work.exchange(look.seen, waiting=look.look))
     if stopped:
         raise Interrupted("asked to stop while responses were sampled: they come again when the run goes on")
+    rows |= {int(name): own for name, own in kept.items()}
     return found
 
 

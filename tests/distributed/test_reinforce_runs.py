@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -308,24 +309,26 @@ def test_a_divergence_from_the_start_is_nothing_at_first_and_survives_a_stop(cor
 
 
 def count_encoders(counts: Path, run: Run) -> None:
-    """Note the pictures that the vision encoder is shown in training's own passes."""
+    """Note the pictures that the vision encoder is shown in rollouts, and in training's own passes."""
     vision = unwrap_model(run.model).vision
 
     def seen(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if not torch.is_inference_mode_enabled():
-            with counts.open("a") as file:
-                file.write(f"{len(inputs[0])}\n")
+        with counts.open("a") as file:
+            file.write(f"{'rollout' if torch.is_inference_mode_enabled() else 'training'} {len(inputs[0])}\n")
 
     if vision is not None:
         vision.register_forward_pre_hook(seen)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_rows_of_frozen_encoders_are_computed_once_for_all_passes(corpus: Path, tmp_path: Path, frozen: bool) -> None:
-    """Where the projector is trained: in the pass of the old log-probabilities and in the update."""
+def test_rows_of_frozen_encoders_are_computed_once_an_iteration(corpus: Path, tmp_path: Path, frozen: bool) -> None:
+    """Where the projector is trained: again in the pass of the old log-probabilities and in the update."""
     parts = ["gate", "vision", "audio", *(["projectors"] if frozen else [])]
     recipe = recipe_of(corpus, tmp_path / "run", freeze=parts, train_iters=MINI)
     run_ranks(train_rank, 1, recipe, partial(count_encoders, tmp_path / "seen"))
-    shown = sum(map(int, (tmp_path / "seen").read_text().split()))
+    shown = Counter[str]()
+    for line in (tmp_path / "seen").read_text().splitlines():
+        name, number = line.split()
+        shown[name] += int(number)
     pictures = {row.prompt for row in read_rollouts(recipe.run_dir, 0) if row.source == "image"}
-    assert shown == len(pictures) * (1 if frozen else 2)
+    assert shown == Counter(rollout=len(pictures), training=0 if frozen else 2 * len(pictures))
