@@ -37,6 +37,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 	@[ -x $(BIN)/python ] || "$(PYTHON)" -m venv $(VENV) || { echo "error: $(PYTHON) cannot make a virtual environment; install its venv module (Debian: apt-get install python3.12-venv)."; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$($(BIN)/python -c 'import tomllib; print(*[d for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if d.startswith("torch")])')"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' 2>&1 | { grep -v '^WARNING: Location' || true; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["judge-voice"])') 2>&1 | { grep -v '^WARNING: Location' || true; }
 	@touch $@
 
 ext: venv ## compile what changed in csrc (CPU side)
