@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.shards import shard_paths
-from megatron_omni.data.record import KINDS, LIST_FIELD, Record
+from megatron_omni.data.record import KINDS, LIST_FIELD, Message, Record
 from megatron_omni.data.sources import Source, open_sources
 
 _DIGITS = 12
@@ -66,13 +66,20 @@ def root_of(config: SourceConfig) -> Path:
 
 def row_of(record: Record, root: Path) -> dict[str, Any]:
     """The record as a row whose media are relative to ``root``."""
-    row: dict[str, Any] = {"messages": [{"role": m.role, "content": m.content} for m in record.messages]}
+    row: dict[str, Any] = {"messages": [_turn_of(message, root) for message in record.messages]}
     if record.id:
         row["id"] = record.id
     for kind in KINDS:
         if files := record.media(kind):
             row[LIST_FIELD[kind]] = [os.path.relpath(str(file), root) for file in files]
     return row | dict(record.extra)
+
+
+def _turn_of(message: Message, root: Path) -> dict[str, Any]:
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.speech is not None:
+        turn["speech"] = message.speech.row(lambda file: os.path.relpath(file, root))
+    return turn
 
 
 def handed(config: SourceConfig, folder: Path) -> SourceConfig:

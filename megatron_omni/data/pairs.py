@@ -14,11 +14,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from megatron_omni.config.run import Recipe
-from megatron_omni.data.record import KINDS, Record, RecordError
+from megatron_omni.data.record import KINDS, Message, Record, RecordError
 from megatron_omni.data.responses import group_sample, joined
 from megatron_omni.data.sample import Sample, SampleBuilder
 from megatron_omni.data.sizes import SampleSize
-from megatron_omni.data.template import answer_pieces
+from megatron_omni.data.template import answer_ids
 from megatron_omni.data.tokenizer import IM_END, Tokenizer
 
 
@@ -60,14 +60,20 @@ def sides(record: Record) -> Sides:
             "asks something else than messages",
             "compare answers to one prompt, or give it media of its own",
         )
-    if same_prompt and record.answer == rejected.answer:
+    if same_prompt and _said(record.messages[-1]) == _said(rejected.messages[-1]):
         raise refuse("rejected_response", "is the chosen answer", "drop the row")
     return Sides(record, rejected, same_prompt)
 
 
-def _asked(record: Record) -> list[tuple[str, list[str]]]:
+def _asked(record: Record) -> list[tuple[object, ...]]:
     """The turns before the last."""
-    return [(message.role, message.pieces()) for message in record.messages[:-1]]
+    return [(message.role, message.pieces(), *_said(message)) for message in record.messages[:-1]]
+
+
+def _said(message: Message) -> tuple[str, ...]:
+    """What a turn says, and how where it is spoken: what the model reads or writes of it."""
+    speech = message.speech
+    return (message.content,) if speech is None else (message.content, speech.prompt, speech.spoken)
 
 
 class PairBuilder(SampleBuilder):
@@ -109,8 +115,7 @@ class PairBuilder(SampleBuilder):
 
     def _response(self, side: Record) -> Sequence[int]:
         """Ids of its answer, the end token included."""
-        said = [token for text in answer_pieces(side.answer) for token in self.tokenizer.encode(text)]
-        return [*said, self.tokenizer.special(IM_END)]
+        return [*answer_ids(side.messages[-1], self.tokenizer), self.tokenizer.special(IM_END)]
 
 
 def sample_builder(recipe: Recipe, tokenizer: Tokenizer | None = None) -> SampleBuilder:

@@ -9,28 +9,28 @@ ShareGPT rows work unchanged: ``conversations`` of ``{"from": "human" | "gpt" | 
 Rules: ``<image>``, ``<audio>`` and ``<video>`` stand in system and user turns; the n-th marker of a kind takes the n-th
 file of its list, and the counts must agree. In an answer they are ordinary characters (code with an HTML tag in it),
 because a model that reads media answers with text. A system turn comes first or not at all. An answer that carries
-``"weight": 0``, ``"train": false`` or ``"loss": false`` is read and not learned. A row of a preference names the answer
-that was rejected: ``rejected_response``, in place of the final answer, or ``rejected_messages``, a conversation of its own,
-with ``rejected_images`` .. where its media differ (data/pairs.py); other tasks read past it. A key whose value is null is not there
-(tables write null where a row lacks a column). Keys that mean something to other programs and cannot be honoured
-(``REFUSED_KEYS``) are an error; the rest are kept in ``extra`` and have no effect on training.
+``"weight": 0``, ``"train": false`` or ``"loss": false`` is read and not learned; one with ``speech`` is spoken (spoken.py). A
+row of a preference names the answer that was rejected: ``rejected_response``, in place of the final answer, or
+``rejected_messages``, a conversation of its own, with ``rejected_images`` .. where its media differ (data/pairs.py); other
+tasks read past it. A key whose value is null is not there (tables write null where a row lacks a column). Keys that mean
+something to other programs and cannot be honoured (``REFUSED_KEYS``) are an error; the rest are kept in ``extra`` and have
+no effect on training.
 
 Every violation is a ``RecordError`` naming file, line, field, value and fix; ``reason`` is its name in the counters.
 """
 
-import logging
 import re
-import reprlib
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_omni.data.decode.media import MediaBytes, MediaError
+from megatron_omni.data.errors import URL, encodable
+from megatron_omni.data.errors import RecordError as RecordError
+from megatron_omni.data.errors import internal_error as internal_error
+from megatron_omni.data.spoken import Speech, read_speech
 from megatron_omni.data.tar import TarMember
-from megatron_omni.foreign import is_exhausted, printable
-
-logger = logging.getLogger(__name__)
+from megatron_omni.foreign import is_exhausted
 
 MediaFile = str | TarMember | MediaBytes
 """A path, a file inside a tar, or one that is in memory."""
@@ -61,46 +61,6 @@ REFUSED_KEYS = {
     "train_detail": ("unsupported_key", "mark whole turns with weight 0 or 1"),
 }  # fmt: skip
 """Keys of a row or turn that change what other programs train on: (reason, fix). An empty value is no use of them."""
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-_SHOWN_CHARACTERS = 80
-_shown = reprlib.Repr(maxlevel=4, maxlist=40, maxdict=20, maxstring=400, maxother=400, maxlong=90)
-"""Short whatever the value holds: a row may be megabytes long, or nested to the limit of the interpreter."""
-
-
-class RecordError(ValueError):
-    """A row that cannot be used; the message names where, which field, what it holds and what to do."""
-
-    def __init__(self, where: str, *, field: str, value: object, problem: str, fix: str, reason: str) -> None:
-        shown = _shown.repr(value)
-        if len(shown) > _SHOWN_CHARACTERS:
-            shown = shown[:_SHOWN_CHARACTERS] + "..."
-        said = f"{where}: {field} = {shown}: {problem}; {fix}" if where else f"{field} = {shown}: {problem}; {fix}"
-        super().__init__(printable(said))
-        self.where, self.field, self.value, self.reason = where, field, value, reason
-
-
-_told: set[tuple[str, int | None]] = set()
-
-
-def internal_error(where: str, error: Exception) -> RecordError:
-    """The skip for what a record raised and nobody foresaw: one record never ends a run.
-
-    The traceback is logged, once for each place in the code. What is no record's fault is raised again: a process that
-    has no file descriptor or no memory left would skip all that follows.
-    """
-    if is_exhausted(error) or isinstance(error, MemoryError):
-        raise error
-    frames = traceback.extract_tb(error.__traceback__)
-    place = (frames[-1].filename, frames[-1].lineno) if frames else ("", None)
-    if place not in _told:
-        _told.add(place)
-        logger.error("%s: left out; please report this with the traceback", printable(where), exc_info=error)
-    said = _ADDRESS.sub("", f"{type(error).__name__}: {error}")
-    return RecordError(
-        where, field="error", value=said, problem="is a fault of the program", fix="report it with the traceback in the log",
-        reason="internal_error",
-    )  # fmt: skip
 
 
 def loaded(file: MediaFile) -> str | MediaBytes:
@@ -126,6 +86,8 @@ class Message:
     parts: tuple[str, ...] | None = None
     """text, kind of medium, text, kind, ..., text of a turn that was not written with markers: what looks like one in
     its text is ordinary characters, as in every answer."""
+    speech: Speech | None = None
+    """Of an answer that is spoken."""
 
     def pieces(self) -> list[str]:
         """text, kind of medium, text, kind, ..., text."""
@@ -344,7 +306,15 @@ def _message(turn: object, field_name: str, role_key: str, text_key: str, where:
             where, field=f"{field_name}.{text_key}", value=content, problem="is an empty answer",
             fix="drop the turn or write the answer", reason="empty_answer",
         )  # fmt: skip
-    return Message(known[role], content, learned=_learned(turn, known[role], field_name, where))
+    speech = None
+    if "speech" in turn:
+        if known[role] != "assistant":
+            raise RecordError(
+                where, field=f"{field_name}.speech", value=turn["speech"], problem="stands in a turn that is no answer",
+                fix="give spoken questions as <audio>", reason="bad_speech",
+            )  # fmt: skip
+        speech = read_speech(turn["speech"], content=content, field=f"{field_name}.speech", where=where)
+    return Message(known[role], content, learned=_learned(turn, known[role], field_name, where), speech=speech)
 
 
 def _present(given: dict[str, Any], field_name: str, where: str) -> dict[str, Any]:
@@ -371,7 +341,7 @@ def _content(content: object, field_name: str, where: str) -> str:
         raise RecordError(
             where, field=field_name, value=content, problem="is no text", fix="write a string", reason="bad_type"
         )
-    if not _encodable(content):
+    if not encodable(content):
         raise RecordError(
             where, field=field_name, value=content, problem="holds half of a surrogate pair",
             fix="write valid Unicode", reason="bad_text",
@@ -404,14 +374,6 @@ def _learned(turn: Mapping[str, Any], role: str, field_name: str, where: str) ->
     return learned
 
 
-def _encodable(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _media_list(row: dict[str, Any], kind: Kind, where: str) -> tuple[str, ...]:
     plural = LIST_FIELD[kind]
     given = [name for name in (kind, plural) if row.get(name) not in (None, [], "")]
@@ -429,7 +391,7 @@ def _media_list(row: dict[str, Any], kind: Kind, where: str) -> tuple[str, ...]:
     name, value = given[0], row[given[0]]
     if isinstance(value, str):
         value = [value]
-    if not isinstance(value, list) or not all(isinstance(item, str) and item and _encodable(item) for item in value):
+    if not isinstance(value, list) or not all(isinstance(item, str) and item and encodable(item) for item in value):
         raise RecordError(
             where,
             field=name,
@@ -439,7 +401,7 @@ def _media_list(row: dict[str, Any], kind: Kind, where: str) -> tuple[str, ...]:
             reason="bad_type",
         )
     for item in value:
-        if _URL.match(item):
+        if URL.match(item):
             raise RecordError(
                 where, field=name, value=item, problem="is a URL, and media are read from files only",
                 fix="download it, and give the path under the source's root", reason="remote_media",

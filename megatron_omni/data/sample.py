@@ -17,7 +17,7 @@ from megatron_omni.data.decode import open_decoder
 from megatron_omni.data.decode.media import MAX_AUDIO_SECONDS, Media, MediaError
 from megatron_omni.data.processors import frame_tiles, image_tiles, log_mel, square
 from megatron_omni.data.record import KINDS, Kind, MediaFile, Record, RecordError, loaded
-from megatron_omni.data.sizes import SampleSize, SizeRule, measure
+from megatron_omni.data.sizes import SampleSize, SizeRule, check_speakable, measure
 from megatron_omni.data.sources import Source
 from megatron_omni.data.template import MediaSpans, Rendered, answer_beginning, asked, render
 from megatron_omni.data.tokenizer import Tokenizer, load_tokenizer
@@ -222,6 +222,7 @@ class SampleBuilder:
     # -------------------------------------------------------------------------------------------- checks
 
     def _check(self, record: Record) -> None:
+        check_speakable(record, self.tokenizer)
         for kind in KINDS:
             if record.media(kind):
                 self.sizes.check_encoder(kind, where=record.where)

@@ -17,7 +17,7 @@ from megatron_omni.data.decode.media import FrameSampling, MediaError, VideoHead
 from megatron_omni.data.processors import choose_grid
 from megatron_omni.data.record import KINDS, Kind, MediaFile, Record, RecordError, loaded
 from megatron_omni.data.template import count_text_tokens, prompt_turn
-from megatron_omni.data.tokenizer import Tokenizer
+from megatron_omni.data.tokenizer import SPEECH_SPECIALS, SPEECH_START, Tokenizer
 from megatron_omni.positions import SAMPLE_RATE, PositionRule, audio_chunks, audio_tokens, image_tokens, video_tokens
 
 
@@ -62,13 +62,26 @@ class SampleSize(NamedTuple):
 
 
 def measure(record: Record, tokenizer: Tokenizer) -> RecordFacts:
-    """Facts of a record; MediaError for a file whose header cannot be read."""
+    """Facts of a record; MediaError for a file whose header cannot be read, RecordError for a spoken answer that the
+    tokenizer has no special tokens for."""
+    check_speakable(record, tokenizer)
     return RecordFacts(
         text_tokens=count_text_tokens(record.messages, tokenizer),
         has_system=record.messages[0].role == "system",
         has_answer=record.has_answer,
         media=tuple(_measure_media(kind, file) for kind in KINDS for file in record.media(kind)),
     )
+
+
+def check_speakable(record: Record, tokenizer: Tokenizer) -> None:
+    """RecordError for a spoken answer without special tokens for it."""
+    for i, message in enumerate(record.messages):
+        if message.speech is not None and not tokenizer.specials.keys() >= set(SPEECH_SPECIALS[:3]):
+            raise RecordError(
+                record.where, field=f"messages[{i}].speech", value=message.speech.spoken,
+                problem=f"data.tokenizer = {str(tokenizer.path)!r} has no {SPEECH_START}",
+                fix="make it with the specials of ALL_SPECIALS, or take speech out", reason="no_speech_tokens",
+            )  # fmt: skip
 
 
 def _measure_media(kind: Kind, file: MediaFile) -> MediaFacts:

@@ -25,6 +25,7 @@ from megatron_omni.data.descriptors import DataFile, raise_limit
 from megatron_omni.data.index import Index, index_setting_of, open_index, tokenizer_digest
 from megatron_omni.data.record import KINDS, LIST_FIELD, MediaFile, Record, RecordError, parse_record
 from megatron_omni.data.sizes import RecordFacts
+from megatron_omni.data.spoken import CodesAt
 from megatron_omni.data.tar import TarMember
 from megatron_omni.data.text_rows import find_rows, is_array
 from megatron_omni.data.tokenizer import Tokenizer
@@ -158,7 +159,7 @@ class TarSource:
             LIST_FIELD[kind]: tuple(TarMember(str(self.path), str(file), *next(ranges)) for file in record.media(kind))
             for kind in KINDS
         }
-        return replace(record, **media)  # type: ignore[arg-type]
+        return confine_speech(replace(record, **media), self.path.parent)  # type: ignore[arg-type]
 
     def facts(self, index: int) -> RecordFacts:
         """What the index says of a sample."""
@@ -221,6 +222,7 @@ def confine(record: Record, root: Path) -> Record:
     """The same record with media paths under ``root``; RecordError for a path that would leave it."""
     if record.rejected is not None:
         record = replace(record, rejected=confine(record.rejected, root))
+    record = confine_speech(record, root)
     if not (record.images or record.audios or record.videos):
         return record
 
@@ -233,6 +235,24 @@ def confine(record: Record, root: Path) -> Record:
         audios=inside("audios", record.audios),
         videos=inside("videos", record.videos),
     )
+
+
+def confine_speech(record: Record, root: Path) -> Record:
+    """The same record with the files of its spoken answers under ``root``; RecordError for a path that would leave it."""
+    if not any(message.speech for message in record.messages):
+        return record
+    messages = list(record.messages)
+    for i, message in enumerate(messages):
+        if (speech := message.speech) is None:
+            continue
+        field = f"messages[{i}].speech"
+        if speech.file is not None:
+            speech = replace(speech, file=_inside(root, speech.file, f"{field}.file", record.where))
+        if isinstance(speech.codes, CodesAt):
+            codes_file = _inside(root, speech.codes.file, f"{field}.codes", record.where)
+            speech = replace(speech, codes=replace(speech.codes, file=codes_file))
+        messages[i] = replace(message, speech=speech)
+    return replace(record, messages=tuple(messages))
 
 
 def _inside(root: Path, file: str, field: str, where: str) -> str:

@@ -4,6 +4,10 @@
     <|im_start|>user\n{content}<|im_end|>\n
     <|im_start|>assistant\n{content}<|im_end|>\n        learned: the content and <|im_end|>, unless the turn is marked
 
+The content of a spoken answer (spoken.py) is its thought, if it has one, and
+
+    <|speech_start|>{prompt}<|speech_prompt|>{spoken}<|speech_end|>
+
 Markers in a record's system and user turns become placeholders (in the recipe's system prompt they are text):
 
     <image>  <|vision_start|> <|image_pad|> * (rows cols s^2) <|vision_end|>
@@ -11,7 +15,8 @@ Markers in a record's system and user turns become placeholders (in the recipe's
     <audio>  <|audio_start|> <|audio_pad|> * (chunks queries) <|audio_end|>
 
 The text between special tokens is encoded piece by piece (role line, content, content between markers, the empty thought
-of an answer that begins with one), so an answer has the same ids whether it was given or is about to be generated.
+of an answer that begins with one, prompt and words of a spoken one), so an answer has the same ids whether it was given or
+is about to be generated.
 """
 
 from collections.abc import Sequence
@@ -21,6 +26,7 @@ from megatron_omni.batch import Modality
 from megatron_omni.config.data import DataConfig
 from megatron_omni.config.thinking import EMPTY_THOUGHT, THINKING, joined
 from megatron_omni.data.record import Message
+from megatron_omni.data.spoken import split_thought
 from megatron_omni.data.tokenizer import (
     AUDIO_END,
     AUDIO_PAD,
@@ -28,6 +34,9 @@ from megatron_omni.data.tokenizer import (
     IM_END,
     IM_START,
     IMAGE_PAD,
+    SPEECH_END,
+    SPEECH_PROMPT,
+    SPEECH_START,
     VIDEO_PAD,
     VISION_END,
     VISION_START,
@@ -82,8 +91,7 @@ def render(
         writer.special(IM_START)
         writer.text(f"{message.role}\n")
         if message.role == "assistant":
-            for text in answer_pieces(message.content):
-                writer.text(text, answer=message.learned)
+            writer.answer(message)
             writer.special(IM_END, answer=message.learned)
         else:
             pieces = message.pieces()
@@ -144,7 +152,21 @@ def answer_beginning(think: bool | None) -> tuple[str, ...]:
     return (ANSWER_HEADER, EMPTY_THOUGHT) if think is False else (ANSWER_HEADER,)
 
 
-def answer_pieces(content: str) -> tuple[str, ...]:
+def answer_ids(message: Message, tokenizer: Tokenizer) -> list[int]:
+    """Ids of an answer, without the end token: its texts encoded one by one, the special tokens of a spoken one placed."""
+    if message.speech is None:
+        return _encoded(_texts_of(message.content), tokenizer)
+    thought, _ = split_thought(message.content)
+    start, middle, end = map(tokenizer.special, (SPEECH_START, SPEECH_PROMPT, SPEECH_END))
+    prompt, spoken = map(tokenizer.encode, (message.speech.prompt, message.speech.spoken))
+    return [*_encoded(_texts_of(thought), tokenizer), start, *prompt, middle, *spoken, end]
+
+
+def _encoded(texts: Sequence[str], tokenizer: Tokenizer) -> list[int]:
+    return [token for text in texts for token in tokenizer.encode(text)]
+
+
+def _texts_of(content: str) -> tuple[str, ...]:
     """An answer's texts as they are encoded: the empty thought apart, since generation without thinking gives it."""
     if content.startswith(EMPTY_THOUGHT):
         return EMPTY_THOUGHT, content.removeprefix(EMPTY_THOUGHT)
@@ -155,9 +177,10 @@ def count_text_tokens(messages: Sequence[Message], tokenizer: Tokenizer) -> int:
     """Tokens that ``render`` writes for the turns themselves: what media add comes on top."""
     count = 0
     for message in messages:
-        said = answer_pieces(message.content) if message.role == "assistant" else message.pieces()[::2]
-        texts = (f"{message.role}\n", *said, "\n")
-        count += 2 + sum(len(tokenizer.encode(text)) for text in texts)
+        texts = () if message.role == "assistant" else message.pieces()[::2]
+        count += 2 + len(_encoded((f"{message.role}\n", *texts, "\n"), tokenizer))
+        if message.role == "assistant":
+            count += len(answer_ids(message, tokenizer))
     return count
 
 
@@ -169,8 +192,11 @@ class _Writer:
         self._out = Rendered()
         self._text_tokens = 0
 
-    def text(self, text: str, *, answer: bool = False) -> None:
-        self._plain(self._tokenizer.encode(text), answer)
+    def text(self, text: str) -> None:
+        self._plain(self._tokenizer.encode(text), False)
+
+    def answer(self, message: Message) -> None:
+        self._plain(answer_ids(message, self._tokenizer), message.learned)
 
     def special(self, name: str, *, answer: bool = False) -> None:
         self._plain([self._tokenizer.special(name)], answer)

@@ -42,7 +42,9 @@ CORE_SPECIALS = (
     ENDOFTEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD, AUDIO_START, AUDIO_END, AUDIO_PAD,
 )  # fmt: skip
 """What every tokenizer must have: chat turns and media placeholders."""
-SPEECH_SPECIALS = ("<|speech_start|>", "<|speech_end|>", "<|speech_prompt|>", "<|speech_split|>")
+SPEECH_START, SPEECH_END, SPEECH_PROMPT = "<|speech_start|>", "<|speech_end|>", "<|speech_prompt|>"
+SPEECH_SPECIALS = (SPEECH_START, SPEECH_END, SPEECH_PROMPT, "<|speech_split|>")
+"""Of a spoken answer (data/template.py); the last is used by nothing, the authors' code included."""
 IMAGE_GENERATION_SPECIALS = (*(f"[IMG{i}]" for i in range(32)), *(f"[TASK{i}]" for i in range(3)))
 ALL_SPECIALS = CORE_SPECIALS + SPEECH_SPECIALS + IMAGE_GENERATION_SPECIALS
 QWEN_SPECIALS = frozenset({ENDOFTEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD})
