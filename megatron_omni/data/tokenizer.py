@@ -73,6 +73,7 @@ class Tokenizer(ABC):
         self.vocab_size = vocab_size
         self._special_names = {token_id: name for name, token_id in specials.items()}
         self._texts: dict[int, str] = {}
+        self._byte_strings: dict[int, bytes] = {}
 
     def special(self, name: str) -> int:
         """Id of a special token; ValueError when this vocabulary has none of that name."""
@@ -133,7 +134,10 @@ class Tokenizer(ABC):
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token adds to the UTF-8 of a text: perhaps a part of a character, nothing for a special token."""
-        return b"" if self.is_special(token_id) else self._bytes(token_id)
+        found = self._byte_strings.get(token_id)
+        if found is None:
+            found = self._byte_strings[token_id] = b"" if self.is_special(token_id) else self._bytes(token_id)
+        return found
 
     @abstractmethod
     def _encode(self, text: str) -> list[int]: ...
