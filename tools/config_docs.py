@@ -15,6 +15,7 @@ import typing
 from pathlib import Path
 
 from megatron_omni.config.data import DataConfig, EvalSourceConfig, SourceConfig
+from megatron_omni.config.generators import CodecConfig, SpeechConfig
 from megatron_omni.config.model import AudioConfig, LoraConfig, ModelConfig, MoEConfig, VisionConfig
 from megatron_omni.config.objectives import PreferenceConfig, ReinforceConfig, RewardConfig
 from megatron_omni.config.optim import OptimConfig
@@ -29,6 +30,8 @@ GROUPS: list[tuple[str, type]] = [
     ("model.moe", MoEConfig),
     ("model.vision", VisionConfig),
     ("model.audio", AudioConfig),
+    ("model.speech", SpeechConfig),
+    ("model.codec", CodecConfig),
     ("model.lora", LoraConfig),
     ("parallel", ParallelConfig),
     ("data", DataConfig),
@@ -69,6 +72,7 @@ extended. A mapping changes single sources of it by their names, adds new ones a
 |---|---|
 | `vision`, `audio` | the towers: SigLIP; Whisper encoder |
 | `projectors` | what joins the towers to the language model: the vision MLP; the Q-former (queries included) and its projection |
+| `text_table`, `text_projection` | of a speech generator: the table of text embeddings, which is never trained, and the projection behind it |
 | `attention`, `norms` | of the language model |
 | `ffn` | dense FFN (a model without `moe`) |
 | `experts`, `shared_experts`, `gate` | of the MoE layers |

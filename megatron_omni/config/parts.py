@@ -12,9 +12,13 @@ NUM_NEW_TOKENS = 42
 """Of a tokenizer that has all of them (``NEW_SPECIALS`` of data/tokenizer.py)."""
 VOCABULARY = frozenset({"embeddings", "output"})
 """Parts that are a vocabulary matrix."""
+TEXT_TABLE = "text_table"
+"""Another model's word embeddings, by which a speech generator reads text: never trained, whatever ``freeze`` says."""
+SPEECH = frozenset({TEXT_TABLE, "text_projection"})
+"""Parts of a speech generator alone (``model.speech``)."""
 PARTS = (
-    "vision", "audio", "projectors", "attention", "norms", "experts", "shared_experts", "gate",
-    "ffn", "embeddings", "output", NEW_TOKEN_ROWS,
+    "vision", "audio", "projectors", TEXT_TABLE, "text_projection", "attention", "norms", "experts", "shared_experts",
+    "gate", "ffn", "embeddings", "output", NEW_TOKEN_ROWS,
 )  # fmt: skip
 ADAPTERS = "adapters"
 """Low-rank adapters (``model.lora``), which are trained alone: no name for ``freeze``."""
@@ -28,6 +32,7 @@ def parts_of(model: ModelConfig) -> frozenset[str]:
     absent |= {"experts", "shared_experts", "gate"} if model.moe is None else {"ffn"}
     absent |= {"shared_experts"} if model.moe is not None and model.moe.num_shared_experts == 0 else set()
     absent |= set() if model.untie_embeddings_and_output_weights else {"output"}
+    absent |= SPEECH if model.speech is None else {NEW_TOKEN_ROWS}  # its vocabulary is codes
     return frozenset(PARTS) - absent
 
 
@@ -41,7 +46,9 @@ def frozen_matrices(recipe: Recipe) -> frozenset[str]:
 
 def trains_new_rows_alone(recipe: Recipe) -> bool:
     """Whether rows of new tokens are trained in a matrix that is frozen (models/token_rows.py)."""
-    return recipe.model.lora is None and NEW_TOKEN_ROWS not in recipe.freeze and bool(frozen_matrices(recipe))
+    if recipe.model.lora is not None or recipe.model.speech is not None:
+        return False
+    return NEW_TOKEN_ROWS not in recipe.freeze and bool(frozen_matrices(recipe))
 
 
 def trained_parts(recipe: Recipe) -> frozenset[str]:
@@ -49,4 +56,4 @@ def trained_parts(recipe: Recipe) -> frozenset[str]:
     if recipe.model.lora is not None:
         return frozenset({ADAPTERS})
     rows = {NEW_TOKEN_ROWS} if trains_new_rows_alone(recipe) else frozenset()
-    return (frozenset(PARTS) - set(recipe.freeze) - frozen_matrices(recipe) - {NEW_TOKEN_ROWS}) | rows
+    return (frozenset(PARTS) - set(recipe.freeze) - frozen_matrices(recipe) - {NEW_TOKEN_ROWS, TEXT_TABLE}) | rows

@@ -10,12 +10,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_omni.config.generator_checks import generator_files, generator_problems
 from megatron_omni.config.load import all_fields
 from megatron_omni.config.megatron_fields import refusal
 from megatron_omni.config.model import ModelConfig
 from megatron_omni.config.objective_checks import objective_problems
 from megatron_omni.config.parallel import ParallelConfig
-from megatron_omni.config.parts import NEW_TOKEN_ROWS, PARTS, parts_of
+from megatron_omni.config.parts import NEW_TOKEN_ROWS, PARTS, TEXT_TABLE, parts_of
 from megatron_omni.config.ranges import out_of_range
 from megatron_omni.config.run import LogConfig, Recipe
 from megatron_omni.config.shards import shard_paths
@@ -34,6 +35,7 @@ def validate(recipe: Recipe, *, world_size: int = 1, check_files: bool = True) -
             *_run(recipe),
             *_sources(recipe),
             *objective_problems(recipe),
+            *generator_problems(recipe),
             *_profile(recipe.log, world_size),
         ]
         if check_files:
@@ -248,7 +250,7 @@ def _run(recipe: Recipe) -> Iterator[str]:
     for name in ("max_frames", "max_frames_with_audio"):
         if data.min_frames > getattr(data, name):
             yield f"data.min_frames={data.min_frames}: above data.{name}={getattr(data, name)}"
-    if recipe.model.lora is None and set(recipe.freeze) >= parts_of(recipe.model):
+    if recipe.model.lora is None and set(recipe.freeze) >= parts_of(recipe.model) - {TEXT_TABLE}:
         yield f"freeze={recipe.freeze}: nothing is left to train; take a part out"
     yield from _best(recipe)
     if recipe.log.wandb_project is not None and not recipe.log.wandb_project.strip():
@@ -338,6 +340,8 @@ def _files(recipe: Recipe) -> Iterator[str]:
             f"log.wandb_project={recipe.log.wandb_project!r}: the package wandb is not installed; run pip install "
             "'megatron-omni[wandb]', or set it to null"
         )
+    if recipe.model.speech is not None:
+        yield from generator_files(recipe.model.speech)
     if not recipe.data.sources:
         yield "data.sources is empty: name at least one JSONL file of records"
     for source in [*recipe.data.sources, *recipe.data.eval_sources]:

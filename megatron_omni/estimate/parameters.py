@@ -7,7 +7,8 @@ holds the list against the real model on every layout.
 
 Under tensor parallelism (TP) the matrices of attention, dense FFN, embedding and output are cut; norms, gate, shared
 experts and encoders are whole on every rank. Routed experts are cut over the expert group (EP) and, one by one, over
-expert tensor parallelism (ETP). Encoders live on the first pipeline stage.
+expert tensor parallelism (ETP). Encoders, and a speech generator's text table and projection, live on the first pipeline
+stage.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,13 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from megatron_omni.config.model import AudioConfig, ModelConfig, VisionConfig
-from megatron_omni.config.parts import NEW_TOKEN_ROWS, NUM_NEW_TOKENS, frozen_matrices, trains_new_rows_alone
+from megatron_omni.config.parts import (
+    NEW_TOKEN_ROWS,
+    NUM_NEW_TOKENS,
+    TEXT_TABLE,
+    frozen_matrices,
+    trains_new_rows_alone,
+)
 from megatron_omni.config.run import Recipe
 
 AUDIO_POSITIONS_PER_SECOND = 50
@@ -32,7 +39,7 @@ class Weight(NamedTuple):
     expert: bool = False
     """A routed expert's: reduced over the expert data-parallel group, updated by the expert optimizer."""
     trainable: bool = True
-    """False: never trained, whatever ``freeze`` says (Whisper's fixed sinusoids)."""
+    """False: never trained, whatever ``freeze`` says (Whisper's fixed sinusoids, the text table)."""
     own_bucket: bool = False
     """Tied under pipeline parallelism: Megatron gives each of the two copies a gradient bucket of its own."""
 
@@ -52,12 +59,14 @@ class ParameterCount:
     vision: int = 0
     audio: int = 0
     projectors: int = 0
+    text_table: int = 0
+    text_projection: int = 0
     adapters: int = 0
 
     @property
     def language(self) -> int:
-        """Everything but perception."""
-        return self.total - self.vision - self.audio - self.projectors
+        """Everything but perception, and what a speech generator reads text by."""
+        return self.total - self.vision - self.audio - self.projectors - self.text_table - self.text_projection
 
     @property
     def total(self) -> int:
@@ -125,10 +134,10 @@ def stage_weights(recipe: Recipe, *, stage: int) -> list[Weight]:
 
 def _weights(model: ModelConfig, cut: _Cut) -> Iterator[Weight]:
     if cut.overlap:
-        yield from _encoders(model, cut)
+        yield from _inputs(model, cut)
     yield from _language(model, cut)
     if not cut.overlap:
-        yield from _encoders(model, cut)
+        yield from _inputs(model, cut)
 
 
 def _language(model: ModelConfig, cut: _Cut) -> Iterator[Weight]:
@@ -146,11 +155,17 @@ def _language(model: ModelConfig, cut: _Cut) -> Iterator[Weight]:
         yield Weight("norms", model.hidden_size)
         if model.untie_embeddings_and_output_weights or not cut.first:
             yield Weight("output", vocabulary, own_bucket=tied_pipeline)
+            if model.output_bias:
+                yield Weight("output", padded_vocab_size(model) // cut.tp)
             if "output" in cut.rows_of:
                 yield new_rows
 
 
-def _encoders(model: ModelConfig, cut: _Cut) -> Iterator[Weight]:
+def _inputs(model: ModelConfig, cut: _Cut) -> Iterator[Weight]:
+    if cut.first and model.speech is not None:
+        speech = model.speech
+        yield Weight(TEXT_TABLE, speech.text_vocab_size * speech.text_hidden_size, trainable=False)
+        yield from _linear("text_projection", speech.text_hidden_size, model.hidden_size)
     if cut.first and model.vision is not None:
         yield from _vision(model.vision, model.hidden_size)
     if cut.first and model.audio is not None:

@@ -123,12 +123,14 @@ def build_model(recipe: Recipe, pg: ProcessGroupCollection, *, drawn: bool = Tru
     Not ``drawn``: weights are what memory holds (adapters excepted, which are small), in the dtype that they are kept in,
     and must be loaded or drawn by :func:`draw_weights` before they are used.
     """
+    from megatron_omni.models.generators.speech import SpeechModel
     from megatron_omni.models.lora import add_lora
     from megatron_omni.models.omni import OmniModel
 
     language = build_language_model(recipe, pg, drawn=drawn)
+    kind = OmniModel if recipe.model.speech is None else SpeechModel
     with nullcontext() if drawn else NothingDrawn():
-        model = OmniModel(
+        model = kind(
             language,
             recipe.model,
             seed=recipe.seed,
@@ -150,4 +152,4 @@ def draw_weights(model: "OmniModel", recipe: Recipe, pg: ProcessGroupCollection,
     """Give the parameters called as in ``only`` the values that a model built ``drawn`` has; adapters are drawn already."""
     trunk = {name.removeprefix("language.") for name in only if name.startswith("language.")}
     _draw_language(model.language, recipe, pg, {name for name in trunk if ".lora_" not in name})
-    model.draw_encoders(only)
+    model.draw_inputs(only)

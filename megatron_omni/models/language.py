@@ -29,6 +29,7 @@ from megatron.core.tensor_parallel import (
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -250,6 +251,11 @@ class LanguageModel(HybridModel):
             # The loss gathers the sequence itself, to keep only labelled tokens: the output layer then gets whole rows.
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = tensor_size > 1
+            if model.output_bias:
+                # The layer knows what to do with one, but Megatron's model does not ask for it.
+                bias = torch.nn.Parameter(torch.zeros_like(self.output_layer.weight[:, 0]))
+                set_tensor_model_parallel_attributes(bias, is_parallel=True, dim=0, stride=1)
+                self.output_layer.bias = bias
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Word embeddings [S, B, H] of ``input_ids`` [B, S], the full sequence on every tensor-parallel rank."""

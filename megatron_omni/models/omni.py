@@ -75,22 +75,26 @@ class OmniModel(MegatronModule):
         if not overlap:
             self.language = language
         self.overlap = overlap
+        self.add_inputs(model)
+        if overlap:
+            self.language = language
+        if drawn:
+            self.draw_inputs()
+
+    def add_inputs(self, model: ModelConfig) -> None:
+        """Register the modules that this stage has before its trunk: encoders."""
         self.vision: VisionEncoder | None = None
         self.audio: AudioEncoder | None = None
         if self.pre_process and model.vision is not None:
             self.vision = VisionEncoder(model.vision, model.hidden_size)
         if self.pre_process and model.audio is not None:
             self.audio = AudioEncoder(model.audio, model.hidden_size)
-        if overlap:
-            self.language = language
         for encoder in filter(None, (self.vision, self.audio)):
             for parameter in encoder.parameters():
                 parameter.sequence_parallel = True  # type: ignore[attr-defined]  # its gradient is summed over TP
-        if drawn:
-            self.draw_encoders()
 
-    def draw_encoders(self, only: Collection[str] | None = None) -> None:
-        """Initial values of every parameter of the encoders, or of those called as in ``only``."""
+    def draw_inputs(self, only: Collection[str] | None = None) -> None:
+        """Initial values of every parameter before the trunk, or of those called as in ``only``."""
         for prefix, encoder in (("vision.", self.vision), ("audio.", self.audio)):
             if encoder is None:
                 continue

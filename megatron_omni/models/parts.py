@@ -9,15 +9,17 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from megatron_omni.config.parts import ADAPTERS, NEW_TOKEN_ROWS
+from megatron_omni.config.parts import ADAPTERS, NEW_TOKEN_ROWS, TEXT_TABLE
 
-# First match wins. Names as in OmniModel.named_parameters().
+# First match wins. Names as in named_parameters() of OmniModel and SpeechModel.
 _RULES: tuple[tuple[str, str], ...] = (
     (ADAPTERS, r"\.lora_\w+\."),
     (NEW_TOKEN_ROWS, rf"\.{NEW_TOKEN_ROWS}\."),
     ("projectors", r"^(vision|audio)\.(projector|qformer)\."),
     ("vision", r"^vision\."),
     ("audio", r"^audio\."),
+    (TEXT_TABLE, r"^text_table\."),
+    ("text_projection", r"^text_projection\."),
     ("embeddings", r"(^|\.)embedding\."),
     ("output", r"(^|\.)output_layer\."),
     ("norms", r"(layernorm|final_norm)\."),

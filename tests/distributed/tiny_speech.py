@@ -1,0 +1,56 @@
+"""A speech generator small enough for tests, and micro-batches of speech for it."""
+
+from dataclasses import replace
+
+import torch
+
+from megatron_omni.batch import OmniBatch
+from megatron_omni.config.generators import SpeechConfig
+from megatron_omni.config.model import ModelConfig, MoEConfig
+from megatron_omni.data.collate import collate
+from megatron_omni.data.sample import Sample
+from megatron_omni.data.speech_sequence import speech_sample
+
+SPEECH = SpeechConfig(num_codes=32, text_vocab_size=24, text_hidden_size=20)
+DENSE = ModelConfig(
+    num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, kv_channels=8,
+    mrope_section=[4, 0, 0], rotary_base=1e4, vocab_size=SPEECH.ids.num_outputs, make_vocab_size_divisible_by=8,
+    init_method_std=0.3, output_bias=True, moe=None, vision=None, audio=None, speech=SPEECH,
+)  # fmt: skip
+"""Wide weights: attention then weighs keys unevenly, and a wrong one shows."""
+TOP_2 = MoEConfig(
+    num_routed_experts=4, num_null_experts=0, num_shared_experts=0, top_k=2, moe_ffn_hidden_size=48, sample_experts=False,
+    gradient_estimator="none", input_jitter=0.0,
+)  # fmt: skip
+MIXTURE = replace(DENSE, moe=TOP_2)
+SIZES = {"short": [(2, 0, 3, 4), (1, 3, 2, 6)], "long": [(3, 5, 4, 8)], "empty": [(0, 0, 1, 1), (2, 2, 5, 9)]}
+"""Micro-batches of samples: tokens of prompt, prefix, text and codes."""
+
+
+def speech(prompt: int, prefix: int, text: int, codes: int, *, seed: int = 0) -> Sample:
+    """A sample of so many tokens of each, at random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(number: int, below: int) -> list[int]:
+        return torch.randint(0, below, (number,), generator=generator).tolist()
+
+    return speech_sample(
+        SPEECH.ids,
+        prompt=drawn(prompt, SPEECH.text_vocab_size),
+        prefix=drawn(prefix, SPEECH.num_codes),
+        text=drawn(text, SPEECH.text_vocab_size),
+        codes=drawn(codes, SPEECH.num_codes),
+    )
+
+
+def batch_of(name: str, *, packed: bool = False) -> OmniBatch:
+    """The micro-batch ``name`` of :data:`SIZES`, padded to 24 tokens or 48; ``packed``: in one sequence."""
+    first = 10 * list(SIZES).index(name)
+    samples = [speech(*sizes, seed=first + i) for i, sizes in enumerate(SIZES[name])]
+    return collate(
+        samples,
+        pad_id=SPEECH.ids.padding,
+        sample_ids=range(first, first + len(samples)),
+        row_of=[0] * len(samples) if packed else None,
+        multiple_of=24,
+    )
