@@ -11,6 +11,7 @@ import pytest
 
 from megatron_omni.chain import ChainConfig
 from megatron_omni.config.data import EvalSourceConfig, SourceConfig
+from megatron_omni.config.generators import CodecConfig, SpeechConfig
 from megatron_omni.config.load import load_recipe, recipe_from_dict, recipe_to_dict, recipe_to_yaml
 from megatron_omni.config.model import LoraConfig
 from megatron_omni.config.parts import PARTS
@@ -406,7 +407,7 @@ def outside(recipe: Recipe) -> Iterator[tuple[str, float]]:
 @pytest.mark.parametrize(("name", "value"), [*outside(Recipe())])
 def test_a_number_outside_its_range_is_refused_by_name(name: str, value: float) -> None:
     recipe = Recipe()
-    recipe.model.lora = LoraConfig()
+    recipe.model.lora, recipe.model.speech, recipe.model.codec = LoraConfig(), SpeechConfig(), CodecConfig()
     *groups, last = name.split(".")
     place: Any = recipe
     for group in groups:
