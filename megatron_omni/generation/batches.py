@@ -48,6 +48,8 @@ class Result:
     logprobs: list[float] = field(default_factory=list)
     """Of the tokens, the one that ended it included; empty unless asked for."""
     top: list[Alternatives] = field(default_factory=list)
+    near_edge: int = 0
+    """Tokens that were drawn near an edge; counted where log-probabilities are asked for."""
     prompt_logprobs: tuple[float, ...] = ()
     """Of tokens 1, 2, ... of the prompt; empty unless asked for."""
     text: str = ""
@@ -76,6 +78,7 @@ class Result:
         if event.logprob is not None:
             self.logprobs.append(event.logprob)
             self.top.append(event.top)
+            self.near_edge += event.near_edge
 
 
 def answered(

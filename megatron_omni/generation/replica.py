@@ -113,8 +113,10 @@ class Scored(NamedTuple):
 
     answer: int
     token: int
-    logprob: float | None
-    top: Alternatives
+    logprob: float | None = None
+    top: Alternatives = ()
+    near_edge: bool = False
+    """Of a chosen one with a log-probability (sampling.py)."""
 
 
 class Prompt:
@@ -363,23 +365,28 @@ class Replica:
     def _results(
         self, logits: Tensor | None, chosen: Sequence[int], scored: Sequence[tuple[int, int]]
     ) -> list[list[float]]:
-        """Of every row of logits the token, its log-probability and the most likely ids and theirs, on every rank."""
+        """Of every row of logits the token, its log-probability, whether it was drawn near an edge, and the most likely ids and
+        their log-probabilities, on every rank."""
         if not chosen and not scored:
             return []
         asked = [self._answers[a].prompt.request.logprobs for a in chosen]
         asked += [self._answers[a].prompt.request.prompt_logprobs for a, _ in scored]
         top = max((n for n in asked if n is not None), default=None)
-        width = 1 if top is None else 2 + 2 * top
+        width = 1 if top is None else 3 + 2 * top
         if logits is None:
             results = torch.empty(len(asked), width, dtype=torch.float64, device=device())
         else:
             tokens = torch.tensor([i for _, i in scored], dtype=torch.int64, device=device())
+            near_edge = torch.zeros(len(asked), dtype=torch.bool, device=device())
             if chosen:
-                tokens = torch.cat([choose(logits[: len(chosen)], [self._choice(a) for a in chosen]), tokens])
+                choices, near = [self._choice(a) for a in chosen], near_edge[: len(chosen)]
+                picked = choose(logits[: len(chosen)], choices, near_edge=None if top is None else near)
+                tokens = torch.cat([picked, tokens])
             results = tokens.double().unsqueeze(1)
             if top is not None:
                 logprob, ids, values = token_log_probabilities(logits, tokens, top=top)
-                results = torch.cat([results, logprob.double().unsqueeze(1), ids.double(), values.double()], dim=1)
+                facts = torch.stack([logprob.double(), near_edge.double()], dim=1)
+                results = torch.cat([results, facts, ids.double(), values.double()], dim=1)
         if self.place.pp_size > 1:
             dist.broadcast(results, group=self.pg.pp, group_src=self.place.pp_size - 1)
         if self.place.tp_size > 1:
@@ -462,11 +469,11 @@ def facts(
 
 
 def _scored(answer: int, row: Sequence[float]) -> Scored:
-    token, *rest = row
-    if not rest:
-        return Scored(answer, int(token), None, ())
-    top = (len(rest) - 1) // 2
-    return Scored(answer, int(token), rest[0], tuple(zip(map(int, rest[1 : 1 + top]), rest[1 + top :])))
+    if len(row) == 1:
+        return Scored(answer, int(row[0]))
+    token, logprob, near_edge, *rest = row
+    top = len(rest) // 2
+    return Scored(answer, int(token), logprob, tuple(zip(map(int, rest[:top]), rest[top:])), bool(near_edge))
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -186,6 +186,8 @@ class TokenEvent:
     logprob: float | None = None
     """Log-probability; None unless asked for."""
     top: Alternatives = ()
+    near_edge: bool = False
+    """Where log-probabilities are asked for: drawn so near the edge between two tokens that rounding could decide."""
     text: str = ""
     """Text of the answer that is certain with this token: whole characters, and no possible beginning of a stop string.
     The rest follows with later tokens or in the :class:`FinishedEvent`."""

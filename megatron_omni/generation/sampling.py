@@ -36,6 +36,8 @@ from megatron_omni.platform.seeds import named_seed
 
 INVALID_TOKEN = -1
 """Returned in place of a token where a row's logits are not finite."""
+EDGE = 1e-5
+"""Of the probability of all tokens."""
 _ALL_BITS = 30
 """Of a float32 from 0 to 2."""
 _FEW_COLUMNS = 1 << 13
@@ -89,8 +91,12 @@ class Choice:
     """Tokens that cannot be chosen."""
 
 
-def choose(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
-    """[R] int64: the token of each row of ``logits`` [R, V] float32; INVALID_TOKEN where they are not finite."""
+def choose(logits: Tensor, choices: Sequence[Choice], *, near_edge: Tensor | None = None) -> Tensor:
+    """[R] int64: the token of each row of ``logits`` [R, V] float32; INVALID_TOKEN where they are not finite.
+
+    ``near_edge`` [R] bool is set where a draw fell within :data:`EDGE` of a token's end of the cumulative sum: another order
+    of the same sums may choose the neighbour.
+    """
     assert len(logits) == len(choices), "one choice for each row of logits"
     finite = logits.sum(-1).isfinite()  # one that is not makes the sum so
     changed = [i for i, c in enumerate(choices) if c.history is not None or c.forbidden]
@@ -105,9 +111,13 @@ def choose(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
     if len(drawn) < len(choices):
         tokens = logits.argmax(-1)
         if drawn:
-            tokens[drawn] = _drawn(logits[drawn], [choices[i] for i in drawn])
+            tokens[drawn], near = _drawn(logits[drawn], [choices[i] for i in drawn], tell=near_edge is not None)
+            if near_edge is not None:
+                near_edge[drawn] = near
     else:
-        tokens = _drawn(logits, choices)
+        tokens, near = _drawn(logits, choices, tell=near_edge is not None)
+        if near_edge is not None:
+            near_edge.copy_(near)
     return torch.where(finite, tokens, INVALID_TOKEN)
 
 
@@ -159,8 +169,8 @@ def _crossed(digits: Tensor, width: int, weights: Tensor, goal: Tensor) -> tuple
     return (sums.shape[-1] - 1 - place).int(), goal - above
 
 
-def _drawn(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
-    """[R] tokens of rows with a temperature."""
+def _drawn(logits: Tensor, choices: Sequence[Choice], *, tell: bool) -> tuple[Tensor, Tensor]:
+    """[R] tokens of rows with a temperature, and with ``tell`` whether each was drawn near an edge."""
 
     def column(values: list[Any], dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=logits.device).unsqueeze(-1)
@@ -183,7 +193,12 @@ def _drawn(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
     point = total * column([uniform_draw(choice.sampling.seed, choice.step) for choice in choices])
     point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
     # right=True: the first token whose cumulative sum exceeds the point, hence one of positive probability.
-    return torch.searchsorted(cumulative, point, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+    token = torch.searchsorted(cumulative, point, right=True).clamp_(max=logits.shape[-1] - 1)
+    if not tell:
+        return token.squeeze(-1), token.new_zeros(len(token), dtype=torch.bool)
+    above = cumulative.gather(-1, token) - point
+    below = point - torch.where(token > 0, cumulative.gather(-1, (token - 1).clamp_min(0)), -torch.inf)
+    return token.squeeze(-1), (torch.minimum(above, below) < EDGE * total).squeeze(-1)
 
 
 def next_token_probabilities(logits: Tensor, choice: Choice) -> Tensor:

@@ -45,6 +45,7 @@ class Told:
             id=scored.token,
             logprob=scored.logprob,
             top=scored.top[: self.request.logprobs or 0],
+            near_edge=scored.near_edge,
             text=piece.text,
             reasoning=piece.reasoning,
             is_end=is_end,

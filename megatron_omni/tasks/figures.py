@@ -70,6 +70,7 @@ def of_responses(
         for name in (f"source/{source_names[prompt.source]}", *map("modality/{}".format, modalities(prompt))):
             figures.add(f"reward/{name}", sum(totals), len(totals))
         figures.add("rollout/length", sum(len(r.ids) for r in group), len(group))
+        figures.add("rollout/near_edge", sum(r.near_edge for r in group), sum(len(r.ids) for r in group))
         figures.add("rollout/cut", sum(r.finish == "length" for r in group), len(group))
         figures.add("groups/kept", any(r.kept for r in group), 1)
         first = [next(iter(r.values.values()), None) for r in group]

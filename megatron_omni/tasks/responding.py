@@ -44,6 +44,8 @@ class Response:
     """Of the tokens, as the sampler saw them (at temperature 1)."""
     values: dict[str, float | None]
     """By reward function."""
+    near_edge: int = 0
+    """Tokens that were drawn near an edge (generation/sampling.py); not kept in a checkpoint."""
     total: float | None = None
     """Reward; None: left out."""
     advantage: float = 0.0
@@ -83,7 +85,7 @@ def sample_responses(
     *,
     tokenizer: Tokenizer,
     seed: int,
-    rows: dict[int, SampleRows],
+    rows: dict[int, SampleRows] | None = None,
     stop: Callable[[], bool] = lambda: False,
     moved: Callable[[], None] = lambda: None,
 ) -> dict[int, list[Response]]:
@@ -98,7 +100,13 @@ def sample_responses(
     kept: dict[str, SampleRows] = {}
     with (
         long_work("sampling responses", measured=False) as work,
-        Engine(run.model, tokenizer=tokenizer, pg=run.pg, limits=_limits(config, prompts), keep_rows=kept) as engine,
+        Engine(
+            run.model,
+            tokenizer=tokenizer,
+            pg=run.pg,
+            limits=_limits(config, prompts),
+            keep_rows=None if rows is None else kept,
+        ) as engine,
     ):
         look = Stop(work, stop, moved)
         if engine.leads:
@@ -110,7 +118,8 @@ def sample_responses(
         stopped = any(work.exchange(look.seen, waiting=look.look))
     if stopped:
         raise Interrupted("asked to stop while responses were sampled: they come again when the run goes on")
-    rows |= {int(name): own for name, own in kept.items()}
+    if rows is not None:
+        rows |= {int(name): own for name, own in kept.items()}
     return found
 
 
@@ -153,4 +162,11 @@ def _results(engine: Engine, prompts: Sequence[Prompt], run: Run, *, seed: int, 
 
 def _response(result: Result) -> Response:
     ids = result.ids if result.end_id is None else [*result.ids, result.end_id]
-    return Response(ids=ids, finish=result.reason, log_probs=result.logprobs, values={}, routes=result.routes)
+    return Response(
+        ids=ids,
+        finish=result.reason,
+        log_probs=result.logprobs,
+        values={},
+        near_edge=result.near_edge,
+        routes=result.routes,
+    )

@@ -193,8 +193,8 @@ def test_a_request_that_cannot_go_on_is_an_error(reason: str, status: int) -> No
 def test_events_cross_the_link_as_they_are() -> None:
     usage = Usage(prompt=3, cached=1, completion=2, reasoning=1)
     token = TokenEvent(
-        name="a", sample=1, id=7, logprob=-0.5, top=((7, -0.5), (9, -1.5)), text="x", reasoning="y", is_end=True
-    )
+        name="a", sample=1, id=7, logprob=-0.5, top=((7, -0.5), (9, -1.5)), near_edge=True, text="x", reasoning="y", is_end=True,
+    )  # fmt: skip
     assert all(getattr(token, field.name) != field.default for field in fields(TokenEvent)), "every field is sent"
     events = [
         token, PromptEvent(name="a", logprobs=(-1.0,), top=(((1, -2.0),),)),

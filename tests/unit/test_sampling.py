@@ -218,6 +218,24 @@ def test_a_rounding_difference_in_the_logits_does_not_move_the_draw() -> None:
     assert (first != second).sum() <= 1
 
 
+def test_a_draw_near_an_edge_is_told() -> None:
+    # Two tokens of one half each: the edge lies where the draw is, moved by the logit of the first.
+    sampling = Sampling(temperature=1.0, seed=3)
+    point = uniform_draw(3, 0)
+    for distance, told in ((2e-6, True), (-2e-6, True), (5e-5, False), (-5e-5, False)):
+        logits = torch.tensor([[math.log((point + distance) / (1 - point - distance)), 0.0]])
+        near = torch.zeros(1, dtype=torch.bool)
+        token = choose(logits, [choice(sampling)], near_edge=near)
+        assert (int(token), bool(near)) == (0 if distance > 0 else 1, told)
+    near = torch.zeros(2, dtype=torch.bool)
+    choose(
+        torch.tensor([[0.0, 0.0], [math.log(point / (1 - point)), 0.0]]),
+        [choice(GREEDY), choice(sampling)],
+        near_edge=near,
+    )
+    assert near.tolist() == [False, True]
+
+
 def test_rows_without_finite_logits_are_reported_and_leave_the_others_alone() -> None:
     logits = torch.tensor([[0.0, 1.0], [math.nan, 1.0], [1.0, 0.0], [math.inf, 0.0], [0.0, -math.inf]])
     for sampling in (GREEDY, Sampling(temperature=1e-3)):
