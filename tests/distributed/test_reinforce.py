@@ -103,7 +103,8 @@ def test_the_first_step_of_an_iteration_has_a_ratio_of_one(alone: tuple[Recipe, 
     assert found[1]["clip/low"] + found[1]["clip/high"] > 0
     assert all(record["grad-norm"] > 0 for record in found)
     assert max(record.get("rollout/mismatch_max", 0) for record in found) < 1e-4
-    assert all(0 <= record["rollout/near_edge"] < 2e-3 for record in found[::2])
+    # An untrained model: of every column of the vocabulary 2e-5 are near an edge.
+    assert all(0 <= record["rollout/near_edge"] < 5 * 2e-5 * recipe.model.vocab_size for record in found[::2])
     (first, second), ends = told(recipe), {0: set[str](), 1: set[str]()}
     assert len(first) == len(second) == 2 * 8 * 3
     for number, rows in enumerate((first, second)):
