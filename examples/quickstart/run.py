@@ -105,6 +105,7 @@ def make_corpus(steps: Steps, out: Path, recipe: str, *, fast: bool, choice: boo
     """Corpus, tokenizer and index under `out`."""
     flags = ["--fast"] * fast + ["--choice"] * choice
     steps.run("compose the corpus", "-m", "examples.quickstart.compose", "--out", f"{out}/data", *flags)
+    steps.run("add spoken answers", "-m", "examples.quickstart.spoken", "--data", f"{out}/data", *["--fast"] * fast)
     text, tokenizer = f"{out}/data/tokenizer_corpus.txt", f"{out}/tokenizer.model"
     steps.run("train the tokenizer", "-m", "examples.quickstart.tokenizer", "--corpus", text, "--out", tokenizer)
     steps.run("index the corpus", "-m", "megatron_omni.cli.prepare", recipe, "--workers", str(NUM_RANKS))

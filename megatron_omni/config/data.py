@@ -73,6 +73,9 @@ class DataConfig:
     system_template: TemplateName = "none"
     """A prompt of the paper's (A.3) that comes first in that turn: ``thinking`` asks for a thought and a solution,
     ``drawing`` for a thought and a picture (docs/reinforcement.md)."""
+    voice_request: str = ""
+    """What ``--voice`` and ``--style`` write behind a question, as the records have it, with ``{voice}`` where the voice
+    stands; empty: the released wording (data/speech_request.py)."""
     seq_length: int = number(8192, at_least=1, at_most=10**8)
     """Longest sample in tokens, media placeholders included; a longer one is skipped and counted. The length of
     packed sequences."""

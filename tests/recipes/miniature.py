@@ -43,7 +43,16 @@ from megatron_omni.training.loop import train
 from megatron_omni.training.setup import Run, new_token_ids, save, setup
 from tests.distributed.harness import Rank, RankFailure, run_ranks
 from tests.distributed.tiny_run import records
-from tests.recipes.miniature_data import HELD_OUT, MIXED, REWARD_FILE, TOKENIZER, make_data, question
+from tests.recipes.miniature_data import (
+    HELD_OUT,
+    MIXED,
+    REWARD_FILE,
+    SPEECH_TOKENIZER,
+    SPOKEN,
+    TOKENIZER,
+    make_data,
+    question,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted([*(ROOT / "recipes").glob("[0-9]*.yaml"), *(ROOT / "recipes" / "layout").glob("*.yaml")])
@@ -167,10 +176,11 @@ def shrunk(case: Case, *, data: Path, start: Path | None, run_dir: Path) -> Mini
             reward.function = f"{data / REWARD_FILE}:digits"
     num_ranks = _fit(recipe.parallel)
     recipe.run_dir, recipe.init_from = str(run_dir), None if start is None else str(start)
-    recipe.data.tokenizer = str(data / TOKENIZER)
+    speaks = "speech_generation" in case.path.stem
+    recipe.data.tokenizer = str(data / (SPEECH_TOKENIZER if speaks else TOKENIZER))
     held_out = recipe.data.eval_sources or [EvalSourceConfig(name="held_out", path="")]
     recipe.data.eval_sources = held_out
-    for sources, file in ((recipe.data.sources, MIXED), (held_out, HELD_OUT)):
+    for sources, file in ((recipe.data.sources, SPOKEN if speaks else MIXED), (held_out, HELD_OUT)):
         for source in sources:
             source.path, source.root = str(data / file), ""
     if case.overlap:

@@ -7,10 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_omni.data.tokenizer import CORE_SPECIALS, SPEECH_SPECIALS, train_sentencepiece
 from tests.distributed.tiny_run import WORDS, chat, make_corpus
 from tests.unit.media_files import tone, write_scenes
 
 TOKENIZER, MIXED, HELD_OUT, REWARD_FILE = "tokenizer.model", "mixed.jsonl", "held_out.jsonl", "rewards.py"
+SPOKEN, SPEECH_TOKENIZER = "spoken.jsonl", "speech.model"
+"""The mixed records with spoken answers, and a tokenizer that has the marks for them."""
 REWARDS = """
 def digits(completion_ids, **columns):
     return [sum(ids) % 5 / 4 for ids in completion_ids]
@@ -31,6 +34,12 @@ def make_data(directory: Path) -> Path:
     clips = [chat("<video> what moves", WORDS[i]) | {"videos": [f"{i}.mp4"]} for i in range(4)]
     mixed = [row for rows in zip(*kinds.values(), strict=True) for row in rows]
     _write(directory / MIXED, mixed + clips)
+    _write(directory / SPOKEN, [_spoken(row) for row in mixed + clips])
+    text = [turn["content"] for row in mixed for turn in row["messages"]] * 4 + [
+        "Language: English; Speaker: Jenny;"
+    ] * 99
+    specials = (*CORE_SPECIALS, *SPEECH_SPECIALS)
+    train_sentencepiece(text, directory / SPEECH_TOKENIZER, vocab_size=300, specials=specials)
     media: list[dict[str, Any]] = [{}, {"images": ["0.png"]}, {"audios": ["1.wav"]}, {}]
     held_out = []
     for i in range(16):
@@ -39,6 +48,11 @@ def make_data(directory: Path) -> Path:
         held_out.append(chat(f"{marker}repeat {WORDS[i % len(WORDS)]}", FILLING) | kind)
     _write(directory / HELD_OUT, held_out)
     return directory
+
+
+def _spoken(row: dict[str, Any]) -> dict[str, Any]:
+    *before, answer = row["messages"]
+    return row | {"messages": [*before, answer | {"speech": {"speaker": "Jenny"}}]}
 
 
 def clip_sound() -> Any:

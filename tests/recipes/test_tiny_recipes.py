@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # examples/ is not installed
 
 from examples.quickstart import compose  # noqa: E402
+from examples.quickstart.spoken import compose_spoken  # noqa: E402
 from examples.quickstart.tokenizer import train_tokenizer  # noqa: E402
 from examples.reason import corpus as questions  # noqa: E402
 from megatron_omni.chain import Chain, load_chain, recipe_with_rows, run_pairs, run_upcycle  # noqa: E402
@@ -44,6 +45,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ``make quickstart`` leaves in runs/quickstart, small."""
     out = tmp_path_factory.mktemp("quickstart")
     compose.compose(out / "data", seed=3, sizes=SIZES, eval_size=4)
+    compose_spoken(out / "data", seed=3, size=24, eval_size=4)
     text = (out / "data" / "tokenizer_corpus.txt").read_text(encoding="utf-8")
     train_tokenizer(text, out / "tokenizer.model")
     return out
@@ -71,7 +73,7 @@ def test_every_stage_trains_from_the_stage_before_it(corpus: Path, tmp_path: Pat
             recipe.init_from = next((str(path) for path in chain.inputs(stage).values()), None)
             validate(recipe)
             assert run_ranks(train_rank, 1, recipe) == [0]
-            assert set(held_out_losses(stage.run_dir)) == {"text", "image", "video", "word", "sound"}
+            assert set(held_out_losses(stage.run_dir)) == {"text", "image", "video", "word", "sound", "say"}
         assert stage.is_done
     last = read_records(chain.stages[-1].run_dir)
     assert {"moe/null_share", "moe/k/layer_2/0", "moe/load/layer_0/image/expert_3"} <= set(last[0])
@@ -153,6 +155,7 @@ def answer_by_hand(recipe: Recipe) -> None:
 def test_the_quickstart_recipes_name_what_the_chain_reads() -> None:
     """The chain's sources are the quickstart's files, so that ``make quickstart`` prepares its data."""
     quickstart = {s.path for s in load_recipe(ROOT / "recipes" / "tiny" / "quickstart.yaml").data.sources}
+    quickstart.add("runs/quickstart/data/train/say.jsonl")  # spoken answers, which need no index
     for stage in load_chain(CHAIN).stages:
         if stage.recipe is not None:
             assert {source.path for source in stage.recipe.data.sources} <= quickstart

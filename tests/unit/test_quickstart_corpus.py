@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -14,12 +15,13 @@ from PIL import Image
 from megatron_omni.config.load import load_recipe
 from megatron_omni.data.loader import StepLoader
 from megatron_omni.data.plan import Cursor
+from megatron_omni.data.record import parse_record
 from megatron_omni.data.tokenizer import ALL_SPECIALS, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # examples/ is not installed
 
-from examples.quickstart import compose  # noqa: E402
+from examples.quickstart import compose, spoken  # noqa: E402
 from examples.quickstart.assets import DIGITS, load_assets, load_digits, load_voices  # noqa: E402
 from examples.quickstart.tokenizer import VOCAB_SIZE, WHOLE, train_tokenizer  # noqa: E402
 
@@ -241,3 +243,27 @@ def test_every_voice_says_ten_digits_that_can_be_told_apart():
         spectra = [np.log(np.abs(np.fft.rfft(wave, 16000))[100:4000].reshape(-1, 100).sum(1)) for wave in waves]
         gaps = [np.abs(a - b).mean() for i, a in enumerate(spectra) for b in spectra[:i]]
         assert min(gaps) > 0.05
+
+
+def test_spoken_answers_are_asked_for_and_hold_nothing_out(corpus):
+    """Of the corpus's questions and of texts to read; read as records, and rendered with the quickstart's tokenizer."""
+    made = [corpus / "train" / "say.jsonl", corpus / "eval" / "say.held_out.jsonl"]
+    spoken.compose_spoken(corpus, seed=3, size=120, eval_size=40)
+    first = [path.read_text() for path in made]
+    spoken.compose_spoken(corpus, seed=3, size=120, eval_size=40)
+    assert first == [path.read_text() for path in made]
+    assert {row["messages"][1]["speech"]["speaker"] for row in rows(made[0])} == set(load_assets().train_voices)
+    for path in made:
+        for row in rows(path):
+            record = parse_record(row)
+            question, speech = record.messages[0].content, record.messages[1].speech
+            text, request = question.rsplit("\n", 1)
+            assert all((path.parent / file).exists() for file in record.images + record.audios)
+            if request == f"read it as {speech.speaker}.":
+                pairs = list(pairwise(named_concepts(speech.spoken)))
+                held = [compose.is_held_out(a, b) for a, b in pairs]
+                assert text == speech.spoken and (not any(held) if path is made[0] else any(held) or not pairs)
+            else:
+                assert request == f"answer as {speech.speaker}." and speech.spoken.isascii()
+    for path in made:
+        path.unlink()  # other tests take every file of the corpus

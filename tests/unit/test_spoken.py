@@ -15,6 +15,7 @@ from megatron_omni.data.prepare import index_files
 from megatron_omni.data.record import Message, RecordError, parse_record
 from megatron_omni.data.sample import SampleBuilder
 from megatron_omni.data.sources import open_sources, parse_line
+from megatron_omni.data.speech_request import asked_to_speak, released_request
 from megatron_omni.data.spoken import CodesAt, Speech
 from megatron_omni.data.template import MediaSpans, answer_ids, count_text_tokens, render
 from megatron_omni.data.tokenizer import ALL_SPECIALS, SPEECH_SPECIALS, Tokenizer, load_tokenizer, train_sentencepiece
@@ -231,3 +232,47 @@ def test_a_spoken_answer_may_be_preferred_to_a_typed_one(recipe):
         sides(parse_record(row(JENNY, rejected_messages=said)))
     said[1]["speech"] = {"speaker": "Brian"}
     assert sides(parse_record(row(JENNY, rejected_messages=said))).same_prompt
+
+
+# ------------------------------------------------------------------------------------------------ asking for it
+
+READ_IN_JENNY = (
+    "You should read user's query in Jenny's voice.\nGenerate in the following format: <speech start> token indicates the "
+    "beginning of the speech response, followed by the text prompt. <prompt end> token indicates the end of the text prompt "
+    "and the start of the speech output. <speech end> token indicates the end of the speech output."
+)
+ANSWER_AS_JENNY = READ_IN_JENNY.replace(
+    "read user's query in Jenny's voice.\nGenerate",
+    "listen to the user's question and respond in Jenny's voice.\nAnswer",
+)
+ANSWER_AS_BRIAN = (
+    "请理解用户给出的语音问题并用Brian音色进行回答。\n回答的格式如下：<speech start>字符表示语音回复的起始，文本提示词开始，"
+    "<prompt end>字符表示文本提示词结束语音输出开始，<speech end>字符表示语音输出结束。"
+)
+
+
+def asked(content, **how):
+    media = {"audios": ["a.wav"]} if "<audio>" in content else {}
+    return asked_to_speak(parse_record({"messages": [{"role": "user", "content": content}], **media}), **how).messages[
+        -1
+    ]
+
+
+def test_the_released_wording_to_the_letter():
+    assert asked("hello", voice="Jenny", purpose="read").content == f"hello\n{READ_IN_JENNY}"
+    assert asked("<audio>", voice="Jenny").content == f"<audio>\n{ANSWER_AS_JENNY}"
+    assert asked("<audio>", voice="Jenny").pieces() == ["", "audio", f"\n{ANSWER_AS_JENNY}"]
+    assert released_request(voice="Brian", language="Chinese") == ANSWER_AS_BRIAN
+    assert asked("这是什么", voice="Brian").content == f"这是什么\n{ANSWER_AS_BRIAN}"
+    assert "respond in the following style: slowly <audio>." in asked("hi", style="slowly <audio>").pieces()[-1]
+
+
+def test_a_recipes_own_wording_and_what_cannot_be_asked():
+    assert asked("what?", voice="slt", wording="answer as {voice}.").content == "what?\nanswer as slt."
+    for how in ({}, {"voice": "a", "style": "b"}, {"wording": "as {voice}"}):
+        with pytest.raises(ValueError, match="one of the two"):
+            asked("what?", **how)
+    with pytest.raises(ValueError, match="no wording to read in Chinese is published"):
+        released_request(voice="a", purpose="read", language="Chinese")
+    with pytest.raises(RecordError, match="asks nothing"):
+        asked_to_speak(parse_record(row(JENNY)), voice="Jenny")
