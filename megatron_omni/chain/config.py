@@ -12,12 +12,43 @@ PAIRS_REPORT = "pairs.json"
 
 @dataclass(kw_only=True)
 class UpcycleConfig:
-    """Sources of a mixture, in the order of its routed experts (the base is the last)."""
+    """Sources of a mixture, in the order of its routed experts (the base is the last), or speech generators."""
 
-    base: str
+    base: str | None = None
     vision: str | None = None
     speech: list[str] = field(default_factory=list)
-    trunk: str = "base"
+    experts: list[str] = field(default_factory=list)
+    """Dense speech generators, a routed expert each, in place of the others."""
+    trunk: str | None = None
+    """Role whose trunk is taken: ``base`` (as null), ``vision``, ``speech1``; with ``experts`` one of them by its name
+    (null: the last)."""
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Role -> stage or path, in the order of the routed experts."""
+        if self.experts:
+            return {f"expert{i + 1}": word for i, word in enumerate(self.experts)}
+        found = {"vision": self.vision} if self.vision is not None else {}
+        found |= {f"speech{i + 1}": word for i, word in enumerate(self.speech)}
+        return found | ({"base": self.base} if self.base is not None else {})
+
+    @property
+    def trunk_role(self) -> str:
+        """The role that gives the trunk."""
+        if not self.experts:
+            return self.trunk or "base"
+        named = [role for role, word in self.sources.items() if word == self.trunk]
+        return named[0] if named else f"expert{len(self.experts)}"
+
+    def problem(self) -> str | None:
+        """What is wrong with it, for people."""
+        if self.experts and (self.base is not None or self.vision is not None or self.speech):
+            return "experts are speech generators, which have no roles; leave out base, vision and speech"
+        if not self.experts and self.base is None:
+            return "has no base, and no experts (speech generators); name one or the other"
+        if self.experts and self.trunk is not None and self.trunk not in self.experts:
+            return f"trunk: {self.trunk!r} is none of its experts, {', '.join(self.experts)}"
+        return None
 
 
 @dataclass(kw_only=True)

@@ -31,7 +31,7 @@ class Stage:
     run_dir: Path
     hand_on: str
     sources: dict[str, str]
-    """Role -> earlier stage or path: ``init_from``, or base, vision, speech1, ... of an upcycling."""
+    """Role -> earlier stage or path: ``init_from``, or base, vision, speech1, expert1, ... of an upcycling."""
     recipe_file: Path | None = None
     overrides: tuple[str, ...] = ()
     recipe: Recipe | None = None
@@ -165,10 +165,10 @@ def _stage(path: Path, made: StageConfig, run_dir: Path, overrides: Sequence[str
         return Stage(**common, sources={}, pairs=made.pairs, reads={"rollouts": made.pairs.rollouts})
     if made.upcycle is not None:
         given = made.upcycle
-        sources = {"vision": given.vision} if given.vision is not None else {}
-        sources |= {f"speech{i + 1}": word for i, word in enumerate(given.speech)}
-        _check_order(where, sources | {"base": given.base}, later)
-        return Stage(**common, sources=sources | {"base": given.base}, upcycle=given)
+        if (problem := given.problem()) is not None:
+            raise ValueError(f"{where}: upcycle: {problem}")
+        _check_order(where, given.sources, later)
+        return Stage(**common, sources=given.sources, upcycle=given)
     return _training_stage(path, made, common, overrides, later)
 
 
@@ -327,7 +327,10 @@ def _made_with(source: Stage | Path, chain: Chain) -> MadeWith | None:
         return MadeWith(load_recipe(file).model, find_tokenizer(checkpoint)) if file.is_file() else None
     if source.recipe is not None:
         return MadeWith(source.recipe.model, Path(source.recipe.data.tokenizer))
-    base = _made_with(chain.source(source.sources["base"]), chain)
+    assert source.upcycle is not None
+    base = _made_with(
+        chain.source(source.sources[source.upcycle.trunk_role if source.upcycle.experts else "base"]), chain
+    )
     return None if base is None else base._replace(model=replace(base.model, moe=source.moe))
 
 

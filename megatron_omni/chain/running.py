@@ -162,7 +162,7 @@ def run_upcycle(chain: Chain, stage: Stage) -> Path:
     assert stage.upcycle is not None
     stage.run_dir.mkdir(parents=True, exist_ok=True)
     shape = [f"model.moe.{name}={getattr(stage.moe, name)}" for name in UPCYCLED_SHAPE] if stage.moe is not None else []
-    return upcycle(chain.inputs(stage), stage.run_dir, trunk=stage.upcycle.trunk, overrides=shape)
+    return upcycle(chain.inputs(stage), stage.run_dir, trunk=stage.upcycle.trunk_role, overrides=shape)
 
 
 def clean_environment() -> dict[str, str]:

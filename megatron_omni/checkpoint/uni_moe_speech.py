@@ -46,7 +46,7 @@ FILES = ("speech_gen_ep2.bin", "speech_generator.bin")
 """Names of the file in a folder of the release, and as its training script saves it."""
 HEAD_SIZE, ROTARY_BASE, MAX_POSITIONS = 64, 10_000.0, 2048
 NUM_MARKS = SpeechIds(0).num_outputs
-TABLE, OWN_TABLE, PROJECTION, EMBEDDING, OUTPUT = (
+TABLE, OWN_TABLE, PROJECTION, SPEECH_EMBEDDING, OUTPUT = (
     "qwenvl_embed_tokens.weight", "embed_tokens.weight", "in_fnn.", "audio_embedding.weight", "out_fnn."
 )  # fmt: skip
 SPEECH_BLOCK = "layers.{layer}."
@@ -60,7 +60,7 @@ WORD_EMBEDDINGS = (
 _RENAMED = (
     (GATE, SPEECH_GATE),
     (ROUTED, SPEECH_ROUTED),
-    ("model.embed_tokens.weight", EMBEDDING),
+    ("model.embed_tokens.weight", SPEECH_EMBEDDING),
     ("lm_head.weight", OUTPUT + "weight"),
     ("model.", ""),
 )
@@ -272,15 +272,23 @@ def weights_of(path: Path) -> Path:
     return path
 
 
+def is_generator(path: Path) -> bool:
+    """Whether a generator's weights lie at ``path``: its file, its folder, or an export of one; not a whole release."""
+    said = _said(path / "config.json")
+    if "model_type" in said:
+        return False
+    return path.is_file() or weights_of(path) != path or "speech_generator_type" in said
+
+
 def open_source(path: Path) -> tuple[KeptKeys, dict[str, str]]:
     """Weights of the generator at ``path``, and the options of its rows. ConversionError where there is none."""
     source = KeptKeys(weights_of(path), "")
     prefix = PREFIX if any(key.startswith(PREFIX) for key in source.infos()) else ""
     if prefix:  # the whole release: its other weights are none of the generator's
         source = KeptKeys(weights_of(path), re.escape(prefix))
-    if prefix + EMBEDDING not in source.infos():
+    if prefix + SPEECH_EMBEDDING not in source.infos():
         raise ConversionError(
-            f"{source.path}: expected the key {prefix + EMBEDDING!r} of a speech generator, found none; give "
+            f"{source.path}: expected the key {prefix + SPEECH_EMBEDDING!r} of a speech generator, found none; give "
             f"{FILES[0]}, the folder that holds it, or a Uni-MoE-2.0-Omni directory"
         )
     return source, {"prefix": prefix, **({"table": "own"} if prefix + OWN_TABLE in source.infos() else {})}
@@ -293,9 +301,12 @@ def model_of(source: KeptKeys, options: Mapping[str, str], *, config: Path) -> M
     place, said = source.path, _said(config)
     recorded = _recorded(said, config)
     table = OWN_TABLE if options.get("table") == "own" else TABLE
-    (outputs, hidden), (text_vocab, text_hidden) = _matrix(shapes, EMBEDDING, place), _matrix(shapes, table, place)
+    (outputs, hidden), (text_vocab, text_hidden) = (
+        _matrix(shapes, SPEECH_EMBEDDING, place),
+        _matrix(shapes, table, place),
+    )
     if outputs <= NUM_MARKS:
-        raise ConversionError(f"{place}: {EMBEDDING!r}: expected more than {NUM_MARKS} rows, found {outputs}")
+        raise ConversionError(f"{place}: {SPEECH_EMBEDDING!r}: expected more than {NUM_MARKS} rows, found {outputs}")
     layers = 1 + max((int(n) for n in _numbers(shapes, r"layers\.(\d+)\.")), default=-1)
     experts = 1 + max((int(n) for n in _numbers(shapes, r"layers\.\d+\..*deepspeed_experts\.(\d+)\.")), default=-1)
     _check_counts(place, layers, experts, len(shapes))

@@ -10,9 +10,12 @@
     tokenizer lacks                                the matrices grow only where these ids do not fit
     encoders and projectors                        vision from one source, audio from another
 
-The result is a :class:`~megatron_omni.checkpoint.sources.Source` of tensors in the released layout (``uni_moe.py``), made
-when they are asked for: the converter writes them as a distributed checkpoint or as a Hugging Face directory. Nothing is
-held but the tensor in hand (and, for a comparison, pieces of the other sources').
+Speech generators (``model.speech``) are merged by the same rules: any number of dense ones in, routed experts in their
+order out, no null and no shared experts; text table, projection, embeddings and output are part of the trunk.
+
+The result is a :class:`~megatron_omni.checkpoint.sources.Source` of tensors in the released layout (``uni_moe.py``,
+``uni_moe_speech.py``), made when they are asked for: the converter writes them as a distributed checkpoint or as a
+Hugging Face directory. Nothing is held but the tensor in hand (and, for a comparison, pieces of the other sources').
 
 F feed-forward width, w width of a shared expert, H hidden size.
 """
@@ -36,16 +39,25 @@ from megatron_omni.checkpoint.convert import import_checkpoint
 from megatron_omni.checkpoint.families import FAMILIES, Part
 from megatron_omni.checkpoint.layout import Layout
 from megatron_omni.checkpoint.ledger import check_fields
-from megatron_omni.checkpoint.names import Entry, expand
+from megatron_omni.checkpoint.names import THEIR_BLOCK, Entry, expand
 from megatron_omni.checkpoint.sources import Source, check_finite, read_json
 from megatron_omni.checkpoint.tensor_files import ConversionError, TensorInfo, read_into, read_tensor, tensor_bytes
 from megatron_omni.checkpoint.tokenizer_files import NEW_SPECIALS, copy_tokenizer, find_tokenizer
-from megatron_omni.checkpoint.uni_moe import GATE, GENERATORS, ROUTED, SHARED, uni_moe_rows, unused_shapes
+from megatron_omni.checkpoint.uni_moe import GATE, GENERATORS, ROUTED, SHARED, unused_shapes
+from megatron_omni.checkpoint.uni_moe_speech import (
+    PREFIX,
+    SPEECH_BLOCK,
+    SPEECH_EMBEDDING,
+    SPEECH_GATE,
+    SPEECH_ROUTED,
+    released_moe,
+)
 from megatron_omni.checkpoint.upcycle_sources import (
     SAME_FIELDS,
     DenseSource,
     OursSource,
     check_sources,
+    family_of,
     merged_model,
     open_dense,
     perception_sources,
@@ -66,6 +78,31 @@ VOCABULARY_KEYS = (EMBEDDING, OUTPUT)
 VISION_PREFIXES, AUDIO_PREFIXES = ("vision_tower.", "vision_aligner."), ("audio_tower.", "audio_aligner.")
 PROJECTIONS = ("gate", "up", "down")
 PIECE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """What the parts of a mixture are called in its released layout."""
+
+    family: str
+    block: str
+    gate: str
+    routed: str
+    shared: str | None
+    embedding: str
+
+
+NAMES = {
+    "uni_moe": Names(family="uni_moe", block=THEIR_BLOCK, gate=GATE, routed=ROUTED, shared=SHARED, embedding=EMBEDDING),
+    "speech_gen": Names(
+        family="speech_gen",
+        block=PREFIX + SPEECH_BLOCK,
+        gate=PREFIX + SPEECH_GATE,
+        routed=PREFIX + SPEECH_ROUTED,
+        shared=None,
+        embedding=PREFIX + SPEECH_EMBEDDING,
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +133,13 @@ class Difference:
 
 
 def upcycled_model(base: ModelConfig, *, num_experts: int) -> ModelConfig:
-    """The mixture's default shape on a dense ``base``: experts as wide as its feed-forward part, shared ones an eighth."""
+    """The mixture's default shape on a dense ``base``: experts as wide as its feed-forward part, shared ones an eighth.
+
+    Of a speech generator the released one: routed experts alone, two a token.
+    """
     width = base.ffn_hidden_size
+    if base.speech is not None:
+        return dataclasses.replace(base, moe=released_moe(num_experts, width))
     shared = max(1, width // SHARED_DIVISOR)
     mixture = MoEConfig(
         num_routed_experts=num_experts, moe_ffn_hidden_size=width, moe_shared_expert_intermediate_size=shared
@@ -110,7 +152,7 @@ def check_mixture(model: ModelConfig, base: ModelConfig, *, num_experts: int) ->
     moe = model.moe
     if moe is None:
         raise ValueError("model.moe=null: upcycling makes a mixture of experts; leave it out")
-    for name in ("vision", "audio", *SAME_FIELDS):
+    for name in ("vision", "audio", "speech", *SAME_FIELDS):
         if getattr(model, name) != getattr(base, name):
             raise ValueError(
                 f"model.{name}={getattr(model, name)}: the sources have {getattr(base, name)}; only model.moe and settings "
@@ -157,7 +199,8 @@ class UpcycledSource:
 
     def __post_init__(self) -> None:
         assert self.model.moe is not None
-        self._entries = expand(uni_moe_rows(self.model))
+        self.names = NAMES[family_of(self.model)]
+        self._entries = expand(FAMILIES[self.names.family].rows(self.model, {}))
         self._shapes = _shapes(self._entries)
         self.origins = {key: self._origin(key) for key in self._shapes}
         for name, prefixes in ((self.vision, VISION_PREFIXES), (self.audio, AUDIO_PREFIXES)):
@@ -239,19 +282,22 @@ class UpcycledSource:
     # ------------------------------------------------------------------------------------------ plan
 
     def _origin(self, key: str) -> Origin:
-        layer = key.split(".")[2] if key.startswith("model.layers.") else ""
-        if key == GATE.replace("{layer}", layer):
+        names = self.names
+        found = re.match(re.escape(names.block).replace(r"\{layer\}", r"(\d+)"), key)
+        layer = found[1] if found else ""
+        if key == names.gate.replace("{layer}", layer):
             return Origin(source=None, key=None, how=f"drawn from N(0, {GATE_STD}), seed {self.seed}")
         projection = key.rsplit(".", 2)[-2]
-        dense = f"model.layers.{layer}.mlp.{projection}.weight"
+        dense = f"{names.block.format(layer=layer)}mlp.{projection}.weight"
         for number, name in enumerate(self.experts):
-            if layer and key.startswith(ROUTED.format(layer=layer, expert=number)):
+            if layer and key.startswith(names.routed.format(layer=layer, expert=number)):
                 return Origin(source=name, key=dense, how=f"routed expert {number}: the feed-forward part")
         moe = self.model.moe
         assert moe is not None
         width, base = moe.moe_shared_expert_intermediate_size, self.experts[-1]
-        for number in range(moe.num_shared_experts if layer else 0):
-            if key.startswith(SHARED.format(layer=layer, shared=number)):
+        for number in range(moe.num_shared_experts if layer and names.shared else 0):
+            assert names.shared is not None
+            if key.startswith(names.shared.format(layer=layer, shared=number)):
                 part = (number * width, (number + 1) * width)
                 axis = "columns" if projection == "down_proj" else "rows"
                 how = f"shared expert {number}: {axis} {part[0]}..{part[1] - 1} of the feed-forward part"
@@ -280,7 +326,7 @@ class UpcycledSource:
         """What it will be: every source was checked, so that only its dtype is to be asked."""
         origin = self.origins[key]
         source = self.sources[origin.source if origin.source is not None else self.trunk].tensors.infos()
-        dtype = source[origin.key if origin.key is not None else EMBEDDING].dtype
+        dtype = source[origin.key if origin.key is not None else self.names.embedding].dtype
         return TensorInfo(Path(self.label), key, dtype, self._shapes[key], 0)
 
     # ------------------------------------------------------------------------------------------ making
@@ -356,6 +402,7 @@ def upcycle(
     out: Path,
     *,
     trunk: str = "base",
+    experts: Sequence[str] | None = None,
     overrides: Sequence[str] = (),
     layout: Layout | None = None,
     dtype: str = "auto",
@@ -364,11 +411,13 @@ def upcycle(
 ) -> Path:
     """Write ``out/checkpoints/iter_0000000`` from the dense checkpoints ``paths``; the directory.
 
-    ``paths`` are in the order of the routed experts, the base last. ``overrides`` change the recipe (``model.moe.*``).
+    ``paths`` are in the order of the routed experts, the base last; ``experts`` names those that become one where a
+    further source gives the trunk alone. ``overrides`` change the recipe (``model.moe.*``).
     ``token_rows``: rows of the special tokens that Qwen2.5 does not have. ``mean`` sets them to the mean of the others,
     ``auto`` does so unless the trunk's source knows better: a run has trained them, a directory whose tokenizer has them
     brings rows for them. ValueError for sources that do not fit together.
     """
+    experts = tuple(paths if experts is None else experts)
     sources = {name: open_dense(name, path) for name, path in paths.items()}
     for note in check_sources(sources, trunk=trunk):
         logger.warning("%s", note)
@@ -376,18 +425,19 @@ def upcycle(
     assert main.vocabulary is not None
     new_tokens = _new_tokens(main, token_rows)
     base = merged_model(sources, trunk=trunk)
+    num_rows = base.vocab_size if base.speech is None else base.speech.text_vocab_size
     if new_tokens:
         base = dataclasses.replace(base, vocab_size=max(base.vocab_size, main.vocabulary.size))
-    elif main.vocabulary.size > base.vocab_size:
+    elif main.vocabulary.size > num_rows:
         raise ValueError(
-            f"{main.path}: expected rows for {main.vocabulary.size} token ids, found {base.vocab_size}; choose --token-rows mean"
+            f"{main.path}: expected rows for {main.vocabulary.size} token ids, found {num_rows}; choose --token-rows mean"
         )
-    recipe = _recipe(upcycled_model(base, num_experts=len(paths)), overrides)
-    check_mixture(recipe.model, base, num_experts=len(paths))
+    recipe = _recipe(upcycled_model(base, num_experts=len(experts)), overrides)
+    check_mixture(recipe.model, base, num_experts=len(experts))
     vision, audio = perception_sources(sources, trunk=trunk)
     made = UpcycledSource(
         sources=sources,
-        experts=tuple(paths),
+        experts=experts,
         trunk=trunk,
         vision=vision,
         audio=audio,
@@ -395,8 +445,8 @@ def upcycle(
         seed=seed,
         new_tokens=new_tokens,
     )
-    family = FAMILIES["uni_moe"]
-    part = Part(family="uni_moe", source=made, rows=family.rows(recipe.model, {}), carried=family.carried)
+    family = FAMILIES[made.names.family]
+    part = Part(family=made.names.family, source=made, rows=family.rows(recipe.model, {}), carried=family.carried)
 
     def report(directory: Path, ledger: Mapping[str, Any]) -> None:
         write_text(directory / REPORT, json.dumps(made.report(ledger["tensors"]), indent=1))
@@ -445,6 +495,13 @@ def reopen(report: Mapping[str, Any], model: ModelConfig) -> UpcycledSource:
 def _new_tokens(trunk: DenseSource, rule: str) -> dict[str, int]:
     vocabulary = trunk.vocabulary
     assert vocabulary is not None
+    if trunk.model.speech is not None:
+        if rule == "mean":
+            raise ValueError(
+                f"--token-rows mean: the text table of {trunk.path}, a speech generator, is another model's and is not "
+                "trained; leave it out"
+            )
+        return {}
     if rule == "mean":
         return {name: vocabulary.specials[name] for name in NEW_SPECIALS if name in vocabulary.specials}
     untrained = trunk.tensors.untrained if isinstance(trunk.tensors, OursSource) else vocabulary.appended

@@ -1,6 +1,7 @@
 """The dense checkpoints that are upcycled, of either kind, under Hugging Face names, and whether they fit together.
 
-A source is a Hugging Face directory (Qwen2.5, or a dense model in the Uni-MoE layout) or a checkpoint of a run here, whose
+A source is a Hugging Face directory (Qwen2.5, or a dense model in the Uni-MoE layout), a dense speech generator in its
+released layout, or a checkpoint of a run here, whose
 tensors are given their Hugging Face names as they are read. Every key and shape of each is checked before anything is
 written, by the same plan that an import makes.
 """
@@ -16,13 +17,14 @@ from torch import Tensor
 from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.checkpoint.convert import CARRIED
 from megatron_omni.checkpoint.export import Opened, open_ours
-from megatron_omni.checkpoint.families import FAMILIES, Part, open_language, their_name
+from megatron_omni.checkpoint.families import FAMILIES, Part, open_language, open_speech, their_name
 from megatron_omni.checkpoint.meaning import Change, changes
 from megatron_omni.checkpoint.names import Entry, expand
 from megatron_omni.checkpoint.plan import make_plan
 from megatron_omni.checkpoint.sources import Source
 from megatron_omni.checkpoint.tensor_files import ConversionError, TensorInfo, read_tensor
 from megatron_omni.checkpoint.tokenizer_files import Vocabulary, check_same, find_tokenizer, read_vocabulary
+from megatron_omni.checkpoint.uni_moe_speech import PREFIX, is_generator
 from megatron_omni.config.model import ModelConfig
 
 SAME_FIELDS = (
@@ -37,7 +39,7 @@ class DenseSource:
     """One dense checkpoint as tensors in Hugging Face names."""
 
     name: str
-    """As ``--trunk`` names it: base, vision, speech1, speech2."""
+    """As ``--trunk`` names it: base, vision, speech1, speech2, expert1."""
     path: Path
     tensors: Source
     model: ModelConfig
@@ -50,6 +52,7 @@ class OursSource:
 
     def __init__(self, opened: Opened) -> None:
         self.label = str(opened.directory)
+        family = family_of(opened.recipe.model)
         self.untrained: dict[str, int] = opened.ledger.get("appended_tokens", {})
         """Special tokens whose rows nobody has trained; a run, which has no ledger, trains all of them."""
         self._opened = opened
@@ -57,7 +60,7 @@ class OursSource:
         self._infos: dict[str, TensorInfo] = {}
         self._last: tuple[Entry, list[Tensor]] | None = None
         stored = opened.reader.tensors
-        for entry in expand(FAMILIES["uni_moe"].rows(opened.recipe.model, {})):
+        for entry in expand(FAMILIES[family].rows(opened.recipe.model, {})):
             found = stored.get(entry.ours)
             if found is None:
                 raise ConversionError(
@@ -71,8 +74,8 @@ class OursSource:
             for part, (key, shape) in enumerate(zip(entry.theirs, entry.shapes)):
                 self._places[key] = entry, part
                 self._infos[key] = TensorInfo(opened.directory, key, found.dtype, shape, 0)
-        known = FAMILIES["uni_moe"].carried
-        carried = {their_name("uni_moe", {}, name): info for name, info in opened.carried.items()}
+        known = FAMILIES[family].carried
+        carried = {their_name(family, {}, name): info for name, info in opened.carried.items()}
         self._carried = {
             key: dataclasses.replace(info, key=key)
             for key, info in carried.items()
@@ -108,13 +111,48 @@ class OursSource:
         return [*sorted(directory.glob("*.distcp")), *(file for file in beside if file.is_file())]
 
 
+class Prefixed:
+    """A speech generator whose keys lack the prefix that the release gives them among other weights."""
+
+    def __init__(self, source: Source) -> None:
+        self.label, self._source = source.label, source
+        self._infos = {
+            PREFIX + key: dataclasses.replace(info, key=PREFIX + key) for key, info in source.infos().items()
+        }
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self._infos
+
+    def read(self, key: str) -> Tensor:
+        """One tensor."""
+        return self._source.read(key.removeprefix(PREFIX))
+
+    def files(self) -> list[Path]:
+        return self._source.files()
+
+
+def family_of(model: ModelConfig) -> str:
+    """The layout that a mixture of models like this is written in."""
+    return "uni_moe" if model.speech is None else "speech_gen"
+
+
 def open_dense(name: str, path: Path) -> DenseSource:
-    """The dense checkpoint at ``path``: a Hugging Face directory, a run, or one checkpoint of ours.
+    """The dense checkpoint at ``path``: a Hugging Face directory, a speech generator, a run, or one checkpoint of ours.
 
     ConversionError names the file, the key or field, what was expected and what was found.
     """
     path = path.absolute()  # upcycle.json keeps it
-    if (path / "config.json").is_file():
+    source: Source | None = None
+    if is_generator(path):
+        model, part = open_speech(path)
+        directory = path if path.is_dir() else path.parent
+        if "table" in part.options:
+            raise ConversionError(
+                f"{path}: is a predecessor with a text table of its own; bring it into today's layout first (megatron-omni "
+                "convert import --speech), and name what that writes"
+            )
+        source = part.source if part.options["prefix"] else Prefixed(part.source)
+    elif (path / "config.json").is_file():
         model, part = open_language(path)
         directory = path
     else:
@@ -124,9 +162,9 @@ def open_dense(name: str, path: Path) -> DenseSource:
             raise ConversionError(str(error)) from error
         model, directory = opened.recipe.model, opened.directory
         if model.moe is None:
-            family = FAMILIES["uni_moe"]
+            family = FAMILIES[family_of(model)]
             part = Part(
-                family="uni_moe",
+                family=family_of(model),
                 source=OursSource(opened),
                 rows=family.rows(model, {}),
                 carried=family.carried,
@@ -138,7 +176,7 @@ def open_dense(name: str, path: Path) -> DenseSource:
     return DenseSource(
         name=name,
         path=path,
-        tensors=part.source,
+        tensors=source if source is not None else part.source,
         model=model,
         vocabulary=None if tokenizer is None else read_vocabulary(tokenizer),
     )
@@ -162,6 +200,12 @@ def check_sources(sources: Mapping[str, DenseSource], *, trunk: str) -> list[str
     if trunk not in sources:
         raise ValueError(f"--trunk {trunk}: there is no such source; choose one of {', '.join(sources)}")
     main = sources[trunk]
+    for other in sources.values():
+        if (other.model.speech is None) != (main.model.speech is None):
+            kinds = ["a language model" if s.model.speech is None else "a speech generator" for s in (other, main)]
+            raise ConversionError(
+                f"{other.path}: is {kinds[0]}, and {main.path} is {kinds[1]}; only models of one kind can be merged"
+            )
     if main.vocabulary is None:
         raise ConversionError(f"{main.path}: expected a tokenizer (tokenizer.json or tokenizer.model), found none")
     for other in sources.values():
