@@ -169,6 +169,11 @@ def check_mixture(model: ModelConfig, base: ModelConfig, *, num_experts: int) ->
             f"model.moe.moe_ffn_hidden_size={moe.moe_ffn_hidden_size}: routed experts are the feed-forward parts as they are, "
             f"{width} wide; leave it out"
         )
+    if base.speech is not None and (moe.num_null_experts or moe.num_shared_experts):
+        raise ValueError(
+            f"model.moe.num_null_experts={moe.num_null_experts}, num_shared_experts={moe.num_shared_experts}: a speech "
+            "generator has routed experts alone; set both to 0"
+        )
     shared = moe.num_shared_experts * moe.moe_shared_expert_intermediate_size
     if shared > width:
         raise ValueError(
