@@ -8,6 +8,8 @@ megatron-omni convert export --checkpoint RUN --out DIR
 megatron-omni convert roundtrip --hf QWEN --tp 2 --pp 2
 megatron-omni convert verify DIR
 megatron-omni convert verify DIR --record-loss recipes/tiny/quickstart.yaml seed=1
+megatron-omni convert codec WAVTOKENIZER.ckpt --yaml CONFIG.yaml --out DIR
+megatron-omni convert codec DIR --out RELEASED
 
 Exit status: 0 done, 2 bad input (one line ``error: ...``), 1 anything else. docs/checkpoints.md says what is written.
 """
@@ -32,7 +34,7 @@ EXPORTED = ("qwen2", "siglip", "whisper", "projectors", "uni_moe", "speech_gen")
 
 
 def parser() -> argparse.ArgumentParser:
-    """Arguments of the four commands."""
+    """Arguments of the five commands."""
     top = argparse.ArgumentParser(
         prog="megatron-omni convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,6 +66,12 @@ def parser() -> argparse.ArgumentParser:
     verifying.add_argument(
         "--record-loss", metavar="RECIPE", help="record the first step's loss of this recipe; key=value words change it"
     )
+    codec = commands.add_parser(
+        "codec", help="WavTokenizer's released files to a codec's folder, or such a folder back"
+    )
+    codec.add_argument("source", type=Path, help="released checkpoint, folder with it, or folder of a codec")
+    codec.add_argument("--yaml", type=Path, help="its configuration (default: the one that lies beside it)")
+    codec.add_argument("--out", type=Path, required=True, help="directory to make; model.speech.codec takes a codec's")
     return top
 
 
@@ -97,7 +105,13 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages; faults of small ones cost more than copying
     from megatron_omni.checkpoint.commit import CheckpointError
 
-    run = {"import": run_import, "export": run_export, "roundtrip": run_roundtrip, "verify": run_verify}
+    run = {
+        "import": run_import,
+        "export": run_export,
+        "roundtrip": run_roundtrip,
+        "verify": run_verify,
+        "codec": run_codec,
+    }
     try:
         run[options.command](options)
     except ValueError as error:
@@ -166,8 +180,12 @@ def run_roundtrip(options: argparse.Namespace) -> None:
 
 def run_verify(options: argparse.Namespace) -> None:
     """``verify``."""
+    from megatron_omni.checkpoint.codec_folders import is_codec, verify_codec
     from megatron_omni.checkpoint.verify import verify
 
+    if is_codec(options.path) and options.record_loss is None:
+        print(verify_codec(options.path))
+        return
     pairs = [pair.partition("=") for pair in options.source]
     if wrong := [family for family, _, place in pairs if family not in FAMILIES or not place]:
         raise ValueError(f"--source {wrong[0]}: expected FAMILY=DIR with FAMILY one of {', '.join(FAMILIES)}")
@@ -185,6 +203,14 @@ def run_verify(options: argparse.Namespace) -> None:
 
     loss = record_first_loss(recipe, SupervisedTask(recipe.data.sources))
     print(f"first-step loss {loss:.6f}, recorded beside the checkpoint")
+
+
+def run_codec(options: argparse.Namespace) -> None:
+    """``codec``."""
+    from megatron_omni.checkpoint.codec_folders import convert_codec
+
+    for line in convert_codec(options.source, options.out, yaml=options.yaml):
+        print(line)
 
 
 def _open(options: argparse.Namespace) -> "OpenedSources":

@@ -127,8 +127,8 @@ class CodecConfig:
     """Bands of the log-mel encoder."""
     encoder_hidden_size: int = number(256, at_least=1, at_most=65536)
     """Width of the log-mel encoder."""
-    hidden_size: int = number(768, at_least=32, at_most=65536)
-    """Width of the decoder."""
+    hidden_size: int = number(768, at_least=64, at_most=65536)
+    """Width of the decoder, a multiple of 32."""
     ffn_hidden_size: int = number(2304, at_least=1, at_most=10**6)
     """Width inside its ConvNeXt blocks."""
     num_layers: int = number(12, at_least=1, at_most=1000)

@@ -11,8 +11,9 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_omni.config.megatron_fields import refusal
 from megatron_omni.config.run import Recipe
-from megatron_omni.models.init import NothingDrawn, initialize_weights
+from megatron_omni.models.init import initialize_weights
 from megatron_omni.models.language import LanguageModel
+from megatron_omni.models.nothing_drawn import NothingDrawn
 from megatron_omni.platform.device import accelerator_present, device, gradient_accumulation_kernel
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ rank's share. So every tensor, pipeline and expert layout, on any device, starts
 Rules: norms 1, biases 0, everything else N(0, init_method_std); matrices that write to the residual stream (attention
 output, second FFN matrix) N(0, init_method_std / sqrt(2 * blocks)). Encoders draw theirs by rules of their own.
 
-Where weights are loaded next nothing is drawn (:class:`NothingDrawn`), but for those that the checkpoint lacks.
+Where weights are loaded next nothing is drawn (``models/nothing_drawn.py``), but for those that the checkpoint lacks.
 """
 
 import math
@@ -19,28 +19,11 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from megatron_omni.models.moe.experts import RoutedExperts
 from megatron_omni.platform.seeds import named_generator
 
 _RESIDUAL_OUTPUT = re.compile(r"(linear_proj|linear_fc2)\.weight$|experts\.weight2$")
-
-
-class NothingDrawn(TorchFunctionMode):
-    """Modules that are built inside keep what their memory holds instead of the random values of their constructors.
-
-    Memory that nobody writes to costs nothing on the CPU; loading then writes it once.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _DRAWS:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-_DRAWS = {"normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_", "trunc_normal_"}
-"""Names, since transformers puts functions of its own in the place of torch's."""
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = re.compile(
     r"(?:megatron-omni (?=\w)|(?:torchrun|python)\b[^\n]*? -m megatron_omni\.cli\.)(\w+)\b((?:.*\\\n)*.*)"
 )
-SUBCOMMANDS = {"convert": ("import", "export", "roundtrip", "verify")}
+SUBCOMMANDS = {"convert": ("import", "export", "roundtrip", "verify", "codec")}
 
 
 def print_help(*words: str) -> None:

@@ -1,7 +1,7 @@
 """A codec on disk: a folder with ``codec.json`` and ``codec.safetensors``.
 
     codec.json          {"format": 1, "fingerprint": "...", "config": {sample_rate: 24000, ...}, "about": {...}}
-    codec.safetensors   weights by our names, in fp32 or fp16
+    codec.safetensors   weights by our names, in fp32 or fp16 (the window always in fp32)
 
 The fingerprint is of the weights as they are read back (fp16 widened), so it says the same on every machine, and a damaged or
 edited folder is refused. ``about`` is free: where the weights come from, recipe, licence.
@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_omni.config.generators import CodecConfig
 from megatron_omni.config.ranges import out_of_range
 from megatron_omni.foreign import read_json
+from megatron_omni.models.nothing_drawn import NothingDrawn
 
 if TYPE_CHECKING:
     from megatron_omni.models.generators.codec import Codec
@@ -32,13 +33,18 @@ FORMAT = 1
 ONLY_IN_TRAINING = frozenset({"codebook.embed_avg", "codebook.cluster_size", "codebook.inited"})
 
 
+IDLE = {"seanet": {"dropout", "num_mel_bins", "encoder_hidden_size"}, "mel": {"dropout", "num_filters"}}
+WINDOW = "decoder.window"
+
+
 def weights_fingerprint(config: CodecConfig, weights: Mapping[str, Tensor]) -> str:
     """SHA-256 of what decides codes and sound: sizes that are not the released ones, then every weight in fp32 by name.
 
-    The running means of the codebook and ``dropout``, which only training reads, are left out.
+    The running means of the codebook and ``dropout``, which only training reads, are left out, as are sizes of the other
+    encoder.
     """
-    released = vars(CodecConfig())
-    sizes = {name: value for name, value in vars(config).items() if value != released[name] and name != "dropout"}
+    released, idle = vars(CodecConfig()), IDLE[config.encoder]
+    sizes = {name: value for name, value in vars(config).items() if value != released[name] and name not in idle}
     digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
     for name, value in sorted(weights.items()):
         if name not in ONLY_IN_TRAINING:
@@ -58,6 +64,7 @@ def save_codec(
     if not codec.codebook.is_started:
         raise ValueError(f"{folder}: this codec has no codebook yet (it starts during training); nothing was written")
     kept = {name: value.detach().cpu().to(dtype).contiguous() for name, value in codec.state_dict().items()}
+    kept[WINDOW] = codec.decoder.window.detach().cpu()
     if lost := [name for name, value in kept.items() if not bool(value.isfinite().all())]:
         raise ValueError(f"{folder}: {lost[0]} has values that are not finite in {dtype}; nothing was written")
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +87,8 @@ def load_codec(folder: Path | str) -> "Codec":
 
     folder = Path(folder)
     document = codec_document(folder)
-    codec = Codec(codec_config(document["config"], folder / CONFIG_FILE))
+    with NothingDrawn():
+        codec = Codec(codec_config(document["config"], folder / CONFIG_FILE))
     weights = folder / WEIGHTS_FILE
     try:
         found = load_file(weights)
