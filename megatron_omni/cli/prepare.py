@@ -95,13 +95,13 @@ def _prepare(words: argparse.Namespace) -> int:
         sources.append(_source(str(path), words))
         files.append(shard_paths(sources[-1].path))
     from megatron_omni.checkpoint.progress import ByteProgress
+    from megatron_omni.data.builders import size_rule
     from megatron_omni.data.index import tokenizer_digest
     from megatron_omni.data.prepare import index_files
-    from megatron_omni.data.sizes import SizeRule
     from megatron_omni.data.sources import check_name, check_shared, index_settings, open_source
     from megatron_omni.data.summary import summarise
 
-    digest, sizes = tokenizer_digest(tokenizer.path), SizeRule(recipe, tokenizer)
+    digest, sizes = tokenizer_digest(tokenizer.path), size_rule(recipe, tokenizer)
     for source in sources:
         check_name(source)
     progress = ByteProgress("index", sum(os.path.getsize(file) for shards in files for file in shards))

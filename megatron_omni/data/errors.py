@@ -27,6 +27,10 @@ class RecordError(ValueError):
         self.where, self.field, self.value, self.reason = where, field, value, reason
 
 
+class RecipeError(ValueError):
+    """What a record shows to be wrong with the recipe: it ends the run, since all records like it would be skipped."""
+
+
 _told: set[tuple[str, int | None]] = set()
 
 
@@ -34,9 +38,9 @@ def internal_error(where: str, error: Exception) -> RecordError:
     """The skip for what a record raised and nobody foresaw: one record never ends a run.
 
     The traceback is logged, once for each place in the code. What is no record's fault is raised again: a process that
-    has no file descriptor or no memory left would skip all that follows.
+    has no file descriptor or no memory left, or a recipe that does not fit the data, would skip all that follows.
     """
-    if is_exhausted(error) or isinstance(error, MemoryError):
+    if is_exhausted(error) or isinstance(error, MemoryError | RecipeError):
         raise error
     frames = traceback.extract_tb(error.__traceback__)
     place = (frames[-1].filename, frames[-1].lineno) if frames else ("", None)

@@ -5,7 +5,8 @@
     magic line | header (JSON: version, fingerprints, lengths) | records | media | rows | rejections
 
 ``records`` has one entry a row (``RECORD``): its bytes, tokens of its text, its media and, for a row that cannot be
-used, the place of the reason. ``media`` has one entry a media file (``MEDIA``): what its header says. For a tar ``rows``
+used, the place of the reason. ``media`` has one entry a media file (``MEDIA``): what its header says; and one behind them
+for a spoken answer. For a tar ``rows``
 holds the records themselves as JSON lines, made from the members of each key, and ``media`` the byte ranges.
 
 Every row of the data is there, bad ones too: an index changes the speed of a run and nothing else. It belongs to one
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 
 from megatron_omni.data.descriptors import mapped
 from megatron_omni.data.record import KINDS, RecordError
-from megatron_omni.data.sizes import MediaFacts, RecordFacts
+from megatron_omni.data.sizes import MediaFacts, RecordFacts, SpeechFacts
 from megatron_omni.foreign import parse_json, read_bytes
 
 VERSION = 2
@@ -54,6 +55,9 @@ MEDIA = np.dtype(
         ("start", "<u8"), ("num_bytes", "<u8"),  # in the tar
     ]
 )  # fmt: skip
+SPEECH = len(KINDS)
+"""Kind of the entry behind those of a row's media that holds the ``SpeechFacts`` of its spoken answer: prompt, text and start
+as width, height and frames, codes as samples."""
 ARRAYS = {"records": RECORD, "media": MEDIA, "rows": np.dtype("u1"), "rejections": np.dtype("u1")}
 
 
@@ -123,11 +127,12 @@ class Index:
         _, _, _, _, text_tokens, rejection, first, num_media, flags = record
         if rejection:
             raise RejectedRecord(where(row), **self._rejection(rejection - 1))
-        media = tuple(
-            MediaFacts(KINDS[kind], *header)
-            for kind, *header, _, _ in self.arrays.media[first : first + num_media].tolist()
+        entries = self.arrays.media[first : first + num_media].tolist()
+        media = tuple(MediaFacts(KINDS[kind], *header) for kind, *header, _, _ in entries if kind != SPEECH)
+        speech = [SpeechFacts(item[1], item[2], item[3], item[5]) for item in entries if item[0] == SPEECH]
+        return RecordFacts(
+            text_tokens, bool(flags & HAS_SYSTEM), bool(flags & HAS_ANSWER), media, speech[0] if speech else None
         )
-        return RecordFacts(text_tokens, bool(flags & HAS_SYSTEM), bool(flags & HAS_ANSWER), media)
 
     def byte_range(self, row: int) -> tuple[int, int, int]:
         """Start, length and checksum of a row."""

@@ -32,12 +32,12 @@ from megatron_omni.batch import OmniBatch
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.run import Recipe
 from megatron_omni.data.blend import components
+from megatron_omni.data.builders import sample_builder
 from megatron_omni.data.cache import Lru
 from megatron_omni.data.collate import collate
 from megatron_omni.data.decode.cpu import MediaError
 from megatron_omni.data.mixture import DataEnded, Draw, Mixture
 from megatron_omni.data.packing import deal, fill_rows
-from megatron_omni.data.pairs import sample_builder
 from megatron_omni.data.past import check_past, describe_order
 from megatron_omni.data.plan import Cursor, Found, Place, Plan, Row, Skip, dealt
 from megatron_omni.data.record import RecordError, internal_error
@@ -458,7 +458,7 @@ class StepLoader(Loader[OmniBatch]):
         found = self._decoded_rows(rows, skips)
         return collate(
             [sample.without_labels() if place.is_filler else sample for _, place, sample in found],
-            pad_id=self.builder.tokenizer.pad_id,
+            pad_id=self.builder.pad_id,
             sample_ids=[place.sample_id for _, place, _ in found],
             source_ids=[place.draw.source for _, place, _ in found],
             row_of=[number for number, _, _ in found],

@@ -116,8 +116,3 @@ class PairBuilder(SampleBuilder):
     def _response(self, side: Record) -> Sequence[int]:
         """Ids of its answer, the end token included."""
         return [*answer_ids(side.messages[-1], self.tokenizer), self.tokenizer.special(IM_END)]
-
-
-def sample_builder(recipe: Recipe, tokenizer: Tokenizer | None = None) -> SampleBuilder:
-    """What turns records into the samples of a recipe's task."""
-    return (PairBuilder if recipe.task == "preference" else SampleBuilder)(recipe, tokenizer)

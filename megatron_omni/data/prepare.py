@@ -33,6 +33,7 @@ from megatron_omni.data.index import (
     HOLDS,
     MEDIA,
     RECORD,
+    SPEECH,
     VERSION,
     Fingerprint,
     IndexArrays,
@@ -207,9 +208,11 @@ class _Rows:
             flags |= HOLDS[item.kind]
             place = (ranges[number].start, ranges[number].num_bytes) if ranges else (0, 0)
             self._media.append((KINDS.index(item.kind), *item[1:], *place))
+        if (speech := facts.speech) is not None:
+            self._media.append((SPEECH, *speech[:3], 0.0, speech.codes, 0, 0))
         line = self.num_lines
         self._records.append(
-            (start, num_bytes, crc, line, facts.text_tokens, 0, first, len(facts.media), flags)
+            (start, num_bytes, crc, line, facts.text_tokens, 0, first, len(self._media) - first, flags)
         )  # fmt: skip
 
     def reject(self, start: int, num_bytes: int, *, crc: int = 0, where: str, error: RecordError | MediaError) -> None:

@@ -71,13 +71,9 @@ class SampleBuilder:
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer | None = None) -> None:
         self.tokenizer = tokenizer or load_tokenizer(recipe.data.tokenizer)
-        if self.tokenizer.vocab_size > recipe.model.vocab_size:
-            raise ValueError(
-                f"model.vocab_size = {recipe.model.vocab_size} is below the {self.tokenizer.vocab_size} ids of "
-                f"data.tokenizer = {recipe.data.tokenizer!r}; raise it to at least that"
-            )
+        self._check_vocabulary(recipe)
         self.data, self.vision, self.audio = recipe.data, recipe.model.vision, recipe.model.audio
-        self.sizes = SizeRule(recipe, self.tokenizer)
+        self.sizes = self._size_rule(recipe)
         self.rule = self.sizes.rule
         self.decoder = open_decoder(recipe.data.decoder)
 
@@ -119,6 +115,21 @@ class SampleBuilder:
                 fix="end with a user turn", reason="bad_roles",
             )  # fmt: skip
         return self._build(self._asked(record, think), open_answer=True, think=think).without_labels()
+
+    @property
+    def pad_id(self) -> int:
+        """Id written into padding; padding is recognised by segments, never by this id."""
+        return self.tokenizer.pad_id
+
+    def _size_rule(self, recipe: Recipe) -> SizeRule:
+        return SizeRule(recipe, self.tokenizer)
+
+    def _check_vocabulary(self, recipe: Recipe) -> None:
+        if self.tokenizer.vocab_size > recipe.model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size = {recipe.model.vocab_size} is below the {self.tokenizer.vocab_size} ids of "
+                f"data.tokenizer = {recipe.data.tokenizer!r}; raise it to at least that"
+            )
 
     def _asked(self, record: Record, think: bool | None) -> Record:
         return record if think is None else replace(record, messages=tuple(asked(record.messages, self.data, think)))

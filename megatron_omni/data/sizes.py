@@ -12,10 +12,13 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from megatron_omni.config.run import Recipe
+from megatron_omni.data.codes import code_range
 from megatron_omni.data.decode.cpu import probe_audio, probe_image, read_video_header
 from megatron_omni.data.decode.media import FrameSampling, MediaError, VideoHeader
 from megatron_omni.data.processors import choose_grid
 from megatron_omni.data.record import KINDS, Kind, MediaFile, Record, RecordError, loaded
+from megatron_omni.data.speech_pieces import spoken_ids
+from megatron_omni.data.spoken import Speech
 from megatron_omni.data.template import count_text_tokens, prompt_turn
 from megatron_omni.data.tokenizer import SPEECH_SPECIALS, SPEECH_START, Tokenizer
 from megatron_omni.positions import SAMPLE_RATE, PositionRule, audio_chunks, audio_tokens, image_tokens, video_tokens
@@ -35,6 +38,19 @@ class MediaFacts(NamedTuple):
     """Of sound at 16 kHz; of a video, of its sound track."""
 
 
+class SpeechFacts(NamedTuple):
+    """What a speech generator is told of a record's last spoken answer, and what it learns."""
+
+    prompt: int
+    """Tokens that name the voice or describe the style."""
+    text: int
+    """Tokens of what is said."""
+    start: int = 0
+    """Codes of the recording before the answer."""
+    codes: int = 0
+    """Of the answer; 0: there are none, or they cannot be read."""
+
+
 class RecordFacts(NamedTuple):
     """What text and headers of a record say."""
 
@@ -43,6 +59,8 @@ class RecordFacts(NamedTuple):
     has_system: bool
     has_answer: bool
     media: tuple[MediaFacts, ...] = ()
+    speech: SpeechFacts | None = None
+    """Of its last spoken answer."""
 
 
 class SampleSize(NamedTuple):
@@ -70,6 +88,7 @@ def measure(record: Record, tokenizer: Tokenizer) -> RecordFacts:
         has_system=record.messages[0].role == "system",
         has_answer=record.has_answer,
         media=tuple(_measure_media(kind, file) for kind in KINDS for file in record.media(kind)),
+        speech=None if (speech := spoken_answer(record)) is None else measure_speech(speech, tokenizer),
     )
 
 
@@ -82,6 +101,30 @@ def check_speakable(record: Record, tokenizer: Tokenizer) -> None:
                 problem=f"data.tokenizer = {str(tokenizer.path)!r} has no {SPEECH_START}",
                 fix="make it with the specials of ALL_SPECIALS, or take speech out", reason="no_speech_tokens",
             )  # fmt: skip
+
+
+def spoken_answer(record: Record) -> Speech | None:
+    """The last spoken answer of a record."""
+    spoken = [message.speech for message in record.messages if message.speech is not None]
+    return spoken[-1] if spoken else None
+
+
+def measure_speech(speech: Speech, tokenizer: Tokenizer) -> SpeechFacts:
+    """Facts of a spoken answer. A language model learns it without codes, so codes that cannot be read are none."""
+    prompt, text = map(len, told(speech, tokenizer))
+    try:
+        stop = code_range(speech).stop
+    except ValueError:
+        return SpeechFacts(prompt, text)
+    return SpeechFacts(prompt, text, speech.start, stop - speech.start)
+
+
+def told(speech: Speech, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Tokens of the prompt and of the text of a spoken answer, as a speech generator is given them.
+
+    A text that ends its recording gets an end where it has none, as the last piece of a long text does.
+    """
+    return tokenizer.encode(speech.prompt), spoken_ids(speech.spoken, tokenizer, last=speech.stop is None)
 
 
 def _measure_media(kind: Kind, file: MediaFile) -> MediaFacts:

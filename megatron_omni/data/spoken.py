@@ -8,7 +8,7 @@
     language          of the text, by default Chinese where it holds a Chinese character, else English; unused with a style
     text              what is said where the content is written otherwise; by default the content, without a thought
     file              the recording
-    codes             ``NAME.codes.safetensors#17`` (data/speech_codes.py) or a list of codes
+    codes             ``NAME.codes.safetensors#17`` (data/codes.py) or a list of codes
     start, stop       the piece of the recording that is this answer, in codes; those before it are its prefix
 
 A language model learns the turn ``<|speech_start|> prompt <|speech_prompt|> spoken <|speech_end|>`` (template.py) and needs

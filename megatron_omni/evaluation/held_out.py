@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_omni.config.run import Recipe
+from megatron_omni.data.builders import prompt_builder
 from megatron_omni.data.sample import SampleBuilder
 from megatron_omni.evaluation.running import answers_of, limits_for
 from megatron_omni.evaluation.summary import summarise, unused
@@ -32,7 +33,7 @@ class HeldOutScores:
         """``eval/METRIC/NAME`` of each; all ranks together. A set of which nothing counts has none."""
         if not self.tasks:
             return {}
-        self._builder = self._builder or SampleBuilder(run.recipe)
+        self._builder = self._builder or prompt_builder(run.recipe)
         lines = answers_of(
             run.model, self._builder, self.tasks, pg=run.pg, limits=limits_for(BATCH_SIZE), moved=moved,
             threads=max(1, run.recipe.data.num_workers),

@@ -17,6 +17,7 @@ from megatron_omni.config.load import load_recipe, recipe_from_overrides
 from megatron_omni.config.objectives import PreferenceConfig, ReinforceConfig
 from megatron_omni.config.run import Recipe
 from megatron_omni.config.validate import data_parallel_size, validate
+from megatron_omni.data.builders import prompt_builder
 from megatron_omni.data.sample import SampleBuilder
 from megatron_omni.models.build import build_model
 from megatron_omni.models.omni import OmniModel
@@ -71,4 +72,4 @@ def open_checkpoint(
     recipe.data.micro_batch_size, recipe.data.global_batch_size = 1, data_parallel_size(parallel, dist.get_world_size())
     recipe.data.tokenizer = str(tokenizer_path(directory))
     validate(recipe, world_size=dist.get_world_size(), check_files=False)
-    return Checkpoint(directory=directory, recipe=recipe, builder=SampleBuilder(recipe), pg=pg)
+    return Checkpoint(directory=directory, recipe=recipe, builder=prompt_builder(recipe), pg=pg)
