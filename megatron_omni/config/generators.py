@@ -4,7 +4,7 @@ Plain dataclasses, as config/model.py. The defaults are the released ones: MoE-T
 WavTokenizer-large-unify-40token.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -81,6 +81,12 @@ class SpeechConfig:
     null: random."""
     codec: str | None = file_path(None)
     """Folder of the codec whose codes are learned and spoken. Codes of another are refused by its fingerprint."""
+    codec_fingerprint: str | None = None
+    """Of the codec whose codes were learned (``codec.json``). null: training fills it in from its data; a checkpoint that
+    has it speaks with no other codec."""
+    voices: list[str] = field(default_factory=list)
+    """Voices that can be asked for by name. Empty: training fills it in with the speakers of its records; where a
+    checkpoint has none, any name is taken."""
     codes_per_second: float = number(40.0, above=0, at_most=1000)
     """Of the codec."""
     prefix_codes: int = number(40, at_least=0, at_most=10_000)

@@ -234,6 +234,11 @@ class Engine:
             generated_tokens=self._generated_tokens,
         )
 
+    @property
+    def largest_whole(self) -> int:
+        """Most tokens at the beginning of a prompt that can see each other."""
+        return self._scheduler.largest_whole
+
     def weights_changed(self) -> None:
         """See :class:`~megatron_omni.generation.request.RequestEngine`."""
         assert not self._told, "answers that have not finished have keys and values of the old weights"

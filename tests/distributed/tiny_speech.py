@@ -1,15 +1,17 @@
-"""A speech generator small enough for tests, and micro-batches of speech for it."""
+"""A speech generator and a codec small enough for tests, and micro-batches of speech."""
 
 from dataclasses import replace
 
 import torch
 
 from megatron_omni.batch import OmniBatch
-from megatron_omni.config.generators import SpeechConfig
+from megatron_omni.config.generators import CodecConfig, SpeechConfig
 from megatron_omni.config.model import ModelConfig, MoEConfig
 from megatron_omni.data.collate import collate
 from megatron_omni.data.sample import Sample
 from megatron_omni.data.speech_sequence import speech_sample
+from megatron_omni.models.generators.codec import Codec
+from megatron_omni.platform.seeds import named_generator
 
 SPEECH = SpeechConfig(num_codes=32, text_vocab_size=24, text_hidden_size=20)
 DENSE = ModelConfig(
@@ -54,3 +56,17 @@ def batch_of(name: str, *, packed: bool = False) -> OmniBatch:
         row_of=[0] * len(samples) if packed else None,
         multiple_of=24,
     )
+
+
+def tiny_codec() -> Codec:
+    """A random codec of :data:`SPEECH`'s codes: 1600 samples a second, 16 a code."""
+    config = CodecConfig(
+        sample_rate=1600, num_codes=32, code_size=8, strides=[4, 4], num_filters=2, hidden_size=32, ffn_hidden_size=32,
+        num_layers=1,
+    )  # fmt: skip
+    codec = Codec(config)
+    codec.draw_weights(lambda name: named_generator(0, name))
+    codec.codebook.start(
+        torch.randn(32, 8, generator=named_generator(0, "codes")), generator=named_generator(0, "start")
+    )
+    return codec.eval()

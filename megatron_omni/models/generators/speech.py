@@ -23,7 +23,6 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from megatron_omni.batch import OmniBatch
 from megatron_omni.config.model import ModelConfig
 from megatron_omni.models.encoders.weights import draw_normal
 from megatron_omni.models.omni import OmniModel
@@ -57,10 +56,17 @@ class SpeechModel(OmniModel):
         if only is None or "text_projection.bias" in only:
             nn.init.zeros_(self.text_projection.bias)
 
-    def embed(self, batch: OmniBatch) -> Tensor:
-        """[S, B, H] of ids below C + 9 + the rows of the table."""
+    @property
+    def num_input_ids(self) -> int:
+        """C + 9 and the rows of the table."""
+        speech = self.language.model_config.speech
+        assert speech is not None
+        return self.ids.of_text(speech.text_vocab_size)
+
+    def embed_ids(self, input_ids: Tensor) -> Tensor:
+        """[S, B, H] of ``input_ids`` [B, S]."""
         # Both of every token, then the one that counts: to pick the tokens of text, a device would have to be waited for.
-        ids = batch.input_ids.t().contiguous()
+        ids = input_ids.t().contiguous()
         is_text = ids >= self.ids.num_outputs
         hidden = self.language.embed(torch.where(is_text, self.ids.padding, ids).t())
         words = self.text_table((ids - self.ids.num_outputs).clamp(min=0))
