@@ -104,7 +104,8 @@ class PendingSave:
     def _describe(self, directory: Path) -> None:
         save_config(CheckpointingConfig("torch_dist", 1), str(directory))
         commit.write_text(directory / RUN_CONFIG, recipe_to_yaml(self._recipe))
-        _copy_tokenizer(Path(self._recipe.data.tokenizer), directory / TOKENIZER)
+        if self._recipe.model.codec is None:
+            _copy_tokenizer(Path(self._recipe.data.tokenizer), directory / TOKENIZER)
 
     def write_in_background(self) -> None:
         """The same, in a thread."""

@@ -1,4 +1,4 @@
-"""What the tasks beside supervised training are told: reinforcement (docs/reinforcement.md) and preferences."""
+"""What the tasks beside supervised training are told: reinforcement (docs/reinforcement.md), preferences, the codec."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -74,3 +74,34 @@ class PreferenceConfig:
     """Factor of the chosen responses' next-token loss that is added, so that their probability does not fall."""
     share_prompt: bool = True
     """Both responses are computed in one sequence, the prompt once (exact); False: a sequence each."""
+
+
+@dataclass(kw_only=True)
+class CodecTrainingConfig:
+    """Task ``codec`` (docs/speech.md). ``data.global_batch_size`` counts crops of a step."""
+
+    crop_codes: int = number(120, at_least=1, at_most=10**6)
+    """Length of a crop in codes; what a recording lacks is silence."""
+    speed_octaves: float = number(0.0, at_least=0, at_most=1)
+    """A crop is played up to so many octaves faster or slower, pitch included."""
+    gain_db: list[float] = number(lambda: [0.0, 0.0], at_least=-100, at_most=100)
+    """A crop is made louder by a number of decibels between these two."""
+    start_step: int = number(0, at_least=0)
+    """Steps before the codebook starts, in which the decoder hears the encoder's vectors themselves."""
+    start_vectors: int = number(20_000, at_least=1, at_most=10**7)
+    """Newest vectors of the encoder whose k-means the codebook starts as."""
+    decay: float = number(0.99, at_least=0, below=1)
+    """Of the running means that the codebook's entries are, per step."""
+    dead_below: float = number(2.0, at_least=0, at_most=10**6)
+    """A code that fewer vectors of a step choose (running mean) starts again at one of the step's vectors. Choose a tenth of
+    ``global_batch_size * crop_codes / num_codes`` or less; WavTokenizer's 2 suits steps of 100,000 codes."""
+    commitment_weight: float = number(1.0, at_least=0, at_most=10**6)
+    """Factor of the squared distance of the encoder's vectors to their entries."""
+    mel_weight: float = number(1.0, above=0, at_most=10**6)
+    """Factor of the distance of log-mel spectrograms."""
+    mel_fft_sizes: list[int] = number(lambda: [256, 512, 1024, 2048], at_least=16, at_most=65536)
+    """Sizes of their transforms; frames are a quarter of it apart."""
+    mel_bins: list[int] = number(lambda: [32, 64, 80, 80], at_least=1, at_most=4096)
+    """Bands of each."""
+    magnitude_weight: float = number(0.5, at_least=0, at_most=10**6)
+    """Factor of the distance of the decoder's log magnitude to the recording's."""

@@ -5,7 +5,7 @@ from typing import Literal
 
 from megatron_omni.config.data import DataConfig
 from megatron_omni.config.model import ModelConfig
-from megatron_omni.config.objectives import PreferenceConfig, ReinforceConfig
+from megatron_omni.config.objectives import CodecTrainingConfig, PreferenceConfig, ReinforceConfig
 from megatron_omni.config.optim import OptimConfig
 from megatron_omni.config.parallel import ParallelConfig
 from megatron_omni.config.ranges import file_path, number
@@ -101,5 +101,7 @@ class Recipe:
     """Of task ``reinforce``."""
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     """Of task ``preference``."""
+    codec: CodecTrainingConfig = field(default_factory=CodecTrainingConfig)
+    """Of task ``codec``."""
     log: LogConfig = field(default_factory=LogConfig)
     """What is measured and written down."""

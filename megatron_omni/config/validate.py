@@ -355,7 +355,7 @@ def _files(recipe: Recipe) -> Iterator[str]:
         bare = [file for file in files if file.suffix == ".tar" and not file.with_name(file.name + ".index").is_file()]
         if bare:
             yield f"data source {source.name!r}: {str(bare[0])!r} has no index; run megatron-omni prepare"
-    if not recipe.data.tokenizer or not Path(recipe.data.tokenizer).exists():
+    if recipe.model.codec is None and (not recipe.data.tokenizer or not Path(recipe.data.tokenizer).exists()):
         yield (
             f"data.tokenizer={recipe.data.tokenizer!r}: no such file or directory; give a SentencePiece .model or a directory "
             "with tokenizer.json"

@@ -19,6 +19,7 @@ from megatron_omni.data.record import Record, RecordError
 from megatron_omni.data.responses import Group
 from megatron_omni.data.sample import Sample, SampleBuilder
 from megatron_omni.data.sizes import SampleSize
+from megatron_omni.data.sound_crops import SoundLoader
 from megatron_omni.data.tokenizer import Tokenizer
 
 
@@ -146,7 +147,12 @@ class PromptLoader(Loader[Prompts]):
 
 def loader_kind(recipe: Recipe) -> type[Loader[Any]]:
     """What reads the data that the recipe's task trains on."""
-    return PromptLoader if recipe.task == "reinforce" else StepLoader
+    return PromptLoader if recipe.task == "reinforce" else step_loader_kind(recipe)
+
+
+def step_loader_kind(recipe: Recipe) -> type[StepLoader]:
+    """What reads records as they are, held-out ones too."""
+    return SoundLoader if recipe.task == "codec" else StepLoader
 
 
 def as_prompt(sample: Sample) -> Prompt:

@@ -84,14 +84,13 @@ def missing(recipe: Recipe, *, world_size: int) -> list[str]:
 
 def _first_step(recipe: Recipe, world_size: int, sources: list[SourceConfig] | None) -> None:
     """Open the mixture, or held-out ``sources``, and plan one step of it."""
-    from megatron_omni.data.loader import StepLoader
     from megatron_omni.data.mixture import DataEnded
     from megatron_omni.data.plan import Cursor
-    from megatron_omni.data.prompts import loader_kind
+    from megatron_omni.data.prompts import loader_kind, step_loader_kind
 
     without_threads = replace(recipe, data=replace(recipe.data, num_workers=0))
     size = data_parallel_size(recipe.parallel, world_size)
-    kind = loader_kind(recipe) if sources is None else StepLoader
+    kind = loader_kind(recipe) if sources is None else step_loader_kind(recipe)
     loader = kind(without_threads, data_rank=0, data_size=size, sources=sources)
     try:
         loader.plan(Cursor(0))

@@ -31,7 +31,7 @@ from megatron_omni.config.run import Recipe
 from megatron_omni.data.loader import Loader, StepLoader
 from megatron_omni.data.loader_state import joined_state
 from megatron_omni.data.plan import Cursor
-from megatron_omni.data.prompts import loader_kind
+from megatron_omni.data.prompts import loader_kind, step_loader_kind
 from megatron_omni.data.tokenizer import NEW_SPECIALS, load_tokenizer
 from megatron_omni.models.build import build_model
 from megatron_omni.models.omni import OmniModel
@@ -131,7 +131,7 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
         loader=_loader(recipe, place, pg, kind=loader_kind(recipe)),
         origin=origin,
         initial_weights=weights_digest(initial) if initial is not None else None,
-        eval_loaders={s.name: _loader(recipe, place, pg, [s], kind=StepLoader) for s in recipe.data.eval_sources},
+        eval_loaders={s.name: _loader(recipe, place, pg, [s], kind=step_loader_kind(recipe)) for s in recipe.data.eval_sources},
     )
     task.begin(run)
     if directory is not None:

@@ -156,8 +156,10 @@ def _picture_formats() -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------------------ sound
 
 
-def decode_audio(file: Media, *, max_seconds: float = MAX_AUDIO_SECONDS) -> NDArray[np.float32]:
-    """[samples] float32 mono 16 kHz: channels averaged, resampled with a polyphase filter.
+def decode_audio(
+    file: Media, *, max_seconds: float = MAX_AUDIO_SECONDS, sample_rate: int = SAMPLE_RATE
+) -> NDArray[np.float32]:
+    """[samples] float32 mono, 16 kHz or ``sample_rate``: channels averaged, resampled with a polyphase filter.
 
     soundfile reads wav, flac, ogg, opus and mp3; PyAV reads the rest (m4a, aac, the sound track of a video).
     """
@@ -173,7 +175,7 @@ def decode_audio(file: Media, *, max_seconds: float = MAX_AUDIO_SECONDS) -> NDAr
         if not len(samples):
             raise MediaError(file, "holds no sound samples")
         check_whole(file, len(samples) / rate, promised)
-        return to_sample_rate(samples, rate)
+        return to_sample_rate(samples, rate, wanted=sample_rate)
 
 
 def probe_audio(file: Media, *, max_seconds: float = MAX_AUDIO_SECONDS) -> int:

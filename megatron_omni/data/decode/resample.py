@@ -1,4 +1,4 @@
-"""Sound at any rate to the 16 kHz of the audio encoder: polyphase filter, Kaiser window (beta 5), scipy's defaults."""
+"""Sound at any rate to the 16 kHz of the audio encoder, or to a codec's rate: polyphase filter, Kaiser window (beta 5), scipy's defaults."""
 
 from functools import lru_cache
 from math import gcd
@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 from megatron_omni.positions import SAMPLE_RATE
 
 
-def to_sample_rate(samples: NDArray[np.float32], rate: int) -> NDArray[np.float32]:
-    """[samples] at ``rate`` Hz to 16 kHz; length ceil(n 16000 / rate)."""
-    if rate == SAMPLE_RATE:
+def to_sample_rate(samples: NDArray[np.float32], rate: int, *, wanted: int = SAMPLE_RATE) -> NDArray[np.float32]:
+    """[samples] at ``rate`` Hz to ``wanted`` Hz; length ceil(n wanted / rate)."""
+    if rate == wanted:
         return np.ascontiguousarray(samples, dtype=np.float32)
     from scipy.signal import resample_poly  # here: a tenth of the time of a start, and most sound has the rate
 
-    divisor = gcd(rate, SAMPLE_RATE)
-    up, down = SAMPLE_RATE // divisor, rate // divisor
+    divisor = gcd(rate, wanted)
+    up, down = wanted // divisor, rate // divisor
     return resample_poly(samples, up, down, window=_low_pass(max(up, down))).astype(np.float32, copy=False)
 
 
