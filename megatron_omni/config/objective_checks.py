@@ -3,16 +3,26 @@
 from collections.abc import Iterator
 from pathlib import PurePath
 
-from megatron_omni.config.objectives import PreferenceConfig, ReinforceConfig
+from megatron_omni.config.objectives import CodecTrainingConfig, PreferenceConfig, ReinforceConfig
 from megatron_omni.config.run import Recipe
 
 
 def objective_problems(recipe: Recipe) -> Iterator[str]:
     """What is wrong with the task of ``recipe`` and with the settings of the tasks that it has not."""
-    for name, unused in (("reinforce", ReinforceConfig()), ("preference", PreferenceConfig())):
+    for name, unused in (
+        ("reinforce", ReinforceConfig()),
+        ("preference", PreferenceConfig()),
+        ("codec", CodecTrainingConfig()),
+    ):
         if recipe.task != name and getattr(recipe, name) != unused:
             yield f"{name}: no effect with task={recipe.task}; take these settings out, or set task={name}"
-    if recipe.task == "supervised":
+    if (recipe.task == "codec") != (recipe.model.codec is not None):
+        has = "null" if recipe.model.codec is None else "set"
+        yield f"task={recipe.task}, model.codec {has}: task=codec trains a codec and nothing else does; set both or neither"
+        return
+    if recipe.task == "codec":
+        yield from _codec(recipe)
+    if recipe.task in ("supervised", "codec"):
         return
     yield from _same_forward(recipe)
     if recipe.data.packing:
@@ -24,6 +34,39 @@ def objective_problems(recipe: Recipe) -> Iterator[str]:
         yield from _reinforce(recipe)
     elif recipe.init_from is None:
         yield "init_from is null: with task=preference its weights are the reference; name the checkpoint"
+
+
+def _codec(recipe: Recipe) -> Iterator[str]:
+    model, parallel, data, config = recipe.model, recipe.parallel, recipe.data, recipe.codec
+    assert model.codec is not None
+    for name in ("moe", "vision", "audio", "speech", "lora"):
+        if getattr(model, name) is not None:
+            yield f"model.{name}: no effect in a codec (model.codec), which has no trunk; set it to null"
+    for name in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
+    ):
+        if (size := getattr(parallel, name)) > 1:
+            yield f"parallel.{name}={size}: a codec is whole on every rank and is trained on more data alone; set it to 1"
+    if recipe.optim.precision != "fp32":
+        yield f"optim.precision={recipe.optim.precision}: running means and phases need more digits; set it to fp32"
+    if recipe.init_from is not None:
+        yield f"init_from={recipe.init_from!r}: a codec starts from nothing, or goes on with load; set it to null"
+    for name, plain in (("packing", False), ("weight_by", "samples"), ("balance", "none"), ("decoder", "cpu")):
+        if getattr(data, name) != plain:
+            yield f"data.{name}={getattr(data, name)}: no effect with task=codec, whose samples are crops; set it to {plain}"
+    if data.seq_length < config.crop_codes:
+        yield f"codec.crop_codes={config.crop_codes}: above data.seq_length={data.seq_length}; raise the latter"
+    if len(config.mel_fft_sizes) != len(config.mel_bins) or not config.mel_bins:
+        yield f"codec.mel_fft_sizes={config.mel_fft_sizes}, mel_bins={config.mel_bins}: give as many of the one as of the other"
+    elif max(config.mel_fft_sizes) > 2 * config.crop_codes * model.codec.hop_size:
+        yield f"codec.mel_fft_sizes={config.mel_fft_sizes}: longer than twice a crop; raise codec.crop_codes"
+    if any(size % 4 for size in config.mel_fft_sizes):
+        yield f"codec.mel_fft_sizes={config.mel_fft_sizes}: frames are a quarter apart; choose multiples of 4"
+    if len(config.gain_db) != 2 or config.gain_db[0] > config.gain_db[1]:
+        yield f"codec.gain_db={config.gain_db}: give the lowest and the highest gain"
 
 
 def _same_forward(recipe: Recipe) -> Iterator[str]:

@@ -18,14 +18,19 @@ SPEECH = frozenset({TEXT_TABLE, "text_projection"})
 """Parts of a speech generator alone (``model.speech``)."""
 PARTS = (
     "vision", "audio", "projectors", TEXT_TABLE, "text_projection", "attention", "norms", "experts", "shared_experts",
-    "gate", "ffn", "embeddings", "output", NEW_TOKEN_ROWS,
+    "gate", "ffn", "embeddings", "output", NEW_TOKEN_ROWS, "codec_encoder",
+    "codec_decoder",
 )  # fmt: skip
+CODEC_PARTS = frozenset({"codec_encoder", "codec_decoder"})
+"""Of a model that is a codec, which has no others."""
 ADAPTERS = "adapters"
 """Low-rank adapters (``model.lora``), which are trained alone: no name for ``freeze``."""
 
 
 def parts_of(model: ModelConfig) -> frozenset[str]:
     """Parts that ``model`` has."""
+    if model.codec is not None:
+        return CODEC_PARTS
     absent = {"vision"} if model.vision is None else set()
     absent |= {"audio"} if model.audio is None else set()
     absent |= {"projectors"} if len(absent) == 2 else set()
@@ -33,7 +38,7 @@ def parts_of(model: ModelConfig) -> frozenset[str]:
     absent |= {"shared_experts"} if model.moe is not None and model.moe.num_shared_experts == 0 else set()
     absent |= set() if model.untie_embeddings_and_output_weights else {"output"}
     absent |= SPEECH if model.speech is None else {NEW_TOKEN_ROWS}  # its vocabulary is codes
-    return frozenset(PARTS) - absent
+    return frozenset(PARTS) - CODEC_PARTS - absent
 
 
 def frozen_matrices(recipe: Recipe) -> frozenset[str]:

@@ -5,8 +5,8 @@ the cursor are those of loader.py. A sample of a step is ``crop_codes`` codes of
 whole recording and silence where it is shorter. Place, speed and gain are drawn by the seed and the sample's number in the
 order of the run: the same on every layout, and in a run that was resumed. Held-out crops are cut and no more.
 
-In the batch a crop is what every sound is: ``audio_features`` [B, 1, samples], a waveform here, and a placeholder token for each code, all
-of which count as labels, so that the loss of a step is a mean over codes and tokens are codes.
+In the batch a crop is what every sound is: ``audio_features`` [B, 1, samples], a waveform here, and a placeholder token for
+each code. All of these count as labels: the loss of a step is a mean over codes, and tokens are codes.
 """
 
 from dataclasses import replace
@@ -69,7 +69,7 @@ class SoundLoader(StepLoader):
 
     def __init__(self, recipe: Recipe, *, sources: list[SourceConfig] | None = None, **options: object) -> None:
         assert recipe.model.codec is not None
-        self._seed, self._cut, self._held_out = recipe.seed, recipe.codec, sources is not None
+        self._seed, self._settings, self._held_out = recipe.seed, recipe.codec, sources is not None
         self._crop_samples = recipe.codec.crop_codes * recipe.model.codec.hop_size
         super().__init__(recipe, sources=sources, **options)  # type: ignore[arg-type]
 
@@ -90,8 +90,9 @@ class SoundLoader(StepLoader):
         rng = np.random.default_rng(named_seed(self._seed, "crop", place.sample_id))
         speed, gain_db = 1.0, 0.0
         if not self._held_out:
-            speed = 2 ** rng.uniform(-self._cut.speed_octaves, self._cut.speed_octaves)
-            gain_db = rng.uniform(*sorted(self._cut.gain_db))
+            speed = 2 ** rng.uniform(-self._settings.speed_octaves, self._settings.speed_octaves)
+            lowest, highest = self._settings.gain_db
+            gain_db = rng.uniform(lowest, highest)
         wave = cut(recording.chunks[0, 0].numpy(), self._crop_samples, speed=speed, rng=rng)
         return replace(recording, chunks=torch.from_numpy(wave * np.float32(10 ** (gain_db / 20)))[None, None])
 

@@ -17,6 +17,7 @@ from megatron_omni.models.nothing_drawn import NothingDrawn
 from megatron_omni.platform.device import accelerator_present, device, gradient_accumulation_kernel
 
 if TYPE_CHECKING:
+    from megatron_omni.models.generators.codec_model import CodecModel
     from megatron_omni.models.omni import OmniModel
 
 
@@ -154,3 +155,12 @@ def draw_weights(model: "OmniModel", recipe: Recipe, pg: ProcessGroupCollection,
     trunk = {name.removeprefix("language.") for name in only if name.startswith("language.")}
     _draw_language(model.language, recipe, pg, {name for name in trunk if ".lora_" not in name})
     model.draw_inputs(only)
+
+
+def build_trained_model(recipe: Recipe, pg: ProcessGroupCollection, *, drawn: bool) -> "OmniModel | CodecModel":
+    """What a run trains: :func:`build_model`, or the codec where ``model.codec`` is set, which is small and always drawn."""
+    if recipe.model.codec is None:
+        return build_model(recipe, pg, drawn=drawn)
+    from megatron_omni.models.generators.codec_model import CodecModel
+
+    return CodecModel(recipe).to(device())

@@ -15,6 +15,8 @@ from megatron_omni.config.parts import ADAPTERS, NEW_TOKEN_ROWS, TEXT_TABLE
 _RULES: tuple[tuple[str, str], ...] = (
     (ADAPTERS, r"\.lora_\w+\."),
     (NEW_TOKEN_ROWS, rf"\.{NEW_TOKEN_ROWS}\."),
+    ("codec_encoder", r"^codec\.encoder\."),
+    ("codec_decoder", r"^codec\.decoder\."),
     ("projectors", r"^(vision|audio)\.(projector|qformer)\."),
     ("vision", r"^vision\."),
     ("audio", r"^audio\."),

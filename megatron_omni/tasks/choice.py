@@ -1,6 +1,7 @@
 """The task of a recipe."""
 
 from megatron_omni.config.run import Recipe
+from megatron_omni.tasks.codec import CodecTask
 from megatron_omni.tasks.preference import PreferenceTask
 from megatron_omni.tasks.reinforce import ReinforceTask
 from megatron_omni.tasks.supervised import SupervisedTask
@@ -13,4 +14,6 @@ def task_of(recipe: Recipe) -> Task:
         return ReinforceTask(recipe)
     if recipe.task == "preference":
         return PreferenceTask(recipe)
+    if recipe.task == "codec":
+        return CodecTask(recipe)
     return SupervisedTask(recipe.data.sources)

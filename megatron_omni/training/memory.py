@@ -23,6 +23,8 @@ def check_memory(recipe: Recipe, *, world_size: int, available: float | None = N
     ``available``: bytes of one rank. By default a GPU's own memory, or on a CPU its share of the main memory, which the
     ranks of a node (``LOCAL_WORLD_SIZE``) have between them.
     """
+    if recipe.model.codec is not None:
+        return  # megabytes; there is no trunk to plan for
     if available is None:
         available = memory_bytes()
     plan = make_plan(recipe, world_size=world_size, gpu=next(iter(GPUS.values())))

@@ -159,6 +159,8 @@ def throughput(
     """Tokens per second of the run, TFLOP/s of a rank, and MFU where the peak of the device is known."""
     if seconds <= 0 or samples <= 0:
         return {}
+    if recipe.model.codec is not None:
+        return {"tokens/s": tokens / seconds}
     mean_length = max(1, round(tokens / samples))
     flops = tokens * flops_per_token(recipe.model, mean_length, mean_k)
     flops += media_flops(recipe.model, tiles=tiles, chunks=chunks, trained=trained_parts(recipe))
@@ -173,6 +175,9 @@ def progress_line(step: int, train_iters: int, metrics: Mapping[str, float]) -> 
     for name, label, form in (
         ("lm loss", "loss", "{:.4f}"),
         ("dpo loss", "loss", "{:.4f}"),
+        ("codec loss", "loss", "{:.4f}"),
+        ("codec/mel", "mel", "{:.4f}"),
+        ("codec/perplexity", "perplexity", "{:.0f}"),
         ("preference/accuracy", "accuracy", "{:.3f}"),
         ("preference/margin", "margin", "{:.3f}"),
         ("policy loss", "loss", "{:+.5f}"),

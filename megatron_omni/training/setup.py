@@ -33,7 +33,8 @@ from megatron_omni.data.loader_state import joined_state
 from megatron_omni.data.plan import Cursor
 from megatron_omni.data.prompts import loader_kind, step_loader_kind
 from megatron_omni.data.tokenizer import NEW_SPECIALS, load_tokenizer
-from megatron_omni.models.build import build_model
+from megatron_omni.models.build import build_trained_model
+from megatron_omni.models.generators.codec_model import CodecModel
 from megatron_omni.models.omni import OmniModel
 from megatron_omni.models.parts import apply_freeze, train_adapters_only
 from megatron_omni.parallel.groups import Place, initialize, place_in
@@ -110,12 +111,13 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
     place = place_in(pg)
     seed_everything(recipe.seed, tp_rank=place.tp_rank, ep_rank=place.ep_rank, expert_tp_rank=place.expert_tp_rank)
     directory, origin = _resume_from(recipe), "random"
-    model = build_model(recipe, pg, drawn=directory is None and recipe.init_from is None)
+    model = build_trained_model(recipe, pg, drawn=directory is None and recipe.init_from is None)
     freeze(model, recipe)
     _check_parameters(model, recipe)
     compares = recipe.reinforce.kl_coeff > 0  # with its start, also when it goes on
     initial = initial_checkpoint(recipe) if directory is None or compares else None
     if initial is not None:
+        assert not isinstance(model, CodecModel), "refused by config/objective_checks.py"
         origin = load_initial_weights(model, recipe, initial, pg=pg)
     wrapped = wrap_model(model, recipe, pg)
     optimizer, scheduler = build_optimizer(wrapped, recipe, pg)
@@ -131,7 +133,9 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
         loader=_loader(recipe, place, pg, kind=loader_kind(recipe)),
         origin=origin,
         initial_weights=weights_digest(initial) if initial is not None else None,
-        eval_loaders={s.name: _loader(recipe, place, pg, [s], kind=step_loader_kind(recipe)) for s in recipe.data.eval_sources},
+        eval_loaders={
+            s.name: _loader(recipe, place, pg, [s], kind=step_loader_kind(recipe)) for s in recipe.data.eval_sources
+        },
     )
     task.begin(run)
     if directory is not None:
@@ -167,8 +171,10 @@ def _check_parameters(model: torch.nn.Module, recipe: Recipe) -> None:
         raise ValueError(f"freeze={recipe.freeze}: every part of this model is frozen; leave out what is to be trained")
 
 
-def freeze(model: OmniModel, recipe: Recipe) -> None:
+def freeze(model: OmniModel | CodecModel, recipe: Recipe) -> None:
     """Mark what is not trained; rows of new tokens that are trained in a frozen matrix become parameters."""
+    if isinstance(model, CodecModel):
+        return apply_freeze(model, recipe.freeze)
     if recipe.model.lora is not None:
         return train_adapters_only(model)
     apply_freeze(model, {*recipe.freeze, *frozen_matrices(recipe)})

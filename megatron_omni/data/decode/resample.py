@@ -1,4 +1,6 @@
-"""Sound at any rate to the 16 kHz of the audio encoder, or to a codec's rate: polyphase filter, Kaiser window (beta 5), scipy's defaults."""
+"""Sound at any rate to the 16 kHz of the audio encoder, or to a codec's: polyphase filter, Kaiser window (beta 5), scipy's
+defaults.
+"""
 
 from functools import lru_cache
 from math import gcd
