@@ -78,3 +78,42 @@ def test_rewards_are_a_list_and_have_no_names() -> None:
         recipe_from_overrides(["reinforce.rewards.accuracy.weight=2"])
     recipe = recipe_from_overrides(["reinforce.rewards=[{function: think_format, weight: 0.5, settings: {a: [1]}}]"])
     assert (recipe.reinforce.rewards[0].weight, recipe.reinforce.rewards[0].settings) == (0.5, {"a": [1]})
+
+
+def codec(**recipe: Any) -> dict[str, Any]:
+    plain = {"moe": None, "vision": None, "audio": None, "codec": {}}
+    model = plain | recipe.pop("model", {})
+    return {"task": "codec", "optim": {"precision": "fp32"}} | recipe | {"model": model}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"task": "codec"}, "task=codec, model.codec null: .* set both or neither"),
+        (codec(task="supervised"), "task=supervised, model.codec set"),
+        (codec(model={"moe": {}}), "model.moe: no effect in a codec"),
+        (
+            codec(parallel={"tensor_model_parallel_size": 2}),
+            "tensor_model_parallel_size=2: a codec is whole on every rank",
+        ),
+        (
+            codec(parallel={"pipeline_model_parallel_size": 2}),
+            "pipeline_model_parallel_size=2: a codec is whole on every rank",
+        ),
+        (codec(optim={"precision": "bf16"}), "optim.precision=bf16: .* set it to fp32"),
+        (codec(init_from="runs/a"), "init_from='runs/a': a codec starts from nothing"),
+        (codec(data={"packing": True}), "data.packing=True: no effect with task=codec"),
+        (codec(data={"seq_length": 100}), "codec.crop_codes=120: above data.seq_length=100"),
+        (codec(codec={"mel_bins": [16]}), "mel_bins=\\[16\\]: give as many of the one as of the other"),
+        (codec(codec={"crop_codes": 1, "mel_fft_sizes": [2048], "mel_bins": [8]}), "longer than twice a crop"),
+        (codec(codec={"gain_db": [3.0, -3.0]}), "gain_db=\\[3.0, -3.0\\]: give the lowest and the highest"),
+        ({"codec": {"crop_codes": 10}}, "codec: no effect with task=supervised"),
+    ],
+)
+def test_a_codec_that_cannot_be_trained_is_refused(values: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        validate(recipe_from_dict(values), check_files=False, world_size=2)
+
+
+def test_a_codec_is_a_recipe() -> None:
+    validate(recipe_from_dict(codec()), check_files=False)
