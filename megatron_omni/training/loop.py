@@ -270,7 +270,9 @@ def evaluate(run: Run, *, moved: Callable[[], None] = lambda: None) -> dict[str,
     ``moved`` is called after every step.
     """
     gather_weights(run.model)
-    losses, others, names = {}, {}, run.task.report_names
+    losses: dict[str, float] = {}
+    others: dict[str, float] = {}
+    names = run.task.report_names
     with evaluation_mode(run.model), torch.no_grad():
         for name, loader in run.eval_loaders.items():
             if loader is not None:

@@ -29,20 +29,17 @@ SIZES = {"short": [(2, 0, 3, 4), (1, 3, 2, 6)], "long": [(3, 5, 4, 8)], "empty":
 """Micro-batches of samples: tokens of prompt, prefix, text and codes."""
 
 
-def speech(prompt: int, prefix: int, text: int, codes: int, *, seed: int = 0) -> Sample:
-    """A sample of so many tokens of each, at random."""
+def said(prompt: int, prefix: int, text: int, codes: int, *, seed: int = 0) -> dict[str, list[int]]:
+    """So many tokens of each, at random."""
     generator = torch.Generator().manual_seed(seed)
+    words, sounds = SPEECH.text_vocab_size, SPEECH.num_codes
+    sizes = {"prompt": (prompt, words), "prefix": (prefix, sounds), "text": (text, words), "codes": (codes, sounds)}
+    return {name: torch.randint(0, below, (n,), generator=generator).tolist() for name, (n, below) in sizes.items()}
 
-    def drawn(number: int, below: int) -> list[int]:
-        return torch.randint(0, below, (number,), generator=generator).tolist()
 
-    return speech_sample(
-        SPEECH.ids,
-        prompt=drawn(prompt, SPEECH.text_vocab_size),
-        prefix=drawn(prefix, SPEECH.num_codes),
-        text=drawn(text, SPEECH.text_vocab_size),
-        codes=drawn(codes, SPEECH.num_codes),
-    )
+def speech(prompt: int, prefix: int, text: int, codes: int, *, seed: int = 0) -> Sample:
+    """The sample of :func:`said`."""
+    return speech_sample(SPEECH.ids, **said(prompt, prefix, text, codes, seed=seed))
 
 
 def batch_of(name: str, *, packed: bool = False) -> OmniBatch:
