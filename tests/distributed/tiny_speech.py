@@ -55,15 +55,15 @@ def batch_of(name: str, *, packed: bool = False) -> OmniBatch:
     )
 
 
-def tiny_codec() -> Codec:
-    """A random codec of :data:`SPEECH`'s codes: 1600 samples a second, 16 a code."""
+def tiny_codec(num_codes: int = SPEECH.num_codes) -> Codec:
+    """A random codec: 1600 samples a second, 16 a code."""
     config = CodecConfig(
-        sample_rate=1600, num_codes=32, code_size=8, strides=[4, 4], num_filters=2, hidden_size=32, ffn_hidden_size=32,
+        sample_rate=1600, num_codes=num_codes, code_size=8, strides=[4, 4], num_filters=2, hidden_size=64, ffn_hidden_size=32,
         num_layers=1,
     )  # fmt: skip
     codec = Codec(config)
     codec.draw_weights(lambda name: named_generator(0, name))
     codec.codebook.start(
-        torch.randn(32, 8, generator=named_generator(0, "codes")), generator=named_generator(0, "start")
+        torch.randn(num_codes, 8, generator=named_generator(0, "codes")), generator=named_generator(0, "start")
     )
     return codec.eval()
