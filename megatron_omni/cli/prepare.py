@@ -4,6 +4,8 @@
     megatron-omni prepare RECIPE --data 'shards/*.tar' more.jsonl           # these files instead
     megatron-omni prepare RECIPE --folder pictures [--prompt "What is it?"] # makes pictures/records.jsonl first
     megatron-omni prepare RECIPE --trl pairs.jsonl                          # makes pairs.records.jsonl first
+    megatron-omni prepare RECIPE --codes CODEC --data train.jsonl           # makes train.spoken-*.jsonl and their codes first
+    megatron-omni prepare RECIPE --codes CODEC --folder LJSpeech-1.1 --speaker Linda
 
 JSONL records (messages or ShareGPT) and WebDataset tars, also ones prepared for Energon, get an index beside them
 (docs/data.md). A recipe gives the tokenizer, and the sizes that the printed summary counts in; the index serves any
@@ -28,7 +30,9 @@ from megatron_omni.cli.starting import say_starting
 
 if TYPE_CHECKING:
     from megatron_omni.config.data import SourceConfig
+    from megatron_omni.config.run import Recipe
     from megatron_omni.data.made_records import MadeRecords
+    from megatron_omni.data.tokenizer import Tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,6 +48,16 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--folder", type=Path, metavar="DIR", help="folder of media with captions to make records of")
     made.add_argument("--trl", type=Path, metavar="FILE", help="rows of prompt, chosen and rejected to make records of")
+    made.add_argument(
+        "--codes", metavar="CODEC", help="folder of a codec: make codes of the recordings of --data or --folder"
+    )
+    made.add_argument("--speaker", metavar="NAME", help="with --codes: whose voice it is where the data does not say")
+    made.add_argument("--style", metavar="TEXT", help="with --codes: describes the voice instead")
+    made.add_argument("--language", metavar="NAME", help="with --codes: of the texts (default: by their script)")
+    made.add_argument(
+        "--longest", type=float, metavar="S", help="with --codes: seconds of a recording without segments (45)"
+    )
+    made.add_argument("--normalise", action="store_true", help="with --codes: numbers and signs in words, by wetext")
     made.add_argument("--prompt", default="", help="question for captions that come without one")
     made.add_argument("--root", default="", metavar="DIR", help="folder that the media of --data lie under")
     made.add_argument(
@@ -87,10 +101,12 @@ def _prepare(words: argparse.Namespace) -> int:
     sources = [*recipe.data.sources, *recipe.data.eval_sources]
     if words.data or words.folder is not None or words.trl is not None:
         sources = [_source(path, words) for path in words.data]
-    elif not sources:
+    elif not sources and words.codes is None:
         raise ValueError(f"{words.recipe} has no data.sources; add some, or name files with --data")
     files = [shard_paths(source.path) for source in sources]
     say_starting("prepare", words.folder or words.trl or words.recipe)
+    if words.codes is not None:
+        sources, files = _of_codes(words, recipe, tokenizer)
     for path in _made_records(words):
         sources.append(_source(str(path), words))
         files.append(shard_paths(sources[-1].path))
@@ -124,6 +140,17 @@ def _prepare(words: argparse.Namespace) -> int:
     return status
 
 
+def _of_codes(
+    words: argparse.Namespace, recipe: "Recipe", tokenizer: "Tokenizer"
+) -> tuple[list["SourceConfig"], list[list[Path]]]:
+    """The sources of rows that are made of recordings, and their files."""
+    from megatron_omni.cli.extracting import extracted
+    from megatron_omni.config.shards import shard_paths
+
+    patterns = extracted(words, recipe, tokenizer)
+    return [_source(path, words) for path in patterns], [shard_paths(path) for path in patterns]
+
+
 def _summary_file(folder: Path, name: str, written: set[Path]) -> Path:
     """Where a source's summary goes; training and held-out sets may share names, and a folder."""
     names = (f"{name}{number}.summary.json" for number in chain([""], (f".{n}" for n in count(2))))
@@ -134,7 +161,7 @@ def _summary_file(folder: Path, name: str, written: set[Path]) -> Path:
 
 def _made_records(words: argparse.Namespace) -> Iterator[Path]:
     """Make the records of a folder and of preference pairs, and say what was left out."""
-    if words.folder is not None:
+    if words.folder is not None and words.codes is None:
         from megatron_omni.data.folder import records_of_folder
 
         yield _told(records_of_folder(words.folder, prompt=words.prompt))

@@ -2,13 +2,16 @@
 
     codes      [n] uint16: the codes of all recordings, one behind the other
     offsets    [recordings + 1] int64: recording i has codes[offsets[i] : offsets[i + 1]]
-    metadata   fingerprint of the codec (SHA-256), num_codes, codes_per_second, and what the maker wants to keep
+    metadata   "about": JSON with the codec's fingerprint (SHA-256), num_codes, codes_per_second, and what the maker keeps there
+
+(One entry, because the library writes several in an order of chance, and the same codes should be the same bytes.)
 
 A record names a recording by ``NAME.codes.safetensors#i``. Files are read in place: opening one reads the offsets, a piece
 of a recording reads its own bytes. Codes of another codec sound like noise and train without a complaint, so a file is
 used only where its fingerprint is that of ``model.speech.codec``.
 """
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -24,7 +27,7 @@ from megatron_omni.config.generators import SpeechConfig
 from megatron_omni.data.descriptors import MOST_OPEN
 from megatron_omni.data.errors import RecipeError
 from megatron_omni.data.spoken import CodesAt, Speech
-from megatron_omni.foreign import open_regular, read_json
+from megatron_omni.foreign import open_regular, parse_json, read_json
 
 SUFFIX = ".codes.safetensors"
 MOST_CODES = 1 << 16
@@ -40,13 +43,13 @@ class CodesFile:
         try:
             open_regular(path).close()  # a pipe would hold the library for ever
             self._file: Any = safe_open(path, framework="numpy")
-            self.metadata: Mapping[str, str] = self._file.metadata() or {}
-            self.fingerprint = self.metadata["fingerprint"]
-            self.num_codes = int(self.metadata["num_codes"])
-            self.codes_per_second = float(self.metadata["codes_per_second"])
+            self.about: Mapping[str, Any] = parse_json((self._file.metadata() or {})["about"], "its metadata")
+            self.fingerprint = str(self.about["fingerprint"])
+            self.num_codes = int(self.about["num_codes"])
+            self.codes_per_second = float(self.about["codes_per_second"])
             self._codes, self._offsets = self._file.get_slice("codes"), self._file.get_tensor("offsets")
             self._check_offsets()
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: no usable file of codes ({error}); {_AGAIN}") from error
 
     def _check_offsets(self) -> None:
@@ -97,7 +100,7 @@ def write_codes(
     fingerprint: str,
     num_codes: int,
     codes_per_second: float,
-    metadata: Mapping[str, str] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """Put the codes of ``recordings`` into ``path``, whole or not at all. ValueError for a codebook above 65536 entries."""
     if num_codes > MOST_CODES:
@@ -110,14 +113,13 @@ def write_codes(
     offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
     known = {
         "fingerprint": fingerprint,
-        "num_codes": str(num_codes),
-        "codes_per_second": repr(float(codes_per_second)),
+        "num_codes": num_codes,
+        "codes_per_second": float(codes_per_second),
     }
+    metadata = {"about": json.dumps({**(about or {}), **known}, sort_keys=True)}
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(
-            {"codes": flat.astype(np.uint16), "offsets": offsets}, partial, metadata={**(metadata or {}), **known}
-        )
+        save_file({"codes": flat.astype(np.uint16), "offsets": offsets}, partial, metadata=metadata)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -38,7 +38,7 @@ _ENDS = _MARKS + ":…—"
 _FINAL_MARK = "."
 _CLOSING = "\"'”’)]}»」』】》〉）］｝"
 _OPENING = "“‘([{«「『【《〈（［｛"
-_IDEOGRAPH = re.compile(r"[\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+IDEOGRAPH = re.compile(r"[\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 """Chinese characters and Japanese syllables: scripts that write no spaces between words."""
 _NUMBER_SIGNS = "两兩点點%％‰"
 """Parts of numbers that Unicode does not call numeric."""
@@ -142,7 +142,7 @@ def _ends_before(before: str, first: str) -> bool:
         return False
     if mark not in _ASCII_MARKS or before[-1].isspace() or first.isspace():
         return True
-    return bool(_IDEOGRAPH.match(first)) or first in _OPENING
+    return bool(IDEOGRAPH.match(first)) or first in _OPENING
 
 
 def _word_begins(before: str, more: str) -> bool:
@@ -150,7 +150,7 @@ def _word_begins(before: str, more: str) -> bool:
     last, first, follows = before[-1], more[0], more.lstrip()[:1]
     if not follows or last in _OPENING:  # spaces alone: what they separate is seen with the next token
         return False
-    apart = last.isspace() or first.isspace() or _IDEOGRAPH.match(last) or _IDEOGRAPH.match(first)
+    apart = last.isspace() or first.isspace() or IDEOGRAPH.match(last) or IDEOGRAPH.match(first)
     return bool(apart) and not (_in_number(before.rstrip()[-1:]) and _in_number(follows))
 
 

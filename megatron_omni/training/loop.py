@@ -262,17 +262,14 @@ def aux_loss_scale(run: Run, step: int) -> float:
 
 
 def evaluate(run: Run, *, moved: Callable[[], None] = lambda: None) -> dict[str, float]:
-    """Mean loss over the label tokens of each held-out set: the same samples every time, deterministic routing; and the
-    task's ``held_out_names``.
+    """Mean loss over the label tokens of each held-out set: the same samples every time, deterministic routing.
 
     ``eval_iters`` steps of each, or what a set with ``epochs`` holds, to its last record.
     ``eval/loss`` is the mean over the sets, each counting the same. ValueError for a set without a label token.
     ``moved`` is called after every step.
     """
     gather_weights(run.model)
-    losses: dict[str, float] = {}
-    others: dict[str, float] = {}
-    names = run.task.report_names
+    losses = {}
     with evaluation_mode(run.model), torch.no_grad():
         for name, loader in run.eval_loaders.items():
             if loader is not None:
@@ -286,15 +283,12 @@ def evaluate(run: Run, *, moved: Callable[[], None] = lambda: None) -> dict[str,
                 info = StepInfo(step=run.state.step, training=False, divisor=totals["labels"], held_out=name)
                 forward = partial(run.task.forward_step, info=info)
                 for report in run_step(forward, batches, run.model, pg=run.pg, recipe=run.recipe, forward_only=True):
-                    total = report if total is None else total + report
+                    total = report[0] if total is None else total + report[0]
                 moved()
-            table = sum_reports(run, total if total is not None else torch.zeros(len(names), 2)).tolist()
-            loss, count = table[0]
+            loss, count = sum_reports(run, total if total is not None else torch.zeros(2)).tolist()
             if not count:
                 raise ValueError(
                     f"data.eval_sources[{name}]: no token of it carries a label; give it records with answers"
                 )
             losses[f"eval/loss/{name}"] = loss / count
-            rows = zip(names, table, strict=True)
-            others |= {f"eval/{row}/{name}": n / of for row, (n, of) in rows if row in run.task.held_out_names and of}
-    return losses if not losses else losses | {"eval/loss": sum(losses.values()) / len(losses)} | others
+    return losses if not losses else losses | {"eval/loss": sum(losses.values()) / len(losses)}

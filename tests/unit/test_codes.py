@@ -26,7 +26,7 @@ RECORDINGS = [[1, 2, 299], [], [7, 0, 7, 8]]
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "train.codes.safetensors"
-    write_codes(path, RECORDINGS, metadata={"made_of": "x"}, **KIND)
+    write_codes(path, RECORDINGS, about={"made_of": "x"}, **KIND)
     return path
 
 
@@ -40,12 +40,15 @@ def test_what_is_written_is_read(file, tmp_path):
     assert [opened.length(i) for i in range(3)] == [3, 0, 4]
     assert opened.codes(2, 1, 3).tolist() == [0, 7] and opened.codes(2).dtype == np.uint16
     assert (opened.fingerprint, opened.num_codes, opened.codes_per_second) == tuple(KIND.values())
-    assert opened.metadata["made_of"] == "x" and open_codes(str(file)) is opened
+    assert opened.about["made_of"] == "x" and open_codes(str(file)) is opened
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 def test_a_file_that_was_written_anew_is_opened_anew(file):
     before = open_codes(file)
+    data = file.read_bytes()
+    write_codes(file, RECORDINGS, about={"made_of": "x"}, **KIND)
+    assert file.read_bytes() == data
     write_codes(file, [[5] * 9], **KIND)
     assert open_codes(file).codes(0).tolist() == [5] * 9 and before.length(0) == 3
 
@@ -72,7 +75,7 @@ def test_ranges_of_an_answer(file):
 def test_damaged_files_are_named(file, damage):
     data = file.read_bytes()
     arrays = {"codes": np.zeros(3, np.uint16), "offsets": np.array([0, 3])}
-    about = {name: str(value) for name, value in KIND.items()}
+    about = {"about": json.dumps(KIND)}
     if damage in ("cut", "empty", "other"):
         file.write_bytes({"cut": data[:-3], "empty": b"", "other": b"x" * 400}[damage])
     elif damage == "fifo":
