@@ -82,14 +82,20 @@ def _their_module(rest: str) -> str:
 
 
 def find_released(source: Path, yaml: Path | None) -> tuple[Path, Path]:
-    """Checkpoint and yaml of ``source``, a checkpoint or a folder with one; ``yaml`` where it is named."""
-    folder = source if source.is_dir() else source.parent
-    checkpoint = source if not source.is_dir() else _only(folder, CHECKPOINT_SUFFIXES, "checkpoint; name the file")
-    return checkpoint, yaml or _only(folder, (".yaml", ".yml"), "yaml; name it with --yaml")
+    """Checkpoint and yaml of ``source``, a checkpoint or a folder with one; ``yaml`` where it is named.
+
+    A ``.ckpt`` goes before other files of weights: the folder ``speech_gen/`` of a release holds the generator's as well.
+    """
+    if not source.is_dir():
+        return source, yaml or _only(source.parent, ".yaml", ".yml", what="yaml; name it with --yaml")
+    named = any(path.suffix == CHECKPOINT_SUFFIXES[0] for path in source.iterdir())
+    suffixes = CHECKPOINT_SUFFIXES[:1] if named else CHECKPOINT_SUFFIXES
+    checkpoint = _only(source, *suffixes, what="checkpoint; name the file itself")
+    return checkpoint, yaml or _only(source, ".yaml", ".yml", what="yaml; name it with --yaml")
 
 
-def _only(folder: Path, suffixes: tuple[str, ...], what: str) -> Path:
-    found = sorted(path for path in folder.iterdir() if path.suffix in suffixes) if folder.is_dir() else []
+def _only(folder: Path, *suffixes: str, what: str) -> Path:
+    found = sorted(path for path in folder.iterdir() if path.suffix in suffixes)
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise ConversionError(f"{folder}: expected one {what} (found {names})")

@@ -63,6 +63,14 @@ def test_safetensors_and_half_precision_are_read(release: Path, tmp_path: Path) 
     assert torch.equal(codec.codebook.embed, state[EMBED].half().float())
 
 
+def test_a_checkpoint_among_other_weights_is_found(release: Path, tmp_path: Path) -> None:
+    (release / "speech_gen_ep2.bin").write_bytes(b"the generator's")
+    list(convert_codec(release, tmp_path / "codec"))
+    (release / "other.ckpt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"expected one checkpoint; name the file itself \(found other.ckpt, wav"):
+        list(convert_codec(release, tmp_path / "again"))
+
+
 def test_an_interrupted_conversion_leaves_nothing(
     release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
