@@ -26,6 +26,9 @@ FREE = frozenset(
         "model.moe.capacity_factor", "model.moe.min_capacity", "model.moe.moe_token_dispatcher_type",
         "model.moe.kernels",
         "model.vision.max_tiles_per_side", "model.audio.max_chunks", "model.audio.query_init",
+        "model.speech.text_table", "model.speech.codec", "model.speech.prefix_codes", "model.speech.least_prefix_codes",
+        "model.speech.max_codes", "model.speech.min_split_tokens", "model.speech.max_split_tokens",
+        "model.speech.least_codes_per_token", "model.speech.most_codes_per_token", "model.speech.voices",
     }
 )  # fmt: skip
 """Fields of the model (with all below them) that a later stage may choose anew: limits, training's own settings, what may

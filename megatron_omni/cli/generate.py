@@ -3,6 +3,8 @@
     python -m megatron_omni.cli.generate CHECKPOINT --image cat.png --audio q.wav --prompt "What is this?" --out DIR
     torchrun --nproc-per-node 2 -m megatron_omni.cli.generate CHECKPOINT --jsonl records.jsonl --out DIR \
         parallel.tensor_model_parallel_size=2
+    python -m megatron_omni.cli.generate CHECKPOINT --prompt "Say hello." --speak hello.wav --voice Jenny \
+        --speaker SPEECH_CHECKPOINT --codec CODEC_DIR --out DIR
 
 One prompt writes DIR/answer.txt and prints the answer. ``--jsonl`` answers every record: DIR/answers.jsonl has a line
 {"record", "id", "answer"} for each, in order, or {"record", "id", "reason", "error"} for one that cannot be used; such
@@ -10,7 +12,7 @@ records are counted and never end the run. Lines are written as they come, and t
 of them (generation/answers.py). How tokens are chosen and what ends an answer: the options of a request to the server,
 and the same checks (generation/request.py). With --n or --logprobs a line has "samples", too, and one prompt writes
 them to DIR/answer.json. Exit status 2 for bad input, with one ``error:`` line, and where no record could be
-used. torch is imported after the command line has been accepted, so ``--help`` answers at once.
+used, or none was spoken. torch is imported after the command line has been accepted, so ``--help`` answers at once.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_omni.cli.starting import Parser, refused, run_on_ranks, say_starting
 from megatron_omni.config.outcome import EXIT_BAD_INPUT
 from megatron_omni.generation.request import Sampling, Wanted
+from megatron_omni.generation.utterance import SpeechWanted
 
 if TYPE_CHECKING:
     from megatron_omni.data.record import Record
@@ -39,6 +42,7 @@ OVERRIDES = (
     "parallel.distributed_timeout_seconds",
     "data.system_prompt",
     "data.system_template",
+    "data.voice_request",
     "data.seq_length",
     "data.video_fps",
     "data.min_frames",
@@ -64,6 +68,9 @@ class Request:
     batch_size: int
     deterministic: bool
     think: bool | None
+    speech: SpeechWanted | None
+    sound: str
+    """Where answers are heard: a file, or a directory in --jsonl mode."""
     overrides: list[str]
 
 
@@ -131,6 +138,7 @@ def parser() -> argparse.ArgumentParser:
         "--deterministic", action="store_true", help="the same bits whatever is answered beside it (one rank; slow)"
     )
     add_think(p)
+    add_speech(p)
     p.add_argument("overrides", nargs="*", metavar="key=value", help=f"one of {', '.join(OVERRIDES)}")
     p.set_defaults(media=[])
     return p
@@ -147,6 +155,72 @@ def add_think(p: argparse.ArgumentParser) -> None:
     p.add_argument("--think", action=argparse.BooleanOptionalAction, default=None,
                    help="ask for a thought before the answer, or begin the answer behind an empty one (default: as the "
                    "checkpoint's recipe asks, and evaluation tasks)")  # fmt: skip
+
+
+def add_speech(p: argparse.ArgumentParser) -> None:
+    """Options of answers that are heard."""
+    p.add_argument("--speak", metavar="FILE", help="speak the answer's spoken turn into NAME.wav, NAME.pcm (samples alone) or "
+                   "-, the standard output; a directory with --jsonl")  # fmt: skip
+    p.add_argument("--speaker", type=Path, metavar="DIR", help="checkpoint of the speech generator that speaks")
+    p.add_argument("--voice", metavar="NAME", help="ask for this voice, and begin the answer as a spoken turn in it "
+                   "(default: as the model writes it)")  # fmt: skip
+    p.add_argument("--style", metavar="TEXT", help="the same in a voice that is described")
+    p.add_argument(
+        "--language", metavar="NAME", help="of the spoken turn, with --voice (default: by the question's script)"
+    )
+    p.add_argument(
+        "--speech-temperature", type=float, default=0.0, metavar="T", help="of the codes; 0 (default) is greedy"
+    )
+    add_speaking(p)
+
+
+def add_speaking(p: argparse.ArgumentParser) -> None:
+    """Options of everything that speaks."""
+    p.add_argument("--codec", type=Path, metavar="DIR", help="folder of the codec (default: that of the speech generator's "
+                   "recipe)")  # fmt: skip
+    p.add_argument("--context", choices=("prefix", "none"), default="prefix",
+                   help="what a piece of a long text begins with: the sound before it (default), or nothing")  # fmt: skip
+    p.add_argument("--release", action="store_true", help="speak as the authors' published code does: no context, and a "
+                   "prompt and a text that do not see what follows in them; to compare")  # fmt: skip
+
+
+def check_out(option: str, out: str, *, directory: bool) -> None:
+    """ValueError where sound cannot be written to ``out``."""
+    path = Path(out)
+    if directory and (out == "-" or (path.exists() and not path.is_dir())):
+        raise ValueError(f"{option} {out}: with --jsonl it is a directory")
+    if not directory and out != "-" and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise ValueError(f"{option} {out}: name a file in a directory that is there")
+
+
+def speech_wanted(args: argparse.Namespace) -> SpeechWanted | None:
+    """How answers are to be spoken. ValueError for options that mean nothing without --speak, or do not go together."""
+    if args.speak is None:
+        for name in ("speaker", "voice", "style", "language", "codec", "release"):
+            if getattr(args, name):
+                raise ValueError(f"--{name} means nothing without --speak FILE")
+        return None
+    if args.speaker is None:
+        raise ValueError("--speak needs --speaker DIR, the checkpoint of a speech generator")
+    if args.n > 1:
+        raise ValueError(f"--n is {args.n}; with --speak it is 1")
+    if args.voice is not None and args.style is not None:
+        raise ValueError("give --voice or --style, not both")
+    if (args.voice or args.style) and args.think:
+        raise ValueError("--voice and --style begin the answer as a spoken turn, before which there is no thought: leave "
+                         "out --think")  # fmt: skip
+    check_out("--speak", args.speak, directory=args.jsonl is not None)
+    check_directory(args.speaker)
+    return SpeechWanted(
+        speaker=args.speaker,
+        codec=args.codec,
+        voice=args.voice,
+        style=args.style,
+        language=args.language,
+        context=args.context,
+        release=args.release or None,
+        sampling=Sampling(temperature=args.speech_temperature, seed=args.seed),
+    )
 
 
 def parse(argv: Sequence[str] | None = None) -> Request:
@@ -185,6 +259,8 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         batch_size=args.batch_size,
         deterministic=args.deterministic,
         think=args.think,
+        speech=speech_wanted(args),
+        sound=args.speak or "",
         overrides=args.overrides,
     )
 
@@ -247,13 +323,21 @@ def run(request: Request) -> int:
     from megatron_omni.generation.answers import answer_all, answer_one
     from megatron_omni.generation.engine import EngineLimits
     from megatron_omni.generation.load import open_checkpoint
+    from megatron_omni.generation.spoken_answers import AnswerSpeaker
 
     checkpoint = open_checkpoint(request.checkpoint, overrides=request.overrides)
     settings: dict[str, Any] = {"wanted": request.wanted, "batch_size": request.batch_size, "out": request.out}
     settings |= {"limits": EngineLimits(deterministic=request.deterministic), "think": request.think}
+    if checkpoint.recipe.model.speech is not None:
+        raise ValueError(
+            f"{request.checkpoint}: a speech generator, which answers nothing; megatron-omni speak says a text"
+        )
+    if request.speech is not None:
+        settings |= {"speech": AnswerSpeaker(request.speech, checkpoint), "sound": request.sound}
     if request.jsonl is None:
-        answer_one(checkpoint, turn_record(request), **settings)
-        return 0
+        return 0 if answer_one(checkpoint, turn_record(request), **settings) else EXIT_BAD_INPUT
+    if request.speech is not None:
+        Path(request.sound).mkdir(parents=True, exist_ok=True)
     changes = [word for word in request.overrides if word.startswith("data.")]
     source = JsonlSource(request.jsonl, name=str(request.jsonl))
     return 0 if answer_all(checkpoint, source, changes=changes, **settings) else EXIT_BAD_INPUT

@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a model from a recipe (several processes: torchrun -m megatron_omni.cli.train)",
     "chain": "run the stages of a chain of recipes in order",
     "generate": "answer a prompt, or a file of records, with a trained checkpoint",
+    "speak": "say a text with a trained speech generator",
     "evaluate": "score a checkpoint on tasks, and compare results",
     "serve": "answer over HTTP as OpenAI's API does, with a page to talk to the model",
     "convert": "Hugging Face directories to checkpoints and back; compare and verify",

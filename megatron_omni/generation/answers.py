@@ -5,6 +5,9 @@
     answers.jsonl   a line for each record, in order: {"record", "id", "answer"}, or {"record", "id", "reason", "error"}
     request.json    what was asked: the checkpoint, the file and the settings that an answer depends on
 
+With ``speech`` the spoken turns of answers are spoken (spoken_answers.py): "answer" is then without marks and prompts, and
+"speech" says {"file", "seconds", "codes", "pieces", "cut", "prompt"}, or {"error"}; one prompt writes it to answer.json.
+
 A line has "samples", too, where several or log-probabilities are wanted, of each {"answer", "finish_reason", "tokens":
 [{"id", "text", "logprob", "top": [{"id", "text", "logprob"}]}]}, "tokens" only with log-probabilities.
 
@@ -35,6 +38,8 @@ from megatron_omni.generation.batches import Result, generate_windows, shared
 from megatron_omni.generation.engine import EngineLimits
 from megatron_omni.generation.load import Checkpoint
 from megatron_omni.generation.request import LEAST_LOGPROB, Wanted
+from megatron_omni.generation.spoken_answers import AnswerSpeaker, continued
+from megatron_omni.generation.wav import STANDARD_OUTPUT
 from megatron_omni.parallel.sharing import from_rank_0
 
 ANSWER, SAMPLES, ANSWERS, REQUEST = "answer.txt", "answer.json", "answers.jsonl", "request.json"
@@ -44,27 +49,57 @@ logger = logging.getLogger(__name__)
 
 
 def answer_one(
-    checkpoint: Checkpoint, record: Record, *, out: Path, think: bool | None = None, **settings: Any
-) -> None:
-    """Answer one prompt; all ranks call this together. ValueError for a record that cannot be used."""
-    prompt = checkpoint.builder.build_prompt(record, think=think)  # before the weights: a bad file shows at once
+    checkpoint: Checkpoint,
+    record: Record,
+    *,
+    out: Path,
+    batch_size: int,
+    limits: EngineLimits,
+    think: bool | None = None,
+    speech: AnswerSpeaker | None = None,
+    sound: str = "",
+    **settings: Any,
+) -> bool:
+    """Answer one prompt, and speak it into the file ``sound``; all ranks call this together. Whether what was asked for is
+    there. ValueError for a record that cannot be used."""
+    beginning = speech.beginning(record) if speech is not None else []
+    prompt = built(checkpoint, record, think=think, speech=speech)  # before the weights: a bad file shows at once
     windows = generate_windows(
         checkpoint.load_model(),
         lambda _: prompt,
         range(1),
         pg=checkpoint.pg,
         tokenizer=checkpoint.builder.tokenizer,
+        batch_size=batch_size,
+        limits=limits,
         **settings,
     )
     ((_, answers),) = windows
+    said = _said(answers[0], checkpoint.builder.tokenizer)
+    text = "".join(f"{result.text}\n" for result in answers[0])
+    if speech is not None:
+        said |= speech.speak(
+            answers, {0: beginning}, file=lambda _: sound, batch_size=1, deterministic=limits.deterministic
+        )[0]
+        text = said["answer"] + "\n"
+    error = said.get("speech", {}).get("error")
     if dist.get_rank() == 0:
-        said = _said(answers[0], checkpoint.builder.tokenizer)
-        text = "".join(f"{result.text}\n" for result in answers[0])
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / ANSWER, text)
-        if "samples" in said:
+        if "samples" in said or "speech" in said:
             write_text(out / SAMPLES, json.dumps(said, ensure_ascii=False, indent=1) + "\n")
-        print(text, end="")
+        print(text, end="", file=sys.stderr if sound == STANDARD_OUTPUT else sys.stdout)
+        if error is not None:
+            print(f"error: {error}", file=sys.stderr)
+    return error is None
+
+
+def built(checkpoint: Checkpoint, record: Record, *, think: bool | None, speech: AnswerSpeaker | None) -> Sample:
+    """The prompt of ``record``; where the answer is to be heard in a voice, with the beginning of its spoken turn."""
+    if speech is None:
+        return checkpoint.builder.build_prompt(record, think=think)
+    prompt = checkpoint.builder.build_prompt(speech.asked(record), think=think)
+    return continued(prompt, speech.beginning(record))
 
 
 def answer_all(
@@ -77,8 +112,11 @@ def answer_all(
     batch_size: int,
     limits: EngineLimits,
     think: bool | None = None,
+    speech: AnswerSpeaker | None = None,
+    sound: str = "",
 ) -> bool:
-    """Answer every record of ``source`` that has no line yet; whether any record of the file has an answer.
+    """Answer every record of ``source`` that has no line yet, and speak the answers into the folder ``sound``; whether any
+    record of the file has an answer.
 
     All ranks call this together. ``changes`` are overrides that an answer depends on, ``think`` switches the prompts
     (SampleBuilder.build_prompt). ValueError where ``out`` holds answers to something else.
@@ -92,13 +130,15 @@ def answer_all(
         "changes": sorted(changes),
         "think": think,
     }
+    if speech is not None:
+        asked["speech"] = speech.wanted.as_asked() | {"folder": str(Path(sound).absolute())}
     first = from_rank_0(lambda: _lines_there(out, asked))
     failed: dict[int, tuple[str, str]] = {}
     said: set[str] = set()
 
     def build_prompt(number: int) -> Sample | None:
         try:
-            return checkpoint.builder.build_prompt(source[number], think=think)
+            return built(checkpoint, source[number], think=think, speech=speech)
         except (RecordError, MediaError) as error:
             failed[number] = error.reason, str(error)
         except (OSError, MemoryError):  # the machine's fault, not the record's
@@ -124,6 +164,13 @@ def answer_all(
         for numbers, answers in windows:
             errors = shared({n: failed[n] for n in numbers if n in failed}, checkpoint.pg)
             rows = {n: _said(samples, checkpoint.builder.tokenizer) for n, samples in answers.items()}
+            if speech is not None:
+                beginnings = {n: speech.beginning(source[n]) for n in answers}
+                spoken = speech.speak(
+                    answers, beginnings, file=lambda n: str(Path(sound) / f"{n}.wav"), batch_size=batch_size,
+                    deterministic=limits.deterministic,
+                )  # fmt: skip
+                rows = {n: row | spoken[n] for n, row in rows.items()}
             from_rank_0(partial(_append, out, source, numbers, rows, errors))  # a full disk is no reason to wait
     return from_rank_0(lambda: _summary(out / ANSWERS, first)) > 0
 

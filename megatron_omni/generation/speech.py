@@ -22,7 +22,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from torch import Tensor
 
@@ -31,35 +30,17 @@ from megatron_omni.data.speech_pieces import PieceSplitter, spoken_ids
 from megatron_omni.data.speech_sequence import sequence_length, speech_sample
 from megatron_omni.data.tokenizer import Tokenizer
 from megatron_omni.generation.engine import Engine
-from megatron_omni.generation.request import GREEDY, Event, FinishedEvent, Request, Sampling, TokenEvent
+from megatron_omni.generation.request import Event, FinishedEvent, Request, TokenEvent
+from megatron_omni.generation.utterance import Utterance as Utterance
 from megatron_omni.models.generators.codec import Codec, StreamingDecoder
 from megatron_omni.platform.seeds import named_seed
 
-Context = Literal["prefix", "none"]
 SPARE_CODES = 40
 """Codes that a piece may have beside those of its tokens before it is cut."""
 LONGEST_PROMPT = 1000
 """Tokens of a prompt (the released limit in training)."""
 CODES_AT_ONCE = 10
 """That the decoder is given together: a part of its window and of its context on the right."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Utterance:
-    """A text to speak. ValueError names what cannot be."""
-
-    name: str
-    """Names it in events; no two under way share it."""
-    prompt: str | Sequence[int]
-    """What asks for the voice (data/spoken.py), as text or tokens."""
-    text: str | Sequence[int] = ""
-    sampling: Sampling = GREEDY
-    context: Context = "prefix"
-    """``none``: every piece begins as if nothing had been said before it."""
-
-    def __post_init__(self) -> None:
-        if self.context not in ("prefix", "none"):
-            raise ValueError(f"context is {self.context!r}; it must be 'prefix' or 'none'")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

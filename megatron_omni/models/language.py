@@ -338,12 +338,14 @@ class LanguageModel(HybridModel):
         logits_positions: Tensor | None = None,
         temperature: float = 1.0,
         with_entropy: bool = False,
+        with_top: bool = False,
     ) -> Tensor:
         """Loss of each token [B, S] fp32 (0 where unlabelled) with ``labels``, else logits; hidden states on earlier
         stages.
 
         The loss is -log softmax(logits / ``temperature``), what a sampler at that temperature draws from;
-        ``with_entropy``: [2, B, S], the loss and the entropy of that distribution in nats.
+        ``with_entropy``: [2, B, S], the loss and the entropy of that distribution in nats. ``with_top``: one more, 1 where
+        the label is the most probable token.
 
         ``position_ids`` [3, B, S]; ``attention`` says who sees whom in the [B, S] grid; ``ctx`` of the full sequence in
         [S * B] order; ``decoder_input`` [S, B, H] replaces the word embeddings; ``label_places`` [n] says where ``labels``
@@ -382,7 +384,8 @@ class LanguageModel(HybridModel):
         if labels is None:
             return self._logits(hidden, logits_positions)
         assert label_places is not None, "labels without their places"
-        return self._loss(hidden, labels, label_places, temperature=temperature, with_entropy=with_entropy)
+        asked = {"with_entropy": with_entropy, "with_top": with_top}
+        return self._loss(hidden, labels, label_places, temperature=temperature, **asked)
 
     def _shard_of(self, ctx: TokenContext | None) -> TokenContext | None:
         """The part of ``ctx`` that describes this rank's sequence shard."""
@@ -413,10 +416,17 @@ class LanguageModel(HybridModel):
         return self._output(rows, gather=True)[..., : self.model_config.vocab_size]
 
     def _loss(
-        self, hidden: Tensor, labels: Tensor, places: Tensor, *, temperature: float, with_entropy: bool
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        places: Tensor,
+        *,
+        temperature: float,
+        with_entropy: bool,
+        with_top: bool,
     ) -> Tensor:
-        """[B, S] cross entropy of ``labels`` [B, S], or [2, B, S] with the entropy; the output layer sees labelled rows only,
-        a chunk at a time."""
+        """[B, S] cross entropy of ``labels`` [B, S], or [1 + n, B, S] with what is asked for; the output layer sees labelled
+        rows only, a chunk at a time."""
 
         def logits(rows: Tensor) -> Tensor:
             found = self._output(rows.unsqueeze(1), gather=False).squeeze(1)
@@ -426,7 +436,7 @@ class LanguageModel(HybridModel):
             )
 
         # By numbers of rows: by a mask, their count would have to come back from the device, in the backward as well.
-        log_probs, entropy = token_log_probs(
+        found = token_log_probs(
             logits,
             hidden.flatten(0, 1).index_select(0, places),
             labels.t().flatten().index_select(0, places),
@@ -435,14 +445,18 @@ class LanguageModel(HybridModel):
             vocab_size=self.model_config.vocab_size,
             group=self.pg_collection.tp,
             with_entropy=with_entropy,
+            with_top=with_top,
             # So many that the rows of a chunk, and with them the bits of a product, do not depend on who asks for entropy.
             chunk_elements=self.logits_chunk * (1 + with_entropy),
         )
 
-        def grid(found: Tensor) -> Tensor:
-            return found.new_zeros(labels.numel()).index_copy(0, places, found).view(hidden.shape[:2]).t()
+        def grid(values: Tensor) -> Tensor:
+            return values.new_zeros(labels.numel()).index_copy(0, places, values).view(hidden.shape[:2]).t()
 
-        return grid(-log_probs) if entropy is None else torch.stack([grid(-log_probs), grid(entropy)])
+        loss = -found.log_prob
+        more = [found.entropy, None if found.is_top is None else found.is_top.to(loss.dtype)]
+        grids = [grid(values) for values in (loss, *more) if values is not None]
+        return grids[0] if len(grids) == 1 else torch.stack(grids)
 
     def _output_parameters(self) -> list[Tensor]:
         """Every parameter that :meth:`_output` computes with."""

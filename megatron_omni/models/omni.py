@@ -122,12 +122,13 @@ class OmniModel(MegatronModule):
         logits_positions: Tensor | None = None,
         temperature: float = 1.0,
         with_entropy: bool = False,
+        with_top: bool = False,
     ) -> Tensor:
         """Loss per token [B, S] (0 where nothing is learned), logits without ``compute_loss``, or hidden states.
 
         Hidden states [S / TP, B, H] come from every stage but the last. ``logits_positions`` [B, n] asks for logits at
         those positions only. ``record`` is told the routes of this stage's layers; ``batch.routes`` are replayed.
-        ``temperature`` and ``with_entropy`` are of the loss (models/language.py).
+        ``temperature``, ``with_entropy`` and ``with_top`` are of the loss (models/language.py).
         """
         return self.language(
             input_ids=batch.input_ids,
@@ -148,6 +149,7 @@ class OmniModel(MegatronModule):
             logits_positions=logits_positions,
             temperature=temperature,
             with_entropy=with_entropy,
+            with_top=with_top,
         )
 
     def embed_ids(self, input_ids: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
-"""Log-probability of each target token, and on request the entropy of its distribution, from hidden states.
+"""Log-probability of each target token, and on request the entropy of its distribution and whether it is the most
+probable one, from hidden states.
 
     x [n, V] = logits_of(hidden [n, H])                        in at least fp32
     log_probs_i = log p_i[t_i]        p_i = softmax(x_i)
     entropy_i   = -sum_j p_ij log p_ij                         nats
+    is_top_i    = x_i[t_i] = max_j x_ij
     d / d x_ij  = (1[j = t_i] - p_ij) g_i - p_ij (log p_ij + entropy_i) h_i
-                                                               g, h: the gradients of the two results
+                                                               g, h: the gradients of the first two
 
 The logits of a packed sequence with 16k labels are 10 GB at 152,064 vocabulary rows, several times over with their
 softmax and gradient. Rows do not depend on each other, so where the logits have more than ``LOGITS_CHUNK`` elements
@@ -16,7 +18,7 @@ on are padding and take no probability.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,16 @@ from megatron_omni.config.parallel import LOGITS_CHUNK
 
 PADDING = -1e30
 """Logit of a padding column: its probability is 0, and a gradient of entropy times it stays finite."""
+
+
+class TokenLogProbs(NamedTuple):
+    """Of each target, [n]."""
+
+    log_prob: Tensor
+    entropy: Tensor | None
+    """None unless asked for."""
+    is_top: Tensor | None
+    """bool; None unless asked for. Targets that share the largest logit with another all count."""
 
 
 def token_log_probs(
@@ -38,9 +50,10 @@ def token_log_probs(
     vocab_size: int,
     group: dist.ProcessGroup,
     with_entropy: bool = False,
+    with_top: bool = False,
     chunk_elements: int = LOGITS_CHUNK,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probability [n] of ``targets`` [n] and entropy [n] (None unless asked for), in at least fp32.
+) -> TokenLogProbs:
+    """Log-probability of ``targets`` [n] and what is asked for besides, in at least fp32.
 
     ``logits_of`` maps rows [m, H] to logits [m, ``num_columns``] by ``parameters`` alone, which get the gradients; it is
     called again in the backward. ``hidden`` [n, H] and ``targets`` are the same on every rank of ``group``; the gradient
@@ -48,20 +61,21 @@ def token_log_probs(
     """
 
     def found(rows: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
-        return _log_probs(logits_of(rows), wanted, vocab_size=vocab_size, group=group, with_entropy=with_entropy)
+        asked = {"with_entropy": with_entropy, "with_top": with_top}
+        return _log_probs(logits_of(rows), wanted, vocab_size=vocab_size, group=group, **asked)
 
     rows = max(1, chunk_elements // (num_columns * (1 + with_entropy)))
     if len(hidden) <= rows:  # noqa: SIM108
         results = found(hidden, targets)
     else:
         results = _InChunks.apply(found, rows, targets, hidden, *parameters)
-    return results[0], results[1] if with_entropy else None
+    return TokenLogProbs(results[0], results[1] if with_entropy else None, results[-1] if with_top else None)
 
 
 def _log_probs(
-    logits: Tensor, targets: Tensor, *, vocab_size: int, group: dist.ProcessGroup, with_entropy: bool
+    logits: Tensor, targets: Tensor, *, vocab_size: int, group: dist.ProcessGroup, with_entropy: bool, with_top: bool
 ) -> tuple[Tensor, ...]:
-    """Log-probability and, with it, entropy from this rank's columns ``logits`` [m, V / TP]."""
+    """Log-probability and, behind it, what is asked for from this rank's columns ``logits`` [m, V / TP]."""
     width = logits.shape[1]
     first = width * group.rank()
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -69,10 +83,12 @@ def _log_probs(
         padding = torch.arange(first, first + width, device=x.device) >= vocab_size
         x = x.masked_fill(padding, PADDING)
     if group.size() > 1:
-        return _VocabParallel.apply(x, targets - first, group, with_entropy)
-    every = torch.log_softmax(x, dim=1)
-    picked = every.gather(1, targets.unsqueeze(1)).squeeze(1)
-    return (picked, -(every.exp() * every).sum(1)) if with_entropy else (picked,)
+        return _VocabParallel.apply(x, targets - first, group, with_entropy, with_top)
+    every, column = torch.log_softmax(x, dim=1), targets.unsqueeze(1)
+    picked = every.gather(1, column).squeeze(1)
+    entropy = [-(every.exp() * every).sum(1)] if with_entropy else []
+    is_top = [x.detach().gather(1, column).squeeze(1) == x.detach().amax(1)] if with_top else []
+    return (picked, *entropy, *is_top)
 
 
 class _VocabParallel(torch.autograd.Function):
@@ -80,7 +96,7 @@ class _VocabParallel(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, targets: Tensor, group: dist.ProcessGroup, with_entropy: bool
+        ctx: Any, x: Tensor, targets: Tensor, group: dist.ProcessGroup, with_entropy: bool, with_top: bool
     ) -> tuple[Tensor, ...]:
         mine = (targets >= 0) & (targets < x.shape[1])
         column = targets.clamp(0, x.shape[1] - 1).unsqueeze(1)
@@ -97,17 +113,19 @@ class _VocabParallel(torch.autograd.Function):
         every -= log_total.unsqueeze(1)
         entropy = [log_total - total[2] / total[0]] if with_entropy else []
         ctx.save_for_backward(every, column, mine, *entropy)
-        return (total[1] - log_total, *entropy)
+        is_top = [total[1] == 0] if with_top else []  # the largest logit was taken off
+        ctx.mark_non_differentiable(*is_top)
+        return (total[1] - log_total, *entropy, *is_top)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None, None]:
         every, column, mine, *entropy = ctx.saved_tensors
         factor = -grads[0].unsqueeze(1)
         if entropy:
             factor = factor - (every + entropy[0].unsqueeze(1)) * grads[1].unsqueeze(1)
         gradient = every.exp().mul_(factor)
         gradient.scatter_add_(1, column, grads[0].masked_fill(~mine, 0.0).unsqueeze(1))
-        return gradient, None, None, None
+        return gradient, None, None, None, None
 
 
 class _InChunks(torch.autograd.Function):
@@ -135,6 +153,7 @@ class _InChunks(torch.autograd.Function):
             results = results or tuple(part.new_empty(len(hidden)) for part in parts)
             for result, part in zip(results, parts, strict=True):
                 result[chunk] = part
+        ctx.mark_non_differentiable(*(result for result in results if not result.is_floating_point()))
         return results
 
     @staticmethod
@@ -149,7 +168,9 @@ class _InChunks(torch.autograd.Function):
             with torch.enable_grad():
                 results = ctx.found(leaf, targets[chunk])
             leaves = [*([leaf] if leaf.requires_grad else []), *trained]
-            found = torch.autograd.grad(results, leaves, [grad[chunk] for grad in grads], allow_unused=True)
+            through = [(result, grad[chunk]) for result, grad in zip(results, grads) if result.is_floating_point()]
+            outputs, factors = zip(*through)
+            found = torch.autograd.grad(outputs, leaves, factors, allow_unused=True)
             if hidden_grad is not None:
                 hidden_grad[chunk] = found[0]
             for total, part in zip(sums, found[len(found) - len(trained) :], strict=True):

@@ -4,6 +4,7 @@ from megatron_omni.config.run import Recipe
 from megatron_omni.tasks.codec import CodecTask
 from megatron_omni.tasks.preference import PreferenceTask
 from megatron_omni.tasks.reinforce import ReinforceTask
+from megatron_omni.tasks.speech import SpeechTask
 from megatron_omni.tasks.supervised import SupervisedTask
 from megatron_omni.training.task import Task
 
@@ -16,4 +17,6 @@ def task_of(recipe: Recipe) -> Task:
         return PreferenceTask(recipe)
     if recipe.task == "codec":
         return CodecTask(recipe)
+    if recipe.model.speech is not None:
+        return SpeechTask(recipe.data.sources, recipe.model.speech.ids)
     return SupervisedTask(recipe.data.sources)

@@ -3,7 +3,8 @@
 The model's last stage returns per-token cross-entropy; ``losses/lm.py`` turns it into the loss and its breakdown.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from megatron_omni.training.task import LossFunction, StepInfo, Task
 class SupervisedTask(Task):
     """Language-model loss over the label tokens of the batch; ``sources`` in the order of the batch's source ids."""
 
+    asked: ClassVar[Mapping[str, bool]] = {}
+    """What the model is asked for beside the loss."""
+
     def __init__(self, sources: Sequence[SourceConfig]) -> None:
         self.num_sources = len(sources)
         self.report_names: Sequence[str] = report_names([source.name for source in sources])
@@ -26,7 +30,12 @@ class SupervisedTask(Task):
     def forward_step(self, batch: OmniBatch, model: torch.nn.Module, *, info: StepInfo) -> tuple[Tensor, LossFunction]:
         """See :class:`megatron_omni.training.task.Task`."""
         output = model(
-            batch, step=info.step, stochastic=info.training, aux_loss_scale=info.aux_loss_scale, stats=info.stats
+            batch,
+            step=info.step,
+            stochastic=info.training,
+            aux_loss_scale=info.aux_loss_scale,
+            stats=info.stats,
+            **self.asked,
         )
 
         def loss_function(token_loss: Tensor) -> tuple[Tensor, Tensor]:

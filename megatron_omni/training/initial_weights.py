@@ -22,6 +22,7 @@ from megatron_omni.checkpoint.commit import CheckpointError
 from megatron_omni.checkpoint.distributed import RUN_CONFIG, find_checkpoint, load_weights, parameter_names
 from megatron_omni.checkpoint.meaning import check_handover
 from megatron_omni.checkpoint.run_dir import UPCYCLED
+from megatron_omni.checkpoint.text_table import TABLE, fill_text_table, has_text_table
 from megatron_omni.checkpoint.tokenizer_files import find_tokenizer
 from megatron_omni.checkpoint.upcycle import upcycle
 from megatron_omni.config.load import load_recipe
@@ -67,6 +68,9 @@ def load_initial_weights(model: OmniModel, recipe: Recipe, directory: Path, *, p
         allow_extra=recipe.init_allow_extra,
     )
     draw_weights(model, recipe, pg, only=parameter_names(model, left, pg=pg))
+    if TABLE in left and has_text_table(model, recipe):
+        told.append(fill_text_table(model, recipe))
+        left = left - {TABLE}
     model.language.take_new_token_rows()
     if merging:
         merge_lora(model.language)

@@ -262,14 +262,17 @@ def aux_loss_scale(run: Run, step: int) -> float:
 
 
 def evaluate(run: Run, *, moved: Callable[[], None] = lambda: None) -> dict[str, float]:
-    """Mean loss over the label tokens of each held-out set: the same samples every time, deterministic routing.
+    """Mean loss over the label tokens of each held-out set: the same samples every time, deterministic routing; and the
+    task's ``held_out_names``.
 
     ``eval_iters`` steps of each, or what a set with ``epochs`` holds, to its last record.
     ``eval/loss`` is the mean over the sets, each counting the same. ValueError for a set without a label token.
     ``moved`` is called after every step.
     """
     gather_weights(run.model)
-    losses = {}
+    losses: dict[str, float] = {}
+    others: dict[str, float] = {}
+    names = run.task.report_names
     with evaluation_mode(run.model), torch.no_grad():
         for name, loader in run.eval_loaders.items():
             if loader is not None:
@@ -283,12 +286,15 @@ def evaluate(run: Run, *, moved: Callable[[], None] = lambda: None) -> dict[str,
                 info = StepInfo(step=run.state.step, training=False, divisor=totals["labels"], held_out=name)
                 forward = partial(run.task.forward_step, info=info)
                 for report in run_step(forward, batches, run.model, pg=run.pg, recipe=run.recipe, forward_only=True):
-                    total = report[0] if total is None else total + report[0]
+                    total = report if total is None else total + report
                 moved()
-            loss, count = sum_reports(run, total if total is not None else torch.zeros(2)).tolist()
+            table = sum_reports(run, total if total is not None else torch.zeros(len(names), 2)).tolist()
+            loss, count = table[0]
             if not count:
                 raise ValueError(
                     f"data.eval_sources[{name}]: no token of it carries a label; give it records with answers"
                 )
             losses[f"eval/loss/{name}"] = loss / count
-    return losses if not losses else losses | {"eval/loss": sum(losses.values()) / len(losses)}
+            rows = zip(names, table, strict=True)
+            others |= {f"eval/{row}/{name}": n / of for row, (n, of) in rows if row in run.task.held_out_names and of}
+    return losses if not losses else losses | {"eval/loss": sum(losses.values()) / len(losses)} | others

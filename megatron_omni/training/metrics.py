@@ -4,9 +4,9 @@ One record per logging step, written by one rank, flushed at once: a run that di
 the lines after the step it resumes from, so that a file never holds a step twice.
 
 Names: ``lm loss``, ``loss/modality/*``, ``loss/source/*`` (losses/lm.py; means over the label tokens since the last
-record), ``grad-norm``, ``learning-rate``, ``tokens/s`` (all tokens of the run, padding not counted), ``TFLOP/s`` per
-rank and ``MFU`` where the device's peak is known, ``step time`` in seconds, ``time/*`` (training/logger.py; of the
-logged step), ``moe/*`` (models/moe/balance.py; of the logged step), ``eval/loss/*``.
+record), ``accuracy/*`` (tasks/speech.py), ``grad-norm``, ``learning-rate``, ``tokens/s`` (all tokens of the run, padding
+not counted), ``TFLOP/s`` per rank and ``MFU`` where the device's peak is known, ``step time`` in seconds, ``time/*``
+(training/logger.py; of the logged step), ``moe/*`` (models/moe/balance.py; of the logged step), ``eval/loss/*``.
 
 FLOPs are those of the language model (estimate/flops.py) at the measured mean number of experts per token, and those of
 the encoders on the pictures and the sound that were there; a frozen encoder counts with its forward alone.
@@ -178,6 +178,7 @@ def progress_line(step: int, train_iters: int, metrics: Mapping[str, float]) -> 
         ("codec loss", "loss", "{:.4f}"),
         ("codec/mel", "mel", "{:.4f}"),
         ("codec/perplexity", "perplexity", "{:.0f}"),
+        ("accuracy/codes", "codes right", "{:.3f}"),
         ("preference/accuracy", "accuracy", "{:.3f}"),
         ("preference/margin", "margin", "{:.3f}"),
         ("policy loss", "loss", "{:+.5f}"),

@@ -23,6 +23,7 @@ from megatron_omni.checkpoint.distributed import RUN_CONFIG, find_checkpoint, lo
 from megatron_omni.checkpoint.meaning import check_tokenizers, differences
 from megatron_omni.checkpoint.memory import SaveMemory
 from megatron_omni.checkpoint.saving import PendingSave, plan_save, start_save
+from megatron_omni.checkpoint.text_table import fill_text_table, has_text_table
 from megatron_omni.checkpoint.tokenizer_files import find_tokenizer
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.load import load_recipe
@@ -52,8 +53,10 @@ from megatron_omni.training.task import Task
 
 FIXED_ON_RESUME = ("task", "model", "optim", "freeze", "seed")
 """Groups of the recipe that a resumed run may not change: the optimizer's state belongs to them."""
-FREE_ON_RESUME = ("model.moe.moe_token_dispatcher_type", "model.moe.kernels")
-"""Except what belongs to the layout and to the machine, which may change."""
+FREE_ON_RESUME = (
+    "model.moe.moe_token_dispatcher_type", "model.moe.kernels", "model.speech.text_table", "model.speech.codec",
+)  # fmt: skip
+"""Except what belongs to the layout and to the machine, which may change, and places of files."""
 
 
 @dataclass
@@ -119,6 +122,8 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
     if initial is not None:
         assert not isinstance(model, CodecModel), "refused by config/objective_checks.py"
         origin = load_initial_weights(model, recipe, initial, pg=pg)
+    elif directory is None and has_text_table(model, recipe):
+        origin = f"random, {fill_text_table(model, recipe)}"
     wrapped = wrap_model(model, recipe, pg)
     optimizer, scheduler = build_optimizer(wrapped, recipe, pg)
     run = Run(

@@ -53,6 +53,8 @@ class Task(Protocol):
 
     report_names: Sequence[str]
     """Metric name of every row of the report table; the first is the step's loss."""
+    held_out_names: Sequence[str] = ()
+    """Those of its rows that are also reported of held-out sets, as ``eval/ROW/SET``."""
     watches_loss: bool = True
     """Whether a step whose loss is far above the others' is worth a report (training/incidents.py)."""
 

@@ -94,6 +94,41 @@ def test_two_ranks_share_the_vocabulary(rows_of_a_chunk):
             torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-12)
 
 
+def _tops(rank: Rank, chunk_elements: int):
+    """Which targets are the most probable ones, and the gradients beside them: with entropy and without."""
+    group = rank.initialize(ParallelConfig(tensor_model_parallel_size=rank.world_size)).tp
+    hidden, weight, targets, *gradients = problem()
+    targets[:9] = (hidden @ weight[:VOCAB].t()).argmax(1)[:9]
+    share = weight.chunk(group.size())[group.rank()]
+    found = []
+    for with_entropy in (False, True):
+        leaf, own = hidden.clone().requires_grad_(), share.clone().requires_grad_()
+        results = token_log_probs(
+            lambda rows, own=own: rows @ own.t(), leaf, targets, parameters=[own], num_columns=len(own), vocab_size=VOCAB,
+            group=group, with_entropy=with_entropy, with_top=True, chunk_elements=chunk_elements,
+        )  # fmt: skip
+        assert (results.entropy is not None) == with_entropy and not results.is_top.requires_grad
+        results.log_prob.backward(gradients[0])
+        found.append((results.is_top, own.grad))
+    return found
+
+
+@pytest.mark.parametrize("rows_of_a_chunk", [100, 5], ids=["whole", "5-rows"])
+def test_targets_with_the_largest_logit_are_told(rows_of_a_chunk):
+    """By whole logits and in chunks, on one rank and on two; the gradients stay."""
+    hidden, weight, targets, gradient, _ = problem()
+    best = (hidden @ weight[:VOCAB].t()).argmax(1)
+    targets[:9] = best[:9]
+    right = targets == best
+    assert 9 <= right.sum() < len(right)
+    exact = compute(hidden, weight, targets, [gradient], with_entropy=False)[-1]
+    elements = rows_of_a_chunk * COLUMNS
+    for world_size in (1, 2):
+        for both in zip(*run_ranks(_tops, world_size, elements), strict=True):
+            assert all(torch.equal(is_top, right) for is_top, _ in both)
+            torch.testing.assert_close(torch.cat([grad for _, grad in both]), exact, rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_chunks_are_as_exact_as_the_whole(alone, dtype):
     """Error against float64, of results and gradients in the norm: at most twice that of whole logits in this dtype."""
@@ -126,7 +161,7 @@ def test_no_row_and_frozen_parameters(alone):
     assert [tuple(t.shape) for t in empty] == [(0,), (0, WIDTH), (COLUMNS, WIDTH)]
     assert not empty[-1].any()
     leaf = hidden.clone().requires_grad_()
-    found, _ = token_log_probs(
+    found, *_ = token_log_probs(
         lambda rows: rows @ weight.t(), leaf, targets, parameters=[weight], num_columns=COLUMNS, vocab_size=VOCAB,
         group=alone, chunk_elements=5 * COLUMNS,
     )  # fmt: skip
@@ -158,7 +193,7 @@ def most_resident():  # not ru_maxrss, which a process inherits from the one tha
 
 before = most_resident()
 with profile(activities=[ProfilerActivity.CPU], profile_memory=True) if counted else nullcontext() as measured:
-    found, _ = token_log_probs(
+    found, *_ = token_log_probs(
         lambda rows: rows @ weight.t(), hidden, torch.zeros(ROWS, dtype=torch.int64), parameters=[weight],
         num_columns=VOCAB, vocab_size=VOCAB - 300, group=dist.group.WORLD,
     )

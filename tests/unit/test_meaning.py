@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from megatron_omni.checkpoint.meaning import FREE, MEDIA_POSITIONS, changes, check_handover
+from megatron_omni.config.generators import CodecConfig, SpeechConfig
 from megatron_omni.config.load import all_fields
 from megatron_omni.config.model import LoraConfig, ModelConfig
 from megatron_omni.data.tokenizer import train_sentencepiece
 
-MODEL = ModelConfig(lora=LoraConfig())
+MODEL = ModelConfig(lora=LoraConfig(), speech=SpeechConfig(), codec=CodecConfig())
 FIELDS = [name for name in all_fields() if name.startswith("model.")]
 
 

@@ -1,0 +1,196 @@
+"""The commands that are heard: ``speak``, and ``generate --speak``; on one rank and two, and one error for what cannot be.
+
+Both models have random weights: the speech generator is imported as released ones are, the language model is a dense one
+whose spoken turn is begun for it.
+"""
+
+import contextlib
+import io
+import json
+import os
+import socket
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from megatron_omni.checkpoint.convert import import_checkpoint
+from megatron_omni.checkpoint.families import open_sources
+from megatron_omni.config.run import Recipe
+from megatron_omni.generation.wav import wav_header
+from megatron_omni.models.generators.codec import save_codec
+from tests.distributed.harness import Rank, run_ranks
+from tests.distributed.tiny_speech import tiny_codec
+from tests.unit.dense_checkpoints import write_dense
+from tests.unit.test_speech_conversion import CODES
+from tests.unit.test_speech_upcycle import write_generator
+
+TEXT = "One two, three. Four five; six seven eight nine ten eleven!"
+TP = "parallel.tensor_model_parallel_size=2"
+
+
+@dataclass(frozen=True)
+class Models:
+    """Checkpoints of a speech generator and of a language model, the generator's codec and one of other weights."""
+
+    speaker: Path
+    language: Path
+    codec: Path
+    other_codec: Path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    root = tmp_path_factory.mktemp("speak")
+    fingerprint = save_codec(tiny_codec(CODES), root / "codec")
+    other = tiny_codec(CODES)
+    other.decoder.out.bias.data.add_(1.0)
+    save_codec(other, root / "other")
+    hf = write_generator(root / "released", seed=1)
+    opened = open_sources(language=None, speech=hf)
+    speech = opened.model.speech
+    assert speech is not None
+    speech.codec, speech.codec_fingerprint, speech.voices = str(root / "codec"), fingerprint, ["Jenny", "Brian"]
+    speech.most_codes_per_token, speech.max_codes = 4.0, 60
+    import_checkpoint(opened.parts, Recipe(model=opened.model), root / "speaker", wanted=opened.wanted, tokenizer=hf)
+    hf = write_dense(root / "dense", seed=2)
+    opened = open_sources(language=hf)
+    import_checkpoint(opened.parts, Recipe(model=opened.model), root / "language", wanted=opened.wanted, tokenizer=hf)
+    return Models(root / "speaker", root / "language", root / "codec", root / "other")
+
+
+def run_command(rank: Rank, name: str, arguments: list[str], port: int) -> tuple[int, bytes, str]:
+    if rank.world_size > 1:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"RANK": str(rank.index), "WORLD_SIZE": str(rank.world_size), **address}
+    out, err = io.TextIOWrapper(io.BytesIO(), write_through=True), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = import_module(f"megatron_omni.cli.{name}").main(arguments)
+    assert isinstance(out.buffer, io.BytesIO)
+    return status, out.buffer.getvalue(), err.getvalue()
+
+
+def command(name: str, *arguments: object, ranks: int = 1) -> list[tuple[int, bytes, str]]:
+    """(status, standard output, standard error) on each rank, in processes of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return run_ranks(run_command, ranks, name, [str(a) for a in arguments], port)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_text_is_spoken_into_a_file_and_into_a_pipe(models: Models, tmp_path: Path) -> None:
+    common = [models.speaker, "--text", TEXT, "--voice", "Jenny", "--temperature", 0.7, "--seed", 3]
+    ((status, out, err),) = command("speak", *common, "--out", tmp_path / "a.wav")
+    assert status == 0, err
+    said, info = json.loads(out), soundfile.info(tmp_path / "a.wav")
+    assert (info.frames, info.samplerate, info.channels) == (16 * said["codes"], 1600, 1)
+    assert said["prompt"] == "Language: English; Speaker: Jenny;" and said["pieces"] > 2
+    assert said["first_sound_seconds"] > 0 and said["real_time_factor"] > 0
+    ((status, out, err),) = command("speak", *common, "--out", "-")
+    assert status == 0 and json.loads(err.splitlines()[-1])["codes"] == said["codes"]
+    assert out == wav_header(1600) + (tmp_path / "a.wav").read_bytes()[44:]
+
+
+def test_a_file_of_texts_is_spoken_on_two_ranks(models: Models, tmp_path: Path) -> None:
+    rows = [{"text": TEXT, "voice": "Brian", "id": "first"}, {"text": " . "}, {"text": "seven", "style": "An old man."}]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = {}
+    for name, ranks, override in (("alone", 1, []), ("dp", 2, []), ("tp", 2, [TP])):
+        common = [models.speaker, "--jsonl", tmp_path / "texts.jsonl", "--voice", "Jenny", "--out", tmp_path / name]
+        outcomes = command("speak", *common, *override, ranks=ranks)
+        assert [status for status, *_ in outcomes] == [0] * ranks, outcomes
+        sounds = {p.name: soundfile.read(p)[0] for p in sorted((tmp_path / name).glob("*.wav"))}
+        told[name] = lines_of(tmp_path / name / "spoken.jsonl"), sounds
+    first, silent, third = told["alone"][0]
+    assert (first["id"], first["prompt"]) == ("first", "Language: English; Speaker: Brian;")
+    assert third["prompt"] == "An old man." and "nothing to say" in silent["error"]
+    assert list(told["alone"][1]) == ["0.wav", "2.wav"]
+    for name in ("dp", "tp"):
+        assert told[name][0] == told["alone"][0]
+        for file, sound in told["alone"][1].items():
+            np.testing.assert_allclose(told[name][1][file], sound, atol=1e-4)
+
+
+def test_an_answer_is_written_and_heard(models: Models, tmp_path: Path) -> None:
+    common = [models.language, "--prompt", "Say it.", "--speaker", models.speaker, "--max-new-tokens", 12]
+    wav = tmp_path / "a.wav"
+    ((status, out, err),) = command("generate", *common, "--voice", "Jenny", "--speak", wav, "--out", tmp_path / "a")
+    assert status == 0, err
+    said = json.loads((tmp_path / "a" / "answer.json").read_text())
+    speech = said["speech"]
+    assert (speech["prompt"], speech["file"]) == ("Language: English; Speaker: Jenny;", str(wav))
+    assert soundfile.info(wav).frames == 16 * speech["codes"] > 0
+    assert "Speaker" not in said["answer"] and out.decode() == (tmp_path / "a" / "answer.txt").read_text()
+    ((status, _, err),) = command("generate", *common, "--speak", tmp_path / "none.wav", "--out", tmp_path / "b")
+    assert status == 2 and "error: the answer has no spoken turn" in err and not (tmp_path / "none.wav").exists()
+
+
+def test_records_are_answered_and_heard_on_two_ranks(models: Models, tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": word}]} for word in ("one", "two", "three")]
+    jsonl = tmp_path / "asked.jsonl"
+    jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = [models.language, "--jsonl", jsonl, "--speaker", models.speaker, "--style", "low", "--max-new-tokens", 8]
+    told = []
+    for ranks, override in ((1, []), (2, [TP])):
+        out = tmp_path / str(ranks)
+        outcomes = command("generate", *common, "--speak", tmp_path / "sound", "--out", out, *override, ranks=ranks)
+        assert [status for status, *_ in outcomes] == [0] * ranks, outcomes
+        told.append(lines_of(out / "answers.jsonl"))
+    assert told[0] == told[1] and len(told[0]) == 3
+    for number, row in enumerate(told[0]):
+        speech = row["speech"]
+        assert speech["file"] == str(tmp_path / "sound" / f"{number}.wav") and speech["prompt"] == "low"
+        assert soundfile.info(speech["file"]).frames == 16 * speech["codes"] > 0
+
+
+BAD = {
+    "unknown voice": (["speak", "{speaker}", "--text", "a", "--voice", "Anna"], "its voices are Jenny, Brian"),
+    "no voice": (["speak", "{speaker}", "--text", "a"], "give a voice or a style"),
+    "nothing": (["speak", "{speaker}", "--text", "... !", "--voice", "Jenny"], "neither a letter nor a digit"),
+    "two texts": (["speak", "{speaker}", "--text", "a", "--text-file", "b"], "one of --text, --text-file and --jsonl"),
+    "codec": (["speak", "{speaker}", "--text", "a", "--voice", "Jenny", "--codec", "{other}"], "its fingerprint is"),
+    "override": (["speak", "{speaker}", "--text", "a", "data.seq_length=3"], "speaking knows"),
+    "no generator": (["speak", "{language}", "--text", "a", "--voice", "Jenny"], "no speech generator"),
+    "generator asked": (["generate", "{speaker}", "--prompt", "a"], "megatron-omni speak says a text"),
+    "language speaks": (
+        ["generate", "{language}", "--prompt", "a", "--speaker", "{language}", "--speak", "{tmp}/a.wav"],
+        "no speech generator",
+    ),
+    "no speaker": (["generate", "{language}", "--prompt", "a", "--speak", "{tmp}/a.wav"], "--speak needs --speaker"),
+    "voice alone": (["generate", "{language}", "--prompt", "a", "--voice", "Jenny"], "nothing without --speak"),
+    "thought": (
+        [
+            "generate",
+            "{language}",
+            "--prompt",
+            "a",
+            "--speak",
+            "a.wav",
+            "--speaker",
+            "{speaker}",
+            "--voice",
+            "x",
+            "--think",
+        ],
+        "leave out --think",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_is_one_error(name: str, models: Models, tmp_path: Path) -> None:
+    (which, *arguments), message = BAD[name]
+    places = {"speaker": models.speaker, "language": models.language, "other": models.other_codec, "tmp": tmp_path}
+    out = tmp_path / ("out" if which == "generate" else "out.wav")
+    ((status, _, err),) = command(which, *(a.format(**places) for a in arguments), "--out", out)
+    errors = [line for line in err.splitlines() if "starting (importing torch)" not in line]
+    assert status == 2 and len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0], err
+    assert not out.exists()
