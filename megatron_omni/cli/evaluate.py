@@ -41,6 +41,7 @@ class Request:
     batch_size: int = 32
     threads: int = 2
     deterministic: bool = False
+    codec: Path | None = None
     overrides: list[str] = field(default_factory=list)
 
 
@@ -73,6 +74,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--threads", type=int, default=2, metavar="N", help="threads of a rank that decode ahead (default 2)"
     )
+    p.add_argument("--codec", type=Path, metavar="DIR", help="of tasks of kind speech: folder of the codec (default: that "
+                   "of the recipe)")  # fmt: skip
     p.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the comparison's draws (default 0)")
     p.add_argument(
         "--deterministic", action="store_true", help="the same bits whatever is answered beside it (one rank; slow)"
@@ -132,6 +135,7 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         batch_size=args.batch_size,
         threads=args.threads,
         deterministic=args.deterministic,
+        codec=args.codec,
         overrides=overrides,
     )
 
@@ -183,6 +187,7 @@ def run(request: Request) -> int:
         changes=[word for word in request.overrides if word.startswith("data.")],
         against=request.against,
         seed=request.seed,
+        codec=request.codec,
     )
     if summary is not None and not any(task.count for task in summary.tasks.values()):
         print(f"error: no sample of any task could be used; {request.out} says why of each", file=sys.stderr)

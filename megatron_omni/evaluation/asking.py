@@ -205,14 +205,15 @@ def _line(asked: Asked) -> SampleResult:
         answer=answer,
         thought=thought,
         extracted=extracted,
-        **_outcome(scored),
+        **outcome(scored),
         finish_reason=first.reason if said else "stop",
         seconds=round(time.perf_counter() - asked.submitted, 4),
         tokens=first.usage.completion if said and first.usage is not None else 0,
     )
 
 
-def _outcome(scored: Scored) -> dict[str, Any]:
+def outcome(scored: Scored) -> dict[str, Any]:
+    """Fields of a sample's result."""
     values = dataclasses.asdict(scored)
     return values | {"statistics": None if scored.statistics is None else list(scored.statistics)}
 

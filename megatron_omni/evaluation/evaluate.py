@@ -17,7 +17,9 @@ from megatron_omni.checkpoint.commit import CHECKPOINTS, MANIFEST, iteration_dir
 from megatron_omni.checkpoint.distributed import RUN_CONFIG
 from megatron_omni.config.data import EvalSourceConfig
 from megatron_omni.config.load import load_recipe
+from megatron_omni.data.codes import codec_fingerprint
 from megatron_omni.evaluation.compare import check_comparable, compare, comparison_table, write_changes
+from megatron_omni.evaluation.hearing import check_kinds, hear_all
 from megatron_omni.evaluation.page import write_page
 from megatron_omni.evaluation.results import (
     ASKED,
@@ -54,16 +56,21 @@ def evaluate(
     changes: Sequence[str] = (),
     against: Path | None = None,
     seed: int = 0,
+    codec: Path | None = None,
 ) -> Summary | None:
     """Ask what ``out`` has no line of, then score and write; all ranks together. The summary, on rank 0.
 
-    ``changes`` are overrides of the recipe that answers depend on. ValueError where ``out`` holds another evaluation, or
-    ``against`` other tasks, before the weights are loaded.
+    ``changes`` are overrides of the recipe that answers depend on, ``codec`` the folder of a speech generator's, by default
+    as its recipe says. ValueError where ``out`` holds another evaluation, or ``against`` other tasks, before the weights are
+    loaded.
     """
     facts = facts_of(checkpoint)
+    codec = check_kinds(checkpoint, tasks, codec)
     settings: dict[str, Any] = {"changes": sorted(changes), "deterministic": deterministic}
     if thinking := {task.name: task.config.thinking for task in tasks if task.config.thinking is not None}:
         settings["thinking"] = thinking
+    if codec is not None:
+        settings["codec"] = codec_fingerprint(codec)
     asked = {
         "checkpoint": asdict(facts), "settings": settings, "tasks": {task.name: task.digest for task in tasks},
     }  # fmt: skip
@@ -71,26 +78,32 @@ def evaluate(
     todo = sum(len(task) - len(done[task.name]) for task in tasks)
     times = Times()
     if todo:
-        model = checkpoint.load_model()
         part = out / PARTS / f"{checkpoint.pg.dp.rank()}.jsonl"
         with part.open("a", encoding="utf-8") if checkpoint.pg.mp.rank() == 0 else open(os.devnull, "w") as file:
 
             def finished(task: str, line: Line) -> None:
                 write_line(file, task, line)
 
-            times = ask_all(
-                model,
-                checkpoint.builder,
-                tasks,
-                pg=checkpoint.pg,
-                limits=limits_for(batch_size, deterministic=deterministic),
-                finished=finished,
-                done=done,
-                threads=threads,
-                progress=_Progress() if dist.get_rank() == 0 else lambda done, total: None,
-            )
-        if dist.get_world_size() > 1:
-            dist.barrier()  # a network file system shows what is written when its file is closed
+            progress = _Progress() if dist.get_rank() == 0 else lambda done, total: None
+            if codec is not None:
+                times = hear_all(
+                    checkpoint, tasks, codec=codec, out=out, batch_size=batch_size, deterministic=deterministic,
+                    finished=finished, done=done, progress=progress,
+                )  # fmt: skip
+            else:
+                times = ask_all(
+                    checkpoint.load_model(),
+                    checkpoint.builder,
+                    tasks,
+                    pg=checkpoint.pg,
+                    limits=limits_for(batch_size, deterministic=deterministic),
+                    finished=finished,
+                    done=done,
+                    threads=threads,
+                    progress=progress,
+                )
+    if dist.get_world_size() > 1:
+        dist.barrier()  # a network file system shows what is written when its file is closed
     if dist.get_rank() != 0:
         return None
     settings |= {"batch_size": batch_size, "threads": threads, "parallel": asdict(checkpoint.recipe.parallel)}

@@ -17,14 +17,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_omni.config.data import EvalSourceConfig, SourceConfig
 from megatron_omni.config.load import load_config, read_mapping
 from megatron_omni.config.ranges import file_path, number, out_of_range
 from megatron_omni.config.shards import shard_paths
 from megatron_omni.data.record import Record, RecordError
+from megatron_omni.data.sizes import spoken_answer
 from megatron_omni.data.sources import Source, check_name, open_source
+from megatron_omni.evaluation.judges.load import JudgeOf, open_judge
 from megatron_omni.generation.request import MAX_STOP_STRINGS, Sampling
 from megatron_omni.scoring import Metric, nearest, open_metric
 from megatron_omni.scoring.choice import LETTERS, letter_of
@@ -68,6 +70,11 @@ class TaskConfig:
     """Folder that media paths are relative to; empty: that of the records."""
     group: str = ""
     """Tasks of a group have a mean."""
+    kind: Literal["text", "speech"] = "text"
+    """``speech``: a speech generator speaks the records' spoken answers, and ``judge`` hears what is scored."""
+    judge: str = ""
+    """Of kind ``speech``: ``words``, ``voice``, or ``FILE.py:NAME`` of yours (judges/load.py)."""
+    judge_settings: dict[str, Any] = field(default_factory=dict)
     metric: str = ""
     metric_settings: dict[str, Any] = field(default_factory=dict)
     rule: str = ""
@@ -115,6 +122,8 @@ class Task:
     sampling: Sampling
     examples: tuple[Question, ...]
     digest: str
+    judge: JudgeOf | None = None
+    """Of kind ``speech``."""
 
     def __len__(self) -> int:
         """Rows that are asked."""
@@ -122,7 +131,8 @@ class Task:
 
     def question(self, row: int) -> Question:
         """RecordError for a row that cannot be used."""
-        return question_of(self.source[row])
+        record = self.source[row]
+        return question_of(record) if self.judge is None else spoken_question(record)
 
 
 def load_tasks(
@@ -238,11 +248,13 @@ def open_task(config: TaskConfig, *, file: str, folder: Path) -> Task:
         if config.few_shot is not None:
             examples, more = _examples(config, config.few_shot, folder)
             files += more
+        judge = open_judge(config.judge, config.judge_settings, folder) if config.kind == "speech" else None
+        files += judge.files if judge is not None else []
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     task = Task(
         name=config.name, file=file, config=config, source=source, metric=metric, rule=rule, rule_name=rule_name,
-        sampling=sampling, examples=examples, digest=_digest(config, rule_name, files),
+        sampling=sampling, examples=examples, digest=_digest(config, rule_name, files), judge=judge,
     )  # fmt: skip
     _check_rows(task)
     return task
@@ -251,10 +263,24 @@ def open_task(config: TaskConfig, *, file: str, folder: Path) -> Task:
 def _check_fields(config: TaskConfig, metric: Metric) -> None:
     if config.shuffle_options is not None and not config.show_options:
         raise ValueError("shuffle_options needs show_options: the order of options that a question holds is fixed")
+    _check_kind(config, metric)
     if len(config.stop) > MAX_STOP_STRINGS or not all(config.stop):
         raise ValueError(f"stop has {len(config.stop)} texts; give at most {MAX_STOP_STRINGS}, none of them empty")
     if metric.asks != "answer" and (config.thinking is not None or config.rule):
         raise ValueError(f"metric {config.metric!r} reads no answer: leave out thinking and rule")
+
+
+def _check_kind(config: TaskConfig, metric: Metric) -> None:
+    """ValueError for what means nothing to the task's kind."""
+    if config.kind == "text" and (config.judge or config.judge_settings):
+        raise ValueError("judge and judge_settings hear sound; set kind: speech, or leave them out")
+    if config.kind == "speech":
+        if metric.asks != "answer":
+            raise ValueError(f"metric {config.metric!r} reads no answer, and a judge hears one: give another")
+        fields = ("system_prompt", "thinking", "few_shot", "stop", "shuffle_options", "show_options")
+        default = TaskConfig(data="")
+        if given := [name for name in fields if getattr(config, name) != getattr(default, name)]:
+            raise ValueError(f"{given[0]} means nothing to a speech generator; leave it out of a task of kind speech")
 
 
 def _open(name: str, data: str, root: str, folder: Path) -> tuple[Source, list[Path]]:
@@ -313,6 +339,19 @@ def question_of(record: Record) -> Question:
     return Question(record=asked, expected=expected, options=options)
 
 
+def spoken_question(record: Record) -> Question:
+    """What a record has spoken, and what is to be heard: ``expected``, or what is said. MissingColumn without an answer
+    that is spoken."""
+    speech = spoken_answer(record)
+    if speech is None:
+        raise MissingColumn(
+            f'{record.where}: no spoken answer, which a task of kind speech needs; give an assistant turn "speech"'
+        )
+    given = record.extra.get("expected")
+    expected = (speech.spoken,) if given is None else _texts(given, record.where)
+    return Question(record=record, expected=expected, options=_options(record.extra.get("options"), record.where))
+
+
 def _texts(given: object, where: str) -> tuple[str, ...]:
     """References as texts. A list of numbers is one reference: a segment, a box."""
     if isinstance(given, list) and given and all(_is_number(item) for item in given):
@@ -362,6 +401,8 @@ def _digest(config: TaskConfig, rule_name: str, files: Sequence[Path]) -> str:
     values = dataclasses.asdict(config) | {"rule": rule_name}
     for name in ("name", "data", "root", "group"):
         del values[name]
+    if config.kind == "text":  # as it was before there was another
+        del values["kind"], values["judge"], values["judge_settings"]
     values["thinking"] = False  # a switch: with and without it is the same task
     if config.few_shot is not None:
         values["few_shot"] = config.few_shot.count

@@ -112,7 +112,7 @@ def _of_file(name: str) -> Callable[..., Any]:
     path = Path(file).expanduser()
     if not path.is_file():
         raise ValueError(f"rewards: function = {name!r}: there is no file {path} (from {Path.cwd()})")
-    function = getattr(_module(path), attribute, None)
+    function = getattr(user_module(path, "rewards"), attribute, None)
     if not callable(function):
         raise ValueError(f"rewards: function = {name!r}: {path} has no function {attribute!r}")
     parameters = inspect.signature(function).parameters.values()
@@ -124,9 +124,9 @@ def _of_file(name: str) -> Callable[..., Any]:
     return function
 
 
-def _module(path: Path) -> ModuleType:
-    """The user's file as a module, run once however many of its functions are rewards."""
-    name = f"megatron_omni_user_rewards:{path.resolve()}"
+def user_module(path: Path, what: str) -> ModuleType:
+    """A user's file of ``what`` as a module, run once however many of its functions are used."""
+    name = f"megatron_omni_user_{what}:{path.resolve()}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
@@ -137,5 +137,5 @@ def _module(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise ValueError(f"rewards: {path} does not load: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{what}: {path} does not load: {type(error).__name__}: {error}") from error
     return module

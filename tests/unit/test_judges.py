@@ -1,6 +1,8 @@
 """The judges on natural recordings of the quickstart: they hear what was said, by whom, and planted errors."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from examples.quickstart.assets import load_assets
 from megatron_omni.evaluation.judges.packages import PackageFile
+from megatron_omni.evaluation.judges.remembered import Remembered
 from megatron_omni.evaluation.judges.voices import VoiceJudge, _mel_energies, in_a_row
 from megatron_omni.evaluation.judges.whisper import read_ctranslate2
 from megatron_omni.evaluation.judges.words import WordJudge
@@ -118,3 +121,22 @@ def test_files_are_those_of_the_hash(tmp_path: Path) -> None:
     other.write_bytes(b"\x05")
     with pytest.raises(ValueError, match="ends in the middle"):
         read_ctranslate2(other)
+
+
+def test_verdicts_are_remembered(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def judge(waves: Sequence[np.ndarray]) -> list[Any]:
+        asked.append(len(waves))
+        return [(float(wave.sum()), None) for wave in waves]
+
+    waves = [np.full(4, n, np.float32) for n in (1, 2, 1)]
+    path = tmp_path / "folder" / "judged.jsonl"
+    known = Remembered(path)
+    assert known.ask(judge, waves, "sum") == [[4.0, None], [8.0, None], [4.0, None]] and asked == [2]
+    with path.open("a") as file:
+        file.write('{"key": "cut o')
+    again = Remembered(path)
+    assert again.ask(judge, waves[:2], "sum") == [[4.0, None], [8.0, None]] and asked == [2]
+    assert again.ask(judge, [waves[0]], "another question") == [[4.0, None]] and asked == [2, 1]
+    assert again.ask(judge, [np.full(4, 3, np.float32)], "sum") == [[12.0, None]] and asked == [2, 1, 1]
