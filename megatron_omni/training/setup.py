@@ -33,13 +33,14 @@ from megatron_omni.data.loader import Loader, StepLoader
 from megatron_omni.data.loader_state import joined_state
 from megatron_omni.data.plan import Cursor
 from megatron_omni.data.prompts import loader_kind, step_loader_kind
+from megatron_omni.data.speech_known import known_from_data
 from megatron_omni.data.tokenizer import NEW_SPECIALS, load_tokenizer
 from megatron_omni.models.build import build_trained_model
 from megatron_omni.models.generators.codec_model import CodecModel
 from megatron_omni.models.omni import OmniModel
 from megatron_omni.models.parts import apply_freeze, train_adapters_only
 from megatron_omni.parallel.groups import Place, initialize, place_in
-from megatron_omni.parallel.sharing import gathered, sum_over_ranks
+from megatron_omni.parallel.sharing import from_rank_0, gathered, sum_over_ranks
 from megatron_omni.parallel.wrap import gather_weights, unwrap_model, wrap_model
 from megatron_omni.platform.determinism import make_deterministic
 from megatron_omni.platform.device import device
@@ -55,8 +56,9 @@ FIXED_ON_RESUME = ("task", "model", "optim", "freeze", "seed")
 """Groups of the recipe that a resumed run may not change: the optimizer's state belongs to them."""
 FREE_ON_RESUME = (
     "model.moe.moe_token_dispatcher_type", "model.moe.kernels", "model.speech.text_table", "model.speech.codec",
+    "model.speech.voices",
 )  # fmt: skip
-"""Except what belongs to the layout and to the machine, which may change, and places of files."""
+"""Except what belongs to the layout and to the machine, which may change, places of files, and what data says."""
 
 
 @dataclass
@@ -110,6 +112,7 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
         make_deterministic()
     check_snapshot(recipe.log)
     pg = pg if pg is not None else initialize(recipe.parallel)
+    _know_data(recipe)
     check_memory(recipe, world_size=dist.get_world_size())
     place = place_in(pg)
     seed_everything(recipe.seed, tp_rank=place.tp_rank, ep_rank=place.ep_rank, expert_tp_rank=place.expert_tp_rank)
@@ -151,6 +154,20 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
         if loader is not None and recipe.log.eval_interval > 0:
             loader.plan(Cursor(0))  # ValueError for a set of which no record can be used
     return run
+
+
+def _know_data(recipe: Recipe) -> None:
+    """Fill in what a speech generator is to know of its data; ValueError for codes of another codec than the recipe says."""
+    speech = recipe.model.speech
+    if speech is None:
+        return
+    voices, fingerprint = from_rank_0(lambda: known_from_data(recipe))
+    if None not in (speech.codec_fingerprint, fingerprint) and speech.codec_fingerprint != fingerprint:
+        raise ValueError(
+            f"model.speech.codec_fingerprint={speech.codec_fingerprint}: the codec of the data has {fingerprint}; set it to "
+            "that or to null"
+        )
+    speech.voices, speech.codec_fingerprint = speech.voices or voices, fingerprint or speech.codec_fingerprint
 
 
 def initial_checkpoint(recipe: Recipe) -> Path | None:

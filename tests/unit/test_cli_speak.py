@@ -9,7 +9,7 @@ import io
 import json
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,15 @@ import soundfile
 
 from megatron_omni.checkpoint.convert import import_checkpoint
 from megatron_omni.checkpoint.families import open_sources
+from megatron_omni.config.data import SourceConfig
+from megatron_omni.config.generators import SpeechConfig
 from megatron_omni.config.run import Recipe
+from megatron_omni.data.tokenizer import ALL_SPECIALS, train_sentencepiece
 from megatron_omni.generation.wav import wav_header
 from megatron_omni.models.generators.codec import save_codec
 from tests.distributed.harness import Rank, run_ranks
-from tests.distributed.tiny_speech import tiny_codec
+from tests.distributed.tiny_run import chat, run_tiny
+from tests.distributed.tiny_speech import DENSE, tiny_codec
 from tests.unit.dense_checkpoints import write_dense
 from tests.unit.test_speech_conversion import CODES
 from tests.unit.test_speech_upcycle import write_generator
@@ -149,6 +153,33 @@ def test_records_are_answered_and_heard_on_two_ranks(models: Models, tmp_path: P
         speech = row["speech"]
         assert speech["file"] == str(tmp_path / "sound" / f"{number}.wav") and speech["prompt"] == "low"
         assert soundfile.info(speech["file"]).frames == 16 * speech["codes"] > 0
+
+
+def test_a_run_knows_the_voices_and_the_codec_of_its_data(models: Models, tmp_path: Path) -> None:
+    train_sentencepiece(
+        ["one two three"] * 9, tmp_path / "t.model", vocab_size=320, model_type="bpe", specials=ALL_SPECIALS
+    )
+    rows = [chat("say it", "one two three") for _ in range(4)]
+    for row, voice in zip(rows, ("Zoe", "Anna", "Anna", "Zoe"), strict=True):
+        row["messages"][1]["speech"] = {"speaker": voice, "codes": list(range(CODES))}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = replace(DENSE, vocab_size=CODES + 9, make_vocab_size_divisible_by=1)
+    model.speech = SpeechConfig(
+        num_codes=CODES, text_vocab_size=350, text_hidden_size=8, least_codes_per_token=0.5, codec=str(models.codec),
+        codes_per_second=100.0, max_codes=64,
+    )  # fmt: skip
+    recipe = Recipe(model=model, run_dir=str(tmp_path / "run"), train_iters=1)
+    recipe.optim.precision = "fp32"
+    recipe.data.tokenizer, recipe.data.seq_length, recipe.data.global_batch_size = str(tmp_path / "t.model"), 128, 1
+    recipe.data.sources = [SourceConfig(name="a", path=str(tmp_path / "a.jsonl"))]
+    run_tiny(recipe, 1)
+    common = [tmp_path / "run", "--text", "one", "--out", tmp_path / "a.wav", "model.speech.max_codes=8"]
+    ((status, _, err),) = command("speak", *common, "--voice", "Jenny")
+    assert status == 2 and "its voices are Anna, Zoe" in err
+    ((status, _, err),) = command("speak", *common, "--voice", "Anna", "--codec", models.other_codec)
+    assert status == 2 and "its fingerprint is" in err
+    ((status, out, err),) = command("speak", *common, "--voice", "Anna")
+    assert status == 0 and 0 < json.loads(out)["codes"] <= 8, err
 
 
 BAD = {
