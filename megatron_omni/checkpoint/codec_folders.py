@@ -1,4 +1,5 @@
-"""``megatron-omni convert codec``: WavTokenizer's released files to a codec's folder, and such a folder back.
+"""``megatron-omni convert codec``: WavTokenizer's released files, or a run that trained a codec, to a codec's folder, and such
+a folder back to the released files.
 
 Output is written beside its place under a hidden name and renamed when it is whole; an existing result is never overwritten.
 """
@@ -7,12 +8,21 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
+
 from megatron_omni.checkpoint import commit
 from megatron_omni.checkpoint.convert import check_space, disk_errors
+from megatron_omni.checkpoint.export import find_directory
 from megatron_omni.checkpoint.tensor_files import ConversionError
+from megatron_omni.checkpoint.torch_dist import TorchDistReader
 from megatron_omni.checkpoint.wavtokenizer import find_released, read_released, write_released
+from megatron_omni.config.load import load_recipe
 from megatron_omni.models.generators.codec import Codec, load_codec, save_codec
 from megatron_omni.models.generators.codec_files import CONFIG_FILE, WEIGHTS_FILE
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+"""Of the weights of a trained codec's folder."""
+RUN_CONFIG = "run_config.yaml"
 
 
 def is_codec(folder: Path) -> bool:
@@ -20,15 +30,27 @@ def is_codec(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file()
 
 
-def convert_codec(source: Path, out: Path, *, yaml: Path | None = None) -> Iterator[str]:
-    """Write ``out`` from ``source``; lines that say what was done. ConversionError for what does not fit."""
+def is_run(folder: Path) -> bool:
+    """Whether ``folder`` is a run's, or a checkpoint."""
+    return (folder / commit.CHECKPOINTS).is_dir() or (folder / commit.MANIFEST).is_file()
+
+
+def convert_codec(source: Path, out: Path, *, yaml: Path | None = None, dtype: str | None = None) -> Iterator[str]:
+    """Write ``out`` from ``source``; lines that say what was done. ConversionError for what does not fit.
+
+    ``dtype``: of a trained codec's weights, a key of ``DTYPES``; None: fp32.
+    """
     if not source.exists():
         raise ConversionError(f"{source}: no such file or folder")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConversionError(f"{out}: exists already; choose another --out or remove it")
-    if is_codec(source):
-        if yaml is not None:
-            raise ConversionError(f"--yaml {yaml}: {source} is a codec's folder, which has its configuration in it")
+    if yaml is not None and (is_codec(source) or is_run(source)):
+        raise ConversionError(f"--yaml {yaml}: {source} has its configuration in it; leave it out")
+    if dtype is not None and not is_run(source):
+        raise ConversionError(f"--dtype {dtype}: for a run that trained a codec alone; {source} is none")
+    if is_run(source):
+        yield from _trained(source, out, dtype or "fp32")
+    elif is_codec(source):
         yield from _back(source, out)
     else:
         yield from _in(*find_released(source, yaml), out)
@@ -49,6 +71,19 @@ def _in(checkpoint: Path, yaml: Path, out: Path) -> Iterator[str]:
     total = released.used + sum(released.dropped.values())
     yield f"{checkpoint}: {total} weights, {released.used} used, dropped: {dropped or 'none'}"
     yield f"wrote {out / WEIGHTS_FILE}, fingerprint {fingerprint}; model.speech.codec={out} takes it"
+
+
+def _trained(source: Path, out: Path, dtype: str) -> Iterator[str]:
+    directory = find_directory(source, check=True)
+    recipe = load_recipe(directory / RUN_CONFIG)
+    if recipe.model.codec is None:
+        raise ConversionError(f"{directory}: of task={recipe.task}, no codec; name a run of task=codec")
+    codec, reader = Codec(recipe.model.codec), TorchDistReader(directory)
+    codec.load_state_dict({name: reader.read(f"codec.{name}") for name in codec.state_dict()})
+    about = {"run_config_sha256": commit.sha256(directory / RUN_CONFIG), "seed": recipe.seed, "step": directory.name}
+    fingerprint = _whole(codec, out, lambda place: save_codec(codec, place, dtype=DTYPES[dtype], about=about))
+    size = (out / WEIGHTS_FILE).stat().st_size
+    yield f"wrote {out / WEIGHTS_FILE} of {directory}, {size} bytes, fingerprint {fingerprint}; model.speech.codec={out} takes it"
 
 
 def _back(source: Path, out: Path) -> Iterator[str]:

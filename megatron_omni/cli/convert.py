@@ -10,6 +10,7 @@ megatron-omni convert verify DIR
 megatron-omni convert verify DIR --record-loss recipes/tiny/quickstart.yaml seed=1
 megatron-omni convert codec WAVTOKENIZER.ckpt --yaml CONFIG.yaml --out DIR
 megatron-omni convert codec DIR --out RELEASED
+megatron-omni convert codec runs/codec --out DIR --dtype fp16
 
 Exit status: 0 done, 2 bad input (one line ``error: ...``), 1 anything else. docs/checkpoints.md says what is written.
 """
@@ -67,10 +68,11 @@ def parser() -> argparse.ArgumentParser:
         "--record-loss", metavar="RECIPE", help="record the first step's loss of this recipe; key=value words change it"
     )
     codec = commands.add_parser(
-        "codec", help="WavTokenizer's released files to a codec's folder, or such a folder back"
+        "codec", help="WavTokenizer's released files or a trained run to a codec's folder, or such a folder back"
     )
-    codec.add_argument("source", type=Path, help="released checkpoint, folder with it, or folder of a codec")
+    codec.add_argument("source", type=Path, help="released checkpoint, folder with it, run, or folder of a codec")
     codec.add_argument("--yaml", type=Path, help="its configuration (default: the one that lies beside it)")
+    codec.add_argument("--dtype", choices=("fp32", "fp16"), help="of the weights of a run (default fp32)")
     codec.add_argument("--out", type=Path, required=True, help="directory to make; model.speech.codec takes a codec's")
     return top
 
@@ -209,7 +211,7 @@ def run_codec(options: argparse.Namespace) -> None:
     """``codec``."""
     from megatron_omni.checkpoint.codec_folders import convert_codec
 
-    for line in convert_codec(options.source, options.out, yaml=options.yaml):
+    for line in convert_codec(options.source, options.out, yaml=options.yaml, dtype=options.dtype):
         print(line)
 
 

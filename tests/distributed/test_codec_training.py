@@ -9,8 +9,10 @@ import pytest
 import soundfile
 import torch
 
+from megatron_omni.checkpoint.codec_folders import convert_codec
 from megatron_omni.config.load import recipe_from_dict
 from megatron_omni.config.run import Recipe
+from megatron_omni.models.generators.codec import load_codec
 from megatron_omni.models.generators.codec_model import CodecModel
 from megatron_omni.parallel.wrap import unwrap_model
 from megatron_omni.tasks.choice import task_of
@@ -45,7 +47,7 @@ def recipe(sounds: Path, run_dir: Path, *, steps: int, dropout: float = 0.0, **o
         "code_size": 8,
         "num_mel_bins": 20,
         "encoder_hidden_size": 16,
-        "hidden_size": 32,
+        "hidden_size": 64,
         "ffn_hidden_size": 32,
         "num_layers": 1,
         "num_bandwidths": 2,
@@ -122,6 +124,31 @@ def test_two_ranks_hold_one_codebook_which_is_that_of_one_rank(sounds: Path, tmp
         for name in ("alone", "together")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_trained_run_becomes_a_codec_s_folder(sounds: Path, tmp_path: Path) -> None:
+    (weights,) = run_ranks(train, 1, recipe(sounds, tmp_path / "run", steps=6))
+    for dtype in ("fp32", "fp16"):
+        (said,) = convert_codec(tmp_path / "run", tmp_path / dtype, dtype=dtype)
+        codec = load_codec(tmp_path / dtype)
+        assert codec.fingerprint in said
+        for name, value in codec.state_dict().items():
+            wanted = weights[f"codec.{name}"]
+            if name == "decoder.window":  # follows from its size, and is whole in either
+                assert torch.allclose(value, wanted, atol=1e-3)
+                continue
+            assert torch.equal(value, wanted if dtype == "fp32" else wanted.half().float()), name
+    wave = torch.randn(1, 2000, generator=torch.Generator().manual_seed(0)) * 0.1
+    assert codec.decode(codec.encode(wave)).shape == (1, 2000)
+    run_ranks(train, 1, recipe(sounds, tmp_path / "early", steps=2))
+    for source, options, expected in (
+        (tmp_path / "early", {}, "no codebook yet"),
+        (tmp_path / "run", {"yaml": Path("a.yaml")}, "has its configuration in it"),
+        (tmp_path / "fp32", {"dtype": "fp16"}, "for a run that trained a codec alone"),
+        (tmp_path / "run", {}, "exists already"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            list(convert_codec(source, tmp_path / ("fp32" if "exists" in expected else "new"), **options))
 
 
 def poisoned(rank: Rank, recipe: Recipe) -> bool:
