@@ -44,6 +44,8 @@ class MicroBatch:
     """Real experts per token."""
     imbalance: float = 1.0
     """Rows that the fullest rank's experts get, over the mean."""
+    prefix_share: float = 0.0
+    """Of a sample's tokens, those that all see each other (a speech generator's condition)."""
 
     @property
     def tokens(self) -> int:
@@ -57,8 +59,11 @@ class MicroBatch:
 
     @property
     def pairs(self) -> float:
-        """(query, key) pairs of attention: l (l + 1) / 2 of a sample of l tokens."""
-        return sum(length * (length + 1) / 2 for length in self.lengths or self.rows * (self.length,))
+        """(query, key) pairs of attention: l (l + 1) / 2 of a sample of l tokens, and c (c - 1) / 2 more where c of them see
+        each other."""
+        lengths = self.lengths or self.rows * (self.length,)
+        seen = [length * self.prefix_share for length in lengths]
+        return sum(n * (n + 1) / 2 + max(0.0, c * (c - 1) / 2) for n, c in zip(lengths, seen, strict=True))
 
 
 class Activations:
@@ -183,9 +188,12 @@ class Activations:
         return (2 * inputs * (lora.dropout > 0) + narrow_rows * lora.rank) * self.w
 
     def embedding(self) -> float:
-        """Token ids; where the first layer keeps its input as it is, the other shards too, of which it is a view."""
+        """Token ids; where the first layer keeps its input as it is, the other shards too, of which it is a view; a speech
+        generator's rows of text and which tokens they are."""
         whole = self.tp > 1 and (self.replays or self.w == FP32)
         others = whole * (self.tokens - self.shard) * self.model.hidden_size * self.w
+        if (speech := self.model.speech) is not None:
+            others += self.tokens * (1 + ("text_projection" in self.trained) * speech.text_hidden_size * self.w)
         return ("embeddings" in self.trained) * self.tokens * INDEX + others
 
     def head(self) -> float:

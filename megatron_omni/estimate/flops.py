@@ -18,10 +18,11 @@ class MediaForward(NamedTuple):
     """The vision MLP, or the Q-former; without its last projection."""
 
 
-def flops_per_token(model: ModelConfig, seq_length: float, mean_k: float) -> float:
+def flops_per_token(model: ModelConfig, seq_length: float, mean_k: float, *, prefix_share: float = 0.0) -> float:
     """Training FLOPs (forward + backward) of the language model for one token of a sequence of ``seq_length``.
 
-    ``mean_k`` is the measured mean number of real experts per token: null slots cost nothing.
+    ``mean_k`` is the measured mean number of real experts per token: null slots cost nothing. ``prefix_share``: of the
+    tokens, those that all see each other (a speech generator's condition).
     """
     counts = count_parameters(model)
     dense = (
@@ -32,8 +33,10 @@ def flops_per_token(model: ModelConfig, seq_length: float, mean_k: float) -> flo
         + padded_vocab_size(model) * model.hidden_size
     )
     routed = counts.experts / model.moe.num_routed_experts * mean_k if model.moe else 0.0
-    scores = 2 * model.num_layers * model.num_attention_heads * model.kv_channels * seq_length / 2
-    return 6.0 * (dense + routed + scores)
+    pairs = seq_length / 2 * (1 + prefix_share**2)  # a token's, of L (L + 1) / 2 + p L (p L - 1) / 2
+    scores = 2 * model.num_layers * model.num_attention_heads * model.kv_channels * pairs
+    # Below the projection of text nothing is trained: no gradient of its input.
+    return 6.0 * (dense + routed + scores) + 4.0 * counts.text_projection
 
 
 def tile_forward(model: ModelConfig) -> MediaForward:

@@ -83,7 +83,8 @@ class Plan:
     @property
     def mfu(self) -> float:
         """Model FLOPs (language model, as training/metrics.py counts them) over the sheet's rate."""
-        flops = flops_per_token(self.recipe.model, self.batch.mean_length, self.batch.mean_k)
+        batch = self.batch
+        flops = flops_per_token(self.recipe.model, batch.mean_length, batch.mean_k, prefix_share=batch.prefix_share)
         return self.tokens_per_second * flops / (self.world_size * self.gpu.tflops * 1e12)
 
     def days(self, tokens: float) -> float:
@@ -127,7 +128,8 @@ def heaviest_batch(
     chunks: float | None = None,
     sample_length: int | None = None,
 ) -> MicroBatch:
-    """A full micro-batch: sequences of ``seq_length`` tokens, of which ``label_share`` carry labels.
+    """A full micro-batch: sequences of ``seq_length`` tokens, of which ``label_share`` carry labels; a speech generator's
+    others all see each other.
 
     Each sequence holds ``tiles`` (a video of ``max_frames``) and ``chunks`` of sound, or what fits beside each other.
     Packed sequences hold samples of ``sample_length`` tokens and what is left over; one sample by default, for which
@@ -159,6 +161,7 @@ def heaviest_batch(
         lengths=lengths,
         mean_k=0.0 if model.moe is None else expected_mean_k(model.moe) if mean_k is None else mean_k,
         imbalance=imbalance if recipe.parallel.expert_model_parallel_size > 1 else 1.0,
+        prefix_share=0.0 if model.speech is None else 1.0 - label_share,
     )
 
 

@@ -59,7 +59,7 @@ class RunLogger:
         self.run, self.timer = run, timer
         self._reports: list[tuple[int, torch.Tensor]] = []
         """(step, report table) of the steps since the last record that updated the weights."""
-        self._tokens = self._samples = self._tiles = self._chunks = 0
+        self._tokens = self._labels = self._samples = self._tiles = self._chunks = 0
         self._started = time.perf_counter()
         self._step = run.state.step
         self._mean_k = self._grad_norm = 0.0
@@ -104,6 +104,7 @@ class RunLogger:
     def add(self, reports: list[torch.Tensor], totals: Mapping[str, int]) -> None:
         """Add the report tables of a step that updated the weights, and what all ranks read for it."""
         self._tokens += totals["tokens"]
+        self._labels += totals["labels"]
         self._samples += totals["samples"]
         self._tiles += totals["tiles"]
         self._chunks += totals["chunks"]
@@ -159,7 +160,7 @@ class RunLogger:
             for (step, _), (loss, count) in zip(self._reports, sums[len(names) :]):
                 self._look_for_spike(step, loss / max(count, 1.0))
         self._reports = []
-        self._tokens = self._samples = self._tiles = self._chunks = 0
+        self._tokens = self._labels = self._samples = self._tiles = self._chunks = 0
 
     def _data_counts(self) -> dict[str, float]:
         """Records passed over, by source, data threads replaced and files left to the CPU decoder, over all ranks."""
@@ -213,6 +214,7 @@ class RunLogger:
         rates = throughput(
             self.run.recipe,
             tokens=self._tokens,
+            labels=self._labels,
             samples=self._samples,
             tiles=self._tiles,
             chunks=self._chunks,

@@ -148,6 +148,7 @@ def throughput(
     recipe: Recipe,
     *,
     tokens: float,
+    labels: float,
     samples: float,
     tiles: float,
     chunks: float,
@@ -162,7 +163,8 @@ def throughput(
     if recipe.model.codec is not None:
         return {"tokens/s": tokens / seconds}
     mean_length = max(1, round(tokens / samples))
-    flops = tokens * flops_per_token(recipe.model, mean_length, mean_k)
+    prefix_share = 0.0 if recipe.model.speech is None else 1.0 - labels / tokens
+    flops = tokens * flops_per_token(recipe.model, mean_length, mean_k, prefix_share=prefix_share)
     flops += media_flops(recipe.model, tiles=tiles, chunks=chunks, trained=trained_parts(recipe))
     tflops = flops / seconds / world_size / 1e12
     rates = {"tokens/s": tokens / seconds, "TFLOP/s": tflops}

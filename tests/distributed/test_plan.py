@@ -30,6 +30,7 @@ from megatron_omni.models.moe.router import OmniRouter
 from megatron_omni.parallel import groups
 from megatron_omni.parallel.schedule import run_step
 from megatron_omni.parallel.wrap import unwrap_model, wrap_model
+from megatron_omni.segments import AttentionSegments, prefix
 from megatron_omni.training.optimizer import build_optimizer
 from megatron_omni.training.setup import freeze
 from tests.attention import segments_of
@@ -56,6 +57,10 @@ VALUES: dict[str, Any] = {
     "freeze": ["new_token_rows"],
 }  # fmt: skip
 
+SPEECH = {
+    "model__vision": None, "model__audio": None, "model__vocab_size": 73, "model__output_bias": True,
+    "model__speech": {"num_codes": 64, "text_vocab_size": 50, "text_hidden_size": 40}, "freeze": [],
+}  # fmt: skip
 TABLE_2 = ["vision", "audio", "attention", "norms", "embeddings", "output", "new_token_rows"]
 """What the paper's fine-tuning leaves alone."""
 
@@ -87,6 +92,9 @@ FOUR_RANKS = [
     layout(2, 2, 1, model__moe=None, model__untie_embeddings_and_output_weights=False),
     layout(2, 1, 2, model__moe__moe_token_dispatcher_type="allgather", data__packing=True),
     layout(2, 1, 2, model__lora={"rank": 4}),
+    Case("speech-pp2", layout(1, 2, 1, **SPEECH).changes),
+    Case("speech-tp2-overlap", layout(2, 1, 2, **SPEECH, parallel__overlap_grad_reduce=True).changes),
+    Case("speech-frozen", layout(1, 1, 1, **SPEECH | {"freeze": ["text_projection", "embeddings"]}).changes),
 ]
 TWO_RANKS = [
     layout(optim__precision=precision, optim__use_distributed_optimizer=sharded)
@@ -113,7 +121,6 @@ def recipe_values(values: dict[str, Any]) -> dict[str, Any]:
 def batch_of(recipe: Recipe, *, first_sample: int, packed: bool) -> OmniBatch:
     """Text, pictures and sound in every row, the last tokens labelled."""
     model = recipe.model
-    assert model.vision is not None and model.audio is not None
     names = ("input_ids", "labels", "segment_ids", "sample_ids", "sample_positions", "modality", "source_ids")
     ints = {name: torch.zeros(ROWS, LENGTH, dtype=torch.int64) for name in names}
     ints["input_ids"].random_(0, model.vocab_size)
@@ -121,6 +128,14 @@ def batch_of(recipe: Recipe, *, first_sample: int, packed: bool) -> OmniBatch:
     ints["segment_ids"][:, LENGTH // 2 :] = int(packed)
     ints["sample_ids"] += first_sample + torch.arange(ROWS)[:, None]
     ints["sample_positions"] += torch.arange(LENGTH)
+    if model.speech is not None:
+        ints["input_ids"].random_(0, model.vocab_size + model.speech.text_vocab_size)
+        segments = (
+            s.shifted(LENGTH * row) for row in range(ROWS) for s in prefix(LENGTH - LABELS // ROWS, LABELS // ROWS)
+        )
+        positions = torch.arange(LENGTH).expand(3, ROWS, LENGTH).clone()
+        return OmniBatch.of(**ints, attention=AttentionSegments(tuple(segments), ROWS * LENGTH), position_ids=positions)
+    assert model.vision is not None and model.audio is not None
     pictures = TILES // ROWS * model.vision.pooled_side**2
     sound = CHUNKS // ROWS * model.audio.num_query_tokens
     ints["modality"][:, 1 : 1 + pictures] = Modality.IMAGE
@@ -250,7 +265,8 @@ def activations(recipe: Recipe, model: Any, pg: Any) -> tuple[int, float]:
     sent, received = sum(routed["sent"]), sum(routed["received"])
     shard_tokens = ROWS * LENGTH / tp * max(len(routed["sent"]), 1)
     batch = MicroBatch(
-        rows=ROWS, length=LENGTH, label_tokens=LABELS, tiles=TILES, chunks=CHUNKS,
+        rows=ROWS, length=LENGTH, label_tokens=LABELS, tiles=TILES if recipe.model.vision else 0,
+        chunks=CHUNKS if recipe.model.audio else 0,
         mean_k=sent / shard_tokens,
         imbalance=received / sent / pg.expt_tp.size() if sent else 1.0,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,7 @@ def test_tensorboard_gets_every_metric(tmp_path: Path) -> None:
 
 def test_throughput_counts_measured_experts() -> None:
     recipe = Recipe()
-    kwargs = {"tokens": 4000.0, "samples": 4.0, "tiles": 0, "chunks": 0, "seconds": 2.0, "world_size": 2}
+    kwargs = {"tokens": 4000.0, "labels": 0.0, "samples": 4.0, "tiles": 0, "chunks": 0, "seconds": 2.0, "world_size": 2}
     rates = throughput(recipe, **kwargs, mean_k=1.5, peak_tflops=None)
     expected = 4000 * flops_per_token(recipe.model, 1000, 1.5) / 2 / 2 / 1e12
     assert rates == {"tokens/s": 2000.0, "TFLOP/s": pytest.approx(expected)}
@@ -62,7 +63,8 @@ def test_throughput_counts_the_encoders_on_what_they_saw() -> None:
     rates = {}
     for freeze in ((), ("vision",), ("vision", "audio", "projectors")):
         recipe = Recipe(freeze=list(freeze))
-        kwargs = {"tokens": 1.0, "samples": 1.0, "seconds": 1.0, "world_size": 1, "mean_k": 1.0, "peak_tflops": None}
+        kwargs: dict[str, Any] = {"tokens": 1.0, "labels": 0.0, "samples": 1.0, "seconds": 1.0, "world_size": 1}
+        kwargs |= {"mean_k": 1.0, "peak_tflops": None}
         without = throughput(recipe, tiles=0, chunks=0, **kwargs)["TFLOP/s"]
         rates[freeze] = (throughput(recipe, tiles=3, chunks=2, **kwargs)["TFLOP/s"] - without) * 1e12
     tile, chunk = tile_forward(recipe.model), chunk_forward(recipe.model)
@@ -73,7 +75,7 @@ def test_throughput_counts_the_encoders_on_what_they_saw() -> None:
 
 
 def test_a_step_without_tokens_has_no_rate() -> None:
-    nothing = {"tokens": 0, "samples": 0, "tiles": 0, "chunks": 0}
+    nothing = {"tokens": 0, "labels": 0, "samples": 0, "tiles": 0, "chunks": 0}
     assert throughput(Recipe(), **nothing, seconds=1, world_size=1, mean_k=0, peak_tflops=None) == {}
 
 
