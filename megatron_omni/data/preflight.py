@@ -25,6 +25,7 @@ from megatron_omni.data.mixture import DataEnded
 from megatron_omni.data.plan import Cursor, Plan
 from megatron_omni.data.record import Record, RecordError
 from megatron_omni.data.sample import Sample
+from megatron_omni.data.sizes import spoken_answer
 
 PLACES = 20_000
 """Places of the order that are looked at to find each source's share of the run."""
@@ -32,6 +33,7 @@ WHOLE_RUN = 200_000
 """Samples up to which every step is planned (50 us a sample on one core of a Zen 3)."""
 FULL_ENOUGH = 0.95
 """Packing efficiency below which something is to be gained (docs/preflight.md)."""
+_SIGNS = frozenset("%$€£¥&@#+=*/\\<>^~|°_％￥")
 PLACEHOLDERS = {Modality.IMAGE: "tiles", Modality.VIDEO: "tiles", Modality.AUDIO: "chunks"}
 
 EncoderRows = Callable[[Sample], tuple[int, int]]
@@ -98,6 +100,9 @@ class SourceReport:
     """Tokens of the planned samples."""
     examples: list[Example] = field(default_factory=list)
     bad: list[BadRecord] = field(default_factory=list)
+    texts_with_digits: int = 0
+    texts_with_signs: int = 0
+    """Of a speech generator: texts with digits, and with signs that are read as words (%, $, @ ..)."""
     tried: int = 0
     """Records that were decoded, or failed to."""
 
@@ -153,6 +158,12 @@ class Preflight:
             unlearned = sum(example.learned_tokens == 0 for example in source.examples)
             if unlearned:
                 found.append(f"{source.name}: {unlearned} samples with nothing to learn")
+            if self.recipe.model.speech is not None and (source.texts_with_digits or source.texts_with_signs):
+                found.append(
+                    f"{source.name}: of {len(source.examples)} texts {source.texts_with_digits} hold digits and "
+                    f"{source.texts_with_signs} signs such as % or $, which a speech generator reads as other sounds; write "
+                    "them in words, or megatron-omni prepare --codes --normalise"
+                )
             limit = self.recipe.data.max_bad_fraction
             if source.tried and len(source.bad) > limit * source.tried:
                 found.append(
@@ -302,6 +313,9 @@ def _look_at(
             message = str(error) if str(error).startswith(where) else f"{where}: {error}"
             report.bad.append(BadRecord(reason=error.reason, message=message))
             continue
+        if (speech := spoken_answer(record)) is not None:
+            report.texts_with_digits += any(map(str.isdigit, speech.spoken))
+            report.texts_with_signs += any(map(_SIGNS.__contains__, speech.spoken))
         visual_rows, audio_rows = encoder_rows(sample)
         held = {modality: int((sample.modality == modality).sum()) for modality in PLACEHOLDERS}
         report.examples.append(
@@ -320,20 +334,20 @@ def _look_at(
 
 def _pieces(loader: StepLoader, sample: Sample) -> Iterator[Piece]:
     """Tokens as text; runs of the same kind joined, placeholders counted."""
-    tokenizer = loader.builder.tokenizer
+    builder = loader.builder
     ids, modality = sample.input_ids.tolist(), sample.modality.tolist()
     # labels[i] is the token after i: token i is learned where the label before it is there.
     learned = [False, *(label != IGNORE_LABEL for label in sample.labels.tolist()[:-1])]
     start = 0
     for end in range(1, len(ids) + 1):
-        kind = (modality[start], learned[start], tokenizer.is_special(ids[start]))
-        same_kind = end < len(ids) and kind == (modality[end], learned[end], tokenizer.is_special(ids[end]))
+        kind = (modality[start], learned[start], builder.is_mark(ids[start]))
+        same_kind = end < len(ids) and kind == (modality[end], learned[end], builder.is_mark(ids[end]))
         if same_kind and (not kind[2] or ids[end] == ids[start]):
             continue
         run = ids[start:end]
         placeholder = modality[start] != Modality.TEXT
         yield Piece(
-            text=tokenizer.decode(run[:1] if placeholder else run, skip_special=False),
+            text=builder.readable(run[:1] if placeholder else run),
             learned=learned[start],
             modality=Modality(modality[start]),
             special=kind[2],

@@ -121,6 +121,14 @@ class SampleBuilder:
         """Id written into padding; padding is recognised by segments, never by this id."""
         return self.tokenizer.pad_id
 
+    def is_mark(self, token: int) -> bool:
+        """Whether an id of a sample is no text: a special token."""
+        return self.tokenizer.is_special(token)
+
+    def readable(self, ids: Sequence[int]) -> str:
+        """Ids of a sample for people."""
+        return self.tokenizer.decode(ids, skip_special=False)
+
     def _size_rule(self, recipe: Recipe) -> SizeRule:
         return SizeRule(recipe, self.tokenizer)
 

@@ -36,8 +36,9 @@ from megatron_omni.data.spoken import Speech
 from megatron_omni.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from megatron_omni.config.generators import SpeechConfig
+    from megatron_omni.config.generators import SpeechConfig, SpeechIds
 
+_SHOWN_CODES = 12
 SLACK_CODES = 40
 """Codes of silence around a text, beside those for its tokens."""
 
@@ -144,6 +145,21 @@ class SpeechSampleBuilder(SampleBuilder):
         """Id written into padding."""
         return self.speech.ids.padding
 
+    def is_mark(self, token: int) -> bool:
+        """Whether an id of a sample is one of the nine marks."""
+        return token in _names(self.speech.ids)
+
+    def readable(self, ids: Sequence[int]) -> str:
+        """Ids of a sample for people: marks by name, codes as numbers, text as text."""
+        known, names = self.speech.ids, _names(self.speech.ids)
+        codes = [token for token in ids if token < known.num_codes]
+        if codes:
+            shown = " ".join(map(str, codes[:_SHOWN_CODES]))
+            return f"{len(codes)} codes: {shown}{' ..' if len(codes) > _SHOWN_CODES else ''}"
+        if marks := [names[token] for token in ids if token in names]:
+            return "".join(marks)
+        return self.tokenizer.decode([token - known.num_outputs for token in ids], skip_special=False)
+
     @property
     def _rule(self) -> SpeechSizeRule:
         assert isinstance(self.sizes, SpeechSizeRule)
@@ -178,6 +194,14 @@ class SpeechSampleBuilder(SampleBuilder):
                 f"model.speech.text_vocab_size = {config.text_vocab_size} is below the {self.tokenizer.vocab_size} ids "
                 f"of data.tokenizer = {recipe.data.tokenizer!r}; raise it to at least that"
             )
+
+
+def _names(ids: "SpeechIds") -> dict[int, str]:
+    """Of the marks."""
+    pairs = zip((*ids.prompt, *ids.prefix), ("<prompt>", "</prompt>", "<prefix>", "</prefix>"))
+    text = {ids.text_start: "<text>", ids.text_end: "</text>"}
+    codes = {ids.codes_start: "<codes>", ids.codes_end: "</codes>", ids.padding: "<padding>"}
+    return dict(pairs) | text | codes
 
 
 def speech_config(recipe: Recipe) -> "SpeechConfig":

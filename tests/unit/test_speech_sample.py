@@ -15,6 +15,8 @@ from megatron_omni.data.builders import prompt_builder, sample_builder, size_rul
 from megatron_omni.data.codes import write_codes
 from megatron_omni.data.errors import RecipeError
 from megatron_omni.data.loader import StepLoader
+from megatron_omni.data.preflight import inspect
+from megatron_omni.data.preflight_page import page
 from megatron_omni.data.prepare import index_files
 from megatron_omni.data.record import RecordError, parse_record
 from megatron_omni.data.sample import SampleBuilder
@@ -241,3 +243,24 @@ def test_a_tokenizer_larger_than_the_table_is_refused(recipe):
     recipe.model.speech.text_vocab_size = 200
     with pytest.raises(ValueError, match=r"text_vocab_size = 200 is below the \d+ ids of data.tokenizer"):
         SpeechSampleBuilder(recipe)
+
+
+def test_preflight_shows_the_sequence_and_counts_digits_and_signs(tmp_path, recipe):
+    said = ["the cat is left of the dog", "80 cats and 3 dogs", "a cat @ home, 50% of it"]
+    made = [turns({"codes": "r.codes.safetensors#0", "start": 20}, text) for text in said]
+    recipe.data.sources = [write_source(tmp_path, "spoken", made)]
+    recipe.train_iters = 2
+    seen = inspect(recipe, num_samples=3, num_steps=2, encoder_rows=lambda sample: (0, 0))
+    (source,) = seen.sources
+    assert (source.texts_with_digits, source.texts_with_signs) == (2, 1)
+    assert any("of 3 texts 2 hold digits and 1 signs" in problem for problem in seen.problems)
+    pieces = source.examples[0].pieces
+    shown = "".join(piece.text for piece in pieces)
+    assert (
+        f"<prompt>{PROMPT}</prompt><prefix>" in shown
+        and "</prefix><text>the cat is left of the dog.</text><codes>" in shown
+    )
+    assert pieces[-1].text == "80 codes: 20 21 22 23 24 25 26 27 28 29 30 31 .." and pieces[-1].learned
+    assert [piece.learned for piece in pieces[:-1]] == [False] * (len(pieces) - 1)
+    assert all(piece.special == (piece.text[0] == "<") for piece in pieces)
+    assert "80 codes: 20 21" in page(seen, title="t")
