@@ -104,6 +104,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         }
     )
     args.lines = lines_of(args)
+    for number, line in enumerate(args.lines, 1):
+        try:
+            "".join(filter(None, (line.text, line.voice, line.style, line.language))).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text {number} is no valid Unicode; write it in UTF-8") from error
     return args
 
 
@@ -118,8 +123,11 @@ def lines_of(args: argparse.Namespace) -> list[Line]:
     for number, row in enumerate(_read(str(args.jsonl)).splitlines(), 1):
         where = f"{args.jsonl}:{number}"
         said = parse_json(row.encode(), where)
-        if not isinstance(said, dict) or not isinstance(said.get("text"), str) or said.keys() - set(KEYS):
-            raise ValueError(f'{where}: expected {{"text": "..."}} and of {", ".join(KEYS[1:])} what is wanted')
+        known = isinstance(said, dict) and not said.keys() - set(KEYS) and "text" in said
+        if not known or not all(isinstance(value, str) for value in said.values()):
+            raise ValueError(
+                f'{where}: expected {{"text": "..."}} and of {", ".join(KEYS[1:])} what is wanted, all texts'
+            )
         lines.append(Line(**{**(voice if "voice" not in said and "style" not in said else {}), **said}))
     if not lines:
         raise ValueError(f"{args.jsonl}: no line")

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,11 +17,13 @@ from megatron_omni.config.generators import SpeechConfig
 from megatron_omni.config.parallel import ParallelConfig
 from megatron_omni.config.run import Recipe
 from megatron_omni.data.collate import collate
+from megatron_omni.data.sample import Sample
 from megatron_omni.data.speech_pieces import pieces, spoken_ids
 from megatron_omni.data.speech_sequence import speech_sample
 from megatron_omni.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from megatron_omni.generation.batches import generate_windows
 from megatron_omni.generation.engine import Engine, EngineLimits
-from megatron_omni.generation.request import Sampling
+from megatron_omni.generation.request import Sampling, Wanted
 from megatron_omni.generation.speaking import SoundFiles, said_of, speak_all, speech_limits
 from megatron_omni.generation.speech import (
     PieceEvent,
@@ -33,6 +36,8 @@ from megatron_omni.generation.speech import (
 )
 from megatron_omni.models.build import build_model
 from megatron_omni.models.generators.codec import Codec, StreamingDecoder
+from megatron_omni.segments import prefix
+from tests.distributed.generation_requests import extended
 from tests.distributed.harness import Rank, run_ranks
 from tests.distributed.tiny_speech import MIXTURE, tiny_codec
 
@@ -110,6 +115,8 @@ def one_rank(rank: Rank, path: Path) -> dict[str, Any]:
     )
     model.eval()
     result["expected"] = {name: expected(model, tokenizer, name, result["alone"]) for name in ("long", "word")}
+    result["scored"] = scored(model, tokenizer)
+    result["by one forward"] = [by_one_forward(model, prompt, chosen) for prompt, chosen, _ in result["scored"]]
     result["expected release"] = expected(model, tokenizer, "long", result["release"], release=True)
     result["decoded"] = {name: decoded(codec, told) for name, told in result["alone"].items()}
     with torch.no_grad():
@@ -312,9 +319,42 @@ def test_numbers_that_are_none_end_the_utterance(found: dict[str, Any]) -> None:
 # --------------------------------------------------------------------------------------------------------------- layouts
 
 
-def on_layout(rank: Rank, path: Path, parallel: dict[str, int], out: Path) -> tuple[dict[str, SpokenEvent], Told]:
-    """How all ended, on every rank, and what this one heard; its sounds in files."""
+def scored(model: Any, tokenizer: Tokenizer) -> list[tuple[Sample, list[int], list[float]]]:
+    """Prompts of two lengths, what was chosen after them, computed together, and its log-probabilities; on every rank."""
+    ids = CONFIG.ids
+    wanted = Wanted(max_new_tokens=20, logprobs=0, ignore_eos=True, banned_ids=(ids.codes_end, ids.padding))
+    prompts = [
+        speech_sample(
+            ids, prompt=tokenizer.encode("any"), prefix=range(n), text=tokenizer.encode(WORDS[: 7 * n]), codes=None
+        )
+        for n in (1, 5)
+    ]
+    (window,) = generate_windows(
+        model, prompts.__getitem__, range(2), wanted=wanted, tokenizer=tokenizer, pg=model.language.pg_collection
+    )
+    answers = [window[1][n][0] for n in range(2)]
+    return [(prompt, answer.ids, answer.logprobs) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+@torch.no_grad()
+def by_one_forward(model: Any, prompt: Sample, chosen: list[int]) -> list[float]:
+    """Log-probabilities of what was ``chosen`` after ``prompt``, without a cache."""
+    whole = replace(extended(prompt, chosen), attention=prefix(prompt.length - 1, len(chosen) + 1))
+    logits = model(collate([whole], pad_id=0), step=0, stochastic=False, compute_loss=False)[0]
+    logprobs = logits[prompt.length - 1 : whole.length - 1].log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(chosen).unsqueeze(1)).squeeze(1).tolist()
+
+
+def test_log_probabilities_are_those_of_one_forward(found: dict[str, Any]) -> None:
+    for (_, chosen, told), expected in zip(found["scored"], found["by one forward"], strict=True):
+        assert len(chosen) == 20 and not {CONFIG.ids.codes_end, CONFIG.ids.padding} & set(chosen)
+        np.testing.assert_allclose(told, expected, rtol=0, atol=1e-5)
+
+
+def on_layout(rank: Rank, path: Path, parallel: dict[str, int], out: Path) -> tuple[dict[str, SpokenEvent], Told, Any]:
+    """How all ended, on every rank, and what this one heard; its sounds in files; log-probabilities."""
     model, tokenizer = built(rank, path, **parallel)
+    logprobs = [told for *_, told in scored(model, tokenizer)]
     codec, events = tiny_codec(), []
     with SoundFiles(lambda name: out / f"{name}.wav", codec.sample_rate) as files:
 
@@ -323,15 +363,17 @@ def on_layout(rank: Rank, path: Path, parallel: dict[str, int], out: Path) -> tu
             files.take(event)
 
         ended = speak_all(model, UTTERANCES, codec=codec, tokenizer=tokenizer, batch_size=2, take=take)
-    return ended, by_name(events)
+    return ended, by_name(events), logprobs
 
 
 @pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}, {"expert": 2}], ids=str)
 def test_every_layout_says_the_same(
     parallel: dict[str, int], tokenizer: Path, found: dict[str, Any], tmp_path: Path
 ) -> None:
-    (ended, first), (also, second) = run_ranks(on_layout, 2, tokenizer, parallel, tmp_path)
+    (ended, first, logprobs), (also, second, others) = run_ranks(on_layout, 2, tokenizer, parallel, tmp_path)
     told = first | second
+    for ours, theirs, (*_, alone) in zip(logprobs, others, found["scored"], strict=True):
+        np.testing.assert_allclose([ours, theirs], [alone, alone], rtol=0, atol=1e-5)
     assert ended == also == {name: found["alone"][name][-1] for name in found["alone"]}
     for utterance in UTTERANCES:
         assert pieces_in(told, utterance.name) == pieces_in(found["alone"], utterance.name), utterance.name

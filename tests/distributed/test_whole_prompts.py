@@ -1,7 +1,7 @@
 """Prompts whose first tokens all see each other (``segments.prefix``): answers are those of one forward without a cache.
 
-On one rank alone, in all kinds of company, in a cache that is too small, in steps of fixed shapes and with the same bits;
-on every kind of layout; with tokens that are never chosen.
+Alone, in all kinds of company, in a cache that is too small, in steps of fixed shapes and with the same bits; with tokens that
+are never chosen. Layouts: test_speaking.py.
 """
 
 from dataclasses import replace
@@ -192,30 +192,3 @@ def test_banned_tokens_are_never_chosen(alone: dict[str, Any]) -> None:
     for never, chosen in alone["banned"]:
         assert len(chosen) == 24 and not set(never) & set(chosen)
     assert len(alone["banned"][-1][0]) == 20
-
-
-# --------------------------------------------------------------------------------------------------------------- layouts
-
-
-def on_layout(rank: Rank, corpus: Path, parallel: dict[str, int]) -> tuple[Results, list[Any]] | None:
-    recipe = recipe_for(corpus, **{f"parallel__{name}_model_parallel_size": size for name, size in parallel.items()})
-    pg = rank.initialize(recipe.parallel)
-    builder = SampleBuilder(recipe)
-    model = build_model(recipe, pg)
-    requests = requests_of(builder, corpus)
-    with Engine(model, tokenizer=builder.tokenizer, pg=pg, limits=TIGHT) as engine:
-        if not engine.leads:
-            engine.follow()
-            return None
-        with engine.leading():
-            mine = requests[pg.dp.rank() :: pg.dp.size()]
-            results = by_name(answered(engine, mine)) if pg.ep.size() > 1 else played(engine, mine, seed=4, cancelled=3)
-            return results, banned(engine, requests[0])
-
-
-@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}, {"expert": 2}], ids=str)
-def test_every_layout_gives_one_ranks_answers(parallel: dict[str, int], corpus: Path, alone: dict[str, Any]) -> None:
-    found = [told for told in run_ranks(on_layout, 2, corpus, parallel) if told is not None]
-    results = {key: result for part, _ in found for key, result in part.items()}
-    assert assert_same_answers(results, alone["alone"]) <= 1
-    assert all(told == alone["banned"] for _, told in found)
