@@ -1,9 +1,11 @@
 """Serve a trained checkpoint: OpenAI's API over HTTP, and a page to talk to it.
 
     megatron-omni serve CHECKPOINT --port 8000
+    megatron-omni serve CHECKPOINT --speaker SPEECH_CHECKPOINT --codec FOLDER
     torchrun --nproc-per-node 2 -m megatron_omni.cli.serve CHECKPOINT parallel.tensor_model_parallel_size=2
 
-Rank 0 speaks HTTP. Text, pictures, sound and video in, text out; docs/serving.md has the paths and their limits. The
+Rank 0 speaks HTTP. Text, pictures, sound and video in, text out, and with a speaker (a process of its own) sound. A
+CHECKPOINT that is a speech generator itself is served alone. docs/serving.md has the paths and their limits. The
 server listens on this machine only unless --host says otherwise, which needs a key (--api-key-file, or OMNI_API_KEY in
 the environment) or --no-auth. SIGTERM ends it when the running answers have ended, with status 0; status 2 for bad input,
 1 when the model's processes have ended. torch is imported after the command line has been accepted and the port is open.
@@ -34,11 +36,13 @@ NEEDED = ("h11", "prometheus_client", "pydantic", "starlette", "uvicorn")
 ENGINE_LIMITS = ("max_running", "max_batch_tokens", "cache_tokens", "prefix_cache", "deterministic")
 _ABOVE_ZERO = (
     "max_body_mib", "max_media", "max_waiting", "max_waiting_mib", "max_queue_seconds", "max_request_seconds",
-    "patience_seconds", "builders",
+    "patience_seconds", "builders", "max_speaking",
     "max_new_tokens", "max_running", "max_batch_tokens", "cache_tokens",
 )  # fmt: skip
 SEND_BYTES = 128 << 10
 _LOCAL = ("127.0.0.1", "::1", "localhost")
+_RECIPE = "run_config.yaml"
+"""Of a checkpoint (checkpoint/distributed.py, which imports torch)."""
 _HTTP_END_SECONDS = 15.0
 """For last words to clients."""
 
@@ -55,6 +59,10 @@ class Command:
     limits: dict[str, Any]
     """Of the engine."""
     overrides: list[str]
+    speaker: tuple[str, str, str] | None
+    """What the process that makes sound is told: checkpoint, codec, pieces at a time."""
+    only_speaks: bool
+    """The checkpoint is the speaker's."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -95,6 +103,11 @@ def parser() -> argparse.ArgumentParser:
         "--prefix-cache", action="store_true", help="keep keys and values of prompts for those that begin alike"
     )
     p.add_argument("--deterministic", action="store_true", help="bits of an answer do not depend on others (slow)")
+    p.add_argument("--speaker", type=Path, metavar="DIR", help="run directory or checkpoint of a speech generator, which "
+                   "speaks the answers (docs/speech.md)")  # fmt: skip
+    p.add_argument("--codec", type=Path, metavar="DIR", help="folder of its codec (default: the one that it names)")
+    p.add_argument("--max-speaking", type=int, default=8, metavar="N", help="pieces of speech that are computed together "
+                   "(default 8)")  # fmt: skip
     p.add_argument("--builders", type=int, default=2, metavar="N", help="processes that decode media (default 2)")
     p.add_argument("--grace-seconds", type=float, default=30.0, metavar="S",
                    help="for running answers after SIGTERM (default 30)")  # fmt: skip
@@ -134,6 +147,8 @@ def parse(argv: Sequence[str] | None = None) -> Command:
         raise ValueError(
             f"{', '.join(missing)} cannot be imported; install the extra: pip install 'megatron-omni[serve]'"
         )
+    only_speaks = _is_speech_generator(args.checkpoint)
+    speaker = _speaker(args, only_speaks)
     keys = _keys(args.api_key_file)
     if args.host not in _LOCAL and not keys and not args.no_auth:
         raise ValueError(
@@ -155,6 +170,7 @@ def parse(argv: Sequence[str] | None = None) -> Command:
         queue_seconds=args.max_queue_seconds,
         request_seconds=args.max_request_seconds,
         patience_seconds=args.patience_seconds,
+        speaks=speaker is not None,
         builders=args.builders,
         ssl_certfile=args.ssl_certfile,
         ssl_keyfile=args.ssl_keyfile,
@@ -164,8 +180,41 @@ def parse(argv: Sequence[str] | None = None) -> Command:
         limits.setdefault("max_batch_tokens", max(512, 2 * args.max_running))
     return Command(
         checkpoint=args.checkpoint, host=args.host, port=args.port, grace_seconds=args.grace_seconds,
-        settings=settings, limits=limits, overrides=args.overrides,
+        settings=settings, limits=limits, overrides=args.overrides, speaker=speaker, only_speaks=only_speaks,
     )  # fmt: skip
+
+
+def _speaker(args: argparse.Namespace, only_speaks: bool) -> tuple[str, str, str] | None:
+    """Of the process that makes sound; ValueError for what does not go together."""
+    if only_speaks and args.speaker is not None:
+        raise ValueError(
+            f"{args.checkpoint} is a speech generator itself: leave --speaker out, or serve a language model"
+        )
+    if only_speaks and (args.overrides or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        raise ValueError(f"{args.checkpoint} is a speech generator: it is served by one process, without overrides")
+    if args.codec is not None and not (only_speaks or args.speaker is not None):
+        raise ValueError("--codec is that of a speech generator: give --speaker too")
+    for folder in filter(None, (args.speaker, args.codec)):
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such directory")
+    if not only_speaks and args.speaker is None:
+        return None
+    codec = str(args.codec) if args.codec is not None else ""
+    return str(args.checkpoint if only_speaks else args.speaker), codec, str(args.max_speaking)
+
+
+def _is_speech_generator(checkpoint: Path) -> bool:
+    """Whether the recipe beside its weights has a ``model.speech``; what is no recipe is refused when it is opened."""
+    from megatron_omni.config.load import load_recipe
+
+    found = [checkpoint / _RECIPE, *sorted(checkpoint.glob(f"checkpoints/iter_*/{_RECIPE}"))[-1:]]
+    for file in found:
+        if file.is_file():
+            try:
+                return load_recipe(file).model.speech is not None
+            except ValueError:
+                return False
+    return False
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:
@@ -210,13 +259,22 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class HttpProcess:
-    """The process that speaks HTTP, and the connection to it."""
+    """The process that speaks HTTP, and the connection to it; the one that makes sound hangs on it alone."""
 
-    def __init__(self, listening: socket.socket, settings: Settings) -> None:
+    def __init__(self, listening: socket.socket, settings: Settings, speaker: Sequence[str] | None) -> None:
         self.link, theirs = Pipe()
-        words = [sys.executable, "-m", "megatron_omni.serve.http", str(theirs.fileno()), str(listening.fileno())]
-        self._process = subprocess.Popen(words, pass_fds=(theirs.fileno(), listening.fileno()))
+        passed = [theirs.fileno(), listening.fileno()]
+        sound, of_http = Pipe() if speaker is not None else (None, None)
+        if sound is not None and of_http is not None and speaker is not None:
+            passed.append(of_http.fileno())
+            words = [sys.executable, "-m", "megatron_omni.serve.speaker_process", str(sound.fileno()), *speaker]
+            self._speaker = subprocess.Popen(words, pass_fds=[sound.fileno()])
+            sound.close()
+        words = [sys.executable, "-m", "megatron_omni.serve.http", *map(str, passed)]
+        self._process = subprocess.Popen(words, pass_fds=passed)
         theirs.close()
+        if of_http is not None:
+            of_http.close()
         listening.close()
         self.link.send(settings)
 
@@ -244,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if leads:
             listening = listen(command.host, command.port)
             port = listening.getsockname()[1]
-            http = HttpProcess(listening, command.settings)
+            http = HttpProcess(listening, command.settings, command.speaker)
     except ValueError as error:
         return refused(error)
     say_starting("serve", command.checkpoint)
@@ -252,13 +310,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     install()
     from megatron_omni.parallel.groups import destroy
-    from megatron_omni.serve.leader import lost_rank
+    from megatron_omni.serve.leader import SpeakerEnded, lost_rank
     from megatron_omni.training.failure import leave, report_failure
 
     try:
         run(command, http.link if http is not None else None, port if leads else 0)
     except BaseException as error:
-        if (lost := lost_rank(error)) is None:
+        if isinstance(error, SpeakerEnded):
+            status = EXIT_FAILURE
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        elif (lost := lost_rank(error)) is None:
             status = report_failure(error)
         else:
             status = EXIT_FAILURE
@@ -281,10 +342,18 @@ def run(command: Command, http: Connection | None, port: int) -> None:
     """Load the model and answer until told to stop; all ranks call this together, rank 0 with the connection to HTTP."""
     from megatron_omni.generation.engine import EngineLimits
     from megatron_omni.generation.load import open_checkpoint
-    from megatron_omni.serve.leader import Leader, facts_of, start_engine
+    from megatron_omni.serve.leader import Leader, facts_of, facts_of_speaker, start_engine
     from megatron_omni.serve.link import Opened, tell
-    from megatron_omni.serve.replicas import Replicas, take_part
+    from megatron_omni.serve.replicas import NoEngine, Replicas, take_part
 
+    scheme = "https" if command.settings.ssl_certfile else "http"
+    host = f"[{command.host}]" if ":" in command.host else command.host
+    serving = f"serving {command.settings.name} at {scheme}://{host}:{port}/ (OpenAI's API under /v1)"
+    if command.only_speaks:
+        assert http is not None
+        tell(http, Opened(facts_of_speaker(command.checkpoint, command.settings.name), None))
+        print(serving, flush=True)
+        return Leader(NoEngine(), None, http, grace_seconds=command.grace_seconds).run()
     checkpoint = open_checkpoint(command.checkpoint, overrides=command.overrides)
     if http is not None:
         tell(http, Opened(facts_of(checkpoint, command.settings.name), checkpoint.recipe))
@@ -300,9 +369,7 @@ def run(command: Command, http: Connection | None, port: int) -> None:
     leader = Leader(
         Replicas(engine, checkpoint.pg.dp), checkpoint.builder.tokenizer, http, grace_seconds=command.grace_seconds
     )
-    scheme = "https" if command.settings.ssl_certfile else "http"
-    host = f"[{command.host}]" if ":" in command.host else command.host
-    print(f"serving {command.settings.name} at {scheme}://{host}:{port}/ (OpenAI's API under /v1)", flush=True)
+    print(serving, flush=True)
     leader.run()
 
 

@@ -14,6 +14,7 @@ from megatron_omni.generation.request import LEAST_LOGPROB, Alternatives, Event,
 from megatron_omni.serve.errors import server_fault, unavailable
 from megatron_omni.serve.jobs import Built
 from megatron_omni.serve.link import ModelFacts
+from megatron_omni.serve.speech_link import SpeechEvent
 
 
 @dataclass
@@ -71,9 +72,9 @@ class Answer:
     @property
     def complete(self) -> bool:
         """Whether every choice has ended."""
-        return all(choice.end is not None for choice in self.choices)
+        return all(self._is_over(choice) for choice in self.choices)
 
-    def take(self, events: Sequence[Event]) -> None:
+    def take(self, events: Sequence[Event | SpeechEvent]) -> None:
         """More of the answer; ApiError where it failed."""
         for event in events:
             first = self._first[event.name]
@@ -105,7 +106,7 @@ class Answer:
                         "choices": [{"index": index, "logprobs": None, "finish_reason": None} | part]
                     }
                     out.append(chunk | {"usage": None} if usage else chunk)
-                choice.ended = choice.end is not None
+                choice.ended = self._is_over(choice)
         return out
 
     def usage_chunk(self) -> dict[str, Any]:
@@ -132,6 +133,9 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": cached, **by_kind},
             "completion_tokens_details": {"reasoning_tokens": reasoning},
         }
+
+    def _is_over(self, choice: Choice) -> bool:
+        return choice.end is not None
 
     def _end_of(self, choice: Choice) -> dict[str, Any]:
         assert choice.end is not None

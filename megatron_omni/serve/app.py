@@ -16,19 +16,23 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from megatron_omni.serve.completions import Completions, read_turns
-from megatron_omni.serve.errors import ApiError, server_fault
+from megatron_omni.serve.completions import Completions, check_writes, read_turns
+from megatron_omni.serve.errors import ApiError, not_here, server_fault
 from megatron_omni.serve.guard import Guard
 from megatron_omni.serve.intake import ClientGone, read_json
 from megatron_omni.serve.jobs import Job
 from megatron_omni.serve.schema import ChatRequest, CompletionRequest, TokenizeRequest, parse
 from megatron_omni.serve.server import Server
+from megatron_omni.serve.speech import Speech
+from megatron_omni.serve.speech_link import as_dict
 
 _INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
 NOT_YET = {
-    "/v1/audio/speech": "speech", "/v1/audio/voices": "speech", "/v1/images/generations": "pictures",
-    "/v1/images/edits": "pictures",
-}  # fmt: skip
+    "/v1/audio/speech": "make speech: it was started without --speaker",
+    "/v1/audio/voices": "make speech: it was started without --speaker",
+    "/v1/images/generations": "make pictures: its models answer with text",
+    "/v1/images/edits": "make pictures: its models answer with text",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +49,7 @@ def application(server: Server) -> Starlette:
         Route("/health", _Status(server).health, methods=["GET"]),
         Route("/ready", _Status(server).ready, methods=["GET"]),
         Route("/metrics", _Status(server).metrics, methods=["GET"]),
+        *_speech_routes(server),
         *(Route(path, _not_yet, methods=["GET", "POST"]) for path in NOT_YET),
     ]
     guard = Middleware(Guard, api_keys=server.settings.api_keys, allowed_hosts=server.settings.allowed_hosts)
@@ -91,9 +96,18 @@ def read_page() -> tuple[str, str]:
 
 
 async def _not_yet(request: Request) -> Response:
-    what = NOT_YET[request.url.path]
-    raise ApiError(501, f"this server cannot make {what} yet: its models answer with text", code="not_implemented",
-                   headers={"X-Should-Retry": "false"})  # fmt: skip
+    raise not_here(NOT_YET[request.url.path])
+
+
+def _speech_routes(server: Server) -> list[BaseRoute]:
+    """Of a server with a speaker; of one that only speaks no path asks for text."""
+    if server.speech is None:
+        return []
+    speech = Speech(server)
+    return [
+        Route("/v1/audio/speech", speech, methods=["POST"]),
+        Route("/v1/audio/voices", speech.voices, methods=["GET"]),
+    ]
 
 
 class _Tokenize:
@@ -105,6 +119,7 @@ class _Tokenize:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         server = self._server
         server.check_takes_requests()
+        check_writes(server)
         try:
             with server.door.place() as place:
                 body = await read_json(Headers(scope=scope), receive, place, server.settings.max_body_bytes)
@@ -144,7 +159,10 @@ class _Status:
 
     async def models(self, _: Request) -> Response:
         """The list of one model."""
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        speech = self._server.speech
+        speaker = [as_dict(speech.ready)] if speech is not None and speech.ready is not None else []
+        own = self._model()
+        return JSONResponse({"object": "list", "data": [own, *(one for one in speaker if one["id"] != own["id"])]})
 
     async def model(self, request: Request) -> Response:
         """That model."""
@@ -166,5 +184,5 @@ class _Status:
         return {
             "id": facts.name, "object": "model", "created": facts.created, "owned_by": "megatron_omni",
             "max_model_len": facts.seq_length, "input_modalities": list(facts.input_modalities),
-            "output_modalities": list(facts.output_modalities), "system_fingerprint": facts.fingerprint,
+            "output_modalities": list(self._server.output_modalities), "system_fingerprint": facts.fingerprint,
         }  # fmt: skip

@@ -25,6 +25,8 @@ from megatron_omni.data.decode import Decoder
 from megatron_omni.data.decode.media import Media, MediaBytes, MediaError, Video
 from megatron_omni.data.record import Part, RecordError, record_of_parts
 from megatron_omni.data.sample import Sample, SampleBuilder
+from megatron_omni.data.speech_request import asked_to_speak
+from megatron_omni.data.tokenizer import SPEECH_START
 from megatron_omni.generation.request import Request, Sampling
 from megatron_omni.serve.errors import ApiError, bad_request
 from megatron_omni.serve.jobs import Built, Job, Kind, Medium, Refusal
@@ -127,6 +129,8 @@ def _prompt(builder: SampleBuilder, job: Job) -> Sample:
         return builder.build_text(ids)
     turns = [(role, [_part(part) for part in parts]) for role, parts in job.turns]
     record = record_of_parts(turns, where="request", separator=job.separator)
+    if job.voice is not None and SPEECH_START in builder.tokenizer.specials:  # else it has never seen a spoken answer
+        record = asked_to_speak(record, voice=job.voice, wording=builder.data.voice_request)
     # From headers: what is too long is not decoded.
     _answer_tokens(builder.prompt_size(record, think=job.think).tokens, builder.data.seq_length, job)
     return builder.build_prompt(record, think=job.think)

@@ -7,8 +7,8 @@ that merely ends looks like a whole answer.
 """
 
 import asyncio
+import contextlib
 import hashlib
-import json
 import secrets
 import time
 import uuid
@@ -22,9 +22,9 @@ from starlette.types import Receive, Scope, Send
 from megatron_omni.generation.request import Event
 from megatron_omni.serve.answers import Answer, ChatAnswer, TextAnswer
 from megatron_omni.serve.engine_client import Mailbox
-from megatron_omni.serve.errors import ApiError, bad_request, server_fault, unavailable
+from megatron_omni.serve.errors import ApiError, bad_request, not_here, server_fault, unavailable
 from megatron_omni.serve.intake import ClientGone, Place, read_json, while_connected, within
-from megatron_omni.serve.jobs import Job, Turn
+from megatron_omni.serve.jobs import Built, Job, Turn
 from megatron_omni.serve.media import Link, read_medium
 from megatron_omni.serve.schema import (
     AudioPart,
@@ -39,8 +39,9 @@ from megatron_omni.serve.schema import (
     parse,
 )
 from megatron_omni.serve.server import Server
-
-_as_json = json.JSONEncoder(ensure_ascii=False).encode
+from megatron_omni.serve.speech_link import Say, SpeechEvent
+from megatron_omni.serve.spoken_answers import SpokenAnswer
+from megatron_omni.serve.streams import EventStream
 
 
 class Completions:
@@ -52,6 +53,7 @@ class Completions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         server, headers = self._server, Headers(scope=scope)
         server.check_takes_requests()
+        check_writes(server)
         try:
             with server.door.place() as place:
                 body = await read_json(headers, receive, place, server.settings.max_body_bytes)
@@ -82,12 +84,15 @@ async def _answer(
     }  # fmt: skip
     in_queue = server.metrics.in_queue
     admitted = lambda: in_queue.observe(time.monotonic() - place.arrived)  # noqa: E731
-    with server.engine.ask(requests, samples=wanted.n * len(jobs), admitted=admitted) as box:
+    with contextlib.ExitStack() as stack:
+        box = stack.enter_context(server.engine.ask(requests, samples=wanted.n * len(jobs), admitted=admitted))
         settings["token_bytes"] = box.token_bytes
         for item in built.values():
             box.token_bytes.update(item.token_bytes or {})
         answer: Answer
-        if isinstance(wanted, ChatRequest):
+        if isinstance(wanted, ChatRequest) and wanted.audio is not None:
+            answer = _spoken(server, wanted, stack, box, name, built, settings)
+        elif isinstance(wanted, ChatRequest):
             answer = ChatAnswer(name, server.facts, built, **settings)
         else:
             answer = TextAnswer(name, server.facts, built, echo=wanted.echo, **settings)
@@ -105,7 +110,35 @@ async def _answer(
     server.metrics.whole.observe(time.monotonic() - place.arrived)
 
 
+def _spoken(
+    server: Server,
+    wanted: ChatRequest,
+    stack: contextlib.ExitStack,
+    box: Mailbox,
+    name: str,
+    built: Mapping[str, Built],
+    settings: dict[str, Any],
+) -> Answer:
+    """The answer whose tokens go on to the speaker, which answers into the same mailbox."""
+    assert server.speech is not None and wanted.audio is not None
+    speech, form = server.speech, wanted.audio.sound_format
+    said = Say(
+        name=name, form=form, voice=wanted.audio.voice, style=None, text=None, temperature=0.0,
+        seed=settings["seed"],
+    )  # fmt: skip
+    stack.enter_context(speech.ask(said, box))
+    return SpokenAnswer(
+        name, server.facts, built, form=form, tell=lambda ids, end: speech.tell(name, ids, end=end), **settings
+    )
+
+
 # ------------------------------------------------------------------------------------------------ what is asked
+
+
+def check_writes(server: Server) -> None:
+    """ApiError 501 where there is a speaker and no model that answers."""
+    if server.only_speaks:
+        raise not_here("answer: its checkpoint is a speech generator, see /v1/audio/speech")
 
 
 async def _jobs(
@@ -120,9 +153,15 @@ async def _jobs(
         "max_new_tokens": wanted.max_new_tokens, "default_new_tokens": server.settings.max_new_tokens,
     }  # fmt: skip
     if isinstance(wanted, ChatRequest):
-        check_modalities(wanted, server.facts.output_modalities)
+        check_modalities(wanted, server.output_modalities)
+        voice = wanted.audio.voice if wanted.audio is not None else None
+        if voice is not None and server.speech is not None:
+            server.speech.check_voice(voice, param="audio.voice")
         turns = await read_turns(server, wanted.messages)
-        common |= {"separator": server.settings.media_separator, "think": wanted.chat_template_kwargs.enable_thinking}
+        common |= {
+            "separator": server.settings.media_separator, "think": wanted.chat_template_kwargs.enable_thinking,
+            "voice": voice,
+        }  # fmt: skip
         return [Job(name=name, turns=turns, fields=fields | {"reasoning": True}, **common)]
     fields["prompt_logprobs"] = wanted.num_top_logprobs if wanted.echo else None
     texts = [prompt if isinstance(prompt, str) else tuple(prompt) for prompt in wanted.prompts]
@@ -192,7 +231,9 @@ def _link(part: Part, param: str) -> Link:
 # ------------------------------------------------------------------------------------------------ what is answered
 
 
-async def _events(server: Server, box: Mailbox, answer: Answer, place: Place) -> AsyncIterator[list[Event]]:
+async def _events(
+    server: Server, box: Mailbox, answer: Answer, place: Place
+) -> AsyncIterator[list[Event | SpeechEvent]]:
     """Events until every answer has ended, taken by ``answer``; empty lists where none came for a while."""
     settings, metrics = server.settings, server.metrics
     last_time = place.arrived
@@ -219,7 +260,7 @@ async def _events(server: Server, box: Mailbox, answer: Answer, place: Place) ->
 
 
 async def _stream(
-    server: Server, events: AsyncIterator[list[Event]], answer: Answer, name: str, usage: bool, send: Send
+    server: Server, events: AsyncIterator[list[Event | SpeechEvent]], answer: Answer, name: str, usage: bool, send: Send
 ) -> None:
     stream = EventStream(send, name, server.settings.patience_seconds)
     try:
@@ -243,36 +284,3 @@ async def _stream(
             await stream.end()
         raise
     await stream.end()
-
-
-class EventStream:
-    """Server-sent events, begun with the first of them."""
-
-    def __init__(self, send: Send, name: str, seconds: float) -> None:
-        self._send, self._name, self._seconds = send, name, seconds
-        self.begun = False
-
-    async def send(self, *values: Mapping[str, Any]) -> None:
-        """One event for each value, all in one write."""
-        if values:
-            await self._write("".join(f"data: {_as_json(v)}\n\n" for v in values).encode())
-
-    async def ping(self) -> None:
-        """A comment, which keeps proxies from closing the connection."""
-        await self._write(b": ping\n\n")
-
-    async def end(self) -> None:
-        """The last event, and the end of the response."""
-        await self._write(b"data: [DONE]\n\n")
-        await self._send({"type": "http.response.body", "body": b""})
-
-    async def _write(self, data: bytes) -> None:
-        if not self.begun:
-            self.begun = True
-            headers = {
-                "Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
-                "X-Accel-Buffering": "no", "X-Request-Id": self._name,
-            }  # fmt: skip
-            raw = [(key.lower().encode(), value.encode()) for key, value in headers.items()]
-            await self._send({"type": "http.response.start", "status": 200, "headers": raw})
-        await within(self._seconds, self._send({"type": "http.response.body", "body": data, "more_body": True}))

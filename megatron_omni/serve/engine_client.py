@@ -31,6 +31,7 @@ from megatron_omni.serve.link import (
     told,
 )
 from megatron_omni.serve.link import Refused as RefusedByEngine
+from megatron_omni.serve.speech_link import SpeechEvent, Spoken
 
 MOST_EVENTS = 256
 """Of a mailbox that nobody empties, beyond which its requests are paused: a slow reader shall not fill the memory."""
@@ -46,18 +47,27 @@ class Mailbox:
         admitted: Callable[[], None] = lambda: None,
     ) -> None:
         self.unfinished, self.admitted = samples, admitted
-        self._pause, self._paused = pause, False
+        self._pauses, self._paused = [pause], False
         self.token_bytes: dict[int, bytes] = {}
-        self._events: list[Event] = []
+        self._events: list[Event | SpeechEvent] = []
         self._error: ApiError | None = None
         self._something = asyncio.Event()
 
-    def put(self, event: Event, token_bytes: Mapping[int, bytes]) -> None:
+    def also(self, samples: int, pause: Callable[[bool], None]) -> None:
+        """Something else answers into this one."""
+        self.unfinished += samples
+        self._pauses.append(pause)
+
+    def _pause(self, on: bool) -> None:
+        for pause in self._pauses:
+            pause(on)
+
+    def put(self, event: Event | SpeechEvent, token_bytes: Mapping[int, bytes]) -> None:
         """One more event."""
         self._events.append(event)
         if token_bytes:
             self.token_bytes.update(token_bytes)
-        if isinstance(event, FinishedEvent):
+        if isinstance(event, FinishedEvent | Spoken):
             self.unfinished -= 1
         if len(self._events) >= MOST_EVENTS and not self._paused and self.unfinished:
             self._paused = True
@@ -69,7 +79,7 @@ class Mailbox:
         self._error = self._error or error
         self._something.set()
 
-    async def take(self, seconds: float) -> list[Event]:
+    async def take(self, seconds: float) -> list[Event | SpeechEvent]:
         """All events since the last call; none where none came within ``seconds``. ApiError after :meth:`fail`."""
         if not self._something.is_set():
             try:
@@ -154,9 +164,9 @@ class EngineClient:
         for box in self._boxes.values():
             box.fail(error)
 
-    def close(self) -> None:
+    def close(self, *, speaker_failed: str = "") -> None:
         """Let the engine stop; nothing is said after this."""
-        self._outgoing.put(Drained())
+        self._outgoing.put(Drained(speaker_failed))
         self._sender.join(timeout=5.0)
 
     # -------------------------------------------------------------------------------------------- the wire

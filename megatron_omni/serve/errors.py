@@ -49,6 +49,11 @@ def unavailable(message: str, *, code: str, retry_seconds: int = 5) -> ApiError:
     return ApiError(503, message, code=code, headers={"Retry-After": str(retry_seconds)})
 
 
+def not_here(what: str) -> ApiError:
+    """501: this server cannot."""
+    return ApiError(501, f"this server cannot {what}", code="not_implemented", headers={"X-Should-Retry": "false"})
+
+
 def server_fault(message: str, *, code: str = "internal_error") -> ApiError:
     """500: our fault, and sending the same again does not help; OpenAI's client obeys the header."""
     return ApiError(500, message, code=code, headers={"X-Should-Retry": "false"})

@@ -25,10 +25,11 @@ def main(words: list[str]) -> int:
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     link, listening = Connection(int(words[0])), socket.socket(fileno=int(words[1]))
-    return asyncio.run(serve(link, listening))
+    speaker = Connection(int(words[2])) if len(words) > 2 else None
+    return asyncio.run(serve(link, listening, speaker))
 
 
-async def serve(link: Connection, listening: socket.socket) -> int:
+async def serve(link: Connection, listening: socket.socket, speaker: Connection | None) -> int:
     """Answer requests at ``listening``; the exit status."""
     import uvicorn
 
@@ -40,6 +41,7 @@ async def serve(link: Connection, listening: socket.socket) -> int:
     from megatron_omni.serve.metrics import Metrics
     from megatron_omni.serve.server import Server
     from megatron_omni.serve.settings import Settings
+    from megatron_omni.serve.speech_client import SpeechClient
 
     class QuietServer(uvicorn.Server):
         """Leaves signals alone."""
@@ -51,7 +53,8 @@ async def serve(link: Connection, listening: socket.socket) -> int:
     settings: Settings = link.recv()
     metrics = Metrics()
     engine = EngineClient(link, happened=metrics.happened, paused=metrics.paused.inc)
-    server = Server(settings, engine, metrics)
+    speech = SpeechClient(speaker) if speaker is not None else None
+    server = Server(settings, engine, metrics, speech)
     config = uvicorn.Config(
         application(server),
         http=patient_protocol(settings.patience_seconds),
@@ -71,6 +74,8 @@ async def serve(link: Connection, listening: socket.socket) -> int:
 
     async def start_builders() -> None:
         await engine.opened.wait()
+        if engine.recipe is None:
+            await asyncio.Event().wait()
         assert engine.recipe is not None
         builders = Builders(engine.recipe, number=settings.builders, seconds=settings.build_seconds)
         try:
@@ -86,9 +91,18 @@ async def serve(link: Connection, listening: socket.socket) -> int:
         engine.end_all(unavailable("the server stops", code="shutting_down"))
         await server.door.until_empty(_FLUSH_SECONDS)
 
-    tasks = [asyncio.ensure_future(work) for work in (stop_when_told(), engine.ended.wait(), start_builders())]
+    async def until_speaker_ends() -> None:
+        if speech is None:
+            await asyncio.Event().wait()
+        else:
+            await engine.opened.wait()
+            await speech.until_it_ends(server.facts.tokenizer)
+
+    works = (stop_when_told(), engine.ended.wait(), start_builders(), until_speaker_ends())
+    tasks = [asyncio.ensure_future(work) for work in works]
     done, _ = await asyncio.wait([*tasks, serving], return_when=asyncio.FIRST_COMPLETED)
-    if engine.failed is not None:
+    failed = engine.failed is not None or (speech is not None and speech.failed is not None)
+    if failed:
         await server.door.until_empty(_FLUSH_SECONDS)  # every stream gets its last event
     http.should_exit = True
     await serving
@@ -97,8 +111,10 @@ async def serve(link: Connection, listening: socket.socket) -> int:
     await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
         task.result()
-    engine.close()
-    return EXIT_FAILURE if engine.failed is not None else 0
+    engine.close(speaker_failed=(speech.failed or "") if speech is not None else "")
+    if speech is not None:
+        speech.close()
+    return EXIT_FAILURE if failed else 0
 
 
 if __name__ == "__main__":

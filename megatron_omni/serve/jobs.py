@@ -29,6 +29,8 @@ class Job:
     """Between a medium and a text without white space there."""
     think: bool | None = None
     """Of a conversation: ask for a thought, or begin the answer behind an empty one; None: as the recipe asks."""
+    voice: str | None = None
+    """Of a conversation: ask for an answer that is spoken in this voice."""
     text: str | tuple[int, ...] | None = None
     max_new_tokens: int | None = None
     """None: what there is room for, up to ``default_new_tokens``."""

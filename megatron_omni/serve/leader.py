@@ -22,23 +22,30 @@ from types import FrameType
 import torch.distributed
 
 from megatron_omni.checkpoint.commit import MANIFEST
+from megatron_omni.data.index import tokenizer_digest
 from megatron_omni.data.tokenizer import Tokenizer
 from megatron_omni.foreign import read_bytes
 from megatron_omni.generation.engine import Engine, EngineLimits
 from megatron_omni.generation.load import Checkpoint
 from megatron_omni.generation.request import Event, PromptEvent, TokenEvent
 from megatron_omni.serve.link import Drained, Draining, Failed, Happened, ModelFacts, Ready, Refused, tell
-from megatron_omni.serve.replicas import Command, Replicas
+from megatron_omni.serve.replicas import Command, NoEngine, Replicas
 
 IDLE_SECONDS = 1.0
 TORCH_DISTRIBUTED = Path(torch.distributed.__file__).parent
 ENGINE_ENDED = "the model has ended; the server ends with it and has to be started again"
 
 
+class SpeakerEnded(RuntimeError):
+    """The process that makes sound has ended, and said why."""
+
+
 class Leader:
     """Feeds the engines from one connection until HTTP says that the last client has gone."""
 
-    def __init__(self, engines: Replicas, tokenizer: Tokenizer, http: Connection, *, grace_seconds: float) -> None:
+    def __init__(
+        self, engines: Replicas | NoEngine, tokenizer: Tokenizer | None, http: Connection, *, grace_seconds: float
+    ) -> None:
         self._engines, self._tokenizer, self._http, self._grace_seconds = engines, tokenizer, http, grace_seconds
         self._come = select.poll()
         self._come.register(http.fileno(), select.POLLIN)
@@ -78,6 +85,8 @@ class Leader:
             except EOFError:
                 raise RuntimeError("the process that speaks HTTP has ended") from None
             seconds = 0.0
+            if isinstance(message, Drained) and message.speaker_failed:
+                raise SpeakerEnded(message.speaker_failed)
             if isinstance(message, Drained):
                 self._drained = True
             else:
@@ -93,12 +102,17 @@ class Leader:
             self._http,
             Happened(
                 events=turn.events,
-                token_bytes={token: self._tokenizer.token_bytes(token) for token in set(_tokens_to_name(turn.events))},
+                token_bytes=self._bytes_of(turn.events),
                 state=turn.state,
                 steps=turn.steps,
                 step_seconds=time.perf_counter() - start if busy else None,
             ),
         )
+
+    def _bytes_of(self, events: Sequence[Event]) -> dict[int, bytes]:
+        if self._tokenizer is None:
+            return {}
+        return {token: self._tokenizer.token_bytes(token) for token in set(_tokens_to_name(events))}
 
     def _say_failed(self) -> None:
         try:
@@ -141,6 +155,20 @@ def facts_of(checkpoint: Checkpoint, name: str) -> ModelFacts:
         seq_length=checkpoint.recipe.data.seq_length,
         vocab_size=checkpoint.builder.tokenizer.vocab_size,
         input_modalities=("text", *seen, *heard),
+        tokenizer=tokenizer_digest(checkpoint.builder.tokenizer.path),
+    )
+
+
+def facts_of_speaker(directory: Path, name: str) -> ModelFacts:
+    """The same of a speech generator that is served alone."""
+    return ModelFacts(
+        name=name,
+        created=int(directory.stat().st_mtime),
+        fingerprint=directory.name,
+        seq_length=0,
+        vocab_size=0,
+        input_modalities=("text",),
+        output_modalities=("audio",),
     )
 
 

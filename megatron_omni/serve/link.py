@@ -51,6 +51,9 @@ class Resume:
 class Drained:
     """All requests have ended, or their time has: the engine may stop."""
 
+    speaker_failed: str = ""
+    """Why, where it is that the speaker has ended."""
+
 
 # ------------------------------------------------------------------------------------------------ from the engine
 
@@ -68,6 +71,9 @@ class ModelFacts:
     vocab_size: int
     input_modalities: tuple[Literal["text", "image", "audio", "video"], ...]
     output_modalities: tuple[Literal["text", "audio", "image"], ...] = ("text",)
+    """Of the model itself; a speaker beside it adds sound."""
+    tokenizer: str = ""
+    """SHA-256: a speaker takes its tokens as they are."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,8 @@ class Opened:
     """The checkpoint was found; its weights are being loaded. Builders can start."""
 
     facts: ModelFacts
-    recipe: Recipe
+    recipe: Recipe | None
+    """None: no prompt is made, the server only speaks."""
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,22 @@ class Replicas:
             self._paused.discard(name)
 
 
+class NoEngine:
+    """In the place of engines where a server only speaks: it has nothing to compute, and tells that it lives."""
+
+    busy = False
+
+    def turn(self, commands: Sequence[Command]) -> Turn:
+        """Nothing happens."""
+        nothing = EngineState(**{field.name: 0 for field in fields(EngineState)})
+        return Turn(
+            events=[], refused=[(command.name, "this server only speaks") for command in commands], state=nothing
+        )
+
+    def close(self, *, failed: bool = False) -> None:
+        """Nothing ends."""
+
+
 def take_part(engine: Engine, group: dist.ProcessGroup) -> None:
     """The leader of another replica than rank 0's: turn after turn, until rank 0 closes. PeerFailed where it failed."""
     error: Exception | None = None

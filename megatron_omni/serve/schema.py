@@ -15,12 +15,15 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from pydantic_core import PydanticCustomError
 
 from megatron_omni.serve.errors import ApiError, bad_request
+from megatron_omni.serve.speech_link import SoundFormat
 
 MOST_ERRORS = 5
 """Named in one message."""
 MOST_STOPS, LONGEST_STOP = 4, 256
 MOST_CHOICES = 8
 MOST_TOP_LOGPROBS = 20
+LONGEST_NAME, LONGEST_STYLE, LONGEST_INPUT = 200, 4096, 65_536
+"""Characters of a voice's name, of its description, and of a text to be spoken."""
 _EMPTY: tuple[Any, ...] = (None, False, [], {}, "")
 _SHOWN = 60
 
@@ -251,8 +254,13 @@ _UNSUPPORTED = "leave it out"
 class ChatAudio(Model):
     """How an answer is to sound."""
 
-    voice: str | dict[str, Any]
+    voice: str = Field(min_length=1, max_length=LONGEST_NAME)
     format: Literal["wav", "pcm16", "flac", "opus", "mp3", "aac"]
+
+    @property
+    def sound_format(self) -> SoundFormat:
+        """By the name that /v1/audio/speech has for it."""
+        return "pcm" if self.format == "pcm16" else self.format
 
 
 class ResponseFormat(Model):
@@ -303,9 +311,21 @@ class ChatRequest(_Generation):
             _refuse("top_logprobs", 'means nothing without "logprobs": true')
         if self.audio is not None and "audio" not in self.modalities:
             _refuse("audio", 'means nothing unless modalities holds "audio"')
+        if "audio" in self.modalities:
+            self._check_audio()
         if self.messages[-1].role != "user":
             _refuse("messages", "the last message must be the user's: earlier answers are not continued")
         return self
+
+    def _check_audio(self) -> None:
+        if self.audio is None:
+            _refuse("audio", 'is missing: name a voice and a format for modalities ["text", "audio"]')
+        if "text" not in self.modalities:
+            _refuse("modalities", 'must be ["text", "audio"]: a spoken answer comes with its transcript')
+        if self.n > 1:
+            _refuse("n", "is above 1: one answer is spoken")
+        if self.logprobs:
+            _refuse("logprobs", "are those of text: leave them out, or ask for no audio")
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -316,6 +336,43 @@ class ChatRequest(_Generation):
     def num_top_logprobs(self) -> int | None:
         """Log-probabilities that are asked for besides the chosen token's; None for none at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class SpeechRequest(Model):
+    """Body of ``POST /v1/audio/speech``."""
+
+    model: str = Field(max_length=256)
+    input: str = Field(min_length=1, max_length=LONGEST_INPUT)
+    voice: str | None = Field(default=None, min_length=1, max_length=LONGEST_NAME)
+    instructions: str | None = Field(default=None, max_length=LONGEST_STYLE)
+    """Describes the voice, in place of a name."""
+    response_format: Literal["mp3", "opus", "aac", "flac", "wav", "pcm"] = "mp3"
+    speed: float = 1.0
+    stream: bool = False
+    """Send sound while it is made."""
+    stream_format: Literal["audio", "sse"] = "audio"
+    """Of a stream: bytes, or OpenAI's events."""
+    temperature: float = Field(default=0.0, ge=0.0, le=2.0)
+    seed: int = Field(default=0, ge=-(1 << 63), lt=1 << 63)
+
+    @model_validator(mode="after")
+    def _check_speech(self) -> Self:
+        if self.speed != 1.0:
+            _refuse("speed", f"is {self.speed:g}; sound is made at speed 1 alone: describe the pace in instructions")
+        if not self.input.strip():
+            _refuse("input", "is white space: write what is to be said")
+        if self.voice is not None and self.style is not None and self.voice != "style":
+            _refuse(
+                "instructions", 'stand beside a voice; the model takes one of the two: give "voice": "style" with them'
+            )
+        if self.style is None and self.voice in (None, "style"):
+            _refuse("voice", "is missing: name one of /v1/audio/voices, or describe one in instructions")
+        return self
+
+    @property
+    def style(self) -> str | None:
+        """What describes the voice."""
+        return self.instructions if self.instructions is not None and self.instructions.strip() else None
 
 
 class CompletionRequest(_Generation):

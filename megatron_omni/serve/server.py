@@ -11,13 +11,16 @@ from megatron_omni.serve.jobs import Built, Job
 from megatron_omni.serve.link import ModelFacts
 from megatron_omni.serve.metrics import Metrics
 from megatron_omni.serve.settings import Settings
+from megatron_omni.serve.speech_client import SpeechClient
 
 
 class Server:
     """State of the process that speaks HTTP."""
 
-    def __init__(self, settings: Settings, engine: EngineClient, metrics: Metrics) -> None:
-        self.settings, self.engine, self.metrics = settings, engine, metrics
+    def __init__(
+        self, settings: Settings, engine: EngineClient, metrics: Metrics, speech: SpeechClient | None = None
+    ) -> None:
+        self.settings, self.engine, self.metrics, self.speech = settings, engine, metrics, speech
         self.builders: Builders | None = None
         self.door = Door(settings, metrics)
 
@@ -30,7 +33,20 @@ class Server:
     @property
     def ready(self) -> bool:
         """Whether requests are taken."""
-        return self.engine.ready and self.builders is not None and not self.engine.draining
+        if not self.engine.ready or self.engine.draining or (self.speech is not None and self.speech.ready is None):
+            return False
+        return self.builders is not None or self.only_speaks
+
+    @property
+    def only_speaks(self) -> bool:
+        """Whether there is a speaker and no model beside it."""
+        return "text" not in self.facts.output_modalities
+
+    @property
+    def output_modalities(self) -> tuple[str, ...]:
+        """What answers are made of."""
+        spoken = ("audio",) if self.speech is not None and not self.only_speaks else ()
+        return (*self.facts.output_modalities, *spoken)
 
     @property
     def alive(self) -> bool:
@@ -46,9 +62,9 @@ class Server:
         if not self.ready:
             raise unavailable("the model is being loaded", code="loading")
 
-    def check_model(self, name: str) -> None:
-        """ApiError 404 for another model than the one that is served."""
-        if name != self.facts.name:
+    def check_model(self, name: str, *also: str) -> None:
+        """ApiError 404 for another model than the one that is served, and those that are one here ``also``."""
+        if name not in (self.facts.name, *also):
             raise ApiError(404, f"no model {name[:100]!r} here: this server has {self.facts.name!r}", param="model",
                            code="model_not_found")  # fmt: skip
 

@@ -30,6 +30,8 @@ class Settings:
     """Requests that were received and have no token yet."""
     max_waiting_bytes: int = 2 << 30
     """Of the bodies and the media of all requests that are there."""
+    speaks: bool = False
+    """A speaker makes sound beside the model, or alone."""
     builders: int = 2
     """Processes that decode media."""
     build_seconds: float = 60.0
