@@ -72,7 +72,7 @@ extended. A mapping changes single sources of it by their names, adds new ones a
 |---|---|
 | `vision`, `audio` | the towers: SigLIP; Whisper encoder |
 | `projectors` | what joins the towers to the language model: the vision MLP; the Q-former (queries included) and its projection |
-| `codec_encoder`, `codec_decoder` | of a codec (`model.codec`), which has no other parts |
+| `codec_encoder`, `codec_decoder`, `discriminators` | of a codec (`model.codec`), which has no other parts; the last in adversarial training |
 | `text_table`, `text_projection` | of a speech generator: the table of text embeddings, which is never trained, and the projection behind it |
 | `attention`, `norms` | of the language model |
 | `ffn` | dense FFN (a model without `moe`) |

@@ -63,6 +63,13 @@ def _codec(recipe: Recipe) -> Iterator[str]:
         yield f"codec.mel_fft_sizes={config.mel_fft_sizes}, mel_bins={config.mel_bins}: give as many of the one as of the other"
     elif max(config.mel_fft_sizes) > 2 * config.crop_codes * model.codec.hop_size:
         yield f"codec.mel_fft_sizes={config.mel_fft_sizes}: longer than twice a crop; raise codec.crop_codes"
+    longest = 2 * config.crop_codes * model.codec.hop_size
+    sizes = config.adversarial_fft_sizes
+    if config.adversarial_weight > 0 and not (sizes and max(sizes) <= longest and not any(size % 4 for size in sizes)):
+        yield (
+            f"codec.adversarial_fft_sizes={sizes}: give one or more multiples of 4, none longer than twice a crop "
+            f"({longest} samples)"
+        )
     if any(size % 4 for size in config.mel_fft_sizes):
         yield f"codec.mel_fft_sizes={config.mel_fft_sizes}: frames are a quarter apart; choose multiples of 4"
     if len(config.gain_db) != 2 or config.gain_db[0] > config.gain_db[1]:

@@ -105,3 +105,11 @@ class CodecTrainingConfig:
     """Bands of each."""
     magnitude_weight: float = number(0.5, at_least=0, at_most=10**6)
     """Factor of the distance of the decoder's log magnitude to the recording's."""
+    adversarial_weight: float = number(0.0, at_least=0, at_most=10**6)
+    """Factor of what judges that are trained beside the codec hold against its sound; 0: there are none."""
+    adversarial_start: int = number(0, at_least=0)
+    """Steps in which the judges learn alone."""
+    feature_weight: float = number(2.0, at_least=0, at_most=10**6)
+    """Factor, beside 1 for the verdict, of the distance of what the judges' layers make of the sound and of the recording."""
+    adversarial_fft_sizes: list[int] = number(lambda: [512, 1024, 2048], at_least=64, at_most=65536)
+    """A judge for each size of the transform."""

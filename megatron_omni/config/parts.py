@@ -19,9 +19,9 @@ SPEECH = frozenset({TEXT_TABLE, "text_projection"})
 PARTS = (
     "vision", "audio", "projectors", TEXT_TABLE, "text_projection", "attention", "norms", "experts", "shared_experts",
     "gate", "ffn", "embeddings", "output", NEW_TOKEN_ROWS, "codec_encoder",
-    "codec_decoder",
+    "codec_decoder", "discriminators",
 )  # fmt: skip
-CODEC_PARTS = frozenset({"codec_encoder", "codec_decoder"})
+CODEC_PARTS = frozenset({"codec_encoder", "codec_decoder", "discriminators"})
 """Of a model that is a codec, which has no others."""
 ADAPTERS = "adapters"
 """Low-rank adapters (``model.lora``), which are trained alone: no name for ``freeze``."""

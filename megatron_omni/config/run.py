@@ -87,7 +87,7 @@ class Recipe:
     freeze: list[str] = field(default_factory=list)
     """Named parts that are not trained: vision, audio, projectors, text_projection, attention, norms, experts,
     shared_experts, gate, ffn, embeddings, output, new_token_rows;
-    of a codec codec_encoder, codec_decoder (docs/config.md)."""
+    of a codec codec_encoder, codec_decoder, discriminators (docs/config.md)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the model."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

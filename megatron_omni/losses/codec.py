@@ -3,6 +3,8 @@
     mel         mean over sizes N of  mean |log max(F |STFT_N y|, e) - log max(F |STFT_N x|, e)|      hop N / 4
     magnitude   mean |max(a, log e') - log max(|S x|, e')|        a: the decoder's log magnitude, S: its own STFT
     commitment  mean squared distance of the encoder's vectors to their entries (codebook.py)
+    verdict     mean over judges of  mean max(0, 1 - D(y));  the judges themselves learn  mean max(0, 1 - D(x)) + max(0, 1 + D(y))
+    features    mean over the judges' layers of  mean |f(y) - f(x)| / mean |f(x)|
 
 |STFT_N| is scaled by 4 / N, so that a sine of amplitude 1 has about 1 at its frequency, and F adds frequencies up to bands on
 the mel scale; e is -60 dB, e' the same for an unscaled spectrum. What is quieter in both does not count. The mel loss hears
@@ -17,6 +19,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import relu
 
 LEAST_AMPLITUDE = 1e-3
 """Of full scale."""
@@ -66,3 +69,24 @@ def mel_filters(sample_rate: int, fft_size: int, num_bins: int) -> Tensor:
     rising = (frequencies - corners[:-2]) / (corners[1:-1] - corners[:-2])
     falling = (corners[2:] - frequencies) / (corners[2:] - corners[1:-1])
     return torch.minimum(rising, falling).clamp(min=0).float()
+
+
+Heard = Sequence[Sequence[Tensor]]
+"""Of each judge, what its layers make of a sound; the logits last."""
+
+
+def judges_loss(recording: Heard, decoded: Heard) -> Tensor:
+    """What the judges learn: hinge loss, mean over judges."""
+    parts = [relu(1 - real[-1]).mean() + relu(1 + made[-1]).mean() for real, made in zip(recording, decoded)]
+    return torch.stack(parts).mean()
+
+
+def verdict_loss(decoded: Heard) -> Tensor:
+    """What the decoder learns from the judges' logits."""
+    return torch.stack([relu(1 - made[-1]).mean() for made in decoded]).mean()
+
+
+def feature_loss(recording: Heard, decoded: Heard) -> Tensor:
+    """Relative distance of the layers; nothing is learned of the recording's."""
+    pairs = [(r.detach(), d) for real, made in zip(recording, decoded) for r, d in zip(real[:-1], made[:-1])]
+    return torch.stack([(d - r).abs().mean() / r.abs().mean().clamp(min=1e-6) for r, d in pairs]).mean()

@@ -17,6 +17,7 @@ _RULES: tuple[tuple[str, str], ...] = (
     (NEW_TOKEN_ROWS, rf"\.{NEW_TOKEN_ROWS}\."),
     ("codec_encoder", r"^codec\.encoder\."),
     ("codec_decoder", r"^codec\.decoder\."),
+    ("discriminators", r"^discriminators\."),
     ("projectors", r"^(vision|audio)\.(projector|qformer)\."),
     ("vision", r"^vision\."),
     ("audio", r"^audio\."),

@@ -1,10 +1,13 @@
 """Training of a codec: crops of sound through encoder, codebook and decoder, and back (losses/codec.py; docs/speech.md).
 
-    loss = w_mel mel + w_mag magnitude + w_com commitment
+    loss = w_mel mel + w_mag magnitude + w_com commitment  (+ w_adv (verdict + w_feat features) + what the judges learn)
 
 The encoder and the decoder learn by the optimizer as every model does, the codebook by running means (codebook.py beside
 the codec). For the first ``codec.start_step`` steps the decoder hears the encoder's vectors themselves; then the codebook
 starts as the k-means of the newest of them, and from there on takes each step's vectors into its means.
+
+Judges of adversarial training learn in the same step by the same optimizer: their loss hears the decoded sound without a
+gradient to the decoder, the decoder's hears them without a gradient to their weights. Their part is not in ``codec loss``.
 
 What the codebook learns of a step it learns once the step's update is done and counted, of the vectors of all data-parallel ranks
 in the order of their samples: every rank gathers them and computes the same, so that all hold one codebook, and a step that is
@@ -19,13 +22,15 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.func import functional_call
 
 from megatron_omni.batch import OmniBatch
 from megatron_omni.config.run import Recipe
-from megatron_omni.losses.codec import MelDistance, magnitude_loss
+from megatron_omni.losses.codec import MelDistance, feature_loss, judges_loss, magnitude_loss, verdict_loss
 from megatron_omni.models.generators.codebook import Codebook, draw_vectors
 from megatron_omni.models.generators.codec import CodecOutput
 from megatron_omni.models.generators.codec_model import CodecModel
+from megatron_omni.models.generators.discriminators import Discriminators
 from megatron_omni.models.generators.istft import stft
 from megatron_omni.parallel.sharing import StepData
 from megatron_omni.parallel.wrap import unwrap_model
@@ -34,8 +39,16 @@ from megatron_omni.training.hooks import PartTimer
 from megatron_omni.training.setup import Run
 from megatron_omni.training.task import LossFunction, StepInfo, Task
 
-NAMES = ("codec loss", "codec/mel", "codec/magnitude", "codec/commitment")
-"""Of the report table."""
+NAMES = (
+    "codec loss",
+    "codec/mel",
+    "codec/magnitude",
+    "codec/commitment",
+    "codec/judges",
+    "codec/verdict",
+    "codec/features",
+)
+"""Of the report table; the last three in adversarial training alone."""
 
 
 @dataclass
@@ -88,7 +101,8 @@ class CodecTask(Task):
         assert batch.audio_features is not None
         wave = batch.audio_features[:, 0]
         row = named_seed(self.seed, "bandwidth", info.step) % self.model_config.num_bandwidths if info.training else 0
-        codec = cast(CodecModel, unwrap_model(cast(Any, model))).codec
+        inner = cast(CodecModel, unwrap_model(cast(Any, model)))
+        codec, judges = inner.codec, inner.discriminators if info.training else None
         output: CodecOutput = model(wave, row=row, quantise=codec.codebook.is_started)
         if info.training and self._pending is not None:
             self._pending.sample_ids.append(batch.sample_ids[:, 0])
@@ -103,11 +117,25 @@ class CodecTask(Task):
             loss = self.config.mel_weight * mel + self.config.magnitude_weight * magnitude
             loss = loss + self.config.commitment_weight * commitment
             labels = batch.num_label_tokens
-            parts = torch.stack([loss, mel, magnitude, commitment]).detach().double()
-            table = torch.stack([parts * labels, torch.full_like(parts, labels)], dim=1)
-            return loss * (labels / max(info.divisor, 1)), table
+            heard = self._judged(judges, wave, decoded) if judges is not None else [zero, zero, zero]
+            parts = torch.stack([loss, mel, magnitude, commitment, *heard]).detach().double()
+            counts = torch.full_like(parts, labels)
+            if judges is None:
+                counts[-3:] = 0
+            else:
+                weight = self.config.adversarial_weight if info.step > self.config.adversarial_start else 0.0
+                loss = loss + heard[0] + weight * (heard[1] + self.config.feature_weight * heard[2])
+            return loss * (labels / max(info.divisor, 1)), torch.stack([parts * counts, counts], dim=1)
 
         return output.wave, loss_function
+
+    def _judged(self, judges: Discriminators, wave: Tensor, decoded: Tensor) -> list[Tensor]:
+        """What the judges learn, and their verdict and layers as the decoder learns from them."""
+        recording = judges(wave)
+        learned = judges_loss(recording, judges(decoded.detach()))
+        fixed = {name: parameter.detach() for name, parameter in judges.named_parameters()}
+        heard = functional_call(judges, fixed, (decoded,))
+        return [learned, verdict_loss(heard), feature_loss(recording, heard)]
 
     # -------------------------------------------------------------------------------------------- codebook
 

@@ -10,7 +10,7 @@ import soundfile
 import torch
 
 from megatron_omni.checkpoint.codec_folders import convert_codec
-from megatron_omni.config.load import recipe_from_dict
+from megatron_omni.config.load import recipe_from_dict, recipe_to_dict
 from megatron_omni.config.run import Recipe
 from megatron_omni.models.generators.codec import load_codec
 from megatron_omni.models.generators.codec_model import CodecModel
@@ -18,6 +18,7 @@ from megatron_omni.parallel.wrap import unwrap_model
 from megatron_omni.tasks.choice import task_of
 from megatron_omni.training import loop
 from megatron_omni.training.setup import setup
+from megatron_omni.training.task import StepInfo
 from tests.distributed.harness import Rank, run_ranks
 from tests.distributed.tiny_run import records
 
@@ -149,6 +150,43 @@ def test_a_trained_run_becomes_a_codec_s_folder(sounds: Path, tmp_path: Path) ->
     ):
         with pytest.raises(ValueError, match=expected):
             list(convert_codec(source, tmp_path / ("fp32" if "exists" in expected else "new"), **options))
+
+
+def gradients(rank: Rank, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Gradients of a first step."""
+    run = setup(recipe, task_of(recipe), pg=rank.initialize(recipe.parallel))
+    (batch,) = run.loader.next_step() if run.loader is not None else ()  # type: ignore[attr-defined]
+    info = StepInfo(step=1, training=True, divisor=batch.num_label_tokens)
+    run.model.zero_grad_buffer()
+    output, loss_function = run.task.forward_step(batch, run.model, info=info)
+    loss_function(output)[0].backward()
+    return {n: p.main_grad.clone() for n, p in unwrap_model(run.model).named_parameters()}  # type: ignore[attr-defined]
+
+
+def test_judges_learn_beside_the_codec_which_hears_them_from_its_start_on(sounds: Path, tmp_path: Path) -> None:
+    judged = {"adversarial_fft_sizes": [128, 256], "adversarial_weight": 0.5}
+    found = {}
+    for name, codec in (("none", {}), ("early", {**judged, "adversarial_start": 1}), ("judged", judged)):
+        values = recipe_to_dict(recipe(sounds, tmp_path / name, steps=6))
+        values["codec"] |= codec
+        values["data"]["micro_batch_size"] = 4
+        (found[name],) = run_ranks(gradients, 1, recipe_from_dict(values))
+    judges = {name for name in found["judged"] if name.startswith("discriminators.")}
+    assert len(judges) == 2 * 10 and found["none"].keys() == found["judged"].keys() - judges
+    assert all(found["early"][name].norm() > 0 for name in judges if name.endswith("weight"))
+    for name in judges:  # the decoder's own loss leaves their weights alone
+        assert torch.allclose(found["early"][name], found["judged"][name], rtol=1e-4, atol=1e-7), name
+    ours = "codec.decoder.out.weight"
+    assert torch.allclose(found["none"][ours], found["early"][ours], rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(found["none"][ours], found["judged"][ours], rtol=1e-2)
+    values = recipe_to_dict(recipe(sounds, tmp_path / "run", steps=6))
+    values["codec"] |= judged
+    first, second = run_ranks(train, 2, recipe_from_dict(values))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    (said,) = convert_codec(tmp_path / "run", tmp_path / "folder")
+    assert load_codec(tmp_path / "folder").fingerprint in said
+    last = records(recipe_from_dict(values))[-2]
+    assert {"codec/judges", "codec/verdict", "codec/features"} <= last.keys()
 
 
 def poisoned(rank: Rank, recipe: Recipe) -> bool:

@@ -7,7 +7,14 @@ import torch
 from numpy.typing import NDArray
 from transformers.audio_utils import mel_filter_bank
 
-from megatron_omni.losses.codec import MelDistance, magnitude_loss, mel_filters
+from megatron_omni.losses.codec import (
+    MelDistance,
+    feature_loss,
+    judges_loss,
+    magnitude_loss,
+    mel_filters,
+    verdict_loss,
+)
 from megatron_omni.models.generators.istft import stft
 
 RATE = 16_000
@@ -73,3 +80,11 @@ def test_magnitude_loss_is_its_formula_and_zero_at_the_recording() -> None:
     wanted = (guess.double().clamp(min=least) - recorded.to(torch.complex128).abs().log().clamp(min=least)).abs().mean()
     assert abs(float(magnitude_loss(guess, recorded, fft_size=1600)) - float(wanted)) < 1e-4
     assert float(magnitude_loss(recorded.abs().log(), recorded, fft_size=1600)) < 1e-6
+
+
+def test_losses_of_the_judges_are_their_formulas() -> None:
+    real = [[torch.tensor([2.0, -2.0]), torch.tensor([0.5, 2.0])], [torch.tensor([1.0]), torch.tensor([-1.0])]]
+    made = [[torch.tensor([1.0, -2.0]), torch.tensor([0.0, -3.0])], [torch.tensor([3.0]), torch.tensor([0.5])]]
+    assert float(judges_loss(real, made)) == ((0.25 + 0.5) + (2.0 + 1.5)) / 2
+    assert float(verdict_loss(made)) == ((1.0 + 4.0) / 2 + 0.5) / 2
+    assert float(feature_loss(real, made)) == (0.5 / 2.0 + 2.0 / 1.0) / 2

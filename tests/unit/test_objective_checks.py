@@ -106,6 +106,10 @@ def codec(**recipe: Any) -> dict[str, Any]:
         (codec(data={"seq_length": 100}), "codec.crop_codes=120: above data.seq_length=100"),
         (codec(codec={"mel_bins": [16]}), "mel_bins=\\[16\\]: give as many of the one as of the other"),
         (codec(codec={"crop_codes": 1, "mel_fft_sizes": [2048], "mel_bins": [8]}), "longer than twice a crop"),
+        (
+            codec(codec={"adversarial_weight": 1.0, "adversarial_fft_sizes": [514]}),
+            "adversarial_fft_sizes=\\[514\\]: give one or more multiples of 4",
+        ),
         (codec(codec={"gain_db": [3.0, -3.0]}), "gain_db=\\[3.0, -3.0\\]: give the lowest and the highest"),
         ({"codec": {"crop_codes": 10}}, "codec: no effect with task=supervised"),
     ],

@@ -1,6 +1,7 @@
 """The codec as the training loop's model: what Megatron asks of one, around :class:`Codec`.
 
-Parameters and buffers are ``codec.encoder.*``, ``codec.decoder.*`` and ``codec.codebook.*``. Every rank has all of it: data
+Parameters and buffers are ``codec.encoder.*``, ``codec.decoder.*``, ``codec.codebook.*`` and, in adversarial training,
+``discriminators.*``. Every rank has all of it: data
 parallelism alone.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from megatron_omni.config.run import Recipe
 from megatron_omni.models.generators.codec import Codec, CodecOutput
+from megatron_omni.models.generators.discriminators import Discriminators
 from megatron_omni.platform.device import accelerator_present
 from megatron_omni.platform.seeds import named_generator
 
@@ -30,6 +32,10 @@ class CodecModel(MegatronModule):
         self.seed = recipe.seed
         self.codec = Codec(recipe.model.codec)
         self.codec.draw_weights(lambda name: named_generator(recipe.seed, name), prefix="codec.")
+        self.discriminators: Discriminators | None = None
+        if recipe.codec.adversarial_weight > 0:
+            self.discriminators = Discriminators(recipe.codec.adversarial_fft_sizes)
+            self.discriminators.draw_weights(lambda name: named_generator(recipe.seed, name), prefix="discriminators.")
 
     def forward(self, wave: Tensor, *, row: int = 0, quantise: bool = True) -> CodecOutput:
         """``wave`` [B, T] through the codec; see :meth:`Codec.forward`."""
