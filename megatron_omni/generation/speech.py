@@ -203,7 +203,8 @@ class Speaker:
     @property
     def busy(self) -> bool:
         """Whether there is something to compute or to tell."""
-        return self.engine.busy or bool(self._events) or any(speech.ended for speech in self._speeches.values())
+        waiting = (speech.ended or speech.tokens for speech in self._speeches.values())
+        return self.engine.busy or bool(self._events) or any(waiting)
 
     def events(self, utterances: Iterable[Utterance] = ()) -> Iterator[SpeechEvent]:
         """Speak ``utterances``, as many together as the engine computes, and tell what happens until all is said."""

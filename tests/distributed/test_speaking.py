@@ -166,8 +166,12 @@ def fed(speaker: Speaker, tokenizer: Tokenizer) -> list[SpeechEvent]:
     """The long text token by token, a step of the engine after each."""
     speaker.submit(replace(UTTERANCES[0], text=""), open=True)
     events: list[SpeechEvent] = []
+    assert not speaker.busy, "an open text that says nothing yet"
     for token in tokenizer.encode(str(UTTERANCES[0].text)):
         speaker.feed("long", [token])
+        assert speaker.busy
+        events += speaker.step()
+    while speaker.busy:
         events += speaker.step()
     speaker.feed("long", end=True)
     while speaker.busy:
