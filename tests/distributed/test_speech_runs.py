@@ -179,6 +179,23 @@ def test_weights_start_another_run(corpus: Path, straight: Recipe) -> None:
         run_tiny(changed, 1)
 
 
+def test_a_dense_generator_starts_the_mixture(corpus: Path) -> None:
+    """Every expert is its feed-forward part and two weights sum to one, so the mixture begins with its loss. Low-rank
+    adapters add nothing at first, and leave table and projection alone."""
+    dense = speech_recipe(corpus, "dense", model__moe=None, train_iters=2)
+    run_tiny(dense, 1)
+    still: dict[str, Any] = {"train_iters": 2, "optim__lr": 0.0, "optim__min_lr": 0.0, "init_from": dense.run_dir}
+    for name, changes in (("mixture", {}), ("adapters", {"model__moe": None, "model__lora": {"rank": 2}})):
+        recipe = speech_recipe(corpus, name, **still, **changes)
+        run_tiny(recipe, 1)
+        for field in ("eval/loss/held", "eval/accuracy/codes/held"):
+            assert records(recipe)[-1][field] == pytest.approx(records(dense)[-1][field], rel=1e-5)
+    found = tensors(recipe.run_dir)
+    assert any(".lora_" in key for key in found) and torch.equal(
+        found["text_projection.weight"], tensors(dense.run_dir)["text_projection.weight"]
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -7,6 +7,7 @@ before them, a packed sequence's samples never each other.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -22,6 +23,10 @@ from megatron_omni.config.model import ModelConfig
 from megatron_omni.config.optim import OptimConfig
 from megatron_omni.config.run import Recipe
 from megatron_omni.data.collate import collate
+from megatron_omni.generation.cache import KVCache
+from megatron_omni.generation.extents import Extent
+from megatron_omni.generation.scheduler import Chunk
+from megatron_omni.models.attention import kv_cache
 from megatron_omni.models.build import build_model
 from megatron_omni.models.language import LanguageModel
 from megatron_omni.models.omni import OmniModel
@@ -200,6 +205,30 @@ def test_a_sample_computes_alike_alone_and_packed(pg: ProcessGroupCollection, mo
         theirs, their_gradient = run(batches)
         torch.testing.assert_close(theirs, losses, rtol=1e-5, atol=1e-6)
         assert error(their_gradient, gradient) < 1e-5
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "mixture"])
+def test_cached_decoding_computes_the_same_codes(pg: ProcessGroupCollection, moe: bool) -> None:
+    """The condition and the start of the codes at once, then code by code: the logits of the whole, bias included."""
+    model = built(MIXTURE if moe else DENSE, pg).eval()
+    sample, condition = SAMPLES[0], CONDITIONS[0]
+    whole = ours(model, collate([sample], pad_id=0))[0, condition:]
+    cache, pieces = KVCache(64), []
+    for start, end in pairwise([0, *range(condition + 1, sample.length + 1)]):
+        part = slice(start, end)
+        piece = replace(
+            sample,
+            input_ids=sample.input_ids[part],
+            labels=sample.labels[part],
+            position_ids=sample.position_ids[:, part],
+            modality=sample.modality[part],
+            attention=None,
+        )
+        chunk = Chunk(0, start, end - start, Extent(0, 64), ends=True, whole=condition if start == 0 else 0)
+        cache.begin([chunk], torch.arange(start, end))
+        with kv_cache(cache):
+            pieces.append(ours(model, collate([piece], pad_id=0))[0, -1:])
+    assert error(torch.cat(pieces), whole) < 1e-5
 
 
 def test_loss_in_chunks_has_the_gradient_of_the_bias(
