@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from megatron_omni.config.generators import SpeechConfig
 from megatron_omni.data.descriptors import MOST_OPEN
@@ -119,8 +119,9 @@ def write_codes(
     metadata = {"about": json.dumps({**(about or {}), **known}, sort_keys=True)}
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file({"codes": flat.astype(np.uint16), "offsets": offsets}, partial, metadata=metadata)
-        with partial.open("rb") as file:
+        with partial.open("wb") as file:  # the library's own file could be read by its owner alone
+            file.write(save({"codes": flat.astype(np.uint16), "offsets": offsets}, metadata=metadata))
+            file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:

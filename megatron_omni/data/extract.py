@@ -29,6 +29,7 @@ from megatron_omni.data.codes import SUFFIX, open_codes, write_codes
 from megatron_omni.data.decode import cpu
 from megatron_omni.data.decode.media import MAX_AUDIO_SECONDS, MediaError
 from megatron_omni.data.errors import RecordError, internal_error
+from megatron_omni.data.index import index_path
 from megatron_omni.data.made_records import MOST_MESSAGES
 from megatron_omni.data.record import loaded, parse_record
 from megatron_omni.data.recordings import Recording, Recordings, line_of
@@ -130,7 +131,8 @@ class _Shard:
 
     def make(self, *, threads: int, advance: Callable[[int], None]) -> None:
         """Encode the recordings and put the two files into their places, the codes last: they say that all is there."""
-        self.codes_path.unlink(missing_ok=True)
+        for stale in (self.codes_path, index_path(self.rows_path)):  # the rows may stay the same to the byte
+            stale.unlink(missing_ok=True)
         found: dict[int, tuple[Recording, NDArray[np.int64]]] = {}
         for number, recording, codes in self._encoded(threads, advance):
             found[number] = recording, codes

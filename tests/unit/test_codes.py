@@ -42,6 +42,8 @@ def test_what_is_written_is_read(file, tmp_path):
     assert (opened.fingerprint, opened.num_codes, opened.codes_per_second) == tuple(KIND.values())
     assert opened.about["made_of"] == "x" and open_codes(str(file)) is opened
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    (tmp_path / "other").touch()
+    assert file.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_a_file_that_was_written_anew_is_opened_anew(file):

@@ -230,7 +230,12 @@ def test_shards_of_other_data_codec_or_rules_are_made_anew(tmp_path, encoder):
 
     assert batches(encoder, Rules()) == 1 and batches(encoder, Rules()) == 0
     other = Encoder(build_codec(1))
-    assert batches(other, Rules()) == 1 and batches(encoder, Rules()) == 1
+    index = tmp_path / "t.spoken-00000.jsonl.index"
+    index.write_text("of the codes before")
+    rows = (tmp_path / "t.spoken-00000.jsonl").read_bytes()
+    assert batches(other, Rules()) == 1 and not index.exists()
+    assert (tmp_path / "t.spoken-00000.jsonl").read_bytes() == rows
+    assert batches(encoder, Rules()) == 1
     assert batches(encoder, Rules(longest_seconds=9.0)) == 1
     jsonl(path, [spoken("a.wav", "a dog")])
     assert batches(encoder, Rules(longest_seconds=9.0)) == 1
