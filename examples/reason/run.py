@@ -148,7 +148,7 @@ class Reason:
         return {
             "seconds": round(time.perf_counter() - self._began, 1),
             "started": self.started,
-            "commit": _commit(),
+            "commit": commit(),
             "recipe_sha256": sha256_of(sorted(RECIPES.glob("*.yaml"))),
             "checkpoint_sha256": sha256_of(sorted((self.out / "gspo_2" / "checkpoints").rglob("*"))),
             **report.stage_scores(self.out),
@@ -182,7 +182,8 @@ class Reason:
         (self.out / "seeds.json").write_text(json.dumps(report.seed_scores(self.out), indent=1) + "\n")
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Of this checkout; empty without git."""
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return done.stdout.strip()
 
