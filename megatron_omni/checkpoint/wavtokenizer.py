@@ -216,6 +216,11 @@ def write_released(codec: Codec, folder: Path) -> list[Path]:
     ValueError for a codec with the log-mel encoder, which theirs does not have. A warning for sizes that are fixed in their
     source.
     """
+    if codec.config.decoder_span:
+        raise ValueError(
+            f"{folder}: this codec has decoder_span {codec.config.decoder_span}; WavTokenizer's decoder has none, so there is "
+            "no released form of it"
+        )
     if codec.config.encoder != "seanet":
         raise ValueError(
             f"{folder}: this codec has the encoder {codec.config.encoder!r}; WavTokenizer has only seanet, so there is no "

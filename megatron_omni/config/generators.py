@@ -139,6 +139,9 @@ class CodecConfig:
     """Width inside its ConvNeXt blocks."""
     num_layers: int = number(12, at_least=1, at_most=1000)
     """ConvNeXt blocks."""
+    decoder_span: list[int] = number(list, at_least=0, at_most=10_000)
+    """Codes before and after that a code of the decoder attends to, for sound that is the same streamed and whole; its
+    GroupNorms then have fixed statistics (models/generators/local_decoder.py). Empty: the whole input (released)."""
     num_bandwidths: int = number(4, at_least=1, at_most=1000)
     """Rows of the adaptive norms; row 0 decodes."""
     dropout: float = number(0.1, at_least=0, below=1)

@@ -140,3 +140,7 @@ def check_sizes(config: CodecConfig) -> None:
         )
     if config.hop_size % 2:
         raise ValueError(f"model.codec.strides={config.strides}: their product, {config.hop_size}, must be even")
+    if config.decoder_span and len(config.decoder_span) != 2:
+        raise ValueError(
+            f"model.codec.decoder_span={config.decoder_span}: must be two numbers (before, after) or empty"
+        )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from megatron_omni.config.generators import CodecConfig
@@ -74,7 +74,7 @@ def save_codec(
         "config": dataclasses.asdict(codec.config),
         "about": dict(about or {}),
     }
-    _replace(folder / WEIGHTS_FILE, lambda path: save_file(kept, path))
+    _replace(folder / WEIGHTS_FILE, lambda path: path.write_bytes(save(kept)))
     _replace(
         folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     )
@@ -130,7 +130,7 @@ def codec_config(values: Mapping[str, Any], path: Path) -> CodecConfig:
         kind = kinds.get(fields[name], str)
         items = value if isinstance(value, list) and kind is list else [value]
         right = isinstance(value, kind) and not any(isinstance(item, bool) for item in items)
-        if not right or (kind is list and not (items and all(isinstance(item, int) for item in items))):
+        if not right or (kind is list and not all(isinstance(item, int) for item in items)):
             raise ValueError(f"{path}: config.{name}={value!r}: expected {fields[name]}")
     config = CodecConfig(**values)
     if config.encoder not in ("seanet", "mel"):

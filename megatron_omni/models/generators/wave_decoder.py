@@ -11,8 +11,13 @@
     ConvNeXt  x + gamma * W_2 gelu W_1 AdaNorm_b(depthwise conv k7 x)
     AdaNorm_b LayerNorm(x) * scale_b + shift_b                  rows b of two tables; row 0 at inference
 
-GroupNorm and attention span the input, so that no part of the sound is independent of any code (streaming.py).
+GroupNorm and attention span the input, so that no part of the sound is independent of any code (streaming.py). With
+``decoder_span`` [left, right] code t attends to t - left .. t + right, and GN subtracts and divides by fixed numbers instead of
+the input's own: what is far away is not heard (local_decoder.py).
 """
+
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +30,7 @@ from megatron_omni.models.generators.istft import istft
 NUM_GROUPS, EPSILON = 32, 1e-6
 LARGEST_MAGNITUDE = 100.0
 FIRST_STD = 0.02
+QUERY_BLOCK = 256
 WINDOW_HOPS = 4
 """N / hop."""
 
@@ -43,14 +49,38 @@ class AdaptiveNorm(nn.Module):
         return layer_norm(hidden, hidden.shape[-1:], self.scale.weight[row], self.shift.weight[row], EPSILON)
 
 
+class InputNorm(nn.GroupNorm):
+    """GroupNorm by the statistics of its input [B, H, n], or by fixed ones."""
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, width: int, *, fixed: bool) -> None:
+        super().__init__(NUM_GROUPS, width, eps=EPSILON)
+        self.is_fixed = fixed
+        if fixed:
+            self.register_buffer("mean", torch.zeros(NUM_GROUPS))
+            self.register_buffer("variance", torch.ones(NUM_GROUPS))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The same shape."""
+        if not self.is_fixed:
+            return super().forward(hidden)
+        each = self.num_channels // NUM_GROUPS
+        scale = self.weight * (self.variance + EPSILON).rsqrt().repeat_interleave(each)
+        shift = self.bias - self.mean.repeat_interleave(each) * scale
+        return hidden * scale[:, None] + shift[:, None]
+
+
 class ResnetBlock(nn.Module):
     """[B, H, n] to the same."""
 
-    def __init__(self, width: int, dropout: float) -> None:
+    def __init__(self, config: CodecConfig) -> None:
         super().__init__()
-        self.norm1, self.norm2 = _group_norm(width), _group_norm(width)
+        width = config.hidden_size
+        self.norm1, self.norm2 = _input_norm(config), _input_norm(config)
         self.conv1, self.conv2 = (nn.Conv1d(width, width, 3, padding=1) for _ in range(2))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:
         inner = self.conv1(silu(self.norm1(hidden)))
@@ -60,15 +90,17 @@ class ResnetBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """[B, H, n] to the same."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, config: CodecConfig) -> None:
         super().__init__()
-        self.norm = _group_norm(width)
+        width, self.span = config.hidden_size, config.decoder_span
+        self.norm = _input_norm(config)
         self.q, self.k, self.v, self.proj_out = (nn.Conv1d(width, width, 1) for _ in range(4))
 
     def forward(self, hidden: Tensor) -> Tensor:
         normed = self.norm(hidden)
         query, key, value = (part(normed).transpose(1, 2) for part in (self.q, self.k, self.v))
-        return hidden + self.proj_out(scaled_dot_product_attention(query, key, value).transpose(1, 2))
+        mix = partial(_attend_near, span=self.span) if self.span else scaled_dot_product_attention
+        return hidden + self.proj_out(mix(query, key, value).transpose(1, 2))
 
 
 class ConvNextBlock(nn.Module):
@@ -99,8 +131,8 @@ class WaveDecoder(nn.Module):
         width, self.hop_size = config.hidden_size, config.hop_size
         window_size = WINDOW_HOPS * self.hop_size
         self.embed = nn.Conv1d(config.code_size, width, 7, padding=3)
-        blocks = [ResnetBlock(width, config.dropout) for _ in range(4)]
-        self.pos_net = nn.Sequential(*blocks[:2], AttentionBlock(width), *blocks[2:], _group_norm(width))
+        blocks = [ResnetBlock(config) for _ in range(4)]
+        self.pos_net = nn.Sequential(*blocks[:2], AttentionBlock(config), *blocks[2:], _input_norm(config))
         self.norm = AdaptiveNorm(config.num_bandwidths, width)
         self.convnext = nn.ModuleList(ConvNextBlock(config) for _ in range(config.num_layers))
         self.final_layer_norm = nn.LayerNorm(width, eps=EPSILON)
@@ -138,5 +170,19 @@ class WaveDecoder(nn.Module):
                     module.bias.zero_()
 
 
-def _group_norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(NUM_GROUPS, width, eps=EPSILON)
+def _input_norm(config: CodecConfig) -> InputNorm:
+    return InputNorm(config.hidden_size, fixed=bool(config.decoder_span))
+
+
+def _attend_near(query: Tensor, key: Tensor, value: Tensor, *, span: Sequence[int]) -> Tensor:
+    """Attention [B, n, H] of each code to those within ``span``, in blocks: memory grows with n, not its square."""
+    left, right = span
+    parts = []
+    for start in range(0, query.shape[1], QUERY_BLOCK):
+        queries = torch.arange(start, min(start + QUERY_BLOCK, query.shape[1]), device=query.device)
+        first, last = max(0, start - left), min(query.shape[1], start + QUERY_BLOCK + right)
+        distance = torch.arange(first, last, device=query.device) - queries[:, None]
+        near = (distance >= -left) & (distance <= right)
+        some = query[:, start : start + QUERY_BLOCK]
+        parts.append(scaled_dot_product_attention(some, key[:, first:last], value[:, first:last], attn_mask=near))
+    return torch.cat(parts, dim=1)
