@@ -96,6 +96,7 @@ def _prepare(words: argparse.Namespace) -> int:
     from megatron_omni.data.tokenizer import load_tokenizer
 
     # What is missing is said before the imports below, which take seconds.
+    _check_speech_words(words)
     recipe = load_recipe(words.recipe, words.overrides)
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     sources = [*recipe.data.sources, *recipe.data.eval_sources]
@@ -138,6 +139,19 @@ def _prepare(words: argparse.Namespace) -> int:
         file = _summary_file(shards[0].parent, source.name, written)
         status = max(status, _report(summary, file, words.max_bad))
     return status
+
+
+def _check_speech_words(words: argparse.Namespace) -> None:
+    """ValueError for words that do nothing, or contradict each other."""
+    given = [name for name in ("speaker", "style", "language", "longest", "normalise") if getattr(words, name)]
+    if words.codes is None and given:
+        raise ValueError(f"--{given[0]} says how codes are made; give --codes CODEC, or leave it out")
+    if words.codes is not None and words.trl is not None:
+        raise ValueError("--trl makes records of preferences, --codes of recordings; run the command once for each")
+    if words.speaker and words.style:
+        raise ValueError("--speaker names a voice and --style describes one; give one of the two")
+    if words.longest is not None and not words.longest > 0:
+        raise ValueError(f"--longest {words.longest:g}: give seconds above 0")
 
 
 def _of_codes(

@@ -433,6 +433,14 @@ def test_the_command_says_what_is_missing(tmp_path, recipe_file, capsys):
     words = [str(recipe_file), "--codes", str(tmp_path / "codec")]
     assert prepare.main(words) == 2 and "name what to make codes of" in capsys.readouterr().err
     path = jsonl(tmp_path / "t.jsonl", [spoken("gone.wav")])
+    for more, said in (
+        (["--speaker", "a", "--style", "b"], "give one of the two"),
+        (["--trl", "x.jsonl"], "run the command once for each"),
+        (["--longest", "0"], "give seconds above 0"),
+    ):
+        assert prepare.main([*words, "--data", str(path), *more]) == 2 and said in capsys.readouterr().err
+    assert prepare.main([words[0], "--data", str(path), "--normalise"]) == 2
+    assert "--normalise says how codes are made; give --codes" in capsys.readouterr().err
     assert prepare.main([*words, "--data", str(path)]) == 2
     assert "none of the 1 recordings of 't' can be used; the first: " in capsys.readouterr().err
     assert (
