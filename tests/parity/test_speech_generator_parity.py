@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_omni.checkpoint.convert import import_checkpoint
@@ -21,10 +22,13 @@ from megatron_omni.data.collate import collate
 from megatron_omni.data.speech_sequence import speech_sample
 from megatron_omni.models.build import build_model
 from megatron_omni.parallel import groups
+from megatron_omni.training.initial_weights import load_initial_weights
+from tests.parity import foreign
 from tests.parity.speech_reference import released_logits
 from tests.unit.dense_checkpoints import write_tokenizer
 from tests.unit.test_speech_conversion import CODES, HEADS, WORDS, tiny_shapes, write_generator
 
+ROOT = Path(__file__).resolve().parents[2]
 SAID: dict[str, list[int]] = {
     "prompt": [5, 0, WORDS - 1],
     "prefix": [3, 19, 0],
@@ -95,3 +99,34 @@ def test_a_mixture_of_four_equal_generators_is_the_dense_one(tmp_path: Path) -> 
     paths = {f"expert{i + 1}": folder for i in range(4)}
     mixture = ours(upcycle(paths, tmp_path / "mixture", trunk="expert4"), SAID)
     assert float((mixture - dense).abs().max() / dense.abs().max()) < 1e-5
+
+
+def test_a_run_starts_from_a_text_model_and_draws_what_is_new(tmp_path: Path) -> None:
+    """With what ``recipes/8_speech_1.yaml`` allows to be missing, and nothing less."""
+    foreign.qwen2(tmp_path / "qwen", tied=True)
+    write_tokenizer(tmp_path / "qwen")
+    table = torch.randn(WORDS, 24)
+    (tmp_path / "vl").mkdir()
+    save_file({"model.embed_tokens.weight": table}, tmp_path / "vl" / "model.safetensors")
+    opened = open_sources(language=tmp_path / "qwen", text_table=tmp_path / "vl")
+    recipe = Recipe(model=opened.model)
+    start = import_checkpoint(
+        opened.parts, recipe, tmp_path / "ours", wanted=opened.wanted, tokenizer=tmp_path / "qwen"
+    )
+    recipe.data.tokenizer = str(start / "tokenizer")
+    recipe.init_allow_missing = load_recipe(ROOT / "recipes" / "8_speech_1.yaml").init_allow_missing
+    pg = groups.initialize(recipe.parallel)
+    try:
+        drawn, model = build_model(recipe, pg), build_model(recipe, pg, drawn=False)
+        told = load_initial_weights(model, recipe, start, pg=pg)
+        theirs, fresh = dict(model.named_parameters()), dict(drawn.named_parameters())
+        recipe.init_allow_missing = recipe.init_allow_missing[:-1]
+        with pytest.raises(ValueError, match="text_projection"):
+            load_initial_weights(model, recipe, start, pg=pg)
+    finally:
+        groups.destroy()
+    new = ("language.embedding.", "language.output_layer.", "text_projection.")
+    assert "5 tensors that it lacks keep their initial values" in told
+    assert torch.equal(theirs["text_table.weight"], table)
+    for name, parameter in theirs.items():
+        assert torch.equal(parameter.float(), fresh[name].float()) == name.startswith(new), name

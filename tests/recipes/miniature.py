@@ -6,7 +6,7 @@
 :func:`shrunk` alone decides what is replaced: sizes, paths and counts (docs/parallelism.md has the table). A recipe whose
 messages do not overlap runs a second time with both overlaps on. Each run trains, evaluates held-out sets whose media differ
 between ranks, saves, goes back to the checkpoint in its middle, is stopped by a signal, is resumed to the same numbers bit for
-bit, saves again, is exported and answers a question.
+bit, saves again, is exported and answers a question, or speaks where it is a speech generator.
 """
 
 import copy
@@ -35,17 +35,24 @@ from megatron_omni.config.run import Recipe
 from megatron_omni.config.validate import validate
 from megatron_omni.data.record import parse_record
 from megatron_omni.generation.answers import ANSWER, answer_one
-from megatron_omni.generation.load import open_checkpoint
+from megatron_omni.generation.load import Checkpoint, open_checkpoint
 from megatron_omni.generation.request import Wanted
+from megatron_omni.generation.speaking import speak_all
+from megatron_omni.generation.speech import Utterance
+from megatron_omni.models.generators.codec import load_codec
 from megatron_omni.parallel.wrap import unwrap_model
 from megatron_omni.tasks.choice import task_of
 from megatron_omni.training.loop import train
 from megatron_omni.training.setup import Run, new_token_ids, save, setup
 from tests.distributed.harness import Rank, RankFailure, run_ranks
-from tests.distributed.tiny_run import records
+from tests.distributed.tiny_run import WORDS, records
 from tests.recipes.miniature_data import (
+    CODEC,
+    CODED,
+    CODED_HELD_OUT,
     HELD_OUT,
     MIXED,
+    NUM_CODES,
     REWARD_FILE,
     SPEECH_TOKENIZER,
     SPOKEN,
@@ -84,6 +91,13 @@ SIZES: dict[str, Any] = {
     "model.audio.num_decoder_layers": 1,
     "model.audio.num_query_tokens": 10,
     "model.audio.max_target_positions": 16,
+    "model.speech.num_codes": NUM_CODES,
+    "model.speech.text_vocab_size": 300,
+    "model.speech.text_hidden_size": 24,
+    "model.speech.prefix_codes": 6,
+    "model.speech.least_prefix_codes": 3,
+    "model.speech.max_codes": 40,
+    "model.speech.least_codes_per_token": 0.5,
     "parallel.bucket_size": 1_000,
     "data.seq_length": 128,
     "data.system_template": "none",
@@ -115,7 +129,7 @@ REINFORCE: dict[str, Any] = {
 """Of recipes that reinforce: an iteration is longer than the steps to the first checkpoint."""
 REWARDS = "reinforce.rewards"
 """Functions alone are replaced, by one that tells a drawn model's responses apart."""
-PATHS = ("run_dir", "init_from", "data.tokenizer", "data.sources", "data.eval_sources")
+PATHS = ("run_dir", "init_from", "data.tokenizer", "data.sources", "data.eval_sources", "model.speech.codec")
 """Of a source, ``path`` and ``root`` alone are replaced; of the held-out sets, which there are as well."""
 TIMEOUT = "parallel.distributed_timeout_seconds"
 """The harness's own: no test waits ten minutes."""
@@ -177,10 +191,14 @@ def shrunk(case: Case, *, data: Path, start: Path | None, run_dir: Path) -> Mini
     num_ranks = _fit(recipe.parallel)
     recipe.run_dir, recipe.init_from = str(run_dir), None if start is None else str(start)
     speaks = "speech_generation" in case.path.stem
-    recipe.data.tokenizer = str(data / (SPEECH_TOKENIZER if speaks else TOKENIZER))
+    marks = speaks or recipe.model.speech is not None
+    recipe.data.tokenizer = str(data / (SPEECH_TOKENIZER if marks else TOKENIZER))
     held_out = recipe.data.eval_sources or [EvalSourceConfig(name="held_out", path="")]
     recipe.data.eval_sources = held_out
-    for sources, file in ((recipe.data.sources, SPOKEN if speaks else MIXED), (held_out, HELD_OUT)):
+    files = (SPOKEN if speaks else MIXED, HELD_OUT)
+    if recipe.model.speech is not None:
+        recipe.model.speech.codec, files = str(data / CODEC), (CODED, CODED_HELD_OUT)
+    for sources, file in zip((recipe.data.sources, held_out), files):
         for source in sources:
             source.path, source.root = str(data / file), ""
     if case.overlap:
@@ -257,7 +275,8 @@ def rehearse(rank: Rank, recipe: Recipe, data: Path) -> None:
     run = begin()
     assert run.state.step == 0 and (recipe.init_from is None or recipe.init_from in run.origin), run.origin
     check_flags(run)
-    check_held_out(run)
+    if recipe.model.speech is None:
+        check_held_out(run)
     assert train(run) == 0
     straight, weights = metrics(recipe), whole_weights(run)
     dist.barrier()
@@ -292,10 +311,26 @@ def rehearse(rank: Rank, recipe: Recipe, data: Path) -> None:
     dist.barrier()
     sizes = [f"parallel.{f.name}={getattr(recipe.parallel, f.name)}" for f in _sizes(recipe.parallel)]
     checkpoint = open_checkpoint(Path(recipe.run_dir), overrides=sizes, pg=pg)
+    if recipe.model.speech is not None:
+        check_speech(checkpoint)
+        return
     out = Path(recipe.run_dir) / "answer"
     answer_one(checkpoint, parse_record(question(data)), out=out, wanted=Wanted(max_new_tokens=4), batch_size=1)
     dist.barrier()
     assert (Path(recipe.run_dir) / "answer" / ANSWER).is_file()
+
+
+def check_speech(checkpoint: Checkpoint) -> None:
+    """It speaks a text of two pieces, on every layout as many samples as codes make."""
+    speech = checkpoint.recipe.model.speech
+    assert speech is not None and speech.codec is not None
+    codec, text = load_codec(speech.codec), " ".join(WORDS)
+    said = [Utterance(name="short", prompt="Language: English; Speaker: Jenny;", text=WORDS[0])]
+    said += [Utterance(name="long", prompt="A low voice speaks slowly.", text=f"{text}. {text}")]
+    ended = speak_all(checkpoint.load_model(), said, codec=codec, tokenizer=checkpoint.builder.tokenizer)
+    assert ended["short"].pieces == 1 and ended["long"].pieces > 1
+    for event in ended.values():
+        assert event.error is None and event.samples == event.codes * codec.hop_size > 0
 
 
 def stop_in(run: Run, step: int) -> None:

@@ -1,19 +1,30 @@
 """Records for recipes in miniature: text, pictures, sound and clips with sound, and a held-out set of which the packed
 sequences of a step have different media. Each also has a response that was rejected, for recipes that learn from
-preferences; a reward for those that are reinforced is a function of a response's tokens.
+preferences; a reward for those that are reinforced is a function of a response's tokens. Speech generators learn spoken
+answers with codes of a random codec, in recordings of several pieces.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from megatron_omni.config.generators import CodecConfig
+from megatron_omni.data.codes import write_codes
 from megatron_omni.data.tokenizer import CORE_SPECIALS, SPEECH_SPECIALS, train_sentencepiece
+from megatron_omni.models.generators.codec import Codec, save_codec
+from megatron_omni.platform.seeds import named_generator
 from tests.distributed.tiny_run import WORDS, chat, make_corpus
 from tests.unit.media_files import tone, write_scenes
 
 TOKENIZER, MIXED, HELD_OUT, REWARD_FILE = "tokenizer.model", "mixed.jsonl", "held_out.jsonl", "rewards.py"
 SPOKEN, SPEECH_TOKENIZER = "spoken.jsonl", "speech.model"
 """The mixed records with spoken answers, and a tokenizer that has the marks for them."""
+CODEC, CODES, CODED, CODED_HELD_OUT = "codec", "speech.codes.safetensors", "coded.jsonl", "coded_held_out.jsonl"
+"""A codec, codes of recordings by it, and records that name them."""
+NUM_CODES = 291
+"""Of the codec: codes and marks are the miniature's vocabulary."""
 REWARDS = """
 def digits(completion_ids, **columns):
     return [sum(ids) % 5 / 4 for ids in completion_ids]
@@ -45,7 +56,48 @@ def make_data(directory: Path) -> Path:
         marker = "".join(f"<{name[:-1]}> " for name in kind)
         held_out.append(chat(f"{marker}repeat {WORDS[i % len(WORDS)]}", FILLING) | kind)
     _write(directory / HELD_OUT, held_out)
+    _write_speech(directory)
     return directory
+
+
+def _write_speech(directory: Path) -> None:
+    """Recordings of three pieces, each a record: the later ones have the codes before them as prefix."""
+    codec = random_codec()
+    fingerprint = save_codec(codec, directory / CODEC)
+    voices = [
+        {"speaker": "Jenny"},
+        {"speaker": "Brian", "language": "Chinese"},
+        {"style": "A low voice speaks slowly."},
+    ]
+    generator = torch.Generator().manual_seed(0)
+    recordings, rows = [], []
+    for number in range(24):
+        sizes = [12 + (number + piece) % 9 for piece in range(3)]
+        recordings.append(torch.randint(0, NUM_CODES, (sum(sizes),), generator=generator).tolist())
+        for piece in range(3):
+            said = chat("say it", WORDS[(number + piece) % len(WORDS)])
+            start = sum(sizes[:piece])
+            said["messages"][-1]["speech"] = {
+                **voices[number % 3], "codes": f"{CODES}#{number}", "start": start, "stop": start + sizes[piece],
+            }  # fmt: skip
+            rows.append(said)
+    rate = codec.config.sample_rate / codec.hop_size
+    write_codes(directory / CODES, recordings, fingerprint=fingerprint, num_codes=NUM_CODES, codes_per_second=rate)
+    _write(directory / CODED, rows[:-18])
+    _write(directory / CODED_HELD_OUT, rows[-18:])
+
+
+def random_codec() -> Codec:
+    """40 codes a second of 1600 samples, as many as :data:`NUM_CODES`."""
+    config = CodecConfig(
+        sample_rate=1600, num_codes=NUM_CODES, code_size=8, strides=[5, 8], num_filters=2, hidden_size=64,
+        ffn_hidden_size=32, num_layers=1,
+    )  # fmt: skip
+    codec = Codec(config)
+    codec.draw_weights(lambda name: named_generator(0, name))
+    entries = torch.randn(NUM_CODES, 8, generator=named_generator(0, "codes"))
+    codec.codebook.start(entries, generator=named_generator(0, "start"))
+    return codec.eval()
 
 
 def _spoken(row: dict[str, Any]) -> dict[str, Any]:
