@@ -199,6 +199,8 @@ def _speaker(args: argparse.Namespace, only_speaks: bool) -> tuple[str, str, str
             raise ValueError(f"{folder}: no such directory")
     if not only_speaks and args.speaker is None:
         return None
+    if not only_speaks and not _is_speech_generator(args.speaker):
+        raise ValueError(f"{args.speaker}: no speech generator's checkpoint is there (a recipe with model.speech)")
     codec = str(args.codec) if args.codec is not None else ""
     return str(args.checkpoint if only_speaks else args.speaker), codec, str(args.max_speaking)
 

@@ -186,6 +186,10 @@ def check_modalities(wanted: ChatRequest, makes: tuple[str, ...]) -> None:
     if unknown:
         raise bad_request(f"modalities: {unknown[0][:40]!r} cannot be made by this checkpoint, only {', '.join(makes)}",
                           param="modalities", code="unsupported_modality")  # fmt: skip
+    if "audio" in wanted.modalities and wanted.audio is None:
+        raise bad_request(
+            'audio: is missing: name a voice and a format for modalities ["text", "audio"]', param="audio"
+        )
 
 
 async def read_turns(server: Server, messages: list[Message]) -> tuple[Turn, ...]:

@@ -318,8 +318,6 @@ class ChatRequest(_Generation):
         return self
 
     def _check_audio(self) -> None:
-        if self.audio is None:
-            _refuse("audio", 'is missing: name a voice and a format for modalities ["text", "audio"]')
         if "text" not in self.modalities:
             _refuse("modalities", 'must be ["text", "audio"]: a spoken answer comes with its transcript')
         if self.n > 1:

@@ -150,6 +150,10 @@ BAD = {
     "half of a certificate": (["{tmp}", "--ssl-certfile", "{tmp}/short"], "belong together"),
     "another override": (["{tmp}", "optim.lr=1"], "serving knows"),
     "an option": (["{tmp}", "--prot", "1"], "--prot"),
+    "a codec alone": (["{tmp}", "--codec", "{tmp}"], "give --speaker too"),
+    "no speaker": (["{tmp}", "--speaker", "{tmp}/none"], "none: no such directory"),
+    "a speaker that is none": (["{tmp}", "--speaker", "{tmp}"], "no speech generator"),
+    "speakers at once": (["{tmp}", "--max-speaking", "0"], "--max-speaking is 0"),
     "not this machine": (["{tmp}", "--host", "203.0.113.1", "--no-auth"], "cannot listen at 203.0.113.1"),
 }
 
