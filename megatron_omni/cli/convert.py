@@ -11,6 +11,7 @@ megatron-omni convert verify DIR --record-loss recipes/tiny/quickstart.yaml seed
 megatron-omni convert codec WAVTOKENIZER.ckpt --yaml CONFIG.yaml --out DIR
 megatron-omni convert codec DIR --out RELEASED
 megatron-omni convert codec runs/codec --out DIR --dtype fp16
+megatron-omni convert codec runs/codec --out DIR --local 30 8 --recordings FILE.flac FILE.flac
 
 Exit status: 0 done, 2 bad input (one line ``error: ...``), 1 anything else. docs/checkpoints.md says what is written.
 """
@@ -73,6 +74,9 @@ def parser() -> argparse.ArgumentParser:
     codec.add_argument("source", type=Path, help="released checkpoint, folder with it, run, or folder of a codec")
     codec.add_argument("--yaml", type=Path, help="its configuration (default: the one that lies beside it)")
     codec.add_argument("--dtype", choices=("fp32", "fp16"), help="of the weights of a run (default fp32)")
+    codec.add_argument("--local", type=int, nargs=2, default=[], metavar=("BEFORE", "AFTER"),
+        help="codes that the decoder may hear around each: sound is then the same streamed and whole")  # fmt: skip
+    codec.add_argument("--recordings", type=Path, nargs="+", default=[], help="sound for the statistics of --local")
     codec.add_argument("--out", type=Path, required=True, help="directory to make; model.speech.codec takes a codec's")
     return top
 
@@ -211,7 +215,14 @@ def run_codec(options: argparse.Namespace) -> None:
     """``codec``."""
     from megatron_omni.checkpoint.codec_folders import convert_codec
 
-    for line in convert_codec(options.source, options.out, yaml=options.yaml, dtype=options.dtype):
+    for line in convert_codec(
+        options.source,
+        options.out,
+        yaml=options.yaml,
+        dtype=options.dtype,
+        span=options.local,
+        recordings=options.recordings,
+    ):
         print(line)
 
 

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 
 from megatron_omni.checkpoint.wavtokenizer import write_released
+from megatron_omni.cli.main import main as megatron_omni
 from megatron_omni.config.generators import CodecConfig
 from megatron_omni.models.generators.codec import Codec, StreamingDecoder, load_codec, save_codec
 from megatron_omni.models.generators.local_decoder import localise
@@ -69,6 +71,18 @@ def test_it_is_kept_in_its_folder_and_has_no_released_form(tmp_path: Path) -> No
     assert again.fingerprint != build().fingerprint
     with pytest.raises(ValueError, match=r"decoder_span \[20, 7\]; WavTokenizer's decoder has none"):
         write_released(again, tmp_path / "released")
+
+
+def test_the_command_makes_a_folder_local(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    codec, wave = build(), sound(1, 1200)[0].clamp(-1, 1)
+    save_codec(codec, tmp_path / "codec")
+    soundfile.write(tmp_path / "a.wav", wave.numpy(), codec.sample_rate, subtype="FLOAT")
+    words = ["convert", "codec", str(tmp_path / "codec"), "--out", str(tmp_path / "local"), "--local", "9", "4"]
+    assert megatron_omni(words) == 2
+    assert "--local and --recordings: each needs the other" in capsys.readouterr().err
+    assert megatron_omni([*words, "--recordings", str(tmp_path / "a.wav")]) == 0
+    found, expected = load_codec(tmp_path / "local"), localise(codec, [wave], [9, 4])
+    assert found.fingerprint == expected.fingerprint and found.fingerprint in capsys.readouterr().out
 
 
 def test_it_can_be_trained_on() -> None:
