@@ -21,6 +21,7 @@ from megatron_omni.checkpoint.names import expand
 from megatron_omni.checkpoint.uni_moe_speech import speech_rows
 from megatron_omni.config.model import ModelConfig
 from megatron_omni.config.optim import OptimConfig
+from megatron_omni.config.parts import parts_of
 from megatron_omni.config.run import Recipe
 from megatron_omni.data.collate import collate
 from megatron_omni.generation.cache import KVCache
@@ -30,6 +31,7 @@ from megatron_omni.models.attention import kv_cache
 from megatron_omni.models.build import build_model
 from megatron_omni.models.language import LanguageModel
 from megatron_omni.models.omni import OmniModel
+from megatron_omni.models.parts import part_of
 from megatron_omni.parallel import groups
 from megatron_omni.segments import packed
 from tests.distributed.tiny_speech import DENSE, MIXTURE, SPEECH, said, speech
@@ -153,6 +155,7 @@ def test_logits_of_a_packed_sequence_are_those_of_the_formula(pg: ProcessGroupCo
     """In fp32 against float64, the dense one to 1e-6 of Qwen2's; a causal mask is far off, and so is no bias."""
     config = MIXTURE if moe else DENSE
     model = built(config, pg)
+    assert {part_of(name) for name, _ in model.named_parameters()} == parts_of(config)
     weights = {name: value.double() for name, value in released(model, config).items()}
     batch = in_one_sequence()
     ids, positions = batch.input_ids[0], batch.position_ids[0, 0]

@@ -12,7 +12,7 @@ from megatron_omni.config.load import all_fields
 from megatron_omni.config.model import LoraConfig, ModelConfig
 from megatron_omni.data.tokenizer import train_sentencepiece
 
-MODEL = ModelConfig(lora=LoraConfig(), speech=SpeechConfig(), codec=CodecConfig())
+MODEL = ModelConfig(lora=LoraConfig(), speech=SpeechConfig(codec_fingerprint="of one"), codec=CodecConfig())
 FIELDS = [name for name in all_fields() if name.startswith("model.")]
 
 
