@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_omni.cli.generate import OVERRIDES, add_think, check_directory
-from megatron_omni.cli.starting import Parser, refused, run_on_ranks, say_starting
+from megatron_omni.cli.generate import OVERRIDES, add_think
+from megatron_omni.cli.starting import Parser, check_directory, refused, run_on_ranks, say_starting
 from megatron_omni.config.outcome import EXIT_BAD_INPUT
 
 

@@ -20,8 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_omni.cli.generate import add_speaking, check_directory, check_out
-from megatron_omni.cli.starting import Parser, refused, run_on_ranks, say_starting
+from megatron_omni.cli.speech_options import add_speaking, check_out
+from megatron_omni.cli.starting import Parser, check_directory, refused, run_on_ranks, say_starting
 from megatron_omni.config.outcome import EXIT_BAD_INPUT
 from megatron_omni.generation.request import Sampling
 

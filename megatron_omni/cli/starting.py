@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from megatron_omni.config.outcome import EXIT_BAD_INPUT
@@ -14,6 +15,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see --help)")
+
+
+def check_directory(checkpoint: Path) -> None:
+    """ValueError unless there is a directory that may hold a checkpoint of ours."""
+    if not checkpoint.is_dir():
+        raise ValueError(f"{checkpoint}: no such checkpoint directory")
+    if (checkpoint / "config.json").is_file():
+        raise ValueError(
+            f"{checkpoint}: a Hugging Face directory; make a checkpoint of it first: "
+            f"megatron-omni convert import --hf {checkpoint} --out DIR"
+        )
 
 
 def say_starting(command: str, subject: object) -> None:

@@ -31,6 +31,10 @@ from megatron_omni.data.speech_sequence import sequence_length, speech_sample
 from megatron_omni.data.tokenizer import Tokenizer
 from megatron_omni.generation.engine import Engine
 from megatron_omni.generation.request import Event, FinishedEvent, Request, TokenEvent
+from megatron_omni.generation.speech_events import PieceEvent as PieceEvent
+from megatron_omni.generation.speech_events import SoundEvent as SoundEvent
+from megatron_omni.generation.speech_events import SpeechEvent as SpeechEvent
+from megatron_omni.generation.speech_events import SpokenEvent as SpokenEvent
 from megatron_omni.generation.utterance import Utterance as Utterance
 from megatron_omni.models.generators.codec import Codec, StreamingDecoder
 from megatron_omni.platform.seeds import named_seed
@@ -41,46 +45,6 @@ LONGEST_PROMPT = 1000
 """Tokens of a prompt (the released limit in training)."""
 CODES_AT_ONCE = 10
 """That the decoder is given together: a part of its window and of its context on the right."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SoundEvent:
-    """Samples that follow those before them, [n] float32."""
-
-    name: str
-    wave: Tensor
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PieceEvent:
-    """A piece whose codes are there; its sound may follow later."""
-
-    name: str
-    number: int
-    text: tuple[int, ...]
-    """As the model was told it."""
-    codes: tuple[int, ...]
-    cut: bool
-    """It had not ended."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SpokenEvent:
-    """The last event of an utterance."""
-
-    name: str
-    pieces: int
-    """0: the text has no letter and no digit, and there is no sound."""
-    codes: int
-    samples: int
-    cut: int
-    """Pieces that had not ended."""
-    cancelled: bool = False
-    error: str | None = None
-    """What went wrong; what was spoken before is there."""
-
-
-SpeechEvent = SoundEvent | PieceEvent | SpokenEvent
 
 
 @dataclass(eq=False)
