@@ -156,7 +156,10 @@ class CodecOf:
 
     def __init__(self, config: SpeechConfig) -> None:
         self.config = config
-        self.fingerprint = codec_fingerprint(config.codec) if config.codec is not None else None
+        # A checkpoint knows the fingerprint, and its codec may lie elsewhere by now; training compares the two (setup.py).
+        self.fingerprint = config.codec_fingerprint
+        if self.fingerprint is None and config.codec is not None:
+            self.fingerprint = codec_fingerprint(config.codec)
         self._known: set[tuple[str, int, float]] = set()
 
     def check(self, speech: Speech) -> None:
