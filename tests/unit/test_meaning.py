@@ -22,7 +22,7 @@ def another(value: Any) -> Any:
     if isinstance(value, int | float):
         return 2 * value + 1
     if isinstance(value, list):
-        return value[::-1]
+        return value[::-1] if value != value[::-1] else [*value, 1]
     return {"x": 1} if isinstance(value, dict) else "other"
 
 
