@@ -152,7 +152,9 @@ def codes_between(speech: Speech, start: int, stop: int) -> Sequence[int]:
 
 
 class CodecOf:
-    """The codec that a recipe's codes must be of: that of ``model.speech.codec``, or any with the recipe's numbers."""
+    """The codec that a recipe's codes must be of: that of ``model.speech.codec``, without one that of ``codec_fingerprint``
+    (which a checkpoint knows), without both any with the recipe's numbers.
+    """
 
     def __init__(self, config: SpeechConfig) -> None:
         self.config = config
@@ -174,10 +176,15 @@ class CodecOf:
 
     def _compare(self, file: CodesFile) -> None:
         if self.fingerprint not in (None, file.fingerprint):
+            of = (
+                f"model.speech.codec = {self.config.codec!r} has"
+                if self.config.codec
+                else "this model learned codes of"
+            )
             raise RecipeError(
-                f"{file.path}: codes of the codec with fingerprint {file.fingerprint[:12]}, and model.speech.codec = "
-                f"{self.config.codec!r} has {str(self.fingerprint)[:12]}; extract the codes with this codec "
-                "(megatron-omni prepare --codes), or name the codec that they are of"
+                f"{file.path}: codes of the codec with fingerprint {file.fingerprint[:12]}, and {of} "
+                f"{str(self.fingerprint)[:12]}; extract the codes with this codec (megatron-omni prepare --codes), or name "
+                "the codec that they are of"
             )
         for name in ("num_codes", "codes_per_second"):
             found, wanted = getattr(file, name), getattr(self.config, name)

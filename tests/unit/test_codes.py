@@ -114,6 +114,9 @@ def test_codes_of_another_codec_end_the_run(file, tmp_path):
     (folder / "codec.json").write_text(json.dumps({"fingerprint": "f" * 64, "config": {}}))
     CodecOf(own).check(answer)
     CodecOf(SpeechConfig(num_codes=300)).check(answer)
+    CodecOf(SpeechConfig(num_codes=300, codec_fingerprint="f" * 64)).check(answer)
+    with pytest.raises(RecipeError, match=r"fingerprint ffffffffffff, and this model learned codes of eeeeeeeeeeee"):
+        CodecOf(SpeechConfig(num_codes=300, codec_fingerprint="e" * 64)).check(answer)
     with pytest.raises(RecipeError, match=r"num_codes = 300 of its codec, and model.speech.num_codes = 4096"):
         CodecOf(SpeechConfig()).check(answer)
     with pytest.raises(RecipeError, match=r"codes_per_second = 40 .* = 50"):
