@@ -27,7 +27,7 @@ from typing import NoReturn
 from benchmarks.make_checkpoint import make, shape_of_7b
 from megatron_omni.checkpoint.names import Row, expand, qwen2_rows
 from megatron_omni.checkpoint.uni_moe import uni_moe_rows
-from megatron_omni.checkpoint.upcycle import upcycled_model
+from megatron_omni.checkpoint.upcycle_shape import upcycled_model
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_GIB = 3.0

@@ -39,21 +39,13 @@ from megatron_omni.checkpoint.convert import import_checkpoint
 from megatron_omni.checkpoint.families import FAMILIES, Part
 from megatron_omni.checkpoint.layout import Layout
 from megatron_omni.checkpoint.ledger import check_fields
-from megatron_omni.checkpoint.names import THEIR_BLOCK, Entry, expand
+from megatron_omni.checkpoint.names import Entry, expand
 from megatron_omni.checkpoint.sources import Source, check_finite, read_json
 from megatron_omni.checkpoint.tensor_files import ConversionError, TensorInfo, read_into, read_tensor, tensor_bytes
 from megatron_omni.checkpoint.tokenizer_files import NEW_SPECIALS, copy_tokenizer, find_tokenizer
-from megatron_omni.checkpoint.uni_moe import GATE, GENERATORS, ROUTED, SHARED, unused_shapes
-from megatron_omni.checkpoint.uni_moe_speech import (
-    PREFIX,
-    SPEECH_BLOCK,
-    SPEECH_EMBEDDING,
-    SPEECH_GATE,
-    SPEECH_ROUTED,
-    released_moe,
-)
+from megatron_omni.checkpoint.uni_moe import GENERATORS, unused_shapes
+from megatron_omni.checkpoint.upcycle_shape import EMBEDDING, NAMES, check_mixture, upcycled_model
 from megatron_omni.checkpoint.upcycle_sources import (
-    SAME_FIELDS,
     DenseSource,
     OursSource,
     check_sources,
@@ -63,7 +55,7 @@ from megatron_omni.checkpoint.upcycle_sources import (
     perception_sources,
 )
 from megatron_omni.config.load import load_recipe, recipe_to_yaml
-from megatron_omni.config.model import ModelConfig, MoEConfig
+from megatron_omni.config.model import ModelConfig
 from megatron_omni.config.run import Recipe
 from megatron_omni.platform.seeds import named_generator
 
@@ -71,38 +63,10 @@ logger = logging.getLogger(__name__)
 
 GATE_STD = 0.02
 REPORT = "upcycle.json"
-SHARED_DIVISOR = 8
-"""A shared expert is an eighth of a routed one (paper Table 1)."""
-EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-VOCABULARY_KEYS = (EMBEDDING, OUTPUT)
+VOCABULARY_KEYS = (EMBEDDING, "lm_head.weight")
 VISION_PREFIXES, AUDIO_PREFIXES = ("vision_tower.", "vision_aligner."), ("audio_tower.", "audio_aligner.")
 PROJECTIONS = ("gate", "up", "down")
 PIECE_BYTES = 16 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Names:
-    """What the parts of a mixture are called in its released layout."""
-
-    family: str
-    block: str
-    gate: str
-    routed: str
-    shared: str | None
-    embedding: str
-
-
-NAMES = {
-    "uni_moe": Names(family="uni_moe", block=THEIR_BLOCK, gate=GATE, routed=ROUTED, shared=SHARED, embedding=EMBEDDING),
-    "speech_gen": Names(
-        family="speech_gen",
-        block=PREFIX + SPEECH_BLOCK,
-        gate=PREFIX + SPEECH_GATE,
-        routed=PREFIX + SPEECH_ROUTED,
-        shared=None,
-        embedding=PREFIX + SPEECH_EMBEDDING,
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,57 +94,6 @@ class Difference:
     """Largest relative difference |a - b| / |a| (Frobenius) of a tensor."""
     key: str
     """Of that tensor."""
-
-
-def upcycled_model(base: ModelConfig, *, num_experts: int) -> ModelConfig:
-    """The mixture's default shape on a dense ``base``: experts as wide as its feed-forward part, shared ones an eighth.
-
-    Of a speech generator the released one: routed experts alone, two a token.
-    """
-    width = base.ffn_hidden_size
-    if base.speech is not None:
-        return dataclasses.replace(base, moe=released_moe(num_experts, width))
-    shared = max(1, width // SHARED_DIVISOR)
-    mixture = MoEConfig(
-        num_routed_experts=num_experts, moe_ffn_hidden_size=width, moe_shared_expert_intermediate_size=shared
-    )
-    return dataclasses.replace(base, moe=mixture)
-
-
-def check_mixture(model: ModelConfig, base: ModelConfig, *, num_experts: int) -> None:
-    """ValueError unless ``model`` can be had of dense models like ``base`` by copying."""
-    moe = model.moe
-    if moe is None:
-        raise ValueError("model.moe=null: upcycling makes a mixture of experts; leave it out")
-    for name in ("vision", "audio", "speech", *SAME_FIELDS):
-        if getattr(model, name) != getattr(base, name):
-            raise ValueError(
-                f"model.{name}={getattr(model, name)}: the sources have {getattr(base, name)}; only model.moe and settings "
-                "without weights can be chosen"
-            )
-    if moe.num_routed_experts != num_experts:
-        raise ValueError(
-            f"model.moe.num_routed_experts={moe.num_routed_experts}: there are {num_experts} dense checkpoints, one for each "
-            "routed expert; leave it out"
-        )
-    width = base.ffn_hidden_size
-    if moe.moe_ffn_hidden_size != width:
-        raise ValueError(
-            f"model.moe.moe_ffn_hidden_size={moe.moe_ffn_hidden_size}: routed experts are the feed-forward parts as they are, "
-            f"{width} wide; leave it out"
-        )
-    if base.speech is not None and (moe.num_null_experts or moe.num_shared_experts):
-        raise ValueError(
-            f"model.moe.num_null_experts={moe.num_null_experts}, num_shared_experts={moe.num_shared_experts}: a speech "
-            "generator has routed experts alone; set both to 0"
-        )
-    shared = moe.num_shared_experts * moe.moe_shared_expert_intermediate_size
-    if shared > width:
-        raise ValueError(
-            f"model.moe.num_shared_experts={moe.num_shared_experts} of moe_shared_expert_intermediate_size="
-            f"{moe.moe_shared_expert_intermediate_size}: a feed-forward part {width} wide has no {shared} disjoint columns; "
-            "choose smaller ones"
-        )
 
 
 @dataclass
