@@ -50,8 +50,8 @@ from megatron_omni.models.generators.codec import Codec, load_codec
 from megatron_omni.scoring.voice import log_mel_distance
 
 SIZES = {
-    **{voice: 1500 if voice == SINGLE else 700 for voice in VOICES},
-    "styled": 3000, "long": 800, "anneal": 1600, "eval/named": 200, "eval/styled": 200, "eval/long": 100,
+    **{voice: 3000 if voice == SINGLE else 1500 for voice in VOICES},
+    "styled": 4000, "long": 1000, "anneal": 1600, "eval/named": 200, "eval/styled": 200, "eval/long": 100,
 }  # fmt: skip
 FAST_SIZES = {
     **{voice: 24 for voice in VOICES},
