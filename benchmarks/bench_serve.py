@@ -3,14 +3,17 @@
     python -m benchmarks.bench_serve --checkpoint runs/quickstart --json FILE [--streams 32] [--requests 128] [--repeat 3]
 
 Each of ``--streams`` clients sends its next request when the last token of the one before has come; prompts of 32 tokens,
-128 new ones, greedy, every token a chunk of a stream. The engine's process has one core, HTTP and the client the other
-one. Both ways are taken in turn ``--repeat`` times, medians are written: ``tokens_per_s`` by the wall clock less the time
-that the engine's process was ready and waited for its core (/proc/PID/schedstat: what other programs took), and
-``tokens_per_cpu_s``, tokens for each second that it computed. ``overhead`` is the share of the engine's tokens that serving
-costs, ``seconds_waited`` says how busy the machine was. ``tokens_per_step`` is 32 where all streams always have a token to
-compute: over HTTP a stream misses the steps between its last token and the arrival of its next request, which takes
-``queue_ms`` from its first byte to its first step. ``http_``, ``builders_`` and ``client_cpu_us_per_token`` is what the others
-compute for a token, all on the second core. Needs two cores of a Linux machine; the first two are taken.
+64 to 192 new ones, greedy, every token a chunk of a stream. With ``--equal`` all answers have 128: then those that began
+together end together, and all clients send their next request at one moment, as no clients in the world do.
+
+The engine's process has one core, HTTP and the client the other one. Both ways are taken in turn ``--repeat`` times,
+medians are written: ``tokens_per_s`` by the wall clock less the time that the engine's process was ready and waited for
+its core (/proc/PID/schedstat: what other programs took), and ``tokens_per_cpu_s``, tokens for each second that it
+computed. ``overhead`` is the share of the engine's tokens that serving costs, ``seconds_waited`` says how busy the
+machine was. ``tokens_per_step`` is 32 where all streams always have a token to compute: over HTTP a stream misses the
+steps between its last token and the arrival of its next request, which takes ``queue_ms`` from its first byte to its
+first step. ``http_``, ``builders_`` and ``client_cpu_us_per_token`` is what the others compute for a token, all on the
+second core. Needs two cores of a Linux machine; the first two are taken.
 """
 
 import argparse
@@ -24,23 +27,39 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
 import psutil
 
-PROMPT_TOKENS, NEW_TOKENS = 32, 128
+PROMPT_TOKENS, NEW_TOKENS = 32, range(64, 193)
+EQUAL_TOKENS = 128
 ENGINE_CORE, HTTP_CORE = 0, 1
 
 
-def prompts(number: int, vocab_size: int) -> list[list[int]]:
-    """Random ids, the same for both ways."""
-    pick = random.Random(0)
-    return [[pick.randrange(vocab_size // 2, vocab_size) for _ in range(PROMPT_TOKENS)] for _ in range(number)]
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What is asked, the same for both ways."""
+
+    streams: int
+    requests: int
+    equal: bool
+
+    def asked(self, number: int, vocab_size: int) -> list[tuple[list[int], int]]:
+        """Random prompts, and how many tokens each is answered with."""
+        pick, lengths = random.Random(0), random.Random(1)
+        return [
+            (
+                [pick.randrange(vocab_size // 2, vocab_size) for _ in range(PROMPT_TOKENS)],
+                EQUAL_TOKENS if self.equal else lengths.choice(NEW_TOKENS),
+            )
+            for _ in range(number)
+        ]
 
 
-def measure_direct(checkpoint: Path, streams: int, number: int) -> dict[str, float]:
+def measure_direct(checkpoint: Path, load: Load) -> dict[str, float]:
     """In this process: the engine alone."""
     os.sched_setaffinity(0, {ENGINE_CORE})
     from megatron_omni.platform.device import install
@@ -52,19 +71,18 @@ def measure_direct(checkpoint: Path, streams: int, number: int) -> dict[str, flo
 
     opened = open_checkpoint(checkpoint)
     builder = opened.builder
-    limits = EngineLimits(max_running=streams)
+    limits = EngineLimits(max_running=load.streams)
     with Engine(opened.load_model(), tokenizer=builder.tokenizer, pg=opened.pg, limits=limits) as engine:
         for measured in (False, True):
+            asked = load.asked(load.requests if measured else load.streams, builder.tokenizer.vocab_size)
             waiting = [
-                Request(
-                    name=str(i), prompt=builder.build_text(ids), max_new_tokens=NEW_TOKENS, ignore_eos=True, text=True
-                )
-                for i, ids in enumerate(prompts(number if measured else streams, builder.tokenizer.vocab_size))
+                Request(name=str(i), prompt=builder.build_text(ids), max_new_tokens=length, ignore_eos=True, text=True)
+                for i, (ids, length) in enumerate(asked)
             ]
             before = _clocks(os.getpid())
             tokens = running = steps = 0
             while waiting or engine.busy:
-                while waiting and running < streams:
+                while waiting and running < load.streams:
                     engine.submit(waiting.pop())
                     running += 1
                 steps += 1
@@ -75,13 +93,14 @@ def measure_direct(checkpoint: Path, streams: int, number: int) -> dict[str, flo
     return _outcome(tokens, before, _clocks(os.getpid())) | {"tokens_per_step": tokens / steps}
 
 
-async def one_stream(port: int, model: str, waiting: list[list[int]]) -> int:
+async def one_stream(port: int, model: str, waiting: list[tuple[list[int], int]]) -> int:
     """Requests one after the other over one connection; tokens that came. No client's library: it would be measured."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     tokens = 0
     while waiting:
+        ids, length = waiting.pop()
         body = json.dumps({
-            "model": model, "prompt": waiting.pop(), "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True,
+            "model": model, "prompt": ids, "max_tokens": length, "temperature": 0, "stream": True,
             "ignore_eos": True, "stream_options": {"include_usage": True},
         }).encode()  # fmt: skip
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
@@ -94,7 +113,7 @@ async def one_stream(port: int, model: str, waiting: list[list[int]]) -> int:
     return tokens
 
 
-def measure_http(checkpoint: Path, streams: int, number: int) -> dict[str, float]:
+def measure_http(checkpoint: Path, load: Load) -> dict[str, float]:
     """A server on the one core, HTTP and this process on the other."""
     words = [
         sys.executable,
@@ -104,7 +123,7 @@ def measure_http(checkpoint: Path, streams: int, number: int) -> dict[str, float
         "--port",
         "0",
         "--max-running",
-        str(streams),
+        str(load.streams),
     ]
     server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     try:
@@ -125,10 +144,10 @@ def measure_http(checkpoint: Path, streams: int, number: int) -> dict[str, float
         os.sched_setaffinity(0, {HTTP_CORE})
         vocab_size = _vocab_size(checkpoint)
 
-        async def run(waiting: list[list[int]]) -> int:
-            return sum(await asyncio.gather(*(one_stream(port, model, waiting) for _ in range(streams))))
+        async def run(waiting: list[tuple[list[int], int]]) -> int:
+            return sum(await asyncio.gather(*(one_stream(port, model, waiting) for _ in range(load.streams))))
 
-        asyncio.run(run(prompts(streams, vocab_size)))
+        asyncio.run(run(load.asked(load.streams, vocab_size)))
         (http,) = (child for child in engine.children() if "megatron_omni.serve.http" in child.cmdline())
         others = {"http": [http], "builders": http.children(recursive=True), "client": [psutil.Process()]}
 
@@ -136,7 +155,7 @@ def measure_http(checkpoint: Path, streams: int, number: int) -> dict[str, float
             return {name: sum(sum(p.cpu_times()[:2]) for p in processes) for name, processes in others.items()}
 
         before, others_before, counted = _clocks(engine.pid), seconds(), _metrics(port)
-        tokens = asyncio.run(run(prompts(number, vocab_size)))
+        tokens = asyncio.run(run(load.asked(load.requests, vocab_size)))
         after, others_after, counts = _clocks(engine.pid), seconds(), _metrics(port)
         steps, asked, waited = (
             counts[name] - counted[name]
@@ -194,26 +213,31 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--equal", action="store_true", help=f"all answers have {EQUAL_TOKENS} tokens")
     parser.add_argument(
         "--direct", action="store_true", help="this process is the engine's (used by the command itself)"
     )
     options = parser.parse_args()
+    load = Load(streams=options.streams, requests=options.requests, equal=options.equal)
     if options.direct:
-        print(json.dumps(measure_direct(options.checkpoint, options.streams, options.requests)))
+        print(json.dumps(measure_direct(options.checkpoint, load)))
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     taken: dict[str, list[dict[str, float]]] = {"engine": [], "http": []}
     words = [sys.executable, "-m", "benchmarks.bench_serve", "--direct", "--checkpoint", str(options.checkpoint)]
-    words += ["--streams", str(options.streams), "--requests", str(options.requests)]
+    words += ["--streams", str(options.streams), "--requests", str(options.requests), *["--equal"] * options.equal]
     for _ in range(options.repeat):
         done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
         taken["engine"].append(json.loads(done.stdout.splitlines()[-1]))
-        taken["http"].append(measure_http(options.checkpoint, options.streams, options.requests))
+        taken["http"].append(measure_http(options.checkpoint, load))
     rows: list[dict[str, Any]] = []
+    vocab_size = _vocab_size(options.checkpoint)
     for way, runs in taken.items():
-        assert {run["tokens"] for run in runs} == {options.requests * NEW_TOKENS}, "not every token came"
+        wanted = sum(length for _, length in load.asked(load.requests, vocab_size))
+        assert {run["tokens"] for run in runs} == {wanted}, "not every token came"
         row: dict[str, Any] = {
-            "model": str(options.checkpoint), "streams": options.streams, "requests": options.requests, "way": way,
+            "model": str(options.checkpoint), "streams": load.streams, "requests": load.requests, "equal": load.equal,
+            "way": way,
             "tokens_per_s": round(statistics.median(run["tokens"] / run["seconds"] for run in runs), 1),
             "tokens_per_cpu_s": round(statistics.median(run["tokens"] / run["cpu_seconds"] for run in runs), 1),
         }  # fmt: skip
