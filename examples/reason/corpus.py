@@ -1,6 +1,6 @@
 """Compose the questions of ``make reason``: media files and JSONL records, the same for the same seed.
 
-    python -m examples.reason.corpus --out DIR [--demonstrations 80] [--prompts 2000] [--held-out 180] [--choice 96]
+    python -m examples.reason.corpus --out DIR [--demonstrations 120] [--prompts 2000] [--held-out 180] [--choice 96]
 
     DIR/demonstrations/<source>.jsonl   answers with a thought, and the same rows without one: the cold start
     DIR/prompts/<source>.jsonl          questions for reinforcement, other ones; the answer stands in ``solution``
@@ -28,7 +28,7 @@ from examples.reason.questions import CHANCE, SOURCES, SYSTEM, compose_question,
 
 SETS = {"demonstrations": "train", "prompts": "train", "held_out": "held_out", "choice": "choice"}
 """Set -> split of the quickstart's rule. The order is part of a question's seed."""
-SIZES = {"demonstrations": 80, "prompts": 2000, "held_out": 180, "choice": 96}
+SIZES = {"demonstrations": 120, "prompts": 2000, "held_out": 180, "choice": 96}
 """Of each source."""
 FIRST_ENTROPY = 20
 """Sets the draws apart from the quickstart's, whose seeds begin with its own."""

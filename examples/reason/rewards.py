@@ -13,9 +13,22 @@ def right(completions: Sequence[str], solution: Sequence[str], **_: Any) -> list
     return [float(bool(end) and answer.strip() == known) for (_, end, answer), known in zip(answers, solution)]
 
 
-def permuted(completions: Sequence[str], solution: Sequence[str], step: int, **columns: Any) -> list[float]:
-    """The control: the sum of the recipe's rewards, dealt to other responses of the batch."""
+def permuted(
+    completions: Sequence[str], solution: Sequence[str], thought: Sequence[str], step: int, **columns: Any
+) -> list[float]:
+    """The control: the sum of the recipe's rewards, dealt to other responses of the batch.
+
+    Among those that GSPO would learn from: a group without spread keeps its reward, and is left out as there. Otherwise the
+    control would average over three times as many responses, and its gradient be small for that alone.
+    """
     paid = zip(right(completions, solution), think_format(completions=completions, **columns))
     totals = [value + 0.5 * (form or 0.0) for value, form in paid]
-    random.Random(step).shuffle(totals)
+    groups: dict[tuple[str, str], list[int]] = {}
+    for place, question in enumerate(zip(thought, solution)):  # the record's own thought names it
+        groups.setdefault(question, []).append(place)
+    learned = [place for group in groups.values() if len({totals[i] for i in group}) > 1 for place in group]
+    dealt = [totals[place] for place in learned]
+    random.Random(step).shuffle(dealt)
+    for place, total in zip(learned, dealt):
+        totals[place] = total
     return totals
