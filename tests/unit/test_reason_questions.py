@@ -19,7 +19,7 @@ from examples.quickstart.compose import is_held_out  # noqa: E402
 from examples.quickstart.tokenizer import train_tokenizer  # noqa: E402
 from examples.reason import ask, corpus, measure, questions  # noqa: E402
 from examples.reason.questions import ANSWERS, SOURCES, conclusion, contradicts, split  # noqa: E402
-from examples.reason.rewards import right  # noqa: E402
+from examples.reason.rewards import permuted, right  # noqa: E402
 from megatron_omni.batch import IGNORE_LABEL  # noqa: E402
 from megatron_omni.config.load import load_recipe  # noqa: E402
 from megatron_omni.data.record import Message  # noqa: E402
@@ -191,3 +191,14 @@ def test_scores_are_shares_of_what_was_said(composed: Path) -> None:
     assert scores["all"]["format"] == 1.0 and scores["all"]["contradiction"] == 0.0 and scores["all"]["length"] == 9
     assert scores["all"]["swapped_thought"] == 1.0  # of the 14 where a thought of 0 is another answer
     assert len(said["swapped_thought"]) == 14
+
+
+def test_permuted_rewards_are_those_of_groups_with_spread_dealt_anew() -> None:
+    said = ["<think>a</think>1", "<think>a</think>2"] * 4 + ["<think>b</think>1"] * 8
+    columns = {"solution": ["1"] * 16, "thought": ["a"] * 8 + ["b"] * 8, "prompts": [""] * 16}
+    dealt = [permuted(completions=said, step=step, **columns) for step in range(20)]
+    assert all(totals[8:] == [1.5] * 8 for totals in dealt), "a group without spread keeps its reward"
+    assert all(sorted(totals[:8]) == [0.5] * 4 + [1.5] * 4 for totals in dealt)
+    assert len({tuple(totals) for totals in dealt}) > 10 and dealt[3] == permuted(completions=said, step=3, **columns)
+    both = permuted(completions=[*said[:8], *said[:8]], step=0, **(columns | {"thought": ["a"] * 8 + ["c"] * 8}))
+    assert sum(both[:8]) != sum(both[8:]), "dealt over the batch, not within a group"
