@@ -88,6 +88,7 @@ def test_a_conversation_with_media(page: Any, server: Running, trained: Trained)
     answer = finished(page)
     assert answer.locator(".body").inner_text().strip()
     assert "tokens" in answer.locator(".row").inner_text() and "first after" in answer.locator(".row").inner_text()
+    assert answer.locator("audio").count() == 0 and page.locator("#spoken").is_hidden(), "nothing speaks here"
     mine = page.locator(".turn.user").first
     assert mine.locator(".body").inner_text() == "what is it?\nand <image>?"
     assert mine.locator("img").count() == mine.locator("video").count() == 1 and mine.locator("audio").count() == 0

@@ -1,4 +1,5 @@
-"""Sound from a real server with OpenAI's own client: texts out loud in every format, spoken answers, streams, refusals.
+"""Sound from a real server with OpenAI's own client: texts out loud in every format, spoken answers, streams, refusals; and
+what the page plays of it, in headless Chromium (skipped, with its reason, where there is none).
 
 A model that has learned to write spoken turns, and a random speech generator (tests/serve/spoken.py). Its sound says nothing,
 but the same prompt and text give the same codes, so an answer must sound as ``/v1/audio/speech`` makes it.
@@ -12,11 +13,14 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import av
+import numpy as np
 import openai
 import pytest
 
 from tests.serve.harness import Running, serving
+from tests.serve.listening import ask, choose, downloaded, is_silent, listened, live_samples
 from tests.serve.spoken import VOICES, WORDS, Speaking, make_speaking
+from tests.unit.in_browser import browser, keep, wait_for  # noqa: F401
 
 RATE, HOP = 1600, 40
 """Of the codec."""
@@ -36,6 +40,14 @@ def server(speaking: Speaking, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield running
         assert all(rank.is_alive() for rank in running.ranks), log.read_text()
         assert "Traceback" not in log.read_text(), log.read_text()
+
+
+@pytest.fixture(scope="module")
+def alone(speaking: Speaking, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A speech generator and no model; its last test ends it."""
+    log = tmp_path_factory.mktemp("alone") / "log"
+    with serving(speaking.speaker, "--codec", str(speaking.codec), log=log) as running:
+        yield running
 
 
 def say(server: Running, text: str = TEXT, **settings: Any) -> bytes:
@@ -183,21 +195,75 @@ def test_what_an_answer_cannot_sound_like(server: Running, change: dict[str, Any
     assert (error.status_code, error.param) == (400, param) and said in error.message
 
 
+# ------------------------------------------------------------------------------------------------ the page
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1000, "light"), (360, "dark")])
+def test_the_page_plays_a_spoken_answer(browser: Any, server: Running, width: int, scheme: str) -> None:  # noqa: F811
+    expected = np.frombuffer(say(server, WORDS[0], response_format="pcm"), "<i2")
+    with listened(browser, server.url, width=width, scheme=scheme) as page:
+        assert ask(page, f"say {WORDS[1]}").locator("audio, button:has-text('sound')").count() == 0
+        assert page.evaluate("told.length") == 0
+        choose(page, VOICES[0])
+        page.get_by_role("button", name="New chat").click()
+        answer = ask(page, f"say {WORDS[0]}")
+        assert answer.locator(".body").inner_text() == WORDS[0]
+        assert np.array_equal(live_samples(page), expected)
+        player = answer.get_by_label("Spoken answer")
+        assert np.array_equal(downloaded(page, player), expected)
+        is_silent(page)
+        assert answer.locator("button:has-text('sound')").count() == 0
+        player.evaluate("a => a.play()")
+        wait_for(page, "() => document.querySelector('.turn audio').ended")
+        keep(page, f"spoken_{scheme}")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        box, body = player.bounding_box(), answer.bounding_box()
+        assert box["x"] == body["x"] and box["x"] + box["width"] <= body["x"] + body["width"]
+
+
+def test_the_page_of_a_speech_generator(browser: Any, server: Running, alone: Running) -> None:  # noqa: F811
+    text = f"{TEXT}. " * 2
+    expected = np.frombuffer(say(server, text, response_format="pcm"), "<i2")
+    with listened(browser, alone.url) as page:
+        keep(page, "speaker")
+        assert page.locator("#attach, #record, #max_tokens").locator("visible=true").count() == 0
+        answer = ask(page, text)
+        player = answer.get_by_label("Spoken answer")
+        keep(page, "speaking")
+        answer.get_by_role("button", name="Stop the sound").click()
+        assert answer.locator("button:has-text('sound')").count() == 0
+        is_silent(page)
+        assert page.evaluate("told.at(-1).context.currentTime < told.at(-1).when"), "not heard to its end"
+        assert len(live_samples(page)) and np.array_equal(downloaded(page, player), expected)
+        player.evaluate("a => a.play()")
+        ask(page, "red")
+        assert player.evaluate("a => a.paused"), "one sound at a time"
+        answer.get_by_role("button", name="Copy as curl").click()
+        assert text.strip() in page.evaluate("navigator.clipboard.readText()")
+
+        page.route("**/v1/audio/speech", lambda route: None)
+        page.get_by_label("Message").fill("green")
+        page.get_by_label("Message").press("Enter")
+        page.locator(".busy").wait_for()
+        page.get_by_role("button", name="New chat").click()
+        wait_for(page, "() => document.getElementById('send').textContent === 'Send'")
+        is_silent(page)
+        assert page.locator(".turn").count() == 0
+
+
 # ------------------------------------------------------------------------------------------------ alone, and ends
 
 
 def test_a_speech_generator_is_served_alone_and_the_end_of_its_process_ends_the_server(
-    speaking: Speaking, server: Running, tmp_path_factory: pytest.TempPathFactory
+    server: Running, alone: Running
 ) -> None:
     import psutil
 
-    log = tmp_path_factory.mktemp("alone") / "log"
-    with serving(speaking.speaker, "--codec", str(speaking.codec), log=log) as alone:
-        assert say(alone, model="speaker") == say(server)
-        models = alone.client().models.list().data
-        assert [(m.id, m.output_modalities) for m in models] == [("speaker", ["audio"])]  # type: ignore[attr-defined]
-        error = refused(lambda: alone.client().chat.completions.create(**chat(model="speaker")))
-        assert (error.status_code, error.code) == (501, "not_implemented") and "/v1/audio/speech" in error.message
-        children = psutil.Process(alone.ranks[0].pid).children()
-        next(p for p in children if "megatron_omni.serve.speaker_process" in p.cmdline()).kill()
-        assert alone.wait() == [1] and "error: the speaker has ended" in log.read_text(), log.read_text()
+    assert say(alone, model="speaker") == say(server)
+    models = alone.client().models.list().data
+    assert [(m.id, m.output_modalities) for m in models] == [("speaker", ["audio"])]  # type: ignore[attr-defined]
+    error = refused(lambda: alone.client().chat.completions.create(**chat(model="speaker")))
+    assert (error.status_code, error.code) == (501, "not_implemented") and "/v1/audio/speech" in error.message
+    children = psutil.Process(alone.ranks[0].pid).children()
+    next(p for p in children if "megatron_omni.serve.speaker_process" in p.cmdline()).kill()
+    assert alone.wait() == [1] and "error: the speaker has ended" in alone.log.read_text(), alone.log.read_text()
