@@ -54,7 +54,7 @@ def answer_one(
     *,
     out: Path,
     batch_size: int,
-    limits: EngineLimits,
+    limits: EngineLimits | None = None,
     think: bool | None = None,
     speech: AnswerSpeaker | None = None,
     sound: str = "",

@@ -30,8 +30,8 @@ from tests.distributed.harness import Rank, run_ranks
 from tests.distributed.tiny_run import chat, run_tiny
 from tests.distributed.tiny_speech import DENSE, tiny_codec
 from tests.unit.dense_checkpoints import write_dense
+from tests.unit.speech_models import write_speaker
 from tests.unit.test_speech_conversion import CODES
-from tests.unit.test_speech_upcycle import write_generator
 
 TEXT = "One two, three. Four five; six seven eight nine ten eleven!"
 TP = "parallel.tensor_model_parallel_size=2"
@@ -50,21 +50,14 @@ class Models:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     root = tmp_path_factory.mktemp("speak")
-    fingerprint = save_codec(tiny_codec(CODES), root / "codec")
+    speaker, codec = write_speaker(root)
     other = tiny_codec(CODES)
     other.decoder.out.bias.data.add_(1.0)
     save_codec(other, root / "other")
-    hf = write_generator(root / "released", seed=1)
-    opened = open_sources(language=None, speech=hf)
-    speech = opened.model.speech
-    assert speech is not None
-    speech.codec, speech.codec_fingerprint, speech.voices = str(root / "codec"), fingerprint, ["Jenny", "Brian"]
-    speech.most_codes_per_token, speech.max_codes = 4.0, 60
-    import_checkpoint(opened.parts, Recipe(model=opened.model), root / "speaker", wanted=opened.wanted, tokenizer=hf)
     hf = write_dense(root / "dense", seed=2)
     opened = open_sources(language=hf)
     import_checkpoint(opened.parts, Recipe(model=opened.model), root / "language", wanted=opened.wanted, tokenizer=hf)
-    return Models(root / "speaker", root / "language", root / "codec", root / "other")
+    return Models(speaker, root / "language", codec, root / "other")
 
 
 def run_command(rank: Rank, name: str, arguments: list[str], port: int) -> tuple[int, bytes, str]:

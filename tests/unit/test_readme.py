@@ -31,6 +31,7 @@ from tests.distributed.harness import Rank, run_ranks
 from tests.distributed.tiny_run import make_corpus
 from tests.distributed.tiny_run import tiny_recipe as small_recipe
 from tests.unit.dense_checkpoints import write_dense
+from tests.unit.speech_models import write_speaker
 from tests.unit.tiny_data import row, tokenizer_file, write_clip, write_image, write_sound
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,6 +88,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert run(place, shorter(words)) == [(0, "")]
     base = write_dense(place / "hf_model")
     write_dense(place / "hf_vision", like=base, seed=1)
+    write_speaker(place)
     corpus = make_corpus(place / "corpus")
     (place / "mine.yaml").write_text(recipe_to_yaml(own_recipe(corpus, place / "own_run")))
     return place
@@ -156,7 +158,7 @@ def filled(words: list[str]) -> list[str]:
     """The reader's files in place of the words in capitals; a word nobody knows stays and fails its command."""
     known = {
         "HF_MODEL": "hf_model", "HF_VISION": "hf_vision", "RECIPE": "mine.yaml", "CHAIN": "recipes/tiny/chain.yaml",
-        "IMPORTED": "imported", "MIXTURE": "mixture",
+        "IMPORTED": "imported", "MIXTURE": "mixture", "SPEAKER": "speaker",
     }  # fmt: skip
     return [known.get(word, word) for word in words]
 

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_omni.foreign import parse_json
+
 Wave = NDArray[np.float32]
 
 
@@ -38,7 +40,7 @@ class Remembered:
     def _keep(self, said: dict[str, Any]) -> None:
         # as it will be read again: a tuple is a list from the start
         lines = {key: json.dumps({"key": key, "said": value}) for key, value in said.items()}
-        self._said |= {key: json.loads(line)["said"] for key, line in lines.items()}
+        self._said |= {key: parse_json(line, "verdict")["said"] for key, line in lines.items()}
         with self.path.open("ab", buffering=0) as file:
             file.write("".join(line + "\n" for line in lines.values()).encode())
 
@@ -54,7 +56,7 @@ def _lines(path: Path) -> list[tuple[str, Any]]:
     found = []
     for line in path.read_bytes().splitlines():
         try:
-            values = json.loads(line)
+            values = parse_json(line, str(path))
             found.append((values["key"], values["said"]))
         except (ValueError, KeyError, TypeError):
             continue
