@@ -62,6 +62,7 @@ def answer_one(
 ) -> bool:
     """Answer one prompt, and speak it into the file ``sound``; all ranks call this together. Whether what was asked for is
     there. ValueError for a record that cannot be used."""
+    limits = limits or EngineLimits()
     beginning = speech.beginning(record) if speech is not None else []
     prompt = built(checkpoint, record, think=think, speech=speech)  # before the weights: a bad file shows at once
     windows = generate_windows(
