@@ -448,12 +448,12 @@ class Rehearsal:
         return small
 
     def _start(self, case: Case) -> Path | None:
-        """Weights for the recipe's ``init_from``: of one rank, of the model's own kind."""
+        """Weights for the recipe's ``init_from``: of one rank, of the model's own kind and tokenizer."""
         if load_recipe(case.path).init_from is None:
             return None
         small = shrunk(case, data=self.data, start=self.directory, run_dir=self.directory / "start").recipe
         small.parallel, small.init_from, small.task = ParallelConfig(), None, "supervised"
-        kind = repr(small.model)
+        kind = repr((small.model, small.data.tokenizer))
         if kind not in self._starts:
             small.run_dir = str(self.directory / f"start{len(self._starts)}")
             run_ranks(make_start, 1, small)
