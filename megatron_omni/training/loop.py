@@ -272,7 +272,8 @@ def evaluate(run: Run, *, moved: Callable[[], None] = lambda: None) -> dict[str,
     gather_weights(run.model)
     losses: dict[str, float] = {}
     others: dict[str, float] = {}
-    names = run.task.report_names
+    # Other rows of the table may be those of training, or of another length.
+    wanted = [0, *map(list(run.task.report_names).index, run.task.held_out_names)]
     with evaluation_mode(run.model), torch.no_grad():
         for name, loader in run.eval_loaders.items():
             if loader is not None:
@@ -286,15 +287,15 @@ def evaluate(run: Run, *, moved: Callable[[], None] = lambda: None) -> dict[str,
                 info = StepInfo(step=run.state.step, training=False, divisor=totals["labels"], held_out=name)
                 forward = partial(run.task.forward_step, info=info)
                 for report in run_step(forward, batches, run.model, pg=run.pg, recipe=run.recipe, forward_only=True):
-                    total = report if total is None else total + report
+                    total = report[wanted] if total is None else total + report[wanted]
                 moved()
-            table = sum_reports(run, total if total is not None else torch.zeros(len(names), 2)).tolist()
-            loss, count = table[0]
+            nothing = torch.zeros(len(wanted), 2)
+            (loss, count), *rest = sum_reports(run, total if total is not None else nothing).tolist()
             if not count:
                 raise ValueError(
                     f"data.eval_sources[{name}]: no token of it carries a label; give it records with answers"
                 )
             losses[f"eval/loss/{name}"] = loss / count
-            rows = zip(names, table, strict=True)
-            others |= {f"eval/{row}/{name}": n / of for row, (n, of) in rows if row in run.task.held_out_names and of}
+            rows = zip(run.task.held_out_names, rest, strict=True)
+            others |= {f"eval/{row}/{name}": right / of for row, (right, of) in rows if of}
     return losses if not losses else losses | {"eval/loss": sum(losses.values()) / len(losses)} | others
