@@ -85,3 +85,15 @@ def test_a_run_ends_with_its_prompts(corpus: Path, tmp_path: Path, resample: int
     asked = [{row.prompt for row in read_rollouts(recipe.run_dir, number)} for number in (0, 1)]
     assert asked == [set(range(8)), set(range(8, 12))]  # four are too few to replace those without spread
     assert [record["step"] for record in records(recipe)] == [1, 2, 3]
+
+
+def test_a_held_out_set_has_its_supervised_loss_on_every_layout(corpus: Path, tmp_path: Path) -> None:
+    held_out = [{"name": "held", "path": str(corpus / "text.jsonl")}]
+    settings = {"data__eval_sources": held_out, "log__eval_interval": 2, "log__eval_iters": 1, "train_iters": 2}
+    pipeline = {"parallel__pipeline_model_parallel_size": 2}
+    alone, piped = (
+        [record["eval/loss/held"] for record in run_tiny(recipe_of(corpus, tmp_path / name, **settings, **more), ranks)
+         if "eval/loss/held" in record]
+        for name, more, ranks in (("alone", {}, 1), ("piped", pipeline, 2))
+    )  # fmt: skip
+    assert len(alone) == 1 and alone[0] > 1 and piped == pytest.approx(alone, rel=1e-4)
