@@ -17,18 +17,13 @@ it runs. runs/reason (runs/reason_fast) then holds
 GSPO from the same start, into seeds.json.
 """
 
-import argparse
-import hashlib
 import json
-import shutil
-import subprocess
-import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from examples.quickstart.repeat import GOALS
+from examples.quickstart import onward
 from examples.quickstart.run import FAST_OUT as FAST_QUICKSTART
 from examples.quickstart.run import OUT as QUICKSTART
 from examples.quickstart.run import Steps, torchrun
@@ -47,23 +42,11 @@ RUNS = ("gspo", "dpo", "gspo_2")
 
 def main() -> None:
     """Run everything."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--fast", action="store_true", help="two minutes: shows that everything runs, not that it learns"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="start over where a finished run lies already")
-    parser.add_argument("--controls", action="store_true", help="also permuted rewards, and more supervised steps")
+    parser = onward.parser(__doc__ or "", controls="permuted rewards, and more supervised steps")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of GSPO in all, with other seeds")
     options = parser.parse_args()
     out = FAST_OUT if options.fast else OUT
-    if (out / report.SCORES).exists() and not (options.overwrite or options.fast):
-        sys.exit(
-            f"error: {out} holds a finished run. `make reason OVERWRITE=1` (or --overwrite) deletes it; or rename it"
-        )
-    steps = Steps()
-    start_from_quickstart(steps, fast=options.fast)
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    steps = onward.begin("reason", out, fast=options.fast, overwrite=options.overwrite)
     reason = Reason(steps, out, fast=options.fast)
     reason.train()
     reason.measure("stages", [out / "chosen", *(out / name for name in RUNS)])
@@ -74,28 +57,6 @@ def main() -> None:
     if options.seeds > 1:
         reason.seeds(options.seeds)
     report.write(out, scores)
-
-
-def start_from_quickstart(steps: Steps, *, fast: bool) -> None:
-    """Make the quickstart where it is missing; one below its goals is refused."""
-    folder = FAST_QUICKSTART if fast else QUICKSTART
-    if not (folder / "scores.json").exists():
-        steps.run("make the quickstart", "-m", "examples.quickstart.run", *["--fast"] * fast)
-    if fast:
-        return
-    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-    low = below_goals(scores)
-    if low:
-        sys.exit(
-            f"error: {folder} is below the quickstart's goals: {', '.join(low)}. What it does not see or hear cannot be "
-            "thought about; `make quickstart OVERWRITE=1` trains it anew"
-        )
-
-
-def below_goals(scores: dict[str, dict[str, float]]) -> list[str]:
-    """Tasks whose held-out score is below the quickstart's goal, each with both figures."""
-    found = {task: scores.get(task, {}).get("held_out", 0.0) for task in GOALS}
-    return [f"{task} {score:.3f} (goal {GOALS[task]:.2f})" for task, score in found.items() if score < GOALS[task]]
 
 
 class Reason:
@@ -148,9 +109,9 @@ class Reason:
         return {
             "seconds": round(time.perf_counter() - self._began, 1),
             "started": self.started,
-            "commit": commit(),
-            "recipe_sha256": sha256_of(sorted(RECIPES.glob("*.yaml"))),
-            "checkpoint_sha256": sha256_of(sorted((self.out / "gspo_2" / "checkpoints").rglob("*"))),
+            "commit": onward.commit(),
+            "recipe_sha256": onward.sha256_of(sorted(RECIPES.glob("*.yaml"))),
+            "checkpoint_sha256": onward.sha256_of(sorted((self.out / "gspo_2" / "checkpoints").rglob("*"))),
             **report.stage_scores(self.out),
         }
 
@@ -180,21 +141,6 @@ class Reason:
             self.steps.run(f"GSPO with seed {7 + number}", *torchrun("megatron_omni.cli.train", *words))
         self.measure("seeds", [self.out / "gspo", *runs], ways=("greedy", "sampled"))
         (self.out / "seeds.json").write_text(json.dumps(report.seed_scores(self.out), indent=1) + "\n")
-
-
-def commit() -> str:
-    """Of this checkout; empty without git."""
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
-
-
-def sha256_of(files: list[Path]) -> str:
-    """Of the names and bytes of files, in their order."""
-    digest = hashlib.sha256()
-    for path in files:
-        if path.is_file():
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":

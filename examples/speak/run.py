@@ -20,20 +20,17 @@ Every step is a command that is printed before it runs. runs/speak (runs/speak_f
 --controls trains the dense model of `several` for as much more time as the mixture and its annealing had, into controls.json.
 """
 
-import argparse
 import json
-import shutil
-import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from examples.quickstart import onward
 from examples.quickstart.run import FAST_OUT as FAST_QUICKSTART
 from examples.quickstart.run import OUT as QUICKSTART
 from examples.quickstart.run import Steps, torchrun
 from examples.reason.report import busy
-from examples.reason.run import commit, sha256_of, start_from_quickstart
 from examples.speak import report
 from examples.speak.sounds import CODEC, CONTINUED, SINGLE, VOICES
 
@@ -57,22 +54,9 @@ FAST_PLANTED = 4
 
 def main() -> None:
     """Run everything."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--fast", action="store_true", help="two minutes: shows that everything runs, not that it learns"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="start over where a finished run lies already")
-    parser.add_argument("--controls", action="store_true", help="also the dense model trained for as long")
-    options = parser.parse_args()
+    options = onward.parser(__doc__ or "", controls="the dense model trained for as long").parse_args()
     out = FAST_OUT if options.fast else OUT
-    if (out / report.SCORES).exists() and not (options.overwrite or options.fast):
-        sys.exit(
-            f"error: {out} holds a finished run. `make speak OVERWRITE=1` (or --overwrite) deletes it; or rename it"
-        )
-    steps = Steps()
-    start_from_quickstart(steps, fast=options.fast)
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    steps = onward.begin("speak", out, fast=options.fast, overwrite=options.overwrite)
     speak = Speak(steps, out, fast=options.fast)
     speak.train()
     speak.measure()
@@ -141,10 +125,10 @@ class Speak:
         return {
             "seconds": round(time.perf_counter() - self._began, 1),
             "started": self.started,
-            "commit": commit(),
-            "recipe_sha256": sha256_of(sorted(RECIPES.glob("*.yaml"))),
-            "checkpoint_sha256": sha256_of(sorted((self.out / "anneal" / "checkpoints").rglob("*"))),
-            "codec_sha256": sha256_of(sorted(CODEC.glob("codec.*"))),
+            "commit": onward.commit(),
+            "recipe_sha256": onward.sha256_of(sorted(RECIPES.glob("*.yaml"))),
+            "checkpoint_sha256": onward.sha256_of(sorted((self.out / "anneal" / "checkpoints").rglob("*"))),
+            "codec_sha256": onward.sha256_of(sorted(CODEC.glob("codec.*"))),
             **report.scores_of(self.out),
         }
 
