@@ -29,7 +29,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 OBJECTS = ROOT / "build" / "csrc"
-BINDINGS = [CSRC / "bindings_autograd.cpp", CSRC / "bindings.cpp"]
+BINDINGS = [CSRC / "bindings_autograd.cpp", CSRC / "bindings_dit.cpp", CSRC / "bindings.cpp"]
 CXX_FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-uninitialized"]  # gcc 12: its own headers
 SM80 = ["-gencode", "arch=compute_80,code=[sm_80,compute_80]"]  # with PTX, for devices that are younger than this
 SM90A = ["-gencode", "arch=compute_90a,code=sm_90a"]

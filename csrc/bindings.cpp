@@ -3,7 +3,6 @@
 // Wrong arguments raise ValueError with the argument's name. Index arguments are checked against what they index (a
 // pass over int64 metadata, small beside the rows it moves), so that no call reads or writes out of bounds. Gradients are
 // in bindings_autograd.cpp, fake kernels in megatron_omni/ops/<op>.py.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -18,24 +17,18 @@
 #include "arguments.h"
 #include "cpu/isa.h"
 #include "kernels.h"
+#include "pool.h"
 
 namespace {
 
 using at::Tensor;
 using omni::accumulator_of;
 using omni::check_main_grads;
+using omni::cpu_engine;
 using omni::data_or_null;
 using omni::DType;
 using omni::dtype_of;
-
-// The engine that runs (csrc/cpu/isa.h), by name; ValueError where OMNI_CPU_KERNELS asks for one that is not there.
-std::string cpu_engine() {
-  try {
-    return omni::cpu::name_of(omni::cpu::engine());
-  } catch (const std::invalid_argument& error) {
-    TORCH_CHECK_VALUE(false, error.what());
-  }
-}
+using omni::pool;
 
 // Names the engine from now on, or none.
 void set_cpu_engine(c10::string_view name) {
@@ -44,16 +37,6 @@ void set_cpu_engine(c10::string_view name) {
   } catch (const std::invalid_argument& error) {
     TORCH_CHECK_VALUE(false, error.what());
   }
-}
-
-// What every op runs on; asks for the engine first, so that a wrong choice is an error here and not in a thread.
-const omni::Parallel pool() {
-  cpu_engine();
-  return {at::get_num_threads(), [](int64_t num_tasks, void (*task)(void*, int64_t), void* context) {
-            at::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
-              for (int64_t i = begin; i < end; ++i) task(context, i);
-            });
-          }};
 }
 
 void check_matrix(const Tensor& x, const char* name) {

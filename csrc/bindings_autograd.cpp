@@ -4,25 +4,22 @@
 // registration costs 40 to 50 microseconds a call, this one 3. A file of its own because torch's autograd headers take
 // longer to compile than everything else; it changes rarely.
 #include <ATen/ops/empty_like.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <optional>
 #include <string>
 #include <tuple>
 
+#include "autograd.h"
+
 namespace {
 
 using at::Tensor;
 using c10::SymInt;
+using omni::find;
+using omni::if_defined;
 using std::optional;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-template <class Signature>
-auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 Tensor call_permute(const Tensor& x, const Tensor& row_token, const Tensor& token_offsets, const Tensor& token_rows,
                     SymInt num_rows) {
@@ -39,7 +36,6 @@ Tensor call_unpermute(const Tensor& rows, const optional<Tensor>& weights, const
   return op.call(rows, weights, row_token, token_offsets, token_rows, std::move(num_tokens), factor, out_dtype);
 }
 
-optional<Tensor> if_defined(const Tensor& x) { return x.defined() ? optional<Tensor>(x) : std::nullopt; }
 optional<Tensor> if_defined_contiguous(const Tensor& x) {
   return x.defined() ? optional<Tensor>(x.contiguous()) : std::nullopt;
 }

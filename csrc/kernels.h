@@ -134,6 +134,64 @@ struct CachedAttention {
 };
 void cached_attention(const CachedAttention& a, DType dtype, const Parallel& parallel);
 
+// ---- dit.cpp ----------------------------------------------------------------------------------------------------------
+// fp32; H and D are multiples of 16. B pictures of T rows.
+
+// y = residual + f x / sqrt(mean x^2 + eps), f = weight factor[b]; factor [B, H] and residual may be null (1, 0). rstd [B, T]
+// is for the backward, which gives grad_x and sums [B, H] of grad x rstd over a picture's rows.
+struct ModulatedNorm {
+  int64_t B, T, H;
+  float eps;
+  const float *x, *weight, *factor, *residual, *grad;
+  float *y, *rstd, *grad_x, *sums;
+};
+void modulated_norm(const ModulatedNorm& a, const Parallel& parallel);
+void modulated_norm_backward(const ModulatedNorm& a, const Parallel& parallel);
+
+// LayerNorm of rows x [B, T, heads D], whose channel pairs then turn by turns [T, D / 2] (cos, sin): y [B, heads, T, D].
+// stats [B, T] (mean, 1 / deviation) are for the backward, which gives grad_x and a row a picture of the sums of weight's
+// and bias' gradients.
+struct RotaryNorm {
+  int64_t B, T, heads, D;
+  float eps;
+  const float *x, *weight, *bias, *turns, *grad;
+  float *y, *stats, *grad_x, *weight_sums, *bias_sums;
+};
+void rotary_norm(const RotaryNorm& a, const Parallel& parallel);
+void rotary_norm_backward(const RotaryNorm& a, const Parallel& parallel);
+
+// y = silu(gate) up, n elements
+struct SwiGlu {
+  int64_t n;
+  const float *gate, *up, *grad;
+  float *y, *grad_gate, *grad_up;
+};
+void swiglu(const SwiGlu& a, const Parallel& parallel);
+void swiglu_backward(const SwiGlu& a, const Parallel& parallel);
+
+// out[b, t, h] = sum over segments of gate[h] softmax(scale q[b, h, t] . keys) values: attention of the same queries to
+// several sets of rows, each with a softmax of its own. query [B, heads, T, D], out [B, T, heads D]; strides of keys and
+// values in elements; mask [B, count] null: all rows count; gate [heads] null: 1. A segment without rows adds nothing.
+// The backward adds to grad_keys and grad_values, laid out as keys and values; grad_gate [B, heads] may be null.
+constexpr int kSegments = 3;  // patches, vision, caption
+struct Strides { int64_t picture, group, row; };
+struct Segment {
+  int64_t count;
+  float scale;
+  const float *keys, *values, *gate;
+  Strides keys_at, values_at;
+  const bool* mask;
+  float *grad_keys, *grad_values, *grad_gate;
+};
+struct JointAttention {
+  int64_t B, T, heads, groups, D;
+  Segment segments[kSegments];
+  const float *query, *grad;
+  float *out, *grad_query;
+};
+void joint_attention(const JointAttention& a, const Parallel& parallel);
+void joint_attention_backward(const JointAttention& a, const Parallel& parallel);
+
 // ---- counter_rng.cpp ------------------------------------------------------------------------------------------------
 // out[t, i] in (0, 1): hash of call (the constants of the call, already mixed), sample_ids[t], positions[t] and i.
 void counter_uniform(const int64_t* sample_ids, const int64_t* positions, int64_t T, int64_t num_draws, uint64_t call,

@@ -7,6 +7,7 @@
 // after the vectors
 #include "cpu/cached_attention_kernels.h"
 #include "cpu/counter_rng.h"
+#include "cpu/dit_kernels.h"
 #include "cpu/gemm_simd_kernels.h"
 #include "cpu/permute_kernels.h"
 #include "cpu/topp_route_kernels.h"

@@ -28,6 +28,7 @@ namespace omni::cpu {
 struct Avx512 {};  // F, BW, VL, DQ; its bf16 products where has_bf16_products()
 struct Avx2 {};    // with FMA and F16C
 struct Neon {};    // AArch64's Advanced SIMD: every such processor has it
+struct OneLane {};  // plain C++, for kernels that are written once, for vectors of any width
 
 enum class Engine { Portable, Avx2, Avx512, Neon };
 

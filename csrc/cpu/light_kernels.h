@@ -1,6 +1,6 @@
 // The kernels beside the products that have vectors: declared here for their drivers (permute.cpp, topp_route.cpp,
-// cached_attention.cpp, counter_rng.cpp), defined in permute_kernels.h, topp_route_kernels.h, cached_attention_kernels.h and
-// counter_rng.h, compiled by engine_<isa>.cpp.
+// cached_attention.cpp, dit.cpp, counter_rng.cpp), defined in permute_kernels.h, topp_route_kernels.h,
+// cached_attention_kernels.h, dit_kernels.h and counter_rng.h, compiled by engine_<isa>.cpp.
 #pragma once
 
 #include <type_traits>
@@ -47,6 +47,15 @@ struct LightKernels {
   OMNI_TARGET static float exponentials(const float* z, int64_t n, float top, float* p);
   // kernels.h's cached_attention for (token, group) begin..end; not F64
   OMNI_TARGET static void cached_attention(const CachedAttention& a, DType dtype, int64_t begin, int64_t end);
+  // kernels.h's parts of the picture generator, for pictures, elements or (picture, group) begin..end
+  OMNI_TARGET static void modulated_norm(const ModulatedNorm& a, int64_t begin, int64_t end);
+  OMNI_TARGET static void modulated_norm_backward(const ModulatedNorm& a, int64_t begin, int64_t end);
+  OMNI_TARGET static void rotary_norm(const RotaryNorm& a, int64_t begin, int64_t end);
+  OMNI_TARGET static void rotary_norm_backward(const RotaryNorm& a, int64_t begin, int64_t end);
+  OMNI_TARGET static void swiglu(const SwiGlu& a, int64_t begin, int64_t end);
+  OMNI_TARGET static void swiglu_backward(const SwiGlu& a, int64_t begin, int64_t end);
+  OMNI_TARGET static void joint_attention(const JointAttention& a, int64_t begin, int64_t end);
+  OMNI_TARGET static void joint_attention_backward(const JointAttention& a, int64_t begin, int64_t end);
   // one row of counter_rng.cpp
   OMNI_TARGET static void fill_draws(uint32_t low, uint32_t high, int64_t n, float* out);
 };

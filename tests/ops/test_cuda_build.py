@@ -120,7 +120,9 @@ def found():
     return checker.check()
 
 
-CPU_ONLY = {"megatron_omni::cached_attention"}  # a GPU has kernels for sequences of any length (generation/cache.py)
+OF_PICTURES = ("modulated_norm", "rotary_norm", "swiglu", "joint_attention")  # plain torch on a GPU (ops/dit.py)
+CPU_ONLY = {f"megatron_omni::{name}{end}" for name in OF_PICTURES for end in ("", "_backward")}
+CPU_ONLY.add("megatron_omni::cached_attention")  # a GPU has kernels for sequences of any length (generation/cache.py)
 
 
 @built

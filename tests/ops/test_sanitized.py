@@ -1,5 +1,6 @@
 """The CPU kernels on odd sizes under AddressSanitizer, without a report; the long form is tests/ops/sanitize.py."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -27,3 +28,11 @@ def sanitizers(tmp_path_factory):
 def test_no_report_and_no_wrong_result(program, sanitizers):
     result = sanitize.run(program, quick=True)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_kernel_has_a_program():
+    """What csrc/kernels.h declares is called by a program of this folder, and so runs here and on emulated Arm."""
+    declared = (sanitize.CSRC / "kernels.h").read_text().split("namespace cpu {")[1]
+    kernels = re.findall(r"^(?:void|int64_t) (\w+)\(", declared, flags=re.MULTILINE)
+    called = set(re.findall(r"\bcpu::(\w+)\(", "".join(path.read_text() for path in PROGRAMS)))
+    assert len(kernels) >= 20 and not set(kernels) - called

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_omni.ops import segment_attention as ops
 from megatron_omni.ops.segment_attention import segment_attention
-from megatron_omni.segments import AttentionSegments, Segment, causal, packed, prefix, shared_prompt
+from megatron_omni.segments import AttentionSegments, Segment, causal, packed, prefix, row_parts, shared_prompt
 from tests.attention import drawn_segments, reference, visible
 
 CAPACITY = 32
@@ -104,6 +104,30 @@ def test_any_lengths(seed, length, heads_and_groups):
     expected = results(reference, inputs, segments, 8**-0.5)
     for a, b in zip(results(segment_attention, inputs, segments), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 9))
+def test_the_queries_of_a_rank_see_what_they_saw(seed, ranks, size):
+    """Two rows cut over context-parallel ranks: each query is one rank's, and its output that of the whole rows."""
+    length, generator = 2 * ranks * size, torch.Generator().manual_seed(seed)
+    rows = [drawn_segments(generator, length) for _ in range(2)]
+    moved = (segment.shifted(row * length) for row, one in enumerate(rows) for segment in one.segments)
+    whole = AttentionSegments(tuple(moved), 2 * length)
+    query, key, value, *_ = problem(whole)
+    expected, mask = reference(query, key, value, whole, 8**-0.5), visible(whole, 2 * length)
+    places = []
+    for rank in range(ranks):
+        own = whole.of_rank(rank, ranks, length=length)
+        tokens = [row * length + i for row in range(2) for part in row_parts(length, rank, ranks) for i in part]
+        assert own.key_ranks == ranks and torch.equal(visible(own, 2 * length), mask[tokens])
+        torch.testing.assert_close(segment_attention(query[tokens], key, value, own), expected[tokens])
+        places += tokens
+    assert sorted(places) == list(range(2 * length))
+
+
+def test_ranks_have_the_same_work_of_a_row_that_one_sample_fills():
+    assert {packed([[48]], 48).of_rank(rank, 4, length=48).num_pairs for rank in range(4)} == {48 * 49 // 8}
 
 
 def test_padding_is_harmless():
