@@ -2,7 +2,8 @@
 
 Megatron's attention module projects, applies rotary angles and hands over query [S, B, heads, D], key and value [S,
 B, groups, D] (this tensor-parallel rank's share); the output is [S, B, heads * D]. Where Megatron has a mask, it hands
-on the batch's ``AttentionSegments``, which say who sees whom (segments.py); ops/segment_attention.py computes.
+on the batch's ``AttentionSegments``, which say who sees whom (segments.py); ops/segment_attention.py computes. Under
+context parallelism S are this rank's tokens: keys and values of the others are gathered first (context_parallel.py).
 
 Decoding: inside ``kv_cache(cache)`` the cache computes, over the keys and values that it keeps (generation/cache.py), in
 layers that have only what that needs (decoding.py). This sits below everything that a layout changes. The rotation of
@@ -15,10 +16,12 @@ from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
+from megatron_omni.models.context_parallel import gathered_keys
 from megatron_omni.ops.segment_attention import segment_attention
 from megatron_omni.segments import AttentionSegments
 
@@ -58,15 +61,26 @@ class CoreAttention(MegatronModule):
     """Scaled dot-product attention with grouped keys and values, built by Megatron's ``SelfAttention``."""
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        softmax_scale: float | None = None,
+        *,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,
     ) -> None:
         super().__init__(config=config)
+        self.cp_group = None if pg_collection is None else pg_collection.cp
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: AttentionSegments, **_: Any) -> Tensor:
         """[S, B, heads * D] from query [S, B, heads, D], key and value [S, B, groups, D]; zeros at padding."""
         size, rows = query.shape[:2]
+        if attention_mask.key_ranks > 1:
+            assert self.cp_group is not None
+            both = gathered_keys(torch.stack([key, value], dim=2), self.cp_group)
+            key, value = both.unbind(2)
         query, key, value = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
         dropout = self.config.attention_dropout if self.training else 0.0
         # Heads are split over tensor-parallel ranks: each must drop its own.

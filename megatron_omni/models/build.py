@@ -10,6 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
 from megatron_omni.config.megatron_fields import refusal
+from megatron_omni.config.parts import draws_alone
 from megatron_omni.config.run import Recipe
 from megatron_omni.models.init import initialize_weights
 from megatron_omni.models.language import LanguageModel
@@ -17,7 +18,8 @@ from megatron_omni.models.nothing_drawn import NothingDrawn
 from megatron_omni.platform.device import accelerator_present, device, gradient_accumulation_kernel
 
 if TYPE_CHECKING:
-    from megatron_omni.models.generators.codec_model import CodecModel
+    from megatron_omni.models.generators.codec_model import TrunklessModel
+    from megatron_omni.models.generators.generator_model import GeneratorModel
     from megatron_omni.models.omni import OmniModel
 
 
@@ -56,6 +58,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         "perform_initialization": False,  # models/init.py overwrites every weight
         "use_cpu_initialization": on_cpu,
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
@@ -81,6 +84,8 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         "bias_dropout_fusion": not on_cpu,
         "bias_activation_fusion": not on_cpu,
     }
+    if parallel.fine_grained_activation_offloading:
+        settings |= {"fine_grained_activation_offloading": True, "offload_modules": parallel.offload_modules}
     if model.moe is not None:
         settings |= {
             "num_moe_experts": model.moe.num_routed_experts,
@@ -145,22 +150,41 @@ def build_model(recipe: Recipe, pg: ProcessGroupCollection, *, drawn: bool = Tru
     for encoder in (model.vision, model.audio):
         if encoder is not None:
             encoder.recompute = recipe.parallel.recompute == "full"
+    if model.image is not None:
+        model.image.dit.recompute = recipe.parallel.recompute == "full"
     if recipe.model.lora is not None:
         add_lora(model.language, recipe.model, seed=recipe.seed, pg=pg)
     return model.to(device())
 
 
-def draw_weights(model: "OmniModel", recipe: Recipe, pg: ProcessGroupCollection, *, only: Collection[str]) -> None:
+def draw_weights(
+    model: "OmniModel | GeneratorModel", recipe: Recipe, pg: ProcessGroupCollection, *, only: Collection[str]
+) -> None:
     """Give the parameters called as in ``only`` the values that a model built ``drawn`` has; adapters are drawn already."""
+    from megatron_omni.models.generators.generator_model import GeneratorModel
+
+    if isinstance(model, GeneratorModel):
+        return model.draw_inputs(only)
     trunk = {name.removeprefix("language.") for name in only if name.startswith("language.")}
     _draw_language(model.language, recipe, pg, {name for name in trunk if ".lora_" not in name})
     model.draw_inputs(only)
 
 
-def build_trained_model(recipe: Recipe, pg: ProcessGroupCollection, *, drawn: bool) -> "OmniModel | CodecModel":
-    """What a run trains: :func:`build_model`, or the codec where ``model.codec`` is set, which is small and always drawn."""
-    if recipe.model.codec is None:
+def build_trained_model(
+    recipe: Recipe, pg: ProcessGroupCollection, *, drawn: bool
+) -> "OmniModel | TrunklessModel | GeneratorModel":
+    """What a run trains: :func:`build_model`; a codec where ``model`` is one, which is small and always drawn; what
+    draws alone where its conditions do not come from a language model of the step."""
+    if draws_alone(recipe):
+        from megatron_omni.models.generators.generator_model import GeneratorModel
+
+        with nullcontext() if drawn else NothingDrawn():
+            generator = GeneratorModel(recipe, projectors=recipe.generative.conditions == "cached", drawn=drawn)
+        return generator.to(device()) if drawn else generator.to(device(), generator.config.pipeline_dtype)
+    if not recipe.model.is_codec:
         return build_model(recipe, pg, drawn=drawn)
     from megatron_omni.models.generators.codec_model import CodecModel
+    from megatron_omni.models.generators.picture_codec_model import PictureCodecModel
 
-    return CodecModel(recipe).to(device())
+    kind = CodecModel if recipe.model.codec is not None else PictureCodecModel
+    return kind(recipe).to(device())

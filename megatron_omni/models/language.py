@@ -1,8 +1,8 @@
 """The language trunk on Megatron's hybrid model. The only file that touches ``HybridModel`` and ``HybridStack``.
 
 A transformer block is two hybrid layers: attention ``*`` and then a dense FFN ``-`` or a mixture of experts ``E``;
-``|`` separates pipeline stages (28 MoE blocks on 2 stages: ``*E`` x 14, ``|``, ``*E`` x 14). Against upstream this
-file adds: 3D rotary positions, our core attention, a final norm and layer specs that need no Transformer Engine, the
+``|`` separates pipeline stages, which may differ (28 MoE blocks on 2 stages: ``*E`` x 13, ``|``, ``*E`` x 15). Against
+upstream this file adds: 3D rotary positions, our core attention, a final norm and layer specs that need no Transformer Engine, the
 token context that MoE layers read, recomputation that replays it, a loss that computes logits for labelled tokens
 only, a chunk of them at a time (ops/token_log_probs.py), and rows of new tokens that are trained where the vocabulary is
 frozen (token_rows.py).
@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from megatron_omni.config.model import ModelConfig
-from megatron_omni.config.parallel import LOGITS_CHUNK, ParallelConfig
+from megatron_omni.config.parallel import LOGITS_CHUNK, ParallelConfig, stage_blocks
 from megatron_omni.config.parts import NEW_TOKEN_ROWS
 from megatron_omni.estimate import padded_vocab_size
 from megatron_omni.models.attention import CoreAttention, current_cache
@@ -79,16 +79,9 @@ class RMSNorm(torch.nn.Module):
         return normed.to(x.dtype) * self.weight
 
 
-def layer_pattern(num_blocks: int, *, moe: bool, pipeline_size: int) -> str:
-    """Hybrid pattern of ``num_blocks`` equal blocks over ``pipeline_size`` stages."""
-    if num_blocks % pipeline_size != 0:
-        divisors = [n for n in range(1, num_blocks + 1) if num_blocks % n == 0]
-        raise ValueError(
-            f"parallel.pipeline_model_parallel_size={pipeline_size} does not divide model.num_layers={num_blocks}; "
-            f"use one of {divisors}"
-        )
-    block = ATTENTION + (MOE if moe else DENSE)
-    return STAGE.join([block * (num_blocks // pipeline_size)] * pipeline_size)
+def layer_pattern(blocks: Sequence[int], *, moe: bool) -> str:
+    """Hybrid pattern of equal blocks, so many on each pipeline stage."""
+    return STAGE.join((ATTENTION + (MOE if moe else DENSE)) * count for count in blocks)
 
 
 def vocab_rows(model: ModelConfig, tensor_size: int) -> int:
@@ -232,12 +225,14 @@ class LanguageModel(HybridModel):
         self, config: TransformerConfig, model: ModelConfig, parallel: ParallelConfig, *, pg: ProcessGroupCollection
     ) -> None:
         tensor_size, stages = pg.tp.size(), pg.pp.size()
+        blocks = stage_blocks(parallel, model.num_layers)
+        assert len(blocks) == stages, "process groups of another layout"
         super().__init__(
             config,
             hybrid_stack_spec=stack_spec(model),
             vocab_size=vocab_rows(model, tensor_size),
             max_sequence_length=model.max_position_embeddings,
-            hybrid_layer_pattern=layer_pattern(model.num_layers, moe=model.moe is not None, pipeline_size=stages),
+            hybrid_layer_pattern=layer_pattern(blocks, moe=model.moe is not None),
             pre_process=pg.pp.rank() == 0,
             post_process=pg.pp.rank() == stages - 1,
             share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
@@ -245,7 +240,7 @@ class LanguageModel(HybridModel):
             scatter_embedding_sequence_parallel=False,
             pg_collection=pg,
         )
-        self.model_config = model
+        self.model_config, self.stage_blocks = model, blocks
         self.decoder.recompute = parallel.recompute
         if self.post_process:
             # The loss gathers the sequence itself, to keep only labelled tokens: the output layer then gets whole rows.
@@ -336,10 +331,11 @@ class LanguageModel(HybridModel):
         labels: Tensor | None = None,
         label_places: Tensor | None = None,
         logits_positions: Tensor | None = None,
+        hidden_places: Tensor | None = None,
         temperature: float = 1.0,
         with_entropy: bool = False,
         with_top: bool = False,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Loss of each token [B, S] fp32 (0 where unlabelled) with ``labels``, else logits; hidden states on earlier
         stages.
 
@@ -350,7 +346,8 @@ class LanguageModel(HybridModel):
         ``position_ids`` [3, B, S]; ``attention`` says who sees whom in the [B, S] grid; ``ctx`` of the full sequence in
         [S * B] order; ``decoder_input`` [S, B, H] replaces the word embeddings; ``label_places`` [n] says where ``labels``
         has any (batch.py); ``logits_positions`` [B, n] selects the positions whose logits [B, n, V] are wanted (all when
-        None).
+        None). With ``hidden_places`` [..], places in the flattened [S, B] grid, the last stage also gives the rows [.., H] of
+        its last layer there, behind the final norm.
         """
         size, tensor_size = position_ids.shape[2], self.pg_collection.tp.size()
         if size % tensor_size != 0:
@@ -358,6 +355,8 @@ class LanguageModel(HybridModel):
                 f"sequence of {size} tokens under parallel.tensor_model_parallel_size={tensor_size}: pad it to a "
                 f"multiple (data.pad_to_multiple_of)"
             )
+        if self.config.fine_grained_activation_offloading and torch.is_grad_enabled():
+            self.preprocess_for_fine_grained_offloading()
         hidden = None
         if self.pre_process:
             hidden = self.embed(input_ids) if decoder_input is None else decoder_input
@@ -382,10 +381,15 @@ class LanguageModel(HybridModel):
                 hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
         if labels is None:
-            return self._logits(hidden, logits_positions)
-        assert label_places is not None, "labels without their places"
-        asked = {"with_entropy": with_entropy, "with_top": with_top}
-        return self._loss(hidden, labels, label_places, temperature=temperature, **asked)
+            output = self._logits(hidden, logits_positions)
+        else:
+            assert label_places is not None, "labels without their places"
+            asked = {"with_entropy": with_entropy, "with_top": with_top}
+            output = self._loss(hidden, labels, label_places, temperature=temperature, **asked)
+        if hidden_places is None:
+            return output
+        rows = hidden.flatten(0, 1).index_select(0, hidden_places.flatten())
+        return output, rows.view(*hidden_places.shape, hidden.shape[-1])
 
     def _shard_of(self, ctx: TokenContext | None) -> TokenContext | None:
         """The part of ``ctx`` that describes this rank's sequence shard."""

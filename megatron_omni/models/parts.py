@@ -15,9 +15,11 @@ from megatron_omni.config.parts import ADAPTERS, NEW_TOKEN_ROWS, TEXT_TABLE
 _RULES: tuple[tuple[str, str], ...] = (
     (ADAPTERS, r"\.lora_\w+\."),
     (NEW_TOKEN_ROWS, rf"\.{NEW_TOKEN_ROWS}\."),
-    ("codec_encoder", r"^codec\.encoder\."),
-    ("codec_decoder", r"^codec\.decoder\."),
+    ("codec_encoder", r"^(picture_)?codec\.encoder\."),
+    ("codec_decoder", r"^(picture_)?codec\.decoder\."),
     ("discriminators", r"^discriminators\."),
+    ("image_projectors", r"^image\.(caption|task|visual|null)"),
+    ("image_generator", r"^image\.dit\."),
     ("projectors", r"^(vision|audio)\.(projector|qformer)\."),
     ("vision", r"^vision\."),
     ("audio", r"^audio\."),

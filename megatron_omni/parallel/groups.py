@@ -1,9 +1,12 @@
 """Process groups: built once from the recipe's layout, then passed around. The only reader of Megatron's
 ``parallel_state``.
 
-Ranks are ordered tensor, expert/data, pipeline (Megatron's ``tp-cp-ep-dp-pp``): a tensor group is adjacent ranks, a
-pipeline group spans the world with the largest stride. Experts have their own split of the same ranks: ``world = tp *
-dp * pp = expert_tp * ep * expert_dp * pp``.
+Ranks are ordered tensor, context, expert/data, pipeline (Megatron's ``tp-cp-ep-dp-pp``): a tensor group is adjacent
+ranks, a context group the next of as many tensor groups, a pipeline group spans the world with the largest stride.
+Experts have their own split of the same ranks: ``world = tp * cp * dp * pp = expert_tp * ep * expert_dp * pp``.
+
+Megatron's model-parallel group (``mp``) holds one copy of all weights, tp x pp. The ranks that compute the same
+micro-batches are tp x cp x pp: :func:`replica`, which Megatron has no group for.
 """
 
 import os
@@ -14,7 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_omni.config.parallel import ParallelConfig
+from megatron_omni.config.parallel import ParallelConfig, not_divided
 from megatron_omni.platform.device import backend, select_device
 
 
@@ -24,6 +27,8 @@ class Place:
 
     tp_rank: int
     tp_size: int
+    cp_rank: int
+    cp_size: int
     pp_rank: int
     pp_size: int
     dp_rank: int
@@ -45,19 +50,21 @@ class Place:
 
     @property
     def is_data_reader(self) -> bool:
-        """Reads the data of its data-parallel rank and broadcasts it over the tensor and pipeline groups."""
-        return self.tp_rank == 0 and self.is_first_stage
+        """Reads the data of its data-parallel rank and broadcasts it over the replica."""
+        return self.is_first and self.is_first_stage
+
+    @property
+    def is_first(self) -> bool:
+        """Of the ranks of its stage that compute the same micro-batches: speaks for all of them."""
+        return self.tp_rank == self.cp_rank == 0
 
 
 def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
     """Raise ValueError when the layout does not fit ``world_size`` ranks."""
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    pp = parallel.pipeline_model_parallel_size
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
-    if world_size % (tp * pp) != 0:
-        raise ValueError(
-            f"parallel.tensor_model_parallel_size={tp} x parallel.pipeline_model_parallel_size={pp} = {tp * pp} does "
-            f"not divide the {world_size} ranks of this run; start a multiple of {tp * pp} ranks or change the sizes"
-        )
+    if wrong := not_divided(parallel, world_size):
+        raise ValueError(wrong)
     if world_size % (etp * ep * pp) != 0:
         raise ValueError(
             f"parallel.expert_model_parallel_size={ep} x expert_tensor_parallel_size={etp} x "
@@ -88,13 +95,39 @@ def initialize(
     check_world_size(parallel, dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_seconds / 60,  # type: ignore[arg-type]
         create_gloo_process_groups=False,  # for gathers of state on the CPU, of which checkpoint/ makes none
     )
-    return ProcessGroupCollection.use_mpu_process_groups()
+    pg = ProcessGroupCollection.use_mpu_process_groups()
+    if pg.cp.size() > 1:
+        _REPLICA[:] = [_replica(pg, timeout)]
+    return pg
+
+
+_REPLICA: list[dist.ProcessGroup] = []
+"""This rank's, where it is none of Megatron's groups."""
+
+
+def replica(pg: ProcessGroupCollection) -> dist.ProcessGroup:
+    """The ranks that compute the same micro-batches, tp x cp x pp; the first of them reads the data."""
+    return pg.mp if pg.cp.size() == 1 else _REPLICA[0]
+
+
+def _replica(pg: ProcessGroupCollection, timeout: timedelta) -> dist.ProcessGroup:
+    """Groups of all replicas are made by all ranks together."""
+    own = [dist.get_global_rank(pg.tp_cp, rank) for rank in range(pg.tp_cp.size())]
+    stride = dist.get_world_size() // pg.pp.size()
+    first = own[0] % stride
+    groups = [
+        [stage * stride + start + i for stage in range(pg.pp.size()) for i in range(len(own))]
+        for start in range(0, stride, len(own))
+    ]
+    made = [dist.new_group(ranks, timeout=timeout) for ranks in groups]
+    return made[first // len(own)]
 
 
 def drop_buffers() -> None:
@@ -110,6 +143,7 @@ def destroy() -> None:
         for name, value in vars(parallel_state).items():
             if isinstance(value, dist.ProcessGroup):
                 setattr(parallel_state, name, None)
+        _REPLICA.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -119,6 +153,8 @@ def place_in(pg: ProcessGroupCollection) -> Place:
     return Place(
         tp_rank=pg.tp.rank(),
         tp_size=pg.tp.size(),
+        cp_rank=pg.cp.rank(),
+        cp_size=pg.cp.size(),
         pp_rank=pg.pp.rank(),
         pp_size=pg.pp.size(),
         dp_rank=pg.dp.rank(),

@@ -28,6 +28,8 @@ DEAD_SECONDS = 30.0
 STUCK_SECONDS = 600.0
 """Alive, without having moved."""
 LONGEST_SLEEP = 0.25
+LOOKS_PER_SECOND = 2000
+"""Of all waiting ranks together, each of which asks the store a few questions: one process answers them."""
 
 _numbers = count()
 
@@ -50,6 +52,10 @@ def long_work(what: str, *, measured: bool = True) -> Iterator["Work"]:
         work.end()
 
 
+def nothing(_: list[Any]) -> None:
+    """The answer where it matters alone that all ranks have come so far (:meth:`Work.exchange`)."""
+
+
 class Work:
     """One piece of work of all ranks; made by :func:`long_work`."""
 
@@ -59,6 +65,8 @@ class Work:
         self._moves = 0
         self._counts: dict[str, int] = {}
         self._peers: dict[int, _Peer] = {}
+        self._looked = 0.0
+        """When it last looked at the others: not anew for each of them, or their number would count twice."""
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         # A launcher that starts the ranks again keeps its store: what an earlier attempt wrote must not be taken for this.
@@ -84,23 +92,32 @@ class Work:
             return self._counts[name]
         return int(self._store.add(f"count/{name}", amount))
 
-    def exchange(self, value: Any, *, waiting: Callable[[], None] = lambda: None) -> list[Any]:
+    def exchange(
+        self,
+        value: Any,
+        *,
+        waiting: Callable[[], None] = lambda: None,
+        answer: Callable[[list[Any]], Any] = lambda values: values,
+    ) -> Any:
         """What every rank gives, in rank order, when all have given: plain values, as JSON knows them.
 
-        ``waiting`` is called again and again until then. RuntimeError when a rank fails, dies or hangs meanwhile, naming it.
+        ``answer``: what rank 0 makes of them and every rank gets instead. Where that is short, what a rank reads does not grow
+        with their number. ``waiting`` is called again and again until then. RuntimeError when a rank fails, dies or hangs
+        meanwhile, naming it.
         """
         if self._world_size == 1:
-            return [value]
+            return answer([value])
         self._store.set(f"value/{self._rank}", json.dumps(value))
         if self._rank == 0:  # one rank watches all, and all watch that one: the store answers few questions
             values = []
             for rank in range(self._world_size):
                 self._wait(f"value/{rank}", list(range(rank, self._world_size)), waiting)
                 values.append(parse_json(self._store.get(f"value/{rank}"), f"value/{rank}"))
-            self._store.set("all", json.dumps(values))
-            return values
+            answered = answer(values)
+            self._store.set("all", json.dumps(answered))
+            return answered
         self._wait("all", [0], waiting)
-        return list(parse_json(self._store.get("all"), "all"))
+        return parse_json(self._store.get("all"), "all")
 
     def fail(self, text: str) -> None:
         """End the waiting of the others with ``text``."""
@@ -128,17 +145,17 @@ class Work:
 
     def _wait(self, key: str, watched: list[int], waiting: Callable[[], None]) -> None:
         """Until ``key`` is there; RuntimeError for a rank of ``watched`` that gives no hope of it."""
-        pause, looked = 0.001, 0.0
+        pause, longest = 0.001, max(LONGEST_SLEEP, self._world_size / LOOKS_PER_SECOND)
         while not self._store.check([key]):
             if self._store.check(["failed"]):
                 raise RuntimeError(self._store.get("failed").decode())
-            if time.monotonic() - looked > LONGEST_SLEEP:
-                looked = time.monotonic()
+            if time.monotonic() - self._looked > longest:
+                self._looked = time.monotonic()
                 for rank in watched:
                     self._look_at(rank)
             waiting()
             time.sleep(pause)
-            pause = min(2 * pause, LONGEST_SLEEP)
+            pause = min(2 * pause, longest)
 
     def _look_at(self, rank: int) -> None:
         if rank == self._rank or (self._rank == 0 and self._store.check([f"value/{rank}"])):

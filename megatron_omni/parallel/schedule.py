@@ -13,6 +13,9 @@ from typing import Any, Protocol
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
+    FineGrainedActivationOffloadingInterface as Offload,
+)
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
@@ -68,6 +71,9 @@ def run_step(
     schedule = get_forward_backward_func(pp_size=pg.pp.size(), vp_size=None)
     shapes = batches.shapes if isinstance(batches, StepData) else [tuple(batch.input_ids.shape) for batch in batches]
     rows, length = shapes[0]
+    if getattr(config, "fine_grained_activation_offloading", False):
+        # It follows the micro-batches of training steps, all alike; other forwards keep nothing.
+        (Offload.disable_offload if forward_only else Offload.enable_offload)()
     with torch.set_grad_enabled(not forward_only):
         reports: list[Any] = schedule(
             forward_step_func=partial(_megatron_forward_step, forward_step),
@@ -95,7 +101,7 @@ class _Neighbours(P2PCommunicator):
         self, pg: ProcessGroupCollection, config: TransformerConfig, shapes: Sequence[tuple[int, ...]]
     ) -> None:
         super().__init__(pp_group=pg.pp, config=config)
-        split = pg.tp.size() if config.sequence_parallel else 1
+        split = pg.cp.size() * (pg.tp.size() if config.sequence_parallel else 1)
         hidden = [(length // split, rows, config.hidden_size) for rows, length in shapes]
         self._forward, self._backward = iter(hidden), iter(hidden)
 

@@ -1,12 +1,13 @@
 """One reader per model replica: its micro-batches reach the other ranks of the replica by broadcast.
 
-The data-reader rank of a replica (tensor-parallel rank 0 of the first pipeline stage) loads the micro-batches of a
-step. Their integer tensors go to every rank of the replica (labels are needed on the last stage, positions on all of
-them), all of a step at once: a header, which also brings the counts and who sees whom in attention, and a buffer. Bytes
-(routes) travel in it as the integers that eight of them are.
-Pictures and sound are a thousand times larger and only go to the tensor-parallel group of the first stage, the only one
-that embeds: a micro-batch at a time, pictures as the 8-bit pixels they are and sound in the model's precision. Those of
-the next micro-batch travel while this one is computed (:class:`StepData`), so a device holds two of them.
+The data-reader rank of a replica (the first one of the first pipeline stage) loads the micro-batches of a step. Their
+integer tensors go to every rank of the replica (labels are needed on the last stage, positions on all of them), all of a
+step at once: a header, which also brings the counts and who sees whom in attention, and a buffer. Bytes (routes) travel in
+it as the integers that eight of them are.
+Pictures and sound are a thousand times larger and only go to the ranks of the first stage, the only one that embeds: a
+micro-batch at a time, pictures as the 8-bit pixels they are and sound in the model's precision. Those of the next
+micro-batch travel while this one is computed (:class:`StepData`), so a device holds two of them.
+Pictures to be drawn go to the last stage, which has the generator (sharing_drawn.py).
 
 A reader that fails says so in the header; :func:`sum_over_ranks` then carries the news to the other replicas, so that
 every rank stops at the same step instead of waiting for a timeout. :func:`from_rank_0` does so for other work of one rank.
@@ -22,15 +23,18 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_omni.batch import COUNTS, GRIDS, INDICES, MEDIA, KeptRows, OmniBatch, SampleRows
+from megatron_omni.parallel.groups import replica
+from megatron_omni.parallel.sharing_drawn import DrawnSpec, drawn_numbers, share_drawn
 from megatron_omni.platform.device import beside_computation, join_computation, pinned
 from megatron_omni.segments import AttentionSegments
 
 _MEDIA_DIMS = {"pixel_values": 4, "audio_features": 3}
 _DTYPES = (torch.uint8, torch.bfloat16, torch.float32)
-_NUM_SIZES = 3 + len(INDICES)
+_NUM_SIZES = 4 + len(INDICES)
 _HEADER = _NUM_SIZES + len(COUNTS) + sum(1 + dims for dims in _MEDIA_DIMS.values())
-"""Numbers per micro-batch: B, S, bytes of routes a token, the length of each index, the counts and, for each medium, its
-dtype (-1: there is none) and shape. Those of ``OmniBatch.attention`` follow."""
+"""Numbers per micro-batch: B, S, bytes of routes a token, how many ``part_labels``, the length of each index, the counts and,
+for each medium, its dtype (-1: there is none) and shape. The ``part_labels``, how many numbers describe ``OmniBatch.drawn``,
+these, and those of ``OmniBatch.attention`` follow."""
 _MESSAGE = 8192
 """Numbers of a header's first message, whose size the receivers must know; what does not fit comes in a second one."""
 _ALIGNMENT = 16
@@ -50,16 +54,21 @@ class _Header(NamedTuple):
     lengths: list[int]
     """Of the indices."""
     counts: dict[str, int]
+    part_labels: tuple[int, ...]
     media: list[MediaSpec]
+    drawn: DrawnSpec | None
     attention: AttentionSegments
 
     @classmethod
     def of(cls, numbers: Sequence[int]) -> "_Header":
-        rows, length, route_bytes, *lengths = numbers[:_NUM_SIZES]
+        rows, length, route_bytes, num_parts, *lengths = numbers[:_NUM_SIZES]
         counts = dict(zip(COUNTS, numbers[_NUM_SIZES:]))
         media = _specs(numbers[_NUM_SIZES + len(COUNTS) : _HEADER])
-        attention = AttentionSegments.from_numbers(numbers[_HEADER:])
-        return cls((rows, length), route_bytes, lengths, counts, media, attention)
+        part_labels, rest = tuple(numbers[_HEADER:][:num_parts]), numbers[_HEADER + num_parts :]
+        num_drawn = rest[0]
+        drawn = DrawnSpec.of(rest[1:][:num_drawn]) if num_drawn else None
+        attention = AttentionSegments.from_numbers(rest[1 + num_drawn :])
+        return cls((rows, length), route_bytes, lengths, counts, part_labels, media, drawn, attention)
 
     @property
     def sizes(self) -> dict[str, tuple[int, ...]]:
@@ -79,7 +88,7 @@ class _Header(NamedTuple):
         if self.route_bytes:
             routes = values["routes"].view(torch.uint8)[: self.num_route_bytes]
             values = values | {"routes": routes.view(*self.grid, self.route_bytes)}
-        return OmniBatch(**(values | self.counts), attention=self.attention)
+        return OmniBatch(**(values | self.counts), attention=self.attention, part_labels=self.part_labels)
 
 
 class PeerFailed(RuntimeError):
@@ -146,23 +155,27 @@ def share_step(
     ``batches`` is the reader's list, on the reader and in host memory; None on the other ranks, and on a reader that
     failed, in which case every rank of the replica gets None. Sound arrives in ``precision``.
     """
-    alone, is_reader = pg.mp.size() == 1, pg.mp.rank() == 0
+    group = replica(pg)
+    alone, is_reader = group.size() == 1, group.rank() == 0
     if batches is not None:
         assert len(batches) == num_micro_batches, f"{len(batches)} micro-batches loaded, {num_micro_batches} expected"
         batches = [_in_precision(batch, precision) for batch in batches]
-    numbers = None if batches is None else [_header(batch) for batch in batches]
+        if pg.cp.size() > 1:
+            batches = [batch.with_parts(2 * pg.cp.size()) for batch in batches]
+    numbers = None if batches is None else [_header(batch, with_pixels=pg.pp.size() > 1) for batch in batches]
     if not alone:
-        numbers = _share_numbers(numbers if is_reader else None, group=pg.mp, device=device)
+        numbers = _share_numbers(numbers if is_reader else None, group=group, device=device)
     if numbers is None:
         return None
     headers = [_Header.of(row) for row in numbers]
     integers = _share_integers(batches, headers, pg=pg, device=device)
+    integers = share_drawn(batches, integers, [header.drawn for header in headers], pg=pg, device=device)
     if pg.pp.rank() > 0:
-        return StepData(integers, lambda _: lambda: [None, None])
+        return StepData(integers, lambda index: lambda: [integers[index].pixel_values, None])
 
     def media(index: int) -> Callable[[], list[Tensor | None]]:
         batch = None if batches is None else batches[index]
-        return _send_media(batch, headers[index].media, group=pg.tp, device=device)
+        return _send_media(batch, headers[index].media, group=pg.tp_cp, device=device)
 
     return StepData(integers, media)
 
@@ -191,13 +204,16 @@ def from_rank_0[T](work: Callable[[], T]) -> T:
     return box[0][0]
 
 
-def gathered[T](found: Sequence[T], *, group: dist.ProcessGroup, device: torch.device) -> list[T]:
-    """What the ranks of ``group`` found, each thing once, in the same order on all; one integer where none found any."""
-    if group.size() == 1:
+def gathered[T](found: Sequence[T], *, group: dist.ProcessGroup | None, device: torch.device) -> list[T]:
+    """What the ranks of ``group`` (None: all) found, each thing once, in the same order on all; one integer where none found
+    any.
+    """
+    size = dist.get_world_size(group)
+    if size == 1:
         return list(found)
     if _summed([len(found)], group=group, device=device) == [0]:
         return []
-    everyone: list[list[T]] = [[] for _ in range(group.size())]
+    everyone: list[list[T]] = [[] for _ in range(size)]
     dist.all_gather_object(everyone, list(found), group=group)
     return list(dict.fromkeys(item for items in everyone for item in items))
 
@@ -239,15 +255,17 @@ def _share_numbers(
     return received or None
 
 
-def _header(batch: OmniBatch) -> list[int]:
+def _header(batch: OmniBatch, *, with_pixels: bool) -> list[int]:
     route_bytes = 0 if batch.routes is None else batch.routes.shape[2]
-    numbers = [*batch.input_ids.shape, route_bytes, *(len(getattr(batch, name)) for name in INDICES)]
+    numbers = [*batch.input_ids.shape, route_bytes, len(batch.part_labels)]
+    numbers += [len(getattr(batch, name)) for name in INDICES]
     numbers += [getattr(batch, name) for name in COUNTS]
     for name in MEDIA:
         tensor = getattr(batch, name)
         present = tensor is not None and tensor.numel() > 0
         numbers += [_DTYPES.index(tensor.dtype), *tensor.shape] if present else [-1] * (1 + _MEDIA_DIMS[name])
-    return numbers + batch.attention.numbers()
+    drawn = drawn_numbers(batch, with_pixels=with_pixels)
+    return [*numbers, *batch.part_labels, len(drawn), *drawn, *batch.attention.numbers()]
 
 
 def _specs(numbers: Sequence[int]) -> list[MediaSpec]:
@@ -273,8 +291,9 @@ def _share_integers(
         flat = pinned(flat).to(device, non_blocking=True)
     else:
         flat = torch.empty(sum(_count(size) for size in sizes), dtype=torch.int64, device=device)
-    if pg.mp.size() > 1:
-        dist.broadcast(flat, dist.get_global_rank(pg.mp, 0), group=pg.mp)
+    group = replica(pg)
+    if group.size() > 1:
+        dist.broadcast(flat, dist.get_global_rank(group, 0), group=group)
     parts = iter(flat.split([_count(size) for size in sizes]))
     shared = []
     for header in headers:

@@ -25,9 +25,9 @@ def wrap_model(model: MegatronModule, recipe: Recipe, pg: ProcessGroupCollection
     assert model.config.calculate_per_token_loss, "gradients must be summed over data parallel ranks"
     if recipe.optim.precision == "bf16":
         model = Float16Module(model.config, model)
-    size = bucket_size(recipe.parallel, stage=pg.pp.rank(), dp_size=pg.dp.size())
+    size = bucket_size(recipe.parallel, stage=pg.pp.rank(), dp_size=pg.dp_cp.size())
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=recipe.optim.grad_reduce_in_fp32,
         overlap_grad_reduce=recipe.parallel.overlap_grad_reduce,
         overlap_param_gather=recipe.parallel.overlap_param_gather,
         use_distributed_optimizer=recipe.optim.use_distributed_optimizer,

@@ -115,10 +115,18 @@ class AudioEncoder(nn.Module):
         self.projector = nn.Linear(config.hidden_size, out_hidden)
 
     def forward(self, audio_features: Tensor) -> Tensor:
-        """[C, mel bins, frames] to [C, Q, H]. A frozen tower keeps nothing for the backward."""
+        """[C, mel bins, frames] to [C, Q, H]."""
+        return self.project(self.features(audio_features))
+
+    def features(self, audio_features: Tensor) -> Tensor:
+        """[C, mel bins, frames] to the tower's [C, 50 per second, D]. A frozen one keeps nothing for the backward."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trainable(self.tower)):
-            frames = self._encode(audio_features.to(self.projector.weight.dtype))
-        return self.projector(self.qformer(frames, recompute=self.recompute))
+            return self._encode(audio_features.to(self.projector.weight.dtype))
+
+    def project(self, frames: Tensor) -> Tensor:
+        """[C, 50 per second, D] to [C, Q, H]."""
+        rows: Tensor = self.projector(self.qformer(frames, recompute=self.recompute))
+        return rows
 
     def _encode(self, audio_features: Tensor) -> Tensor:
         """``WhisperEncoder.forward`` without its output capturing."""

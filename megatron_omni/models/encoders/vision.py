@@ -106,16 +106,25 @@ class VisionEncoder(nn.Module):
         )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """[N, 3, p, p], uint8 or normalised, to [N, s * s, H]. A frozen tower keeps nothing for the backward."""
+        """[N, 3, p, p], uint8 or normalised, to [N, s * s, H]."""
+        return self.project(self.features(pixel_values))
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """[N, 3, p, p] to the tower's [N, g * g, D]. A frozen one keeps nothing for the backward."""
         if pixel_values.dtype == torch.uint8:
             pixel_values = normalised(pixel_values)
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trainable(self.tower)):
-            patches = self.tower(pixel_values, recompute=self.recompute)
+            patches: Tensor = self.tower(pixel_values, recompute=self.recompute)
+        return patches
+
+    def project(self, patches: Tensor) -> Tensor:
+        """[N, g * g, D] to [N, s * s, H]."""
         first, activation, second = self.projector
         wide = activation(first(patches))
         grid = wide.unflatten(1, (self.grid_side, self.grid_side)).permute(0, 3, 1, 2)  # [N, H, g, g]
         pooled = F.adaptive_avg_pool2d(grid, self.config.pooled_side)
-        return second(pooled.flatten(2).transpose(1, 2))
+        rows: Tensor = second(pooled.flatten(2).transpose(1, 2))
+        return rows
 
     @property
     def rows_per_input(self) -> int:

@@ -74,7 +74,12 @@ class Codec(nn.Module):
         return weights_fingerprint(self.config, self.state_dict())
 
     def forward(self, wave: Tensor, *, row: int = 0, quantise: bool = True) -> CodecOutput:
-        """``wave`` [B, T] through the whole codec; codebook left out where ``quantise`` is false. Changes no state."""
+        """``wave`` [B, T] through the whole codec.
+
+        ``quantise`` is false before the codebook starts: it is left out, and norms go by their input, whatever
+        ``decoder_span`` says.
+        """
+        self.decoder.by_input(not quantise)
         encoded = self.encoder(wave)
         quantised = self.codebook(encoded) if quantise else None
         log_magnitude, phase = self.decoder.spectrum(encoded if quantised is None else quantised.vectors, row)

@@ -20,15 +20,25 @@ from megatron_omni.platform.device import accelerator_present
 from megatron_omni.platform.seeds import named_generator
 
 
-class CodecModel(MegatronModule):
-    """A codec in training."""
+class TrunklessModel(MegatronModule):
+    """A model without a language trunk, whole on every rank."""
 
     share_embeddings_and_output_weights = False
 
+    def __init__(self, recipe: Recipe, *, width: int) -> None:
+        super().__init__(_megatron_config(recipe, width))
+        self.model_type = ModelType.encoder_or_decoder
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Megatron hands over what the previous pipeline stage gave: there is none."""
+
+
+class CodecModel(TrunklessModel):
+    """A codec in training."""
+
     def __init__(self, recipe: Recipe) -> None:
         assert recipe.model.codec is not None
-        super().__init__(_megatron_config(recipe))
-        self.model_type = ModelType.encoder_or_decoder
+        super().__init__(recipe, width=recipe.model.codec.hidden_size)
         self.seed = recipe.seed
         self.codec = Codec(recipe.model.codec)
         self.codec.draw_weights(lambda name: named_generator(recipe.seed, name), prefix="codec.")
@@ -42,16 +52,12 @@ class CodecModel(MegatronModule):
         output: CodecOutput = self.codec(wave, row=row, quantise=quantise)
         return output
 
-    def set_input_tensor(self, input_tensor: Any) -> None:
-        """Megatron hands over what the previous pipeline stage gave: there is none."""
 
-
-def _megatron_config(recipe: Recipe) -> TransformerConfig:
+def _megatron_config(recipe: Recipe, width: int) -> TransformerConfig:
     """What Megatron's wrapper, optimizer and schedule read; there is no transformer layer."""
-    assert recipe.model.codec is not None
     return TransformerConfig(
         num_layers=1,
-        hidden_size=recipe.model.codec.hidden_size,
+        hidden_size=width,
         num_attention_heads=1,
         use_cpu_initialization=not accelerator_present(),
         calculate_per_token_loss=True,  # gradients are summed over data parallel ranks (parallel/wrap.py)

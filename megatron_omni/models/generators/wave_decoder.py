@@ -139,6 +139,15 @@ class WaveDecoder(nn.Module):
         self.out = nn.Linear(width, window_size + 2)
         self.register_buffer("window", torch.hann_window(window_size))
 
+    def norms(self) -> list[InputNorm]:
+        """GroupNorms, in the order in which the sound passes them."""
+        return [part for part in self.modules() if isinstance(part, InputNorm)]
+
+    def by_input(self, go: bool) -> None:
+        """Whether a decoder with a span normalises by its input for now: as long as it has no statistics of its own."""
+        for norm in self.norms():
+            norm.is_fixed = hasattr(norm, "mean") and not go
+
     def spectrum(self, vectors: Tensor, row: int = 0) -> tuple[Tensor, Tensor]:
         """Log magnitude (natural, not yet clipped) and phase, each [B, n, N / 2 + 1], of ``vectors`` [B, n, D]."""
         hidden = self.pos_net(self.embed(vectors.transpose(1, 2)))

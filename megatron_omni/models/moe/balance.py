@@ -4,9 +4,9 @@ Per layer and micro-batch, over the E_d dynamic slots (null included unless ``au
     f_e = sum_t a_t m_te / sum_t a_t,   P_e = sum_t a_t q_te / sum_t a_t,   L = E_d * sum_e f_e P_e
 with a_t = 0 for padding, ``aux_loss_label_weight`` for tokens that carry a label and 1 otherwise; m the selection
 before any capacity drop; q the softmax over the selected slots (``selected``, the published code) or over all dynamic
-ones (``full``). f and P are means over the whole micro-batch: summed over the sequence shards of the TP group, never
-over data parallel, so L does not depend on TP, PP or EP (docs/model.md 2.5). Balanced, L is the mean number of selected
-slots; metrics divide by it.
+ones (``full``). f and P are means over the whole micro-batch: summed over the sequence shards of the TP and CP groups,
+never over data parallel, so L does not depend on TP, CP, PP or EP (docs/model.md 2.5). Balanced, L is the mean number of
+selected slots; metrics divide by it.
 
 The paper gives no auxiliary loss; this is the authors' code's. T tokens of this rank's shard.
 """
@@ -68,16 +68,16 @@ def aux_loss_coefficient(moe: MoEConfig, *, step: int) -> float:
 
 
 def load_balancing_loss(
-    z: Tensor, mask: Tensor, *, ctx: TokenContext, moe: MoEConfig, tp_group: dist.ProcessGroup | None
+    z: Tensor, mask: Tensor, *, ctx: TokenContext, moe: MoEConfig, group: dist.ProcessGroup | None
 ) -> Tensor:
-    """L of the module docstring from dynamic logits and selection [T, E_d]; ``tp_group``: ranks that share the
+    """L of the module docstring from dynamic logits and selection [T, E_d]; ``group``: ranks that share the
     micro-batch."""
     weight = (~ctx.padding).to(z.dtype).masked_fill_(ctx.has_label & ~ctx.padding, moe.aux_loss_label_weight)
     z = z.masked_fill(ctx.padding.unsqueeze(1), 0)  # 0 x NaN is NaN: a weight of 0 does not keep a value out
     q = torch.softmax(z, dim=1) if moe.aux_loss_probs == "full" else masked_softmax(z, mask)
     sums = torch.cat([weight @ mask.to(z.dtype), weight @ q, weight.sum().unsqueeze(0)])
-    if tp_group is not None and dist.get_world_size(tp_group) > 1:
-        sums = _SumOverGroup.apply(sums, tp_group)
+    if group is not None and dist.get_world_size(group) > 1:
+        sums = _SumOverGroup.apply(sums, group)
     num_slots = z.shape[1]
     total = sums[-1].clamp_min(torch.finfo(z.dtype).tiny)  # a micro-batch of padding only: L = 0
     f, p = sums[:num_slots] / total, sums[num_slots:-1] / total
@@ -128,15 +128,16 @@ def reduce_stats(
     *,
     layers: Sequence[int],
     moe: MoEConfig,
-    tp_group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | None = None,
     dp_group: dist.ProcessGroup | None = None,
     pp_group: dist.ProcessGroup | None = None,
     device: torch.device | str = "cpu",
 ) -> RoutingStats:
-    """Statistics of the whole step, the same on every rank: counts over TP shards, DP replicas and pipeline stages.
+    """Statistics of the whole step, the same on every rank: counts over the ranks of ``group``, which
+    share micro-batches, DP replicas and pipeline stages.
 
     ``layers``: numbers of all MoE layers of the model, in order; layers of other stages are absent from ``stats``. The
-    auxiliary loss is equal on the ranks of a TP group, so it is summed over DP and PP alone.
+    auxiliary loss is equal on the ranks of ``group``, so it is summed over DP and PP alone.
     """
     slots = moe.num_routed_experts + moe.num_null_experts
     histogram = moe.num_routed_experts + 1
@@ -163,7 +164,7 @@ def reduce_stats(
     if not layers:
         return RoutingStats(micro_batches=stats.micro_batches)
     counts = [stacked(name, shape) if shape else stacked(name, shape).view(-1, 1) for name, shape in shapes.items()]
-    count_sums = summed(torch.cat(counts, dim=1), (tp_group, dp_group, pp_group))
+    count_sums = summed(torch.cat(counts, dim=1), (group, dp_group, pp_group))
     losses = summed(stacked("aux_loss", ()).view(-1), (dp_group, pp_group))
     micro_batches = torch.tensor([float(stats.micro_batches)], dtype=torch.float64, device=device)
     result = RoutingStats(micro_batches=int(summed(micro_batches, (dp_group,)).item()))

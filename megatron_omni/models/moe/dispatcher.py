@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_omni.models.exchange import AllToAllRows, GatherRows, ReduceScatterRows
 from megatron_omni.models.moe.kernels import Kernels
 from megatron_omni.ops.permute import Permutation
 from megatron_omni.platform.device import to_host
@@ -52,63 +53,6 @@ class Dispatcher(Protocol):
     def begin(self, routing_map: Tensor) -> Dispatch:
         """The first step, for ``routing_map`` [T, E] bool."""
         ...
-
-
-def _all_to_all(x: Tensor, output_splits: list[int], input_splits: list[int], group: dist.ProcessGroup) -> Tensor:
-    out = x.new_empty(sum(output_splits), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), output_splits, input_splits, group=group)
-    return out
-
-
-def _gather(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Rows of every rank, in rank order. Where sizes differ, which all-gather does not allow, an all-to-all of copies."""
-    if len(set(sizes)) == 1:
-        out = x.new_empty(sum(sizes), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
-        return out
-    return _all_to_all(torch.cat([x] * len(sizes)), sizes, [x.shape[0]] * len(sizes), group)
-
-
-def _reduce_scatter(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-    """This rank's rows of the sum over ranks, added in at least fp32."""
-    mine = sizes[group.rank()]
-    parts = _all_to_all(x, [mine] * len(sizes), sizes, group).unflatten(0, (len(sizes), mine))
-    return parts.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
-
-
-class _AllToAllRows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, output_splits: list[int], input_splits: list[int], group: dist.ProcessGroup
-    ) -> Tensor:
-        ctx.args = (input_splits, output_splits, group)
-        return _all_to_all(x, output_splits, input_splits, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
-        return _all_to_all(grads[0], *ctx.args), None, None, None
-
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.args = (sizes, group)
-        return _gather(x, sizes, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
-        return _reduce_scatter(grads[0], *ctx.args), None, None
-
-
-class _ReduceScatterRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.args = (sizes, group)
-        return _reduce_scatter(x, sizes, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
-        return _gather(grads[0], *ctx.args), None, None
 
 
 class _ReorderRows(torch.autograd.Function):
@@ -216,9 +160,9 @@ class AllToAllDispatcher:
         ranks it has ``held_by`` [etp] rows, there are ``held`` [etp, ep, E_local] of each source and local expert.
         """
         if self.ep_size > 1:
-            rows = _AllToAllRows.apply(rows, got_from, sent_to, self.ep_group)
+            rows = AllToAllRows.apply(rows, got_from, sent_to, self.ep_group)
         if self.etp_size > 1:
-            rows = _GatherRows.apply(rows, held_by, self.expt_tp_group)
+            rows = GatherRows.apply(rows, held_by, self.expt_tp_group)
         # Rows lie [ETP source, EP source, local expert]; the experts want [local expert, sources].
         offsets = _with_zero(held.sum((0, 1)).cumsum(0))
         reorder = self.num_local_experts > 1
@@ -232,9 +176,9 @@ class AllToAllDispatcher:
         if reorder:
             rows = _ReorderRows.apply(rows, inverse, order)
         if self.etp_size > 1:
-            rows = _ReduceScatterRows.apply(rows, held_by, self.expt_tp_group)
+            rows = ReduceScatterRows.apply(rows, held_by, self.expt_tp_group)
         if self.ep_size > 1:
-            rows = _AllToAllRows.apply(rows, sent_to, got_from, self.ep_group)
+            rows = AllToAllRows.apply(rows, sent_to, got_from, self.ep_group)
         return rows
 
 
@@ -271,14 +215,14 @@ class AllGatherDispatcher:
         num_experts = weights.shape[1]
         alone = self.group.size() == 1
         if not alone:
-            x = _GatherRows.apply(x, tokens_of, self.group)
+            x = GatherRows.apply(x, tokens_of, self.group)
             # Everything about assignments in one message; the columns of constants have no gradient.
             facts = [weights, routing_map.to(weights.dtype)] + ([] if gradient_factor is None else [gradient_factor])
-            packed = _GatherRows.apply(torch.cat(facts, dim=1), tokens_of, self.group)
+            packed = GatherRows.apply(torch.cat(facts, dim=1), tokens_of, self.group)
             weights, routing_map = packed[:, :num_experts], packed[:, num_experts : 2 * num_experts] > 0.5
             gradient_factor = None if gradient_factor is None else packed[:, 2 * num_experts :].detach()
         permutation = self.kernels.build_permutation(routing_map[:, self.local], num_assignments=num_assignments)
         rows = experts(self.kernels.permute(x, permutation), permutation.offsets)
         local_factor = None if gradient_factor is None else gradient_factor[:, self.local]
         y = _combine(self.kernels, rows, permutation, weights[:, self.local], local_factor, num_tokens=x.shape[0])
-        return y if alone else _ReduceScatterRows.apply(y, tokens_of, self.group)
+        return y if alone else ReduceScatterRows.apply(y, tokens_of, self.group)

@@ -77,7 +77,8 @@ class OmniMoELayer(MoELayer):
             hidden_size=config.hidden_size,
             init_std=config.init_method_std,
             sequence_parallel=config.sequence_parallel,
-            tp_group=pg_collection.tp,
+            # Ranks with other tokens of the same micro-batch.
+            group=pg_collection.tp_cp if config.sequence_parallel or pg_collection.cp.size() > 1 else None,
             topp_route=kernels.topp_route,
             **kind,
         )

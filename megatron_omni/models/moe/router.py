@@ -12,8 +12,8 @@ Replay (``ctx.routes``): the recorded slots in place of those that the logits ch
 the op that routes, told to take every slot and to keep the recorded ones; tokens without a record keep those that they
 would have taken. Without noise alone: a draw has an order, by which the estimator and ``release`` scale weights.
 
-Under sequence parallelism T is this rank's shard; the auxiliary loss and capacity see the whole micro-batch through the
-TP group. T tokens, H hidden, E = routed + null + shared, E_d = routed + null.
+Under sequence and context parallelism T is this rank's shard; the auxiliary loss and capacity see the whole micro-batch
+through the group of the ranks that share it. T tokens, H hidden, E = routed + null + shared, E_d = routed + null.
 """
 
 from collections.abc import Callable
@@ -54,14 +54,14 @@ class OmniRouter(torch.nn.Module):
         device: torch.device | str | None = None,
         init_std: float = 0.02,
         sequence_parallel: bool = False,
-        tp_group: dist.ProcessGroup | None = None,
+        group: dist.ProcessGroup | None = None,
         topp_route: Callable[..., Routing] = topp_route,
     ) -> None:
         super().__init__()
         self.topp_route = topp_route
         self.moe = moe
         self.layer_number = 0
-        self.tp_group = tp_group if sequence_parallel else None
+        self.group = group
         self.rule = RoutingRule(
             num_routed=moe.num_routed_experts,
             num_null=moe.num_null_experts,
@@ -138,7 +138,7 @@ class OmniRouter(torch.nn.Module):
             # Without stochastic routing it is reported and not learned: a recomputed layer, which reports nothing, must not
             # find tensors saved for it.
             of = z if ctx.stochastic else z.detach()
-            aux_loss = load_balancing_loss(of[:, :slots], selected, ctx=ctx, moe=moe, tp_group=self.tp_group)
+            aux_loss = load_balancing_loss(of[:, :slots], selected, ctx=ctx, moe=moe, group=self.group)
         return RouterOutput(routing, aux_loss, num_before_drop)
 
     @property
@@ -164,12 +164,12 @@ class OmniRouter(torch.nn.Module):
     def _capacity_keep(self, z: Tensor, mask: Tensor) -> Tensor:
         """Assignments kept under the cap, [T, E_d], decided over the whole micro-batch so that layouts agree."""
         num_local, ranks = z.shape[0], 1
-        if self.tp_group is not None:
-            ranks = dist.get_world_size(self.tp_group)
+        if self.group is not None:
+            ranks = dist.get_world_size(self.group)
         if ranks > 1:
             local = torch.cat([z, mask.to(z.dtype)], dim=1).contiguous()
             gathered = [torch.empty_like(local) for _ in range(ranks)]
-            dist.all_gather(gathered, local, group=self.tp_group)
+            dist.all_gather(gathered, local, group=self.group)
             whole = torch.cat(gathered)
             z, mask = whole[:, : self.num_slots], whole[:, self.num_slots :] > 0
         assert self.moe.capacity_factor is not None
@@ -183,6 +183,6 @@ class OmniRouter(torch.nn.Module):
         num_capped = self.num_slots if released else self.moe.num_routed_experts
         keep = capacity_keep(z, mask, num_capped=num_capped, capacity=capacity)
         if ranks > 1:
-            start = dist.get_rank(self.tp_group) * num_local
+            start = dist.get_rank(self.group) * num_local
             keep = keep[start : start + num_local]
         return keep

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_omni.batch import NO_RECORD, OmniBatch
 from megatron_omni.config.model import ModelConfig, MoEConfig
+from megatron_omni.models.context_parallel import gathered, in_order
 
 
 def bytes_of(num_slots: int) -> int:
@@ -50,6 +51,8 @@ class RouteRecord:
 
     layers: dict[int, Tensor] = field(default_factory=dict)
     """Number of the MoE layer in the model, from 0 -> [T, E_d] bool of this rank's sequence shard."""
+    cut: bool = False
+    """Whether the forward was one of this rank's tokens alone (context parallelism); the model says so."""
 
     def whole(self, model: ModelConfig, pg: ProcessGroupCollection) -> Tensor:
         """[T, L n] uint8 of the whole sequence and all stages, in the order of hidden states, on every rank of the replica.
@@ -57,15 +60,19 @@ class RouteRecord:
         All ranks of a replica call this together, in no other order than their other messages.
         """
         assert model.moe is not None and self.layers, "no MoE layer has run"
-        own = packed(torch.stack([*self.layers.values()], dim=1))
+        routes = self._of_model(packed(torch.stack([*self.layers.values()], dim=1)), model, pg).flatten(1)
+        return in_order(gathered(routes, pg.cp), pg.cp.size()) if self.cut else routes
+
+    def _of_model(self, own: Tensor, model: ModelConfig, pg: ProcessGroupCollection) -> Tensor:
+        """[T, L, n] of all stages and tensor-parallel ranks from what ``own`` [T / TP, .., n] layers chose."""
         if pg.mp.size() == 1:
-            return own.flatten(1)
+            return own
         num_tokens, first = len(own), pg.tp.rank() * len(own)
         routes = own.new_zeros(num_tokens * pg.tp.size(), model.num_layers, own.shape[2])
         layers = torch.tensor([*self.layers], device=own.device)
         routes[first : first + num_tokens].index_copy_(1, layers, own)
         dist.all_reduce(routes, group=pg.mp)  # exact: one rank has a byte, the others zeros
-        return routes.flatten(1)
+        return routes
 
     def grid(self, batch: OmniBatch, model: ModelConfig, pg: ProcessGroupCollection) -> Tensor:
         """:meth:`whole` as ``OmniBatch.routes`` of the ``batch`` that was computed, [B, S, L n]."""
