@@ -3,7 +3,8 @@
     0007.png + 0007.txt                     the text is the answer to ``prompt``
     0007.txt alone                          is refused: nobody learns a caption of nothing
     0007.png + 0007.json {"caption": ...}   so is its caption, text or answer; "question" or "prompt" asks instead
-    0007.png + 0007.json {"messages": ...}  a record (record.py); without "images" it takes the files of its key
+    0007.png + 0007.json {"messages": ...}  a record (record.py); without "images" it takes the files of its key that are not
+                                            among its "targets"
 
 Files that a record names are looked up among the files of its key, by whole name, base name or suffix. Where Energon's
 ``dataset.yaml`` has a ``field_map``, the map says which parts are picture, question and answer.
@@ -96,28 +97,51 @@ def _with_media(
     row: dict[str, Any], key: str, media: Mapping[Kind, list[str]], files: Mapping[str, str], where: str
 ) -> dict[str, Any]:
     """A whole record, its media looked up among the files of the key."""
-    names: dict[str, str] = {}
-    for suffix, name in files.items():
-        names |= {suffix: name, PurePosixPath(name).name: name, name: name}
-    for kind in KINDS:
-        field = kind if kind in row else LIST_FIELD[kind]
+    names = names_of(files)
+    heard = {named(names, name) for name in _spoken_files(row)}
+    drawn = next((field for field in ("targets", "image_gen") if row.get(field) is not None), "")
+    fields = [kind if kind in row else LIST_FIELD[kind] for kind in KINDS]
+    for field in (drawn, *fields) if drawn else fields:
         listed = row.get(field)
         if listed is None:
-            if media[kind]:
-                row[LIST_FIELD[kind]] = media[kind]
+            taken = row[drawn] if drawn and isinstance(row[drawn], list) else ()
+            # What a row draws is not shown to it as well.
+            kind = KINDS[fields.index(field)]
+            rest = [name for name in media[kind] if name not in taken and name not in heard]
+            if rest and not (drawn and row.get("degrade")):
+                row[LIST_FIELD[kind]] = rest
             continue
         listed = [listed] if isinstance(listed, str) else listed
         if not isinstance(listed, list):
             continue  # parse_record says what is wrong with it
         for name in listed:
-            found = names.get(name) or names.get(PurePosixPath(name).name) if isinstance(name, str) else None
-            if found is None:
+            if named(names, name) is None:
                 raise RecordError(
                     where, field=field, value=name, problem=f"names no file of {key!r} (it has {', '.join(files)})",
                     fix="name a member by its suffix", reason="missing_media",
                 )  # fmt: skip
-        row[field] = [names.get(name) or names[PurePosixPath(name).name] for name in listed]
+        row[field] = [named(names, name) for name in listed]
     return {"id": key, **row}
+
+
+def names_of(files: Mapping[str, str]) -> dict[str, str]:
+    """The files of a key, name by suffix, by everything that a record may call them."""
+    names: dict[str, str] = {}
+    for suffix, name in files.items():
+        names |= {suffix: name, PurePosixPath(name).name: name, name: name}
+    return names
+
+
+def named(names: Mapping[str, str], name: object) -> str | None:
+    """The file that a record means: by one of :func:`names_of`, or by its base name."""
+    return names.get(name) or names.get(PurePosixPath(name).name) if isinstance(name, str) else None
+
+
+def _spoken_files(row: Mapping[str, Any]) -> list[object]:
+    """Recordings of answers: nobody is shown these."""
+    turns = row.get("messages", row.get("conversations"))
+    said = [turn.get("speech") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    return [speech.get("file") for speech in said if isinstance(speech, dict)]
 
 
 # ------------------------------------------------------------------------------------------------ Energon

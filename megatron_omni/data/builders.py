@@ -1,6 +1,7 @@
-"""Which builder makes the samples of a recipe: of conversations, of preference pairs, or of speech."""
+"""Which builder makes the samples of a recipe: of conversations, of preference pairs, of speech, or of pictures alone."""
 
 from megatron_omni.config.run import Recipe
+from megatron_omni.data.block_sample import BlockBuilder, BlockSizeRule
 from megatron_omni.data.pairs import PairBuilder
 from megatron_omni.data.sample import SampleBuilder
 from megatron_omni.data.sizes import SizeRule
@@ -12,7 +13,7 @@ def sample_builder(recipe: Recipe, tokenizer: Tokenizer | None = None) -> Sample
     """What turns records into the samples of a recipe's model and task."""
     if recipe.task == "preference":
         return PairBuilder(recipe, tokenizer)
-    return prompt_builder(recipe, tokenizer)
+    return BlockBuilder(recipe, tokenizer) if _learns_blocks(recipe) else prompt_builder(recipe, tokenizer)
 
 
 def prompt_builder(recipe: Recipe, tokenizer: Tokenizer | None = None) -> SampleBuilder:
@@ -22,4 +23,10 @@ def prompt_builder(recipe: Recipe, tokenizer: Tokenizer | None = None) -> Sample
 
 def size_rule(recipe: Recipe, tokenizer: Tokenizer) -> SizeRule:
     """Sizes of the samples of a recipe's model."""
+    if _learns_blocks(recipe):
+        return BlockSizeRule(recipe, tokenizer)
     return (SizeRule if recipe.model.speech is None else SpeechSizeRule)(recipe, tokenizer)
+
+
+def _learns_blocks(recipe: Recipe) -> bool:
+    return recipe.task == "generative" and recipe.generative.conditions != "model"

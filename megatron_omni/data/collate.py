@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_omni.batch import IGNORE_LABEL, NO_RECORD, Modality, OmniBatch
 from megatron_omni.data.sample import Sample
+from megatron_omni.drawn import Drawn
 from megatron_omni.positions import PositionRule
 from megatron_omni.segments import AttentionSegments, Segment, causal
 
@@ -75,6 +76,13 @@ def collate(
         pixel_values=torch.cat(tiles) if tiles else None,
         audio_features=torch.cat(chunks) if chunks else None,
         routes=_routes(samples, list(zip(row_of, starts)), (len(filled), length)),
+        drawn=Drawn.of(
+            [sample.drawn for sample in samples],
+            sample_ids=sample_ids,
+            places=list(zip(row_of, starts)),
+            vision_starts=_vision_starts(samples),
+            num_rows=len(filled),
+        ),
     )
     if rule is not None:
         _check_placeholders(batch, rule)
@@ -92,6 +100,12 @@ def _positions(sample: Sample) -> Tensor:
         queries, first = segment.queries, segment.first_position
         positions[queries.start : queries.stop] = torch.arange(first, first + len(queries))
     return positions
+
+
+def _vision_starts(samples: Sequence[Sample]) -> list[int]:
+    """Number of each sample's first row among the vision encoder's, which come in the order of the samples."""
+    counts = [int(((s.modality == Modality.IMAGE) | (s.modality == Modality.VIDEO)).sum()) for s in samples]
+    return [sum(counts[:index]) for index in range(len(samples))]
 
 
 def _routes(samples: Sequence[Sample], places: Sequence[tuple[int, int]], grid: tuple[int, int]) -> Tensor | None:

@@ -32,7 +32,7 @@ from megatron_omni.data.errors import RecordError, internal_error
 from megatron_omni.data.index import index_path
 from megatron_omni.data.made_records import MOST_MESSAGES
 from megatron_omni.data.record import loaded, parse_record
-from megatron_omni.data.recordings import Recording, Recordings, line_of
+from megatron_omni.data.recording_rows import Recording, Recordings, line_of
 from megatron_omni.data.sound_codes import WINDOW_SECONDS, Encoder, check_sound, encode_long
 from megatron_omni.data.speech_segments import joined
 
@@ -42,7 +42,7 @@ _TOGETHER_SECONDS, _WAITING_SECONDS = 120.0, 600.0
 """Sound that is encoded at once, and that waits in memory for sounds of equal length."""
 _TAIL_SECONDS = 0.5
 """Of sound behind the last segment that still belongs to it."""
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@
     magic line | header (JSON: version, fingerprints, lengths) | records | media | rows | rejections
 
 ``records`` has one entry a row (``RECORD``): its bytes, tokens of its text, its media and, for a row that cannot be
-used, the place of the reason. ``media`` has one entry a media file (``MEDIA``): what its header says; and one behind them
-for a spoken answer. For a tar ``rows``
-holds the records themselves as JSON lines, made from the members of each key, and ``media`` the byte ranges.
+used, the place of the reason. ``media`` has one entry a media file (``MEDIA``): what its header says; behind them one for a
+spoken answer, and one for each picture that answers draw. For a tar ``rows`` holds the records themselves as JSON lines, made
+from the members of each key, and ``media`` the byte ranges.
 
 Every row of the data is there, bad ones too: an index changes the speed of a run and nothing else. It belongs to one
 tokenizer and to unchanged data; an index of anything else is refused. Of large data the size and a few places are
@@ -58,6 +58,8 @@ MEDIA = np.dtype(
 SPEECH = len(KINDS)
 """Kind of the entry behind those of a row's media that holds the ``SpeechFacts`` of its spoken answer: prompt, text and start
 as width, height and frames, codes as samples."""
+TARGET = SPEECH + 1
+"""Kind of the entries behind these: the pictures that a row draws."""
 ARRAYS = {"records": RECORD, "media": MEDIA, "rows": np.dtype("u1"), "rejections": np.dtype("u1")}
 
 
@@ -128,11 +130,11 @@ class Index:
         if rejection:
             raise RejectedRecord(where(row), **self._rejection(rejection - 1))
         entries = self.arrays.media[first : first + num_media].tolist()
-        media = tuple(MediaFacts(KINDS[kind], *header) for kind, *header, _, _ in entries if kind != SPEECH)
+        media = tuple(MediaFacts(KINDS[kind], *header) for kind, *header, _, _ in entries if kind < SPEECH)
         speech = [SpeechFacts(item[1], item[2], item[3], item[5]) for item in entries if item[0] == SPEECH]
-        return RecordFacts(
-            text_tokens, bool(flags & HAS_SYSTEM), bool(flags & HAS_ANSWER), media, speech[0] if speech else None
-        )
+        targets = tuple((item[1], item[2]) for item in entries if item[0] == TARGET)
+        has_system, has_answer = bool(flags & HAS_SYSTEM), bool(flags & HAS_ANSWER)
+        return RecordFacts(text_tokens, has_system, has_answer, media, speech[0] if speech else None, targets)
 
     def byte_range(self, row: int) -> tuple[int, int, int]:
         """Start, length and checksum of a row."""
@@ -145,10 +147,11 @@ class Index:
         return parse_json(self.arrays.rows[start : start + num_bytes].tobytes(), f"{self.path}: row {row}")
 
     def media_ranges(self, row: int) -> list[tuple[int, int]]:
-        """Start and length of each media file of a tar's sample, kind by kind."""
+        """Start and length of each media file of a tar's sample, kind by kind, and behind them of its targets."""
         record = self.arrays.records[row]
         first, count = int(record["media"]), int(record["num_media"])
-        return [(int(item["start"]), int(item["num_bytes"])) for item in self.arrays.media[first : first + count]]
+        entries = self.arrays.media[first : first + count]
+        return [(int(item["start"]), int(item["num_bytes"])) for item in entries if item["kind"] != SPEECH]
 
     def rejections(self) -> Iterator[tuple[int, str, str]]:
         """(row, reason, message) of the rows that no recipe can use."""

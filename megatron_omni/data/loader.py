@@ -30,6 +30,7 @@ from typing import Any, NamedTuple, Protocol
 
 from megatron_omni.batch import OmniBatch
 from megatron_omni.config.data import SourceConfig
+from megatron_omni.config.parallel import sequence_multiple
 from megatron_omni.config.run import Recipe
 from megatron_omni.data.blend import components
 from megatron_omni.data.builders import sample_builder
@@ -113,10 +114,12 @@ class Loader[B: Counted]:
             batch_by=blended.batch_by,
             global_batch_size=data.global_batch_size,
         )
-        self.length_multiple = lcm(data.pad_to_multiple_of, recipe.parallel.tensor_model_parallel_size)
+        self.length_multiple = lcm(data.pad_to_multiple_of, sequence_multiple(recipe.parallel))
         self._tile_flops, self._chunk_flops = encoder_flops(recipe.model)
         vision, audio = recipe.model.vision, recipe.model.audio
         self._tile_bytes = 3 * vision.image_size**2 if vision else 0
+        image = recipe.model.image
+        self._picture_bytes = 6 * image.base_size**2 if image else 0  # with a source
         self._chunk_bytes = round(400 * audio.num_mel_bins * audio.chunk_seconds) if audio else 0
         self._sizes: Lru[SampleSize | Skip] = Lru(_KNOWN_SIZES)
         self._undecodable: Lru[Skip] = Lru(_KNOWN_SIZES)
@@ -244,8 +247,9 @@ class Loader[B: Counted]:
         rows = [row for rows in self.own_micro_batches(plan.micro_batches) for row in rows]
         width = max(sum(place.length for place in row) for row in rows)
         sizes = [place.size for row in rows for place in row]
-        tiles, chunks = sum(size.tiles for size in sizes), sum(size.chunks for size in sizes)
-        return tiles * self._tile_bytes + chunks * self._chunk_bytes + len(rows) * width * _TOKEN_BYTES
+        tiles, chunks, drawn = (sum(getattr(size, name) for size in sizes) for name in ("tiles", "chunks", "drawn"))
+        media = tiles * self._tile_bytes + chunks * self._chunk_bytes + drawn * self._picture_bytes
+        return media + len(rows) * width * _TOKEN_BYTES
 
     def close(self) -> None:
         """Stop the threads; the records that they work on are finished first."""

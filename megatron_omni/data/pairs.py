@@ -115,4 +115,4 @@ class PairBuilder(SampleBuilder):
 
     def _response(self, side: Record) -> Sequence[int]:
         """Ids of its answer, the end token included."""
-        return [*answer_ids(side.messages[-1], self.tokenizer), self.tokenizer.special(IM_END)]
+        return [*answer_ids(side.messages[-1], self.tokenizer, self.sizes.block), self.tokenizer.special(IM_END)]

@@ -155,7 +155,7 @@ class Preflight:
             wrong = sum(not example.agrees for example in source.examples)
             if wrong:
                 found.append(f"{source.name}: {wrong} samples whose placeholders and encoder rows disagree")
-            unlearned = sum(example.learned_tokens == 0 for example in source.examples)
+            unlearned = sum(not (example.learned_tokens or example.sample.drawn) for example in source.examples)
             if unlearned:
                 found.append(f"{source.name}: {unlearned} samples with nothing to learn")
             if self.recipe.model.speech is not None and (source.texts_with_digits or source.texts_with_signs):
@@ -265,7 +265,7 @@ class _Planner:
         samples = tokens = slots = 0
         for rows in plan.micro_batches:
             lengths = [sum(place.length for place in row) for row in rows]
-            multiple = data.pad_to_multiple_of
+            multiple = self.loader.length_multiple
             width = data.seq_length if data.packing else -(-max(lengths) // multiple) * multiple
             tokens += sum(lengths)
             slots += width * len(rows)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_omni.batch import Modality
 from megatron_omni.data.preflight import BadRecord, Example, Piece, Preflight, SourceReport
+from megatron_omni.drawn import DrawnPicture
 
 MAX_TILES = 16
 MAX_CHUNKS = 4
@@ -131,7 +132,7 @@ def _example(example: Example, drawn: set[bytes]) -> str:
     if chunks or example.audio_placeholders:
         counts.append(f"{chunks} chunks give {example.audio_rows} rows for {example.audio_placeholders} placeholders")
     verdict = "<span class=good>agree</span>" if example.agrees else "<span class=bad>DISAGREE</span>"
-    media = _tiles(sample.tiles) + _chunks(sample.chunks)
+    media = _tiles(sample.tiles) + _chunks(sample.chunks) + "".join(map(_drawn, sample.drawn))
     key = sample.position_ids.numpy().tobytes()
     where = "<div class=note>3D positions: as above</div>" if key in drawn else positions(sample.position_ids)
     drawn.add(key)
@@ -166,6 +167,19 @@ def _picture(tile: Tensor) -> Image.Image:
     return Image.fromarray(tile.permute(1, 2, 0).contiguous().numpy()).resize(
         (THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC
     )
+
+
+def _drawn(picture: DrawnPicture) -> str:
+    """A picture that an answer draws, with its source; of latents the size alone."""
+    shown = ""
+    for name, value in (("source", picture.source), ("to draw", picture.target)):
+        if value is None:
+            continue
+        pixels = value.dtype == torch.uint8
+        size = f"{value.shape[2]} x {value.shape[1]}{'' if pixels else ' latents'}"
+        image = _image(_picture(value), "picture") if pixels else ""
+        shown += f"<figure>{image}<figcaption>{name} ({text_of(picture.task)}), {size}</figcaption></figure>"
+    return shown
 
 
 def _chunks(chunks: Tensor | None) -> str:

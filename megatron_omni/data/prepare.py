@@ -34,6 +34,7 @@ from megatron_omni.data.index import (
     MEDIA,
     RECORD,
     SPEECH,
+    TARGET,
     VERSION,
     Fingerprint,
     IndexArrays,
@@ -210,6 +211,9 @@ class _Rows:
             self._media.append((KINDS.index(item.kind), *item[1:], *place))
         if (speech := facts.speech) is not None:
             self._media.append((SPEECH, *speech[:3], 0.0, speech.codes, 0, 0))
+        for number, (width, height) in enumerate(facts.targets, len(facts.media)):
+            place = (ranges[number].start, ranges[number].num_bytes) if ranges else (0, 0)
+            self._media.append((TARGET, width, height, 0, 0.0, 0, *place))
         line = self.num_lines
         self._records.append(
             (start, num_bytes, crc, line, facts.text_tokens, 0, first, len(self._media) - first, flags)
@@ -292,7 +296,9 @@ def _tar_record(
     members = {member.name: member for member in sample.members.values()}
     ranges = [members[str(name)] for kind in KINDS for name in record.media(kind)]
     by_kind = {LIST_FIELD[kind]: tuple(members[str(name)] for name in record.media(kind)) for kind in KINDS}
-    return row, Record(messages=record.messages, where=where, **by_kind), ranges  # type: ignore[arg-type]
+    targets = tuple(members[str(name)] for name in record.targets)
+    found = Record(messages=record.messages, where=where, targets=targets, drawing=record.drawing, **by_kind)  # type: ignore[arg-type]
+    return row, found, [*ranges, *targets]
 
 
 def _is_text(suffix: str) -> bool:

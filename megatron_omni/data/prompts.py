@@ -14,6 +14,7 @@ from megatron_omni.config.run import Recipe
 from megatron_omni.data.collate import collate
 from megatron_omni.data.loader import Loader, StepLoader
 from megatron_omni.data.mixture import Draw
+from megatron_omni.data.picture_codec_crops import PictureLoader
 from megatron_omni.data.plan import Cursor, Row, Skip
 from megatron_omni.data.record import Record, RecordError
 from megatron_omni.data.responses import Group
@@ -152,7 +153,7 @@ def loader_kind(recipe: Recipe) -> type[Loader[Any]]:
 
 def step_loader_kind(recipe: Recipe) -> type[StepLoader]:
     """What reads records as they are, held-out ones too."""
-    return SoundLoader if recipe.task == "codec" else StepLoader
+    return {"codec": SoundLoader, "picture_codec": PictureLoader}.get(recipe.task, StepLoader)
 
 
 def as_prompt(sample: Sample) -> Prompt:

@@ -8,8 +8,9 @@ ShareGPT rows work unchanged: ``conversations`` of ``{"from": "human" | "gpt" | 
 
 Rules: ``<image>``, ``<audio>`` and ``<video>`` stand in system and user turns; the n-th marker of a kind takes the n-th
 file of its list, and the counts must agree. In an answer they are ordinary characters (code with an HTML tag in it),
-because a model that reads media answers with text. A system turn comes first or not at all. An answer that carries
-``"weight": 0``, ``"train": false`` or ``"loss": false`` is read and not learned; one with ``speech`` is spoken (spoken.py). A
+because a model that reads media answers with text; in a row with ``targets`` answers draw (drawing.py). A system turn
+comes first or not at all. An answer that carries ``"weight": 0``, ``"train": false`` or ``"loss": false`` is read and not
+learned; one with ``speech`` is spoken (spoken.py). A
 row of a preference names the answer that was rejected: ``rejected_response``, in place of the final answer, or
 ``rejected_messages``, a conversation of its own, with ``rejected_images`` .. where its media differ (data/pairs.py); other
 tasks read past it. A key whose value is null is not there (tables write null where a row lacks a column). Keys that mean
@@ -21,10 +22,12 @@ Every violation is a ``RecordError`` naming file, line, field, value and fix; ``
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from megatron_omni.data import drawing
 from megatron_omni.data.decode.media import MediaBytes, MediaError
+from megatron_omni.data.drawing import DRAWN, Drawing
 from megatron_omni.data.errors import URL, encodable
 from megatron_omni.data.errors import RecordError as RecordError
 from megatron_omni.data.errors import internal_error as internal_error
@@ -47,7 +50,7 @@ REJECTED = "rejected_"
 """Begins the name of a field of media of ``rejected_messages``."""
 _KNOWN_KEYS = {
     "messages", "conversations", "system", "id", *KINDS, *LIST_FIELD.values(), REJECTED_RESPONSE, REJECTED_MESSAGES,
-    *(REJECTED + name for name in LIST_FIELD.values()),
+    *(REJECTED + name for name in LIST_FIELD.values()), "targets", "image_gen",
 }  # fmt: skip
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython", "tool_call", "tool_response")
 LEARN_MARKS = ("weight", "train", "loss")
@@ -85,7 +88,7 @@ class Message:
     """Of an answer: whether it is a target."""
     parts: tuple[str, ...] | None = None
     """text, kind of medium, text, kind, ..., text of a turn that was not written with markers: what looks like one in
-    its text is ordinary characters, as in every answer."""
+    its text is ordinary characters, as in every answer. Of an answer that draws: text, DRAWN, text, ..."""
     speech: Speech | None = None
     """Of an answer that is spoken."""
 
@@ -94,6 +97,15 @@ class Message:
         if self.parts is not None:
             return list(self.parts)
         return [self.content] if self.role == "assistant" else MARKER.split(self.content)
+
+    def media(self) -> list[Kind]:
+        """Kinds of the media that it shows, in their order."""
+        return [kind for kind in self.pieces()[1::2] if kind != DRAWN]  # type: ignore[misc]
+
+    @property
+    def num_drawn(self) -> int:
+        """Pictures that it draws."""
+        return 0 if self.parts is None else self.parts[1::2].count(DRAWN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +116,10 @@ class Record:
     images: tuple[MediaFile, ...] = ()
     audios: tuple[MediaFile, ...] = ()
     videos: tuple[MediaFile, ...] = ()
+    targets: tuple[MediaFile, ...] = ()
+    """Pictures that its answers draw, in their order."""
+    drawing: Drawing | None = None
+    """What is known of them; None where there are none."""
     id: str = ""
     source: str = ""
     """Name of the source in the recipe."""
@@ -124,6 +140,23 @@ class Record:
         return any(message.role == "assistant" and message.learned for message in self.messages)
 
     @property
+    def picture_sources(self) -> tuple[int | None, ...]:
+        """Of each picture that answers draw the number of its source among ``images``, the last one of the turn before; None
+        where it has none or its task is to take none."""
+        if self.drawing is not None and self.drawing.task == drawing.TEXT_TO_IMAGE:
+            return (None,) * sum(message.num_drawn for message in self.messages)
+        found: list[int | None] = []
+        seen, last = 0, None
+        for message in self.messages:
+            if message.role == "user":
+                here = message.media().count("image")
+                seen, last = seen + here, seen + here - 1 if here else None
+            elif message.role == "system":
+                seen += message.media().count("image")
+            found += [last] * message.num_drawn
+        return tuple(found)
+
+    @property
     def answer(self) -> str:
         """Content of the final assistant turn, empty when the record ends with a question."""
         return self.messages[-1].content if self.messages[-1].role == "assistant" else ""
@@ -142,6 +175,12 @@ def parse_record(row: object, *, where: str = "<record>", source: str = "") -> R
         )
     row = _present(row, "row", where)
     messages = _messages(row, where)
+    targets, said = drawing.target_files(row, where), None
+    if targets:
+        messages = _drawing_answers(messages, targets, where)
+        said = drawing.read_drawing(row, num_targets=len(targets), where=where)
+        if said.damage is not None and not any(row.get(name) for name in ("image", "images")):
+            row = {**row, "images": list(targets)}
     media = {kind: _media_list(row, kind, where) for kind in KINDS}
     _check_markers(messages, media, where)
     rejected = _rejected(row, messages, where)
@@ -150,17 +189,47 @@ def parse_record(row: object, *, where: str = "<record>", source: str = "") -> R
         raise RecordError(
             where, field="id", value=row_id, problem="is no text or number", fix="drop it", reason="bad_type"
         )
-    return Record(
+    known = _KNOWN_KEYS | set(drawing.KEYS) if targets else _KNOWN_KEYS
+    record = Record(
         messages=messages,
         images=media["image"],
         audios=media["audio"],
         videos=media["video"],
+        targets=targets,
+        drawing=said,
         id=str(row_id),
         source=source,
         where=where,
-        extra={key: value for key, value in row.items() if key not in _KNOWN_KEYS},
+        extra={key: value for key, value in row.items() if key not in known},
         rejected=rejected,
     )
+    if said is not None:
+        drawing.check_sources(said, record.picture_sources, where=where)
+    return record
+
+
+def _drawing_answers(messages: tuple[Message, ...], targets: tuple[str, ...], where: str) -> tuple[Message, ...]:
+    """The turns of a row that draws ``targets``; RecordError unless its answers hold as many marks."""
+    found: list[Message] = []
+    for i, message in enumerate(messages):
+        field = f"messages[{i}]"
+        pieces = drawing.drawn_pieces(message.content, field=field, where=where) if message.role == "assistant" else ()
+        if len(pieces) > 1:
+            if message.speech is not None:
+                raise RecordError(
+                    where, field=f"{field}.speech", value=message.speech.spoken, problem="is of an answer that draws",
+                    fix="give the two a turn each", reason="bad_drawing",
+                )  # fmt: skip
+            message = replace(message, content=drawing.shown(pieces), parts=pieces)
+        found.append(message)
+    count = sum(message.num_drawn for message in found)
+    if count != len(targets):
+        raise RecordError(
+            where, field="targets", value=list(targets),
+            problem=f"{len(targets)} file(s) for {count} {drawing.GENERATE} in assistant turns",
+            fix=f"write one {drawing.GENERATE} for each file", reason="marker_count",
+        )  # fmt: skip
+    return tuple(found)
 
 
 def _rejected(row: dict[str, Any], messages: tuple[Message, ...], where: str) -> Record | None:

@@ -7,20 +7,26 @@ their placeholders.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from megatron_omni.batch import IGNORE_LABEL, Modality
 from megatron_omni.config.run import Recipe
 from megatron_omni.data.decode import open_decoder
 from megatron_omni.data.decode.media import MAX_AUDIO_SECONDS, Media, MediaError
+from megatron_omni.data.drawn_pictures import PictureReader, Standing, learned_pictures
 from megatron_omni.data.processors import frame_tiles, image_tiles, log_mel, square
-from megatron_omni.data.record import KINDS, Kind, MediaFile, Record, RecordError, loaded
-from megatron_omni.data.sizes import SampleSize, SizeRule, check_speakable, measure
+from megatron_omni.data.record import KINDS, Kind, Record, RecordError, loaded
+from megatron_omni.data.sizes import SampleSize, SizeRule, check_drawable, check_speakable, measure
+from megatron_omni.data.source_pictures import source_picture
 from megatron_omni.data.sources import Source
 from megatron_omni.data.template import MediaSpans, Rendered, answer_beginning, asked, render
 from megatron_omni.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_omni.drawn import DrawnPicture
 from megatron_omni.positions import AudioSpan, ImageSpan, TextSpan, VideoSpan, position_ids
 from megatron_omni.segments import Segment
 
@@ -47,6 +53,8 @@ class Sample:
     """Who sees whom among its tokens, as segments.py makes them; None: causal."""
     routes: Tensor | None = None
     """[L, MoE layers x bytes] uint8: ``OmniBatch.routes`` of its tokens."""
+    drawn: tuple[DrawnPicture, ...] = ()
+    """Pictures that its answers draw, in their order."""
 
     @property
     def length(self) -> int:
@@ -56,11 +64,12 @@ class Sample:
     @property
     def num_bytes(self) -> int:
         """Of its tensors."""
-        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
+        own = sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
+        return own + sum(picture.num_bytes for picture in self.drawn)
 
     def without_labels(self) -> "Sample":
         """The same input with nothing to learn."""
-        return replace(self, labels=torch.full_like(self.labels, IGNORE_LABEL))
+        return replace(self, labels=torch.full_like(self.labels, IGNORE_LABEL), drawn=())
 
 
 class SampleBuilder:
@@ -74,8 +83,12 @@ class SampleBuilder:
         self._check_vocabulary(recipe)
         self.data, self.vision, self.audio = recipe.data, recipe.model.vision, recipe.model.audio
         self.sizes = self._size_rule(recipe)
+        self.unwritten = self.sizes.block if recipe.model.image is not None else ()
+        """Ids that an answer without pictures cannot have: what a picture is drawn from, of a model that draws."""
         self.rule = self.sizes.rule
         self.decoder = open_decoder(recipe.data.decoder)
+        draws = recipe.task == "generative" and recipe.model.image is not None
+        self.pictures = PictureReader(recipe, self.decoder) if draws else None
 
     def size(self, record: Record) -> SampleSize:
         """Size of the training sample, from media headers; RecordError or MediaError for what cannot be used."""
@@ -158,7 +171,9 @@ class SampleBuilder:
 
     def _build(self, record: Record, *, open_answer: bool, think: bool | None = None) -> Sample:
         self._check(record)
-        decoded = {kind: [self._decode(kind, file) for file in record.media(kind)] for kind in KINDS}
+        decoded = {
+            kind: [self._decode(kind, record, number) for number in range(len(record.media(kind)))] for kind in KINDS
+        }
         media = MediaSpans(
             images=[image.picture for image in decoded["image"] if isinstance(image.picture, ImageSpan)],
             audios=[clip.sound for clip in decoded["audio"] if clip.sound is not None],
@@ -172,15 +187,16 @@ class SampleBuilder:
             system_prompt=self.data.system_turn if think is None else "",
             open_answer=open_answer,
             think=think,
+            block=self.sizes.block,
         )
         text, image, video, audio = (rendered.modality.count(modality) for modality in range(4))
         self.sizes.check_length((text, image, video, audio), where=record.where)
         in_order = {kind: iter(items) for kind, items in decoded.items()}
-        ordered = [
-            next(in_order[kind])  # type: ignore[index]
-            for message in record.messages
-            for kind in message.pieces()[1::2]
-        ]
+        ordered = [next(in_order[kind]) for message in record.messages for kind in message.media()]
+        drawn: tuple[DrawnPicture, ...] = ()
+        if self.pictures is not None and rendered.blocks and not open_answer:
+            shown = self._shown(decoded["image"], ordered)
+            drawn = self.pictures.read(record, _standing(record, rendered.blocks, shown))
         tiles = [item.tiles for item in ordered if item.tiles is not None]
         chunks = [item.chunks for item in ordered if item.chunks is not None]
         _require_finite([*tiles, *chunks], record)
@@ -194,24 +210,39 @@ class SampleBuilder:
             modality=torch.tensor(rendered.modality, dtype=torch.int64),
             tiles=torch.cat(tiles) if tiles else None,
             chunks=torch.cat(chunks) if chunks else None,
+            drawn=drawn,
         )
+
+    def _shown(self, images: Sequence["_Decoded"], ordered: Sequence["_Decoded"]) -> list["_Shown"]:
+        """Each image of a record with the vision encoder's rows of it, in the sample; ``ordered``: all media as they stand."""
+        starts, seen = {}, 0
+        for item in ordered:
+            starts[id(item)] = seen
+            seen += 0 if item.tiles is None else len(item.tiles) * self.rule.pooled_side**2
+        found = []
+        for item in images:
+            assert item.image is not None and item.tiles is not None
+            start = starts[id(item)]
+            found.append(_Shown(item.image, (start, start + len(item.tiles) * self.rule.pooled_side**2)))
+        return found
 
     # -------------------------------------------------------------------------------------------- media
 
-    def _decode(self, kind: Kind, file: MediaFile) -> "_Decoded":
-        decode = {"image": self._decode_image, "audio": self._decode_audio, "video": self._decode_video}[kind]
-        media = loaded(file)
+    def _decode(self, kind: Kind, record: Record, number: int) -> "_Decoded":
+        media = loaded(record.media(kind)[number])
         try:
-            return decode(media)
+            if kind == "image":
+                return self._tiled(source_picture(record, number, self.decoder.decode_image(media)))
+            return self._decode_audio(media) if kind == "audio" else self._decode_video(media)
         except MediaError:
             raise
         except ValueError as error:  # a processor refused the content
             raise MediaError(media, error) from error
 
-    def _decode_image(self, file: Media) -> "_Decoded":
+    def _tiled(self, picture: Image.Image) -> "_Decoded":
         assert self.vision is not None
-        tiles, (rows, cols) = image_tiles(self.decoder.decode_image(file), self.vision)
-        return _Decoded(picture=ImageSpan(rows, cols), tiles=tiles)
+        tiles, (rows, cols) = image_tiles(picture, self.vision)
+        return _Decoded(picture=ImageSpan(rows, cols), tiles=tiles, image=picture)
 
     def _decode_audio(self, file: Media) -> "_Decoded":
         assert self.audio is not None
@@ -242,6 +273,7 @@ class SampleBuilder:
 
     def _check(self, record: Record) -> None:
         check_speakable(record, self.tokenizer)
+        check_drawable(record, self.tokenizer)
         for kind in KINDS:
             if record.media(kind):
                 self.sizes.check_encoder(kind, where=record.where)
@@ -255,6 +287,32 @@ class _Decoded:
     tiles: Tensor | None = None
     sound: AudioSpan | None = None
     chunks: Tensor | None = None
+    image: Image.Image | None = None
+    """Of a picture, as it was before it was cut into tiles."""
+
+
+class _Shown(NamedTuple):
+    """An image of a record, and the vision encoder's rows of it."""
+
+    image: Image.Image
+    rows: tuple[int, int]
+
+
+def _standing(record: Record, blocks: Sequence[range], shown: Sequence[_Shown]) -> list[Standing]:
+    """The pictures of learned answers in a sample that has these ``blocks``."""
+    found = []
+    for number in learned_pictures(record):
+        source = record.picture_sources[number]
+        if source is None:
+            found.append(Standing(number, blocks[number], None, None))
+        else:
+            image, rows = shown[source]
+            found.append(Standing(number, blocks[number], partial(_itself, image), rows))
+    return found
+
+
+def _itself(image: Image.Image) -> Image.Image:
+    return image
 
 
 def _require_answer(record: Record) -> None:

@@ -19,8 +19,8 @@ from megatron_omni.data.processors import choose_grid
 from megatron_omni.data.record import KINDS, Kind, MediaFile, Record, RecordError, loaded
 from megatron_omni.data.speech_pieces import spoken_ids
 from megatron_omni.data.spoken import Speech
-from megatron_omni.data.template import count_text_tokens, prompt_turn
-from megatron_omni.data.tokenizer import SPEECH_SPECIALS, SPEECH_START, Tokenizer
+from megatron_omni.data.template import count_text_tokens, picture_block, prompt_turn
+from megatron_omni.data.tokenizer import IMAGE_GENERATION_SPECIALS, SPEECH_SPECIALS, SPEECH_START, Tokenizer
 from megatron_omni.positions import SAMPLE_RATE, PositionRule, audio_chunks, audio_tokens, image_tokens, video_tokens
 
 
@@ -55,12 +55,14 @@ class RecordFacts(NamedTuple):
     """What text and headers of a record say."""
 
     text_tokens: int
-    """Tokens of its turns, without media and without the recipe's system prompt."""
+    """Tokens of its turns, without media, drawn pictures and the recipe's system prompt."""
     has_system: bool
     has_answer: bool
     media: tuple[MediaFacts, ...] = ()
     speech: SpeechFacts | None = None
     """Of its last spoken answer."""
+    targets: tuple[tuple[int, int], ...] = ()
+    """Width and height of each picture that its turns draw; 0 where the picture is not looked at."""
 
 
 class SampleSize(NamedTuple):
@@ -72,6 +74,8 @@ class SampleSize(NamedTuple):
     audio: int = 0
     tiles: int = 0
     chunks: int = 0
+    drawn: int = 0
+    """Pictures to draw."""
 
     @property
     def tokens(self) -> int:
@@ -83,12 +87,14 @@ def measure(record: Record, tokenizer: Tokenizer) -> RecordFacts:
     """Facts of a record; MediaError for a file whose header cannot be read, RecordError for a spoken answer that the
     tokenizer has no special tokens for."""
     check_speakable(record, tokenizer)
+    check_drawable(record, tokenizer)
     return RecordFacts(
         text_tokens=count_text_tokens(record.messages, tokenizer),
         has_system=record.messages[0].role == "system",
         has_answer=record.has_answer,
         media=tuple(_measure_media(kind, file) for kind in KINDS for file in record.media(kind)),
         speech=None if (speech := spoken_answer(record)) is None else measure_speech(speech, tokenizer),
+        targets=measure_targets(record),
     )
 
 
@@ -101,6 +107,17 @@ def check_speakable(record: Record, tokenizer: Tokenizer) -> None:
                 problem=f"data.tokenizer = {str(tokenizer.path)!r} has no {SPEECH_START}",
                 fix="make it with the specials of ALL_SPECIALS, or take speech out", reason="no_speech_tokens",
             )  # fmt: skip
+
+
+def check_drawable(record: Record, tokenizer: Tokenizer) -> None:
+    """RecordError for an answer that draws without special tokens for it."""
+    draws = any(message.num_drawn for message in record.messages)
+    if draws and (missing := set(IMAGE_GENERATION_SPECIALS) - tokenizer.specials.keys()):
+        raise RecordError(
+            record.where, field="targets", value=[str(file) for file in record.targets],
+            problem=f"data.tokenizer = {str(tokenizer.path)!r} has no {min(missing)}",
+            fix="make it with the specials of ALL_SPECIALS, or take targets out", reason="no_image_tokens",
+        )  # fmt: skip
 
 
 def spoken_answer(record: Record) -> Speech | None:
@@ -125,6 +142,16 @@ def told(speech: Speech, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     A text that ends its recording gets an end where it has none, as the last piece of a long text does.
     """
     return tokenizer.encode(speech.prompt), spoken_ids(speech.spoken, tokenizer, last=speech.stop is None)
+
+
+def measure_targets(record: Record) -> tuple[tuple[int, int], ...]:
+    """Size of each picture that its turns draw; MediaError for a target that cannot be read. One whose latents are kept need
+    not be there any more, nor are those of a conversation that goes on."""
+    count = sum(message.num_drawn for message in record.messages)
+    latents = record.drawing.latents if record.drawing is not None else ()
+    kept = bool(latents) and all("target" in one for one in latents)
+    found = () if kept else tuple(probe_image(loaded(file)) for file in record.targets[:count])
+    return found + ((0, 0),) * (count - len(found))
 
 
 def _measure_media(kind: Kind, file: MediaFile) -> MediaFacts:
@@ -165,6 +192,8 @@ class SizeRule:
         self.sound_seconds = self.audio.max_chunks * self.audio.chunk_seconds if self.audio else 0.0
         """Longest clip that the model takes."""
         self._system_tokens = count_text_tokens(prompt_turn(data.system_turn), tokenizer)
+        self.block = picture_block(tokenizer, recipe.model.image)
+        """Ids of a picture that an answer draws; empty where the tokenizer has none."""
         if self.vision is not None:  # most pictures of a source share a few sizes
             tile_size, sides = self.vision.image_size, self.vision.max_tiles_per_side
             self._grid = lru_cache(maxsize=1 << 16)(
@@ -183,6 +212,7 @@ class SizeRule:
     def conversation_size(self, facts: RecordFacts, *, where: str = "") -> SampleSize:
         """Size of its turns, with or without an answer; RecordError for what this recipe cannot use."""
         text = facts.text_tokens + (0 if facts.has_system else self._system_tokens)
+        text += len(self.block) * len(facts.targets)
         image = video = audio = tiles = chunks = 0
         for number, item in enumerate(facts.media):
             self.check_encoder(item.kind, where=where)
@@ -214,7 +244,7 @@ class SizeRule:
                 here = audio_chunks(samples, chunk_seconds=self.audio.chunk_seconds)
                 chunks += here
                 audio += audio_tokens(here, num_query_tokens=self.rule.num_query_tokens)
-        size = SampleSize(text, image, video, audio, tiles, chunks)
+        size = SampleSize(text, image, video, audio, tiles, chunks, len(facts.targets))
         self.check_length((text, image, video, audio), where=where)
         return size
 

@@ -1,9 +1,8 @@
 """Crops of sound, step by step, for training a codec: the records' recordings, cut, sped up or slowed down, made louder.
 
-A record is an ordinary one with one ``<audio>``; its turns are not read, and it needs no answer. Order, plans, stand-ins and
-the cursor are those of loader.py. A sample of a step is ``crop_codes`` codes of its recording from a random place on, the
-whole recording and silence where it is shorter. Place, speed and gain are drawn by the seed and the sample's number in the
-order of the run: the same on every layout, and in a run that was resumed. Held-out crops are cut and no more.
+A record is an ordinary one with one ``<audio>`` (crops.py). A sample of a step is ``crop_codes`` codes of its recording from a
+random place on, the whole recording and silence where it is shorter. Place, speed and gain are random; held-out crops are cut
+and no more.
 
 In the batch a crop is what every sound is: ``audio_features`` [B, 1, samples], a waveform here, and a placeholder token for
 each code. All of these count as labels: the loss of a step is a mean over codes, and tokens are codes.
@@ -16,18 +15,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_omni.batch import Modality, OmniBatch
+from megatron_omni.batch import Modality
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.run import Recipe
-from megatron_omni.data.collate import collate
+from megatron_omni.data.crops import CropLoader, medium_alone
 from megatron_omni.data.decode import cpu, open_decoder
-from megatron_omni.data.loader import StepLoader
-from megatron_omni.data.plan import Place, Row, Skip
 from megatron_omni.data.record import MediaFile, Record, RecordError, loaded
 from megatron_omni.data.sample import Sample, SampleBuilder
 from megatron_omni.data.sizes import SampleSize, SizeRule
 from megatron_omni.data.tokenizer import Tokenizer
-from megatron_omni.platform.seeds import named_seed
 
 SPEED_STEPS = 100
 """A speed is a hundredth: the filter that resamples is short then."""
@@ -59,42 +55,32 @@ class SoundBuilder(SampleBuilder):
                 record.where, field="audios", value=wave.shape, problem="holds samples that are not finite",
                 fix="repair the medium or drop the record", reason="not_finite",
             )  # fmt: skip
-        return crop_sample(torch.from_numpy(wave)[None, None], self.crop_codes)
+        return medium_alone(Modality.AUDIO, self.crop_codes, chunks=torch.from_numpy(wave)[None, None])
 
 
-class SoundLoader(StepLoader):
+class SoundLoader(CropLoader):
     """Batches of crops."""
 
     builder: SoundBuilder
 
     def __init__(self, recipe: Recipe, *, sources: list[SourceConfig] | None = None, **options: object) -> None:
         assert recipe.model.codec is not None
-        self._seed, self._settings, self._held_out = recipe.seed, recipe.codec, sources is not None
+        self._settings = recipe.codec
         self._crop_samples = recipe.codec.crop_codes * recipe.model.codec.hop_size
-        super().__init__(recipe, sources=sources, **options)  # type: ignore[arg-type]
+        super().__init__(recipe, sources=sources, **options)
 
     def _builder(self, recipe: Recipe, tokenizer: Tokenizer | None) -> SoundBuilder:
         return SoundBuilder(recipe, tokenizer)
 
-    def _batch(self, rows: list[Row], skips: list[Skip]) -> OmniBatch:
-        found = [(place, self._crop(place, sample)) for _, place, sample in self._decoded_rows(rows, skips)]
-        return collate(
-            [sample.without_labels() if place.is_filler else sample for place, sample in found],
-            pad_id=0,
-            sample_ids=[place.sample_id for place, _ in found],
-            source_ids=[place.draw.source for place, _ in found],
-        )
-
-    def _crop(self, place: Place, recording: Sample) -> Sample:
-        assert recording.chunks is not None
-        rng = np.random.default_rng(named_seed(self._seed, "crop", place.sample_id))
+    def _crop(self, whole: Sample, rng: np.random.Generator) -> Sample:
+        assert whole.chunks is not None
         speed, gain_db = 1.0, 0.0
         if not self._held_out:
             speed = 2 ** rng.uniform(-self._settings.speed_octaves, self._settings.speed_octaves)
             lowest, highest = self._settings.gain_db
             gain_db = rng.uniform(lowest, highest)
-        wave = cut(recording.chunks[0, 0].numpy(), self._crop_samples, speed=speed, rng=rng)
-        return replace(recording, chunks=torch.from_numpy(wave * np.float32(10 ** (gain_db / 20)))[None, None])
+        wave = cut(whole.chunks[0, 0].numpy(), self._crop_samples, speed=speed, rng=rng)
+        return replace(whole, chunks=torch.from_numpy(wave * np.float32(10 ** (gain_db / 20)))[None, None])
 
 
 def cut(wave: NDArray[np.float32], length: int, *, speed: float, rng: np.random.Generator) -> NDArray[np.float32]:
@@ -109,20 +95,6 @@ def cut(wave: NDArray[np.float32], length: int, *, speed: float, rng: np.random.
     if steps != SPEED_STEPS:
         piece = resample_poly(piece, SPEED_STEPS, steps)
     return np.ascontiguousarray(piece[:length], dtype=np.float32)
-
-
-def crop_sample(wave: torch.Tensor, num_codes: int) -> Sample:
-    """A sample whose sound is ``wave`` [1, 1, samples] and whose tokens stand for ``num_codes`` codes."""
-    zeros = torch.zeros(num_codes, dtype=torch.int64)
-    return Sample(
-        input_ids=zeros,
-        labels=zeros,
-        position_ids=torch.arange(num_codes).expand(3, -1),
-        next_position=num_codes,
-        modality=torch.full_like(zeros, int(Modality.AUDIO)),
-        tiles=None,
-        chunks=wave,
-    )
 
 
 def one_sound(record: Record) -> MediaFile:

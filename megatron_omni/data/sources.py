@@ -10,7 +10,7 @@ import os
 import re
 import zlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.shards import shard_paths
 from megatron_omni.data.descriptors import DataFile, raise_limit
+from megatron_omni.data.drawing import RowAt
 from megatron_omni.data.index import Index, index_setting_of, open_index, tokenizer_digest
 from megatron_omni.data.record import KINDS, LIST_FIELD, MediaFile, Record, RecordError, parse_record
 from megatron_omni.data.sizes import RecordFacts
@@ -159,7 +160,9 @@ class TarSource:
             LIST_FIELD[kind]: tuple(TarMember(str(self.path), str(file), *next(ranges)) for file in record.media(kind))
             for kind in KINDS
         }
-        return confine_speech(replace(record, **media), self.path.parent)  # type: ignore[arg-type]
+        targets = tuple(TarMember(str(self.path), str(file), *next(ranges)) for file in record.targets)
+        record = replace(record, **media, targets=targets)  # type: ignore[arg-type]
+        return confine_drawing(confine_speech(record, self.path.parent), self.path.parent)
 
     def facts(self, index: int) -> RecordFacts:
         """What the index says of a sample."""
@@ -222,8 +225,8 @@ def confine(record: Record, root: Path) -> Record:
     """The same record with media paths under ``root``; RecordError for a path that would leave it."""
     if record.rejected is not None:
         record = replace(record, rejected=confine(record.rejected, root))
-    record = confine_speech(record, root)
-    if not (record.images or record.audios or record.videos):
+    record = confine_drawing(confine_speech(record, root), root)
+    if not (record.images or record.audios or record.videos or record.targets):
         return record
 
     def inside(field: str, files: tuple[MediaFile, ...]) -> tuple[MediaFile, ...]:
@@ -234,6 +237,7 @@ def confine(record: Record, root: Path) -> Record:
         images=inside("images", record.images),
         audios=inside("audios", record.audios),
         videos=inside("videos", record.videos),
+        targets=inside("targets", record.targets),
     )
 
 
@@ -253,6 +257,32 @@ def confine_speech(record: Record, root: Path) -> Record:
             speech = replace(speech, codes=replace(speech.codes, file=codes_file))
         messages[i] = replace(message, speech=speech)
     return replace(record, messages=tuple(messages))
+
+
+def confine_drawing(record: Record, root: Path) -> Record:
+    """The same record with the files of its drawn pictures, but for the targets, under ``root``; RecordError for a path that
+    would leave it."""
+    drawing = record.drawing
+    if drawing is None:
+        return record
+
+    def inside(key: str, each: tuple[Mapping[str, RowAt], ...]) -> tuple[Mapping[str, RowAt], ...]:
+        return tuple(
+            {name: replace(at, file=_inside(root, at.file, f"{key}.{name}", record.where)) for name, at in one.items()}
+            for one in each
+        )
+
+    damage = drawing.damage
+    if damage is not None and damage.file is not None:
+        damage = replace(damage, file=_inside(root, damage.file, "degrade.file", record.where))
+    drawing = replace(
+        drawing,
+        damage=damage,
+        teachers=inside("teachers", drawing.teachers),
+        latents=inside("latents", drawing.latents),
+        hidden=inside("hidden", drawing.hidden),
+    )
+    return replace(record, drawing=drawing)
 
 
 def _inside(root: Path, file: str, field: str, where: str) -> str:

@@ -68,6 +68,8 @@ def _add_media(facts: RecordFacts, media: Counter[str], seconds: dict[str, float
         media[item.kind] += 1
         if item.kind != "image":
             seconds[item.kind] += item.seconds if item.kind == "video" else item.samples / SAMPLE_RATE
+    if facts.targets:
+        media["drawn"] += len(facts.targets)
 
 
 def histogram(lengths: Counter[int]) -> dict[str, int]:

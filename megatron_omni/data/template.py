@@ -8,6 +8,10 @@ The content of a spoken answer (spoken.py) is its thought, if it has one, and
 
     <|speech_start|>{prompt}<|speech_prompt|>{spoken}<|speech_end|>
 
+Of an answer that draws (drawing.py) each <generate> is the block of tokens that the recipe's picture generator has
+
+    [TASK0][TASK1][TASK2][IMG0]..[IMG31]                learned like the text around it
+
 Markers in a record's system and user turns become placeholders (in the recipe's system prompt they are text):
 
     <image>  <|vision_start|> <|image_pad|> * (rows cols s^2) <|vision_end|>
@@ -24,6 +28,7 @@ from dataclasses import dataclass, field
 
 from megatron_omni.batch import Modality
 from megatron_omni.config.data import DataConfig
+from megatron_omni.config.pictures import ImageGeneratorConfig
 from megatron_omni.config.thinking import EMPTY_THOUGHT, THINKING, joined
 from megatron_omni.data.record import Message
 from megatron_omni.data.spoken import split_thought
@@ -33,6 +38,7 @@ from megatron_omni.data.tokenizer import (
     AUDIO_START,
     IM_END,
     IM_START,
+    IMAGE_GENERATION_SPECIALS,
     IMAGE_PAD,
     SPEECH_END,
     SPEECH_PROMPT,
@@ -66,6 +72,8 @@ class Rendered:
     modality: list[int] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     """The same L tokens as spans for positions.position_ids."""
+    blocks: list[range] = field(default_factory=list)
+    """Tokens of each picture that answers draw."""
 
 
 def render(
@@ -77,13 +85,15 @@ def render(
     system_prompt: str = "",
     open_answer: bool = False,
     think: bool | None = None,
+    block: Sequence[int] = (),
 ) -> Rendered:
-    """Tokens of a conversation. A system turn of the record takes the place of ``system_prompt``.
+    """Tokens of a conversation. A system turn of the record takes the place of ``system_prompt``. ``block``: ids of a picture
+    that an answer draws.
 
     ``open_answer`` ends with the header of an assistant turn, for generation, and without thinking (``think`` is False)
     with the empty thought behind it.
     """
-    writer = _Writer(tokenizer, rule)
+    writer = _Writer(tokenizer, rule, block)
     images, audios, videos = iter(media.images), iter(media.audios), iter(media.videos)
     if messages[0].role != "system":
         messages = [*prompt_turn(system_prompt), *messages]
@@ -152,14 +162,32 @@ def answer_beginning(think: bool | None) -> tuple[str, ...]:
     return (ANSWER_HEADER, EMPTY_THOUGHT) if think is False else (ANSWER_HEADER,)
 
 
-def answer_ids(message: Message, tokenizer: Tokenizer) -> list[int]:
-    """Ids of an answer, without the end token: its texts encoded one by one, the special tokens of a spoken one placed."""
+def answer_ids(message: Message, tokenizer: Tokenizer, block: Sequence[int] = ()) -> list[int]:
+    """Ids of an answer, without the end token: its texts encoded one by one, the special tokens of a spoken one placed, a
+    ``block`` for every picture that it draws.
+    """
+    if message.num_drawn:
+        first, *rest = _drawn_texts(message, tokenizer)
+        return [*first, *(token for ids in rest for token in (*block, *ids))]
     if message.speech is None:
         return _encoded(_texts_of(message.content), tokenizer)
     thought, _ = split_thought(message.content)
     start, middle, end = map(tokenizer.special, (SPEECH_START, SPEECH_PROMPT, SPEECH_END))
     prompt, spoken = map(tokenizer.encode, (message.speech.prompt, message.speech.spoken))
     return [*_encoded(_texts_of(thought), tokenizer), start, *prompt, middle, *spoken, end]
+
+
+def _drawn_texts(message: Message, tokenizer: Tokenizer) -> list[list[int]]:
+    """Ids of what stands before, between and behind the pictures that an answer draws."""
+    first, *rest = message.pieces()[::2]
+    return [_encoded(_texts_of(first), tokenizer), *map(tokenizer.encode, rest)]
+
+
+def picture_block(tokenizer: Tokenizer, config: ImageGeneratorConfig | None) -> tuple[int, ...]:
+    """Ids of a picture for a model with this generator, or of the default one for a model that has none; empty where there is
+    none and the tokenizer has no such tokens, ValueError where there is one."""
+    config = config or (ImageGeneratorConfig() if tokenizer.specials.keys() >= set(IMAGE_GENERATION_SPECIALS) else None)
+    return () if config is None else config.block_ids(tokenizer.specials)
 
 
 def _encoded(texts: Sequence[str], tokenizer: Tokenizer) -> list[int]:
@@ -174,7 +202,7 @@ def _texts_of(content: str) -> tuple[str, ...]:
 
 
 def count_text_tokens(messages: Sequence[Message], tokenizer: Tokenizer) -> int:
-    """Tokens that ``render`` writes for the turns themselves: what media add comes on top."""
+    """Tokens that ``render`` writes for the turns themselves: what media and blocks of drawn pictures add comes on top."""
     count = 0
     for message in messages:
         texts = () if message.role == "assistant" else message.pieces()[::2]
@@ -187,8 +215,8 @@ def count_text_tokens(messages: Sequence[Message], tokenizer: Tokenizer) -> int:
 class _Writer:
     """Appends tokens and keeps ids, masks and spans in step."""
 
-    def __init__(self, tokenizer: Tokenizer, rule: PositionRule) -> None:
-        self._tokenizer, self._rule = tokenizer, rule
+    def __init__(self, tokenizer: Tokenizer, rule: PositionRule, block: Sequence[int]) -> None:
+        self._tokenizer, self._rule, self._block = tokenizer, rule, list(block)
         self._out = Rendered()
         self._text_tokens = 0
 
@@ -196,7 +224,15 @@ class _Writer:
         self._plain(self._tokenizer.encode(text), False)
 
     def answer(self, message: Message) -> None:
-        self._plain(answer_ids(message, self._tokenizer), message.learned)
+        if not message.num_drawn:
+            self._plain(answer_ids(message, self._tokenizer), message.learned)
+            return
+        for i, ids in enumerate(_drawn_texts(message, self._tokenizer)):
+            if i:
+                start = len(self._out.input_ids)
+                self._out.blocks.append(range(start, start + len(self._block)))
+                self._plain(self._block, message.learned)
+            self._plain(ids, message.learned)
 
     def special(self, name: str, *, answer: bool = False) -> None:
         self._plain([self._tokenizer.special(name)], answer)

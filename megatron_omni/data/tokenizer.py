@@ -27,6 +27,8 @@ import sentencepiece
 import tokenizers
 import tokenizers.decoders
 
+from megatron_omni.config.pictures import IMAGE_TOKENS, TASK_TOKENS
+
 ENDOFTEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
@@ -45,7 +47,8 @@ CORE_SPECIALS = (
 SPEECH_START, SPEECH_END, SPEECH_PROMPT = "<|speech_start|>", "<|speech_end|>", "<|speech_prompt|>"
 SPEECH_SPECIALS = (SPEECH_START, SPEECH_END, SPEECH_PROMPT, "<|speech_split|>")
 """Of a spoken answer (data/template.py); the last is used by nothing, the authors' code included."""
-IMAGE_GENERATION_SPECIALS = (*(f"[IMG{i}]" for i in range(32)), *(f"[TASK{i}]" for i in range(3)))
+IMAGE_GENERATION_SPECIALS = IMAGE_TOKENS + TASK_TOKENS
+"""Of a picture that is drawn (data/drawing.py)."""
 ALL_SPECIALS = CORE_SPECIALS + SPEECH_SPECIALS + IMAGE_GENERATION_SPECIALS
 QWEN_SPECIALS = frozenset({ENDOFTEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD})
 NEW_SPECIALS = tuple(name for name in ALL_SPECIALS if name not in QWEN_SPECIALS)
