@@ -1,7 +1,8 @@
-"""Shapes of what speaks: the speech generator (MoE-TTS, docs/speech.md) and the codec that turns its codes into sound.
+"""Shapes of what speaks: the speech generator (MoE-TTS, docs/speech.md) and the codec that turns its codes into sound. And of
+the codec of pictures (docs/images_out.md).
 
 Plain dataclasses, as config/model.py. The defaults are the released ones: MoE-TTS of Uni-MoE-2.0-Omni, and
-WavTokenizer-large-unify-40token.
+WavTokenizer-large-unify-40token. The codec of pictures is ours.
 """
 
 from dataclasses import dataclass, field
@@ -154,3 +155,30 @@ class CodecConfig:
         for stride in self.strides:
             size *= stride
         return size
+
+
+@dataclass(kw_only=True)
+class PictureCodecConfig:
+    """``model.picture_codec``: the model turns pictures into latents and back (models/generators/conv_vae.py), trained by
+    ``task: picture_codec``."""
+
+    latent_channels: int = number(4, at_least=1, at_most=4096)
+    """C: numbers of a latent's place."""
+    channels: list[int] = number(lambda: [64, 128, 256], at_least=1, at_most=65536)
+    """Width of each level, the finest first. Each level halves height and width: three make a latent of 8 x 8 pixels."""
+    encoder_blocks: list[int] = number(lambda: [1, 1, 2], at_least=0, at_most=1000)
+    """Residual blocks of each level of the encoder."""
+    decoder_blocks: list[int] = number(lambda: [1, 1, 2], at_least=0, at_most=1000)
+    """Residual blocks of each level of the decoder."""
+    pixel_channels: int = number(16, at_least=1, at_most=65536)
+    """Width of the decoder at full size, where its last convolution joins the edges of what the levels made."""
+    latent_scale: float = number(1.0, above=0, at_most=10**6)
+    """Factor of the encoder's means that makes latents; ``convert codec --pictures`` measures it."""
+    smoothing: float = number(0.0, at_least=0, below=0.5)
+    """Share of the step between two pixels across the border of two places that the decoder takes off each of them; ``convert
+    codec --pictures`` measures it. 0: none."""
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a side that one place of a latent stands for."""
+        return 2 ** len(self.channels)

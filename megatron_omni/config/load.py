@@ -231,9 +231,13 @@ def _join(name: str, key: str) -> str:
 
 
 MEGATRON_ONLY = {
-    "context_parallel_size": "there is no context parallelism; parallel.tensor_model_parallel_size shares long sequences",
     "num_distributed_optimizer_instances": "optimizer state is always cut over all data-parallel ranks; on few ranks a node "
     "share its weights by parallel.expert_model_parallel_size instead, and hide messages by parallel.overlap_grad_reduce",
+    "main_grads_dtype": "gradients have the dtype that they are reduced in; set optim.grad_reduce_in_fp32",
+    "accumulate_allreduce_grads_in_fp32": "its launcher's word for optim.grad_reduce_in_fp32; set that",
+    "main_params_dtype": "master weights are fp32; optim.exp_avg_dtype and exp_avg_sq_dtype make the moments smaller",
+    "cpu_offloading": "a layer loop that this project replaces reads it; parallel.fine_grained_activation_offloading is read here",
+    "store_param_remainders": "master weights are saved and kept whole, so that any run can read a checkpoint",
     "nccl_communicator_config_path": "communicators are made with NCCL's own defaults; it reads NCCL_MIN_CTAS, NCCL_MAX_CTAS and "
     "NCCL_CGA_CLUSTER_SIZE, for all of them, from the environment (examples/slurm/env.sh)",
 }

@@ -33,7 +33,7 @@ OURS = {
     "moe_router_topk": "model.moe.top_k",
     "moe_router_load_balancing_type": "model.moe.moe_aux_loss_coeff",
     "sequence_parallel": "parallel.tensor_model_parallel_size",
-    "context_parallel_size": "parallel, which has no context parallelism",
+    "context_parallel_size": "parallel.context_parallel_size",
     "virtual_pipeline_model_parallel_size": "parallel.pipeline_model_parallel_size",
     "recompute_granularity": "parallel.recompute",
     "variable_seq_lengths": "data.packing",
@@ -70,13 +70,17 @@ INSTEAD = (
     ),
     (
         r"\w*context_parallel|max_seqlen_per_dp_cp_rank|cp_comm_type",
-        "there is no context parallelism; parallel.tensor_model_parallel_size shares long sequences",
+        "keys and values are gathered by this project's own core attention; parallel.context_parallel_size says over how many "
+        "ranks",
     ),
     (
         r"\w*recompute|distribute_saved|num_microbatches_with_partial",
         "parallel.recompute decides what is computed again",
     ),
-    (r"\w*offload", "nothing is offloaded; parallel.recompute saves memory of activations"),
+    (
+        r"\w*offload",
+        "a layer loop that this project replaces reads it, or it belongs to parallel.fine_grained_activation_offloading",
+    ),
     (
         r"moe_|overlap_moe|overlap_dispatch|delay_wgrad|ep_overlap|high_priority_a2a",
         "router, dispatcher and experts are this project's own, which model.moe sets",
@@ -85,8 +89,8 @@ INSTEAD = (
     (
         r"mamba_|use_mamba|linear_|dsa_|experimental_|multi_latent|is_hybrid|hetero|hetereo|num_layers_in_|pipeline_model_parallel_layout"
         r"|account_for_|microbatch_group",
-        "blocks are attention and a feed-forward part, equally many a stage; model.num_layers and "
-        "parallel.pipeline_model_parallel_size decide",
+        "blocks are attention and a feed-forward part; model.num_layers, parallel.pipeline_model_parallel_size and "
+        "parallel.pipeline_layout decide",
     ),
     (r"init_|\w*init_method|use_mup|mup_|use_cpu_init|embedding_init", "weights are drawn with model.init_method_std"),
     (

@@ -8,7 +8,8 @@ The defaults are the full Uni-MoE-2.0-Omni on Qwen2.5-7B; ``recipes/tiny/`` over
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_omni.config.generators import CodecConfig, SpeechConfig
+from megatron_omni.config.generators import CodecConfig, PictureCodecConfig, SpeechConfig
+from megatron_omni.config.pictures import ImageGeneratorConfig
 from megatron_omni.config.ranges import number
 
 
@@ -216,8 +217,17 @@ class ModelConfig:
     """The trunk is a speech generator: codes out of text. null: it is a language model."""
     codec: CodecConfig | None = None
     """The model is a codec and has no trunk (``task: codec``)."""
+    image: ImageGeneratorConfig | None = None
+    """The model draws (docs/images_out.md). null: it does not."""
+    picture_codec: PictureCodecConfig | None = None
+    """The model is a codec of pictures and has no trunk (``task: picture_codec``)."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of the model; export merges them."""
     megatron: dict[str, Any] = field(default_factory=dict)
     """Escape hatch: further fields of Megatron-Core's ``TransformerConfig``, of those that act (config/megatron_fields.py).
     Any other is refused, and the error says what acts instead."""
+
+    @property
+    def is_codec(self) -> bool:
+        """Whether it is a codec, of sound or of pictures, which has no trunk and reads no text."""
+        return self.codec is not None or self.picture_codec is not None

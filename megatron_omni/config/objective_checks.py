@@ -3,7 +3,15 @@
 from collections.abc import Iterator
 from pathlib import PurePath
 
-from megatron_omni.config.objectives import CodecTrainingConfig, PreferenceConfig, ReinforceConfig
+from megatron_omni.config.generative import GenerativeConfig
+from megatron_omni.config.generative_checks import generative_problems
+from megatron_omni.config.objectives import (
+    CodecTrainingConfig,
+    PictureCodecTrainingConfig,
+    PreferenceConfig,
+    ReinforceConfig,
+)
+from megatron_omni.config.parallel import MODEL_PARALLEL
 from megatron_omni.config.run import Recipe
 
 
@@ -13,16 +21,23 @@ def objective_problems(recipe: Recipe) -> Iterator[str]:
         ("reinforce", ReinforceConfig()),
         ("preference", PreferenceConfig()),
         ("codec", CodecTrainingConfig()),
+        ("generative", GenerativeConfig()),
+        ("picture_codec", PictureCodecTrainingConfig()),
     ):
         if recipe.task != name and getattr(recipe, name) != unused:
             yield f"{name}: no effect with task={recipe.task}; take these settings out, or set task={name}"
-    if (recipe.task == "codec") != (recipe.model.codec is not None):
-        has = "null" if recipe.model.codec is None else "set"
-        yield f"task={recipe.task}, model.codec {has}: task=codec trains a codec and nothing else does; set both or neither"
-        return
+    for name in ("codec", "picture_codec"):
+        if (recipe.task == name) != ((model := getattr(recipe.model, name)) is not None):
+            has = "null" if model is None else "set"
+            yield f"task={recipe.task}, model.{name} {has}: task={name} trains a codec and nothing else does; set both or neither"
+            return
     if recipe.task == "codec":
         yield from _codec(recipe)
-    if recipe.task in ("supervised", "codec"):
+    elif recipe.task == "generative":
+        yield from generative_problems(recipe)
+    elif recipe.task == "picture_codec":
+        yield from _picture_codec(recipe)
+    if recipe.task in ("supervised", "codec", "picture_codec", "generative"):
         return
     yield from _same_forward(recipe)
     if recipe.data.packing:
@@ -36,18 +51,13 @@ def objective_problems(recipe: Recipe) -> Iterator[str]:
         yield "init_from is null: with task=preference its weights are the reference; name the checkpoint"
 
 
-def _codec(recipe: Recipe) -> Iterator[str]:
-    model, parallel, data, config = recipe.model, recipe.parallel, recipe.data, recipe.codec
-    assert model.codec is not None
+def _alone(recipe: Recipe) -> Iterator[str]:
+    """What a model that is a codec cannot have."""
+    model, parallel, data = recipe.model, recipe.parallel, recipe.data
     for name in ("moe", "vision", "audio", "speech", "lora"):
         if getattr(model, name) is not None:
-            yield f"model.{name}: no effect in a codec (model.codec), which has no trunk; set it to null"
-    for name in (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "expert_model_parallel_size",
-        "expert_tensor_parallel_size",
-    ):
+            yield f"model.{name}: no effect in a codec (model.{recipe.task}), which has no trunk; set it to null"
+    for name in MODEL_PARALLEL:
         if (size := getattr(parallel, name)) > 1:
             yield f"parallel.{name}={size}: a codec is whole on every rank and is trained on more data alone; set it to 1"
     if recipe.optim.precision != "fp32":
@@ -56,7 +66,32 @@ def _codec(recipe: Recipe) -> Iterator[str]:
         yield f"init_from={recipe.init_from!r}: a codec starts from nothing, or goes on with load; set it to null"
     for name, plain in (("packing", False), ("weight_by", "samples"), ("balance", "none"), ("decoder", "cpu")):
         if getattr(data, name) != plain:
-            yield f"data.{name}={getattr(data, name)}: no effect with task=codec, whose samples are crops; set it to {plain}"
+            yield (
+                f"data.{name}={getattr(data, name)}: no effect with task={recipe.task}, whose samples are crops; set it to {plain}"
+            )
+
+
+def _picture_codec(recipe: Recipe) -> Iterator[str]:
+    yield from _alone(recipe)
+    model, crop = recipe.model.picture_codec, recipe.picture_codec.crop_size
+    assert model is not None
+    levels = len(model.channels)
+    for name in ("encoder_blocks", "decoder_blocks"):
+        if len(blocks := getattr(model, name)) != levels:
+            yield f"model.picture_codec.{name}={blocks}: give one number for each of the {levels} levels of channels"
+    if not levels or crop % model.downsampling:
+        yield (
+            f"picture_codec.crop_size={crop}: a place of the latent stands for {model.downsampling} pixels a side "
+            "(model.picture_codec.channels); choose a multiple"
+        )
+    if not (recipe.picture_codec.square_weight or recipe.picture_codec.absolute_weight):
+        yield "picture_codec.square_weight=0, absolute_weight=0: nothing would hold the colours; set one of them above 0"
+
+
+def _codec(recipe: Recipe) -> Iterator[str]:
+    yield from _alone(recipe)
+    model, data, config = recipe.model, recipe.data, recipe.codec
+    assert model.codec is not None
     if data.seq_length < config.crop_codes:
         yield f"codec.crop_codes={config.crop_codes}: above data.seq_length={data.seq_length}; raise the latter"
     if len(config.mel_fft_sizes) != len(config.mel_bins) or not config.mel_bins:

@@ -1,4 +1,4 @@
-"""What the tasks beside supervised training are told: reinforcement (docs/reinforcement.md), preferences, the codec."""
+"""What the tasks beside supervised training are told: reinforcement (docs/reinforcement.md), preferences, codecs."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -113,3 +113,28 @@ class CodecTrainingConfig:
     """Factor, beside 1 for the verdict, of the distance of what the judges' layers make of the sound and of the recording."""
     adversarial_fft_sizes: list[int] = number(lambda: [512, 1024, 2048], at_least=64, at_most=65536)
     """A judge for each size of the transform."""
+
+
+@dataclass(kw_only=True)
+class PictureCodecTrainingConfig:
+    """Task ``picture_codec`` (docs/images_out.md). ``data.global_batch_size`` counts crops of a step."""
+
+    crop_size: int = number(64, at_least=8, at_most=4096)
+    """Pixels a side of a crop, a multiple of what a place of the latent stands for. Smaller pictures are skipped."""
+    mirror: bool = False
+    """Half of the crops are mirrored, left to right."""
+    grey: float = number(0.0, at_least=-1, at_most=1)
+    """Mean of the pictures, black -1 and white 1: a picture of this alone begins with latents of 0."""
+    latent_noise: float = number(0.1, at_least=0, at_most=10)
+    """Standard deviation of normal noise on the latents that the decoder learns from: errors of a generator up to about this size
+    then stay small in pixels."""
+    power_weight: float = number(0.02, at_least=0, at_most=10**6)
+    """Factor of what a picture's mean squared latent has above 1; without it noise means nothing."""
+    square_weight: float = number(1.0, at_least=0, at_most=10**6)
+    """Factor of the mean squared error of pixels from -1 to 1."""
+    absolute_weight: float = number(0.0, at_least=0, at_most=10**6)
+    """Factor of their mean absolute error."""
+    edge_weight: float = number(0.0, at_least=0, at_most=10**6)
+    """Factor of the mean squared error of the differences of neighbouring pixels: sharp edges."""
+    grid_weight: float = number(0.0, at_least=0, at_most=10**6)
+    """Factor of the same of those neighbours alone that two places of the latent part: no grid."""

@@ -35,6 +35,23 @@ class OptimConfig:
     clip_grad: float = number(1.0, at_least=0)
     """Largest norm of the whole gradient, which is scaled down to it; 0 switches clipping off."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16 keeps fp32 master weights and fp32 gradient accumulation."""
+    """What is computed in. bf16 keeps fp32 master weights, and fp32 gradients and moments unless the next fields say
+    otherwise."""
+    grad_reduce_in_fp32: bool = True
+    """Gradients are added up over micro-batches and ranks in fp32. False, with ``precision: bf16``: in bf16, which has 8
+    bits (docs/parallelism.md, "Less memory")."""
     use_distributed_optimizer: bool = True
     """Each data-parallel rank holds and updates its part of the optimizer's state alone (ZeRO stage 1)."""
+    use_precision_aware_optimizer: bool = False
+    """Adam keeps master weights itself and reads gradients as they were reduced, with no fp32 copy of them; what the next
+    two fields need."""
+    exp_avg_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What Adam's running mean of gradients is kept in; it is computed with in fp32."""
+    exp_avg_sq_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What Adam's running mean of squared gradients is kept in; it is computed with in fp32."""
+    optimizer_cpu_offload: bool = False
+    """Adam's state lies in main memory, and the CPU makes the updates (needs a CUDA device)."""
+    optimizer_offload_fraction: float = number(1.0, above=0, at_most=1)
+    """Share of the optimizer's state that is offloaded, in whole parameters."""
+    overlap_cpu_optimizer_d2h_h2d: bool = False
+    """Copies of gradients and weights of an offloaded optimizer overlap with its updates."""

@@ -4,6 +4,7 @@ models/parts.py says which parameters each part holds; docs/config.md describes 
 """
 
 from megatron_omni.config.model import ModelConfig
+from megatron_omni.config.pictures import IMAGE_PARTS
 from megatron_omni.config.run import Recipe
 
 NEW_TOKEN_ROWS = "new_token_rows"
@@ -19,17 +20,32 @@ SPEECH = frozenset({TEXT_TABLE, "text_projection"})
 PARTS = (
     "vision", "audio", "projectors", TEXT_TABLE, "text_projection", "attention", "norms", "experts", "shared_experts",
     "gate", "ffn", "embeddings", "output", NEW_TOKEN_ROWS, "codec_encoder",
-    "codec_decoder", "discriminators",
+    "codec_decoder", "discriminators", "image_projectors", "image_generator",
 )  # fmt: skip
 CODEC_PARTS = frozenset({"codec_encoder", "codec_decoder", "discriminators"})
-"""Of a model that is a codec, which has no others."""
+"""Of a model that is a codec, of sound or of pictures, which has no others."""
 ADAPTERS = "adapters"
 """Low-rank adapters (``model.lora``), which are trained alone: no name for ``freeze``."""
 
 
+def draws_alone(recipe: Recipe) -> bool:
+    """Whether what is trained is a picture generator (``model.image``) without the language model before it."""
+    return recipe.task == "generative" and recipe.generative.conditions != "model"
+
+
+def never_trained(recipe: Recipe) -> frozenset[str]:
+    """Parts that the task of ``recipe`` does not train, whatever ``freeze`` says."""
+    return frozenset({TEXT_TABLE}) if recipe.task == "generative" else frozenset({TEXT_TABLE}) | IMAGE_PARTS
+
+
+def parts_of_run(recipe: Recipe) -> frozenset[str]:
+    """Parts of what a run builds."""
+    return IMAGE_PARTS if draws_alone(recipe) else parts_of(recipe.model)
+
+
 def parts_of(model: ModelConfig) -> frozenset[str]:
     """Parts that ``model`` has."""
-    if model.codec is not None:
+    if model.is_codec:
         return CODEC_PARTS
     absent = {"vision"} if model.vision is None else set()
     absent |= {"audio"} if model.audio is None else set()
@@ -37,6 +53,7 @@ def parts_of(model: ModelConfig) -> frozenset[str]:
     absent |= {"experts", "shared_experts", "gate"} if model.moe is None else {"ffn"}
     absent |= {"shared_experts"} if model.moe is not None and model.moe.num_shared_experts == 0 else set()
     absent |= set() if model.untie_embeddings_and_output_weights else {"output"}
+    absent |= IMAGE_PARTS if model.image is None else set()
     absent |= SPEECH if model.speech is None else {NEW_TOKEN_ROWS}  # its vocabulary is codes
     return frozenset(PARTS) - CODEC_PARTS - absent
 
@@ -51,7 +68,7 @@ def frozen_matrices(recipe: Recipe) -> frozenset[str]:
 
 def trains_new_rows_alone(recipe: Recipe) -> bool:
     """Whether rows of new tokens are trained in a matrix that is frozen (models/token_rows.py)."""
-    if recipe.model.lora is not None or recipe.model.speech is not None:
+    if recipe.model.lora is not None or recipe.model.speech is not None or draws_alone(recipe):
         return False
     return NEW_TOKEN_ROWS not in recipe.freeze and bool(frozen_matrices(recipe))
 
@@ -61,4 +78,8 @@ def trained_parts(recipe: Recipe) -> frozenset[str]:
     if recipe.model.lora is not None:
         return frozenset({ADAPTERS})
     rows = {NEW_TOKEN_ROWS} if trains_new_rows_alone(recipe) else frozenset()
-    return (frozenset(PARTS) - set(recipe.freeze) - frozen_matrices(recipe) - {NEW_TOKEN_ROWS, TEXT_TABLE}) | rows
+    if draws_alone(recipe):
+        return IMAGE_PARTS - set(recipe.freeze)
+    return (
+        frozenset(PARTS) - set(recipe.freeze) - frozen_matrices(recipe) - never_trained(recipe) - {NEW_TOKEN_ROWS}
+    ) | rows

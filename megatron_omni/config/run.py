@@ -4,8 +4,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_omni.config.data import DataConfig
+from megatron_omni.config.generative import GenerativeConfig
 from megatron_omni.config.model import ModelConfig
-from megatron_omni.config.objectives import CodecTrainingConfig, PreferenceConfig, ReinforceConfig
+from megatron_omni.config.objectives import (
+    CodecTrainingConfig,
+    PictureCodecTrainingConfig,
+    PreferenceConfig,
+    ReinforceConfig,
+)
 from megatron_omni.config.optim import OptimConfig
 from megatron_omni.config.parallel import ParallelConfig
 from megatron_omni.config.ranges import file_path, number
@@ -57,9 +63,10 @@ class LogConfig:
 class Recipe:
     """One training run. ``load`` resumes everything; ``init_from`` takes weights only."""
 
-    task: Literal["supervised", "reinforce", "preference", "codec"] = "supervised"
+    task: Literal["supervised", "reinforce", "preference", "codec", "picture_codec", "generative"] = "supervised"
     """What is learned: the answers of the records; to get rewards for responses of its own (GSPO, docs/reinforcement.md);
-    to prefer one answer to another (DPO); to turn sound into codes and back (docs/speech.md)."""
+    to prefer one answer to another (DPO); to turn sound into codes and back (docs/speech.md); to turn pictures into latents
+    and back, and to draw the pictures of the answers (docs/images_out.md)."""
     seed: int = number(3407, at_least=0, at_most=2**32 - 1)
     """Decides every random draw: initial weights, the order of the data, routing, dropout."""
     deterministic_mode: bool = False
@@ -86,7 +93,7 @@ class Recipe:
     new one is ready for its first step. Without it, and without ``load``, such a directory is refused."""
     freeze: list[str] = field(default_factory=list)
     """Named parts that are not trained: vision, audio, projectors, text_projection, attention, norms, experts,
-    shared_experts, gate, ffn, embeddings, output, new_token_rows;
+    shared_experts, gate, ffn, embeddings, output, new_token_rows, image_projectors, image_generator;
     of a codec codec_encoder, codec_decoder, discriminators (docs/config.md)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the model."""
@@ -104,5 +111,9 @@ class Recipe:
     """Of task ``preference``."""
     codec: CodecTrainingConfig = field(default_factory=CodecTrainingConfig)
     """Of task ``codec``."""
+    generative: GenerativeConfig = field(default_factory=GenerativeConfig)
+    """Of task ``generative``."""
+    picture_codec: PictureCodecTrainingConfig = field(default_factory=PictureCodecTrainingConfig)
+    """Of task ``picture_codec``."""
     log: LogConfig = field(default_factory=LogConfig)
     """What is measured and written down."""

@@ -13,10 +13,12 @@ from pathlib import Path
 from megatron_omni.config.generator_checks import generator_files, generator_problems
 from megatron_omni.config.load import all_fields
 from megatron_omni.config.megatron_fields import refusal
+from megatron_omni.config.memory_checks import memory_problems
 from megatron_omni.config.model import ModelConfig
 from megatron_omni.config.objective_checks import objective_problems
-from megatron_omni.config.parallel import ParallelConfig
-from megatron_omni.config.parts import NEW_TOKEN_ROWS, PARTS, TEXT_TABLE, parts_of
+from megatron_omni.config.parallel import ParallelConfig, not_divided, pipeline_problem, sequence_multiple
+from megatron_omni.config.parts import NEW_TOKEN_ROWS, PARTS, never_trained, parts_of_run
+from megatron_omni.config.picture_checks import picture_files, picture_problems
 from megatron_omni.config.ranges import out_of_range
 from megatron_omni.config.run import LogConfig, Recipe
 from megatron_omni.config.shards import shard_paths
@@ -32,10 +34,13 @@ def validate(recipe: Recipe, *, world_size: int = 1, check_files: bool = True) -
             *_model(recipe.model),
             *_megatron(recipe),
             *_layout(recipe, world_size),
+            *filter(None, [pipeline_problem(recipe.parallel, recipe.model.num_layers)]),
             *_run(recipe),
             *_sources(recipe),
+            *memory_problems(recipe),
             *objective_problems(recipe),
             *generator_problems(recipe),
+            *picture_problems(recipe),
             *_profile(recipe.log, world_size),
         ]
         if check_files:
@@ -46,13 +51,19 @@ def validate(recipe: Recipe, *, world_size: int = 1, check_files: bool = True) -
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     """Ranks that see different data; assumes a layout that fits."""
-    return world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    tp, cp, pp = (
+        parallel.tensor_model_parallel_size,
+        parallel.context_parallel_size,
+        parallel.pipeline_model_parallel_size,
+    )
+    return world_size // (tp * cp * pp)
 
 
 def fewest_ranks(parallel: ParallelConfig) -> int:
     """The smallest number of ranks that a layout can be laid out over."""
     experts = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
-    return parallel.pipeline_model_parallel_size * math.lcm(parallel.tensor_model_parallel_size, experts)
+    sequence = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    return parallel.pipeline_model_parallel_size * math.lcm(sequence, experts)
 
 
 def num_micro_batches(recipe: Recipe, world_size: int) -> int:
@@ -152,12 +163,16 @@ def _layout(recipe: Recipe, world_size: int) -> Iterator[str]:
     model, parallel, data = recipe.model, recipe.parallel, recipe.data
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
-    if world_size % (tp * pp):
-        yield (
-            f"parallel.tensor_model_parallel_size={tp} x pipeline_model_parallel_size={pp} = {tp * pp} does not divide "
-            f"the {world_size} rank(s) of this run; start a multiple of {tp * pp} ranks or lower one of them"
-        )
+    if not_divided(parallel, world_size):
+        yield not_divided(parallel, world_size)
         return
+    multiple = sequence_multiple(parallel)
+    if parallel.context_parallel_size > 1 and data.seq_length % multiple:
+        yield (
+            f"data.seq_length={data.seq_length}: parallel.context_parallel_size={parallel.context_parallel_size} cuts a row into "
+            f"2 x context_parallel_size parts, each over the tensor-parallel ranks; choose a multiple of {multiple}, such as "
+            f"{-(-data.seq_length // multiple) * multiple}"
+        )
     if world_size % (ep * etp * pp):
         yield (
             f"parallel.expert_model_parallel_size={ep} x expert_tensor_parallel_size={etp} x "
@@ -172,7 +187,6 @@ def _layout(recipe: Recipe, world_size: int) -> Iterator[str]:
             f"and value heads are cut, never copied; choose a divisor of {model.num_query_groups} and use the other ranks "
             "for experts (parallel.expert_model_parallel_size), stages (pipeline_model_parallel_size) or data"
         )
-    yield from _divides("model.num_layers", model.num_layers, "parallel.pipeline_model_parallel_size", pp)
     yield from _messages(recipe)
     if model.moe is None:
         yield from _divides("model.ffn_hidden_size", model.ffn_hidden_size, "parallel.tensor_model_parallel_size", tp)
@@ -250,7 +264,7 @@ def _run(recipe: Recipe) -> Iterator[str]:
     for name in ("max_frames", "max_frames_with_audio"):
         if data.min_frames > getattr(data, name):
             yield f"data.min_frames={data.min_frames}: above data.{name}={getattr(data, name)}"
-    if recipe.model.lora is None and set(recipe.freeze) >= parts_of(recipe.model) - {TEXT_TABLE}:
+    if recipe.model.lora is None and set(recipe.freeze) >= parts_of_run(recipe) - never_trained(recipe):
         yield f"freeze={recipe.freeze}: nothing is left to train; take a part out"
     yield from _best(recipe)
     if recipe.log.wandb_project is not None and not recipe.log.wandb_project.strip():
@@ -342,6 +356,8 @@ def _files(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.model.speech is not None:
         yield from generator_files(recipe.model.speech)
+    if recipe.model.image is not None:
+        yield from picture_files(recipe.model.image)
     if not recipe.data.sources:
         yield "data.sources is empty: name at least one JSONL file of records"
     for source in [*recipe.data.sources, *recipe.data.eval_sources]:
@@ -355,7 +371,7 @@ def _files(recipe: Recipe) -> Iterator[str]:
         bare = [file for file in files if file.suffix == ".tar" and not file.with_name(file.name + ".index").is_file()]
         if bare:
             yield f"data source {source.name!r}: {str(bare[0])!r} has no index; run megatron-omni prepare"
-    if recipe.model.codec is None and (not recipe.data.tokenizer or not Path(recipe.data.tokenizer).exists()):
+    if not recipe.model.is_codec and (not recipe.data.tokenizer or not Path(recipe.data.tokenizer).exists()):
         yield (
             f"data.tokenizer={recipe.data.tokenizer!r}: no such file or directory; give a SentencePiece .model or a directory "
             "with tokenizer.json"

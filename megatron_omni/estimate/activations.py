@@ -8,9 +8,11 @@ The count is that of the plain path (own RMSNorm, Megatron's linear layers, ``mo
 of ``torch.autograd.graph.saved_tensors_hooks`` by tests/distributed/test_plan.py; Transformer Engine's norms keep less
 (no fp32 copy of their input). Dropout, off in every recipe, is not counted.
 
-Of a micro-batch's tiles and chunks a rank computes its share, ceil(N / TP), and gathers the rows of all.
+Of a micro-batch's tiles and chunks a rank computes its share, ceil(N / (TP x CP)), and gathers the rows of all. Under
+context parallelism it has 1 / CP of the tokens and, as is expected of them, of the labels; in attention the keys and values
+of all.
 
-T tokens of the micro-batch, t = T / TP of this rank's sequence shard, H hidden, w bytes of an activation, A rows that
+T tokens of the micro-batch on this rank, t = T / TP of its sequence shard, H hidden, w bytes of an activation, A rows that
 this rank sends to experts (mean k times t), R rows that its own experts get (A times the imbalance).
 """
 
@@ -18,14 +20,17 @@ from dataclasses import dataclass
 from math import ceil
 
 from megatron_omni.config.model import AudioConfig, VisionConfig
-from megatron_omni.config.parallel import LOGITS_CHUNK
+from megatron_omni.config.parallel import LOGITS_CHUNK, stage_blocks
 from megatron_omni.config.parts import NEW_TOKEN_ROWS, frozen_matrices, trained_parts
 from megatron_omni.config.run import Recipe
 from megatron_omni.estimate.memory import element_bytes
 from megatron_omni.estimate.parameters import AUDIO_POSITIONS_PER_SECOND, padded_vocab_size
+from megatron_omni.estimate.pictures import picture_bytes, trunk_learns
 
 FP32, INDEX = 4, 8
 """Bytes of an fp32 value and of an int64 index."""
+LEAST_OFFLOADED = 2**20
+"""Megatron's ``min_offloaded_tensor_size``, elements."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,8 @@ class MicroBatch:
     """Rows that the fullest rank's experts get, over the mean."""
     prefix_share: float = 0.0
     """Of a sample's tokens, those that all see each other (a speech generator's condition)."""
+    pictures: float = 0.0
+    """Drawn ones, each of the largest size and with a source."""
 
     @property
     def tokens(self) -> int:
@@ -76,27 +83,38 @@ class Activations:
         self.trained = trained_parts(recipe)
         if NEW_TOKEN_ROWS in self.trained:
             self.trained |= frozen_matrices(recipe)  # their rows keep what the whole matrix would
+        self.learns = trunk_learns(recipe)
         self.replays = recipe.parallel.recompute == "full"
         self.tp = recipe.parallel.tensor_model_parallel_size
-        self.tokens = batch.tokens
-        self.shard = batch.tokens / self.tp
+        self.cp = recipe.parallel.context_parallel_size
+        self.tokens, self.labels = batch.tokens / self.cp, batch.label_tokens / self.cp
+        self.shard = self.tokens / self.tp
         self.tiles, self.chunks = self._share(batch.tiles), self._share(batch.chunks)
         self.sent_rows = batch.mean_k * self.shard
         self.received_rows = self.sent_rows * batch.imbalance * recipe.parallel.expert_tensor_parallel_size
 
     def _share(self, inputs: float) -> float:
-        """Of so many inputs of an encoder, those that the fullest tensor-parallel rank computes."""
-        return inputs if self.tp == 1 else ceil(inputs / self.tp)
+        """Of so many inputs of an encoder, those that the fullest of the ranks that share them computes."""
+        ranks = self.tp * self.cp
+        return inputs if ranks == 1 else ceil(inputs / ranks)
 
     def stage(self, stage: int) -> float:
         """Bytes kept by pipeline ``stage`` of one micro-batch, recomputation taken into account."""
-        stages, blocks = self.parallel.pipeline_model_parallel_size, self.model.num_layers
-        total = blocks // stages * (self.layer(moe=False) + self.layer(moe=True))
+        stages = self.parallel.pipeline_model_parallel_size
+        if not self.learns:
+            return self.drawing() if stage == stages - 1 else 0.0
+        blocks = stage_blocks(self.parallel, self.model.num_layers)[stage]
+        total = blocks * (self.layer(moe=False) + self.layer(moe=True))
+        total -= max(0, blocks - 1) * self.offloaded()  # the last block's stays, since its backward comes at once
         if stage == 0:
             total += self.embedding() + self.vision() + self.audio()
         if stage == stages - 1:
-            total += self.norm() + self.head()
+            total += self.norm() + self.head() + self.drawing()
         return total
+
+    def drawing(self) -> float:
+        """Projectors and generator on the micro-batch's pictures (estimate/pictures.py)."""
+        return self.batch.pictures * picture_bytes(self.recipe, self.trained, element=self.w)
 
     def layer(self, *, moe: bool) -> float:
         """Bytes kept by an attention layer or, with ``moe``, by the feed-forward layer that follows it.
@@ -118,14 +136,16 @@ class Activations:
         """Norm, its output, cos and sin of queries and keys, rotated query and key, value, output and its log-sum.
 
         The value is a view of the joint projection, and the output what the next matrix reads; with several rows they
-        are put in order of the [rows, length] grid, so the value is kept alone and the output twice.
+        are put in order of the [rows, length] grid, so the value is kept alone and the output twice. Under context parallelism
+        rotated key and value are gathered, and what is gathered is kept alone.
         """
         model, tp = self.model, self.tp
         head = model.kv_channels
         query = model.num_attention_heads * head // tp
         key = model.num_query_groups * head // tp
         several = self.batch.rows > 1
-        kept = 4 * head + query + key + (key if several else query + 2 * key) + query * (1 + several)
+        keys = key + (key if several else query + 2 * key) if self.cp == 1 else 2 * key * self.cp
+        kept = 4 * head + query + keys + query * (1 + several)
         projection_input = ("attention" in self.trained) * self.shard * model.hidden_size
         return (
             self.norm()
@@ -135,6 +155,24 @@ class Activations:
                 "attention", self.shard * model.hidden_size + self.tokens * query, self.tokens + self.shard
             )
         )
+
+    def offloaded(self) -> float:
+        """Of :meth:`attention`, what waits in main memory: tensors of at least ``LEAST_OFFLOADED`` elements.
+
+        The output of the product is what the next matrix reads, so it stays unless that offloads it, too.
+        """
+        model, tp, modules = self.model, self.tp, self.parallel.offload_modules
+        query = self.tokens * model.num_attention_heads * model.kv_channels / tp
+        key = self.tokens * model.num_query_groups * model.kv_channels / tp * self.cp
+        hidden, w = self.shard * model.hidden_size, self.w
+        kept = {
+            "attn_norm": [(hidden, FP32), (hidden * ("norms" in self.trained), w)],
+            "qkv_linear": [(hidden * ("attention" in self.trained), w)],
+            "core_attn": [(query, w), (key, w), (key, w)],
+            "attn_proj": [(query, w)],
+        }
+        sizes = (size for module in modules for size in kept[module])
+        return sum(elements * size for elements, size in sizes if elements >= LEAST_OFFLOADED)
 
     def feed_forward(self) -> float:
         """Norm and dense FFN, or MoE."""
@@ -198,7 +236,7 @@ class Activations:
 
     def head(self) -> float:
         """Labelled rows, targets, masks and, of one chunk of logits, the log-probabilities: the output layer and its loss."""
-        labels, rows = self.batch.label_tokens, self.batch.label_tokens * self.model.hidden_size * self.w
+        labels, rows = self.labels, self.labels * self.model.hidden_size * self.w
         total = labels * INDEX + 2 * self.tokens
         if self.chunked_logits:
             return total + rows
@@ -208,7 +246,7 @@ class Activations:
     @property
     def chunked_logits(self) -> bool:
         """Whether the logits are more than a chunk, so that the backward makes them again."""
-        return self.batch.label_tokens * (padded_vocab_size(self.model) // self.tp) > LOGITS_CHUNK
+        return self.labels * (padded_vocab_size(self.model) // self.tp) > LOGITS_CHUNK
 
     def media(self) -> float:
         """Pixels and log-mels of the micro-batch, and of the next, which arrive meanwhile (parallel/sharing.py)."""
@@ -239,7 +277,7 @@ class Activations:
 
     def _placed(self, inputs: float, share: float, rows: int) -> float:
         """Rows of all inputs, ``rows`` of each, with what fills up the ranks' shares, and their places."""
-        return share * self.tp * rows * self.model.hidden_size * self.w + inputs * rows * INDEX
+        return share * self.tp * self.cp * rows * self.model.hidden_size * self.w + inputs * rows * INDEX
 
     def _tower(self, config: VisionConfig, patches: float) -> float:
         pixels = self.tiles * 3 * config.image_size**2 * self.w

@@ -1,7 +1,8 @@
 """Bytes that a rank holds from the first step to the last: weights, gradients, optimizer state. Exact, padding included.
 
-Weights: bf16 (or fp32) parameters, frozen ones too. Gradients: one fp32 buffer for what is trained. Optimizer: two fp32
-Adam moments of what is trained and, for bf16 weights, an fp32 master copy.
+Weights: bf16 (or fp32) parameters, frozen ones too. Gradients: one buffer for what is trained, fp32 or, without
+``grad_reduce_in_fp32``, of the weights' dtype. Optimizer: two Adam moments of what is trained, fp32 or bf16, and for bf16
+weights an fp32 master copy, less what is offloaded; running means of what draws (``generative.ema``), an even share of them.
 
 With the distributed optimizer trained parameters live in buffers: one for routed experts, cut over the expert
 data-parallel ranks, one for the rest, cut over the data-parallel ranks. A buffer lays parameters out from the last to
@@ -11,16 +12,15 @@ end at a multiple of 128 and of the ranks. Rank r updates the r-th part of every
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_omni.config.parallel import bucket_size
 from megatron_omni.config.parts import NEW_TOKEN_ROWS, trained_parts
 from megatron_omni.config.run import Recipe
 from megatron_omni.estimate.parameters import Weight, stage_weights
+from megatron_omni.estimate.pictures import GENERATOR, PROJECTORS
 
-GRADIENT_BYTES = 4
-MOMENT_BYTES = 8
-MASTER_BYTES = 4
+DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 PARAMETER_ALIGNMENT = 64
 BUCKET_ALIGNMENT = 128
 STAGING_BYTES = 64 * 2**20
@@ -43,7 +43,19 @@ class StaticBytes:
 
 def element_bytes(recipe: Recipe) -> int:
     """Bytes of a weight and of an activation."""
-    return 2 if recipe.optim.precision == "bf16" else 4
+    return DTYPE_BYTES[recipe.optim.precision]
+
+
+def gradient_bytes(recipe: Recipe) -> int:
+    """Of a trained parameter."""
+    return DTYPE_BYTES["fp32"] if recipe.optim.grad_reduce_in_fp32 else element_bytes(recipe)
+
+
+def state_bytes(recipe: Recipe) -> int:
+    """The optimizer's, of a trained parameter, wherever they lie: two moments and a master weight."""
+    optim = recipe.optim
+    moments = DTYPE_BYTES[optim.exp_avg_dtype] + DTYPE_BYTES[optim.exp_avg_sq_dtype]
+    return moments + (DTYPE_BYTES["fp32"] if optim.precision == "bf16" else 0)
 
 
 def replicas(recipe: Recipe, world_size: int) -> tuple[int, int]:
@@ -65,12 +77,15 @@ def static_bytes(
     parts = trained_parts(recipe)
     trained = [w for w in weights if w.trainable and w.part in parts]
     dense, experts = [w for w in trained if not w.expert], [w for w in trained if w.expert]
-    size = element_bytes(recipe)
-    state = MOMENT_BYTES + (MASTER_BYTES if size == 2 else 0)
+    size, gradient, optim = element_bytes(recipe), gradient_bytes(recipe), recipe.optim
+    # Offloaded are whole parameters until their share is reached, so this is the most that stays.
+    state = state_bytes(recipe) * (1 - optim.optimizer_offload_fraction * optim.optimizer_cpu_offload)
     frozen = sum(w.numel for w in weights) - sum(w.numel for w in trained)
-    if not recipe.optim.use_distributed_optimizer:
+    means = _means(recipe, trained, world_size)
+    if not optim.use_distributed_optimizer:
         held = sum(w.numel for w in trained)
-        return StaticBytes(weights=(frozen + held) * size, gradients=held * GRADIENT_BYTES, optimizer=held * state)
+        optimizer = round(held * state) + means
+        return StaticBytes(weights=(frozen + held) * size, gradients=held * gradient, optimizer=optimizer)
     buffered = updated = 0
     dp_sizes = replicas(recipe, world_size)
     size_of_bucket = bucket_size(recipe.parallel, stage=stage, dp_size=dp_sizes[0])
@@ -79,18 +94,38 @@ def static_bytes(
             buffered += bucket.size
             updated += bucket.elements_of(rank, ranks)
     return StaticBytes(
-        weights=(frozen + buffered) * size, gradients=buffered * GRADIENT_BYTES, optimizer=updated * state
+        weights=(frozen + buffered) * size, gradients=buffered * gradient, optimizer=round(updated * state) + means
     )
 
 
+def offloaded_bytes(recipe: Recipe, world_size: int) -> int:
+    """Main memory that the optimizer of the fullest rank takes, at most: its share of the state and an fp32 gradient."""
+    optim, stages = recipe.optim, range(recipe.parallel.pipeline_model_parallel_size)
+    if not optim.optimizer_cpu_offload:
+        return 0
+    whole = replace(recipe, optim=replace(optim, optimizer_cpu_offload=False))
+    state = max(
+        static_bytes(whole, world_size, stage=stage).optimizer - static_bytes(recipe, world_size, stage=stage).optimizer
+        for stage in stages
+    )
+    return state * (state_bytes(recipe) + DTYPE_BYTES["fp32"]) // state_bytes(recipe)
+
+
+def _means(recipe: Recipe, trained: Sequence[Weight], world_size: int) -> int:
+    """fp32 bytes of a rank's share of the running means."""
+    if recipe.task != "generative" or not recipe.generative.ema:
+        return 0
+    return 4 * sum(w.numel for w in trained if w.part in (PROJECTORS, GENERATOR)) // replicas(recipe, world_size)[0]
+
+
 def tensor_reduced_bytes(recipe: Recipe, world_size: int, *, stage: int) -> float:
-    """fp32 gradients that tensor-parallel ranks add up after the backward: of what is whole on each of them, but meets a
+    """Gradients that tensor-parallel ranks add up after the backward: of what is whole on each of them, but meets a
     part of the tokens or inputs there (parallel/gradients.py). With the distributed optimizer a rank's share of them."""
     if recipe.parallel.tensor_model_parallel_size == 1:
         return 0.0
     whole = trained_parts(recipe) & {"norms", "gate", "shared_experts", "vision", "audio", "projectors", NEW_TOKEN_ROWS}
     weights = stage_weights(recipe, stage=stage)
-    held = sum(w.numel for w in weights if w.trainable and w.part in whole) * GRADIENT_BYTES
+    held = sum(w.numel for w in weights if w.trainable and w.part in whole) * gradient_bytes(recipe)
     return held / replicas(recipe, world_size)[0] if recipe.optim.use_distributed_optimizer else held
 
 

@@ -8,7 +8,7 @@ holds the list against the real model on every layout.
 Under tensor parallelism (TP) the matrices of attention, dense FFN, embedding and output are cut; norms, gate, shared
 experts and encoders are whole on every rank. Routed experts are cut over the expert group (EP) and, one by one, over
 expert tensor parallelism (ETP). Encoders, and a speech generator's text table and projection, live on the first pipeline
-stage.
+stage, what draws (``model.image``) on the last, where a copy of the vision encoder reads its source pictures.
 """
 
 from collections.abc import Iterator
@@ -17,14 +17,17 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from megatron_omni.config.model import AudioConfig, ModelConfig, VisionConfig
+from megatron_omni.config.parallel import stage_blocks
 from megatron_omni.config.parts import (
     NEW_TOKEN_ROWS,
     NUM_NEW_TOKENS,
     TEXT_TABLE,
+    draws_alone,
     frozen_matrices,
     trains_new_rows_alone,
 )
 from megatron_omni.config.run import Recipe
+from megatron_omni.estimate.pictures import has_projectors, image_weights
 
 AUDIO_POSITIONS_PER_SECOND = 50
 """Frames of the audio encoder; its log-mel input has twice as many."""
@@ -62,11 +65,14 @@ class ParameterCount:
     text_table: int = 0
     text_projection: int = 0
     adapters: int = 0
+    image_projectors: int = 0
+    image_generator: int = 0
 
     @property
     def language(self) -> int:
-        """Everything but perception, and what a speech generator reads text by."""
-        return self.total - self.vision - self.audio - self.projectors - self.text_table - self.text_projection
+        """Everything but perception, what a speech generator reads text by, and what draws."""
+        others = self.text_table + self.text_projection + self.image_projectors + self.image_generator
+        return self.total - self.vision - self.audio - self.projectors - others
 
     @property
     def total(self) -> int:
@@ -83,10 +89,15 @@ class _Cut:
     etp: int = 1
     stages: int = 1
     stage: int = 0
+    num_blocks: int | None = None
+    """Of the stage; None: all."""
     overlap: bool = False
     """Messages of data-parallel ranks overlap with computation: encoders are registered first (models/omni.py)."""
     rows_of: frozenset[str] = frozenset()
     """Vocabulary matrices of which only the rows of new tokens are trained."""
+    trunk: bool = True
+    """False: there is what draws alone."""
+    image_projectors: bool = True
 
     @property
     def first(self) -> bool:
@@ -126,18 +137,25 @@ def stage_weights(recipe: Recipe, *, stage: int) -> list[Weight]:
         etp=parallel.expert_tensor_parallel_size,
         stages=parallel.pipeline_model_parallel_size,
         stage=stage,
+        num_blocks=stage_blocks(parallel, recipe.model.num_layers)[stage],
         overlap=parallel.overlap_grad_reduce,
         rows_of=frozen_matrices(recipe) if trains_new_rows_alone(recipe) else frozenset(),
+        trunk=not draws_alone(recipe),
+        image_projectors=has_projectors(recipe),
     )
     return list(_weights(recipe.model, cut))
 
 
 def _weights(model: ModelConfig, cut: _Cut) -> Iterator[Weight]:
-    if cut.overlap:
+    if cut.trunk and cut.overlap:
         yield from _inputs(model, cut)
-    yield from _language(model, cut)
-    if not cut.overlap:
+    if cut.trunk:
+        yield from _language(model, cut)
+    if cut.trunk and not cut.overlap:
         yield from _inputs(model, cut)
+    if cut.last and model.image is not None:
+        for part, numel, trainable in image_weights(model, projectors=cut.image_projectors):
+            yield Weight(part, numel, trainable=trainable)
 
 
 def _language(model: ModelConfig, cut: _Cut) -> Iterator[Weight]:
@@ -148,7 +166,7 @@ def _language(model: ModelConfig, cut: _Cut) -> Iterator[Weight]:
         yield Weight("embeddings", vocabulary, own_bucket=tied_pipeline)
         if "embeddings" in cut.rows_of:
             yield new_rows
-    for _ in range(model.num_layers // cut.stages):
+    for _ in range(model.num_layers if cut.num_blocks is None else cut.num_blocks):
         yield from _attention(model, cut)
         yield from _feed_forward(model, cut)
     if cut.last:
@@ -166,7 +184,8 @@ def _inputs(model: ModelConfig, cut: _Cut) -> Iterator[Weight]:
         speech = model.speech
         yield Weight(TEXT_TABLE, speech.text_vocab_size * speech.text_hidden_size, trainable=False)
         yield from _linear("text_projection", speech.text_hidden_size, model.hidden_size)
-    if cut.first and model.vision is not None:
+    copied = cut.last and model.image is not None
+    if (cut.first or copied) and model.vision is not None:
         yield from _vision(model.vision, model.hidden_size)
     if cut.first and model.audio is not None:
         yield from _audio(model.audio, model.hidden_size)

@@ -11,14 +11,16 @@ forward and backward, its gradient written and read).
 
 from dataclasses import dataclass, replace
 
-from megatron_omni.config.parts import trained_parts
+from megatron_omni.config.parallel import stage_blocks
+from megatron_omni.config.parts import draws_alone, trained_parts
 from megatron_omni.config.run import Recipe
 from megatron_omni.config.validate import num_micro_batches
 from megatron_omni.estimate.activations import FP32, Activations, MicroBatch
 from megatron_omni.estimate.flops import chunk_forward, tile_forward
 from megatron_omni.estimate.hardware import Efficiency, Gpu
-from megatron_omni.estimate.memory import GRADIENT_BYTES, StaticBytes, element_bytes, replicas, tensor_reduced_bytes
+from megatron_omni.estimate.memory import StaticBytes, element_bytes, gradient_bytes, replicas, tensor_reduced_bytes
 from megatron_omni.estimate.parameters import padded_vocab_size, stage_weights
+from megatron_omni.estimate.pictures import draws, picture_bytes, picture_flops, picture_forward
 
 MOVES_PER_VALUE = 5
 OPTIMIZER_MOVES = 2
@@ -35,6 +37,8 @@ class StepTime:
     """Feed-forward layers: routed and shared experts, or the dense FFN."""
     encoders: float
     head: float
+    drawing: float
+    """Projectors and generator of pictures."""
     messages: float
     """Tensor-, expert- and pipeline-parallel."""
     bubble: float
@@ -54,6 +58,7 @@ class _StageTime:
     experts: float
     encoders: float
     head: float
+    drawing: float
     messages: float
 
     @property
@@ -69,7 +74,7 @@ class StepTimer:
         self.rates = efficiency
         self.model, self.parallel = recipe.model, recipe.parallel
         self.tp, self.pp = self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size
-        self.trained = trained_parts(recipe)
+        self.trained, self.has_trunk = trained_parts(recipe), not draws_alone(recipe)
         self.kept = Activations(recipe, batch)
         # What a forward writes, had nothing been recomputed.
         self.written = Activations(replace(recipe, parallel=replace(recipe.parallel, recompute="none")), batch)
@@ -88,28 +93,38 @@ class StepTimer:
             optimizer=max(self._optimizer(stage) for stage in held),
         )
 
+    def stage_seconds(self) -> list[float]:
+        """A micro-batch on each pipeline stage, forward and backward."""
+        return [self._stage(stage).total for stage in range(self.pp)]
+
+    def block_seconds(self) -> float:
+        """A micro-batch in one block, forward and backward."""
+        return self._attention() + self._feed_forward() + self._layer_messages() if self.has_trunk else 0.0
+
     def _stage(self, stage: int) -> _StageTime:
-        blocks, last = self.model.num_layers // self.pp, stage == self.pp - 1
-        recompute = self.parallel.recompute
-        attention = blocks * self._attention(replayed=recompute == "full")
-        replayed = recompute == "full" or (recompute == "moe" and self.model.moe is not None)
+        last = stage == self.pp - 1
+        if not self.has_trunk:
+            return _StageTime(attention=0.0, experts=0.0, encoders=0.0, head=0.0, drawing=self._drawing(), messages=0.0)
+        blocks = stage_blocks(self.parallel, self.model.num_layers)[stage]
         return _StageTime(
-            attention=attention,
-            experts=blocks * self._feed_forward(replayed=replayed),
+            attention=blocks * self._attention(),
+            experts=blocks * self._feed_forward(),
             encoders=self._encoders() if stage == 0 else 0.0,
             head=self._head() if last else 0.0,
+            drawing=self._drawing() if last else 0.0,
             messages=blocks * self._layer_messages() + self._stage_messages(first=stage == 0, last=last),
         )
 
     def _products(self, flops: float, share: float, *, trained: bool = True, replayed: bool = False) -> float:
-        """Seconds of products whose forward takes ``flops``."""
-        return flops * (2 + trained + replayed) / (self.gpu.tflops * 1e12 * share)
+        """Seconds of products whose forward takes ``flops``, all there is below which nothing is trained."""
+        times = 2 + trained + replayed if self.kept.learns else 1
+        return flops * times / (self.gpu.tflops * 1e12 * share)
 
     def _traffic(self, written: float) -> float:
         return written * MOVES_PER_VALUE / (self.gpu.memory_gb_s * 1e9 * self.rates.memory)
 
-    def _attention(self, *, replayed: bool) -> float:
-        model, tokens = self.model, self.batch.tokens
+    def _attention(self) -> float:
+        model, tokens, replayed = self.model, self.kept.tokens, self.parallel.recompute == "full"
         query = model.num_attention_heads * model.kv_channels
         matrices = model.hidden_size * (2 * query + 2 * model.num_query_groups * model.kv_channels)
         projections = self._products(
@@ -118,18 +133,19 @@ class StepTimer:
             trained="attention" in self.trained,
             replayed=replayed,
         )
-        scores = 4 * self.batch.pairs * query / self.tp
+        scores = 4 * self.batch.pairs / self.kept.cp * query / self.tp
         return (
             projections
             + self._products(scores, self.rates.attention, replayed=replayed)
             + self._traffic(self.written.attention())
         )
 
-    def _feed_forward(self, *, replayed: bool) -> float:
+    def _feed_forward(self) -> float:
         model, moe = self.model, self.model.moe
+        replayed = self.parallel.recompute == "full" or (self.parallel.recompute == "moe" and moe is not None)
         traffic = self._traffic(self.written.feed_forward())
         if moe is None:
-            flops = 6 * self.batch.tokens * model.hidden_size * model.ffn_hidden_size / self.tp
+            flops = 6 * self.kept.tokens * model.hidden_size * model.ffn_hidden_size / self.tp
             return traffic + self._products(flops, self.rates.dense, trained="ffn" in self.trained, replayed=replayed)
         width = moe.moe_ffn_hidden_size // self.parallel.expert_tensor_parallel_size
         routed = 6 * self.kept.received_rows * model.hidden_size * width
@@ -142,12 +158,20 @@ class StepTimer:
         )
 
     def _head(self) -> float:
-        labels = self.batch.label_tokens
+        labels = self.kept.labels
         flops = 2 * labels * self.model.hidden_size * padded_vocab_size(self.model) / self.tp
         chunked = self.kept.chunked_logits
         products = self._products(flops, self.rates.dense, trained="output" in self.trained, replayed=chunked)
         written = chunked * labels * padded_vocab_size(self.model) / self.tp * FP32 + self.written.head()
         return products + self._traffic(written)
+
+    def _drawing(self) -> float:
+        """Every tensor-parallel rank draws the same pictures."""
+        replayed = draws(self.recipe) and self.parallel.recompute == "full"
+        flops = picture_flops(self.recipe) + replayed * picture_forward(self.model).generator
+        written = picture_bytes(self.written.recipe, self.trained, element=element_bytes(self.recipe))
+        seconds = flops / (self.gpu.tflops * 1e12 * self.rates.dense) + self._traffic(written)
+        return self.batch.pictures * seconds
 
     def _encoders(self) -> float:
         """A rank's share of the tiles and chunks of its micro-batch."""
@@ -171,15 +195,19 @@ class StepTimer:
         return (self.gpu.link_gb_s if inside else self.gpu.network_gb_s) * 1e9 * self.rates.links
 
     def _layer_messages(self) -> float:
-        """Gathers and reduce-scatters of a block's sequence shards; rows to experts and back."""
+        """Gathers and reduce-scatters of a block's sequence shards; keys and values of context-parallel ranks; rows to experts
+        and back."""
         model, size = self.model, element_bytes(self.recipe)
-        whole = self.batch.tokens * model.hidden_size * size * (self.tp - 1) / self.tp
+        whole = self.kept.tokens * model.hidden_size * size * (self.tp - 1) / self.tp
         # Forward and backward 2 each, and the input once more for a weight gradient; 2 more where it is replayed.
         replay = 2 * (self.parallel.recompute == "full")
         count = 4 + ("attention" in self.trained) + replay
         if model.moe is None:
             count += 4 + ("ffn" in self.trained) + replay
         seconds = count * whole / self._bandwidth(self.tp)
+        cp = self.kept.cp
+        keys = self.kept.tokens * (cp - 1) * 2 * model.num_query_groups * model.kv_channels / self.tp * size
+        seconds += (2 + (self.parallel.recompute == "full")) * keys / self._bandwidth(self.tp * cp)
         if model.moe is not None:
             ep, etp = self.parallel.expert_model_parallel_size, self.parallel.expert_tensor_parallel_size
             rows = self.kept.received_rows / etp * model.hidden_size * size
@@ -191,15 +219,15 @@ class StepTimer:
     def _stage_messages(self, *, first: bool, last: bool) -> float:
         """Rows of the encoders; hidden states to the next stage and their gradient back; rows of the head."""
         size = element_bytes(self.recipe)
-        hidden = self.batch.tokens * self.model.hidden_size * size
+        hidden = self.kept.tokens * self.model.hidden_size * size
         seconds = 0.0
         if self.pp > 1:
             seconds += 2 * hidden / self.tp / self._bandwidth(self.world_size)
-        if first and self.tp > 1:
+        if first and (sharing := self.tp * self.kept.cp) > 1:
             vision, audio = self.model.vision, self.model.audio
             rows = 0.0 if vision is None else self.batch.tiles * vision.pooled_side**2
             rows += 0.0 if audio is None else self.batch.chunks * audio.num_query_tokens
-            seconds += rows * self.model.hidden_size * size * (self.tp - 1) / self.tp / self._bandwidth(self.tp)
+            seconds += rows * self.model.hidden_size * size * (sharing - 1) / sharing / self._bandwidth(sharing)
         if last and self.tp > 1:
             seconds += 3 * hidden * (self.tp - 1) / self.tp / self._bandwidth(self.tp)
         return seconds
@@ -209,14 +237,14 @@ class StepTimer:
         parts = self.trained
         weights = [w for w in stage_weights(self.recipe, stage=stage) if w.part in parts and w.trainable]
         reduce = gather = 0.0
-        bandwidth = self._bandwidth(self.world_size // self.pp)
+        bandwidth, gradient = self._bandwidth(self.world_size // self.pp), gradient_bytes(self.recipe)
         for expert, ranks in zip((False, True), replicas(self.recipe, self.world_size), strict=True):
             elements = sum(w.numel for w in weights if w.expert == expert) * (ranks - 1) / ranks
             if self.recipe.optim.use_distributed_optimizer:
-                reduce += elements * GRADIENT_BYTES / bandwidth
+                reduce += elements * gradient / bandwidth
                 gather += elements * element_bytes(self.recipe) / bandwidth
             else:
-                reduce += 2 * elements * GRADIENT_BYTES / bandwidth
+                reduce += 2 * elements * gradient / bandwidth
         if self.parallel.overlap_grad_reduce:
             reduce = max(0.0, reduce - one * 2 / 3)
         if self.parallel.overlap_param_gather:
