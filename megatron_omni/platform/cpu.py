@@ -102,8 +102,8 @@ def _seed_cpu(seed: int) -> None:
 
 
 def _l2_norm(chunk_size: int, flag: Tensor, tensor_lists: list[list[Tensor]], *args: Any) -> tuple[Tensor, None]:
-    """Norm of all tensors of the first list as one vector, [1], with Transformer Engine's signature."""
-    norms = torch._foreach_norm(tensor_lists[0])
+    """fp32 norm of all tensors of the first list as one vector, [1], with Transformer Engine's signature."""
+    norms = torch._foreach_norm(tensor_lists[0], 2, dtype=torch.float32)
     return torch.linalg.vector_norm(torch.stack(norms)).reshape(1), None
 
 

@@ -4,7 +4,8 @@
 
 The encoder and the decoder learn by the optimizer as every model does, the codebook by running means (codebook.py beside
 the codec). For the first ``codec.start_step`` steps the decoder hears the encoder's vectors themselves; then the codebook
-starts as the k-means of the newest of them, and from there on takes each step's vectors into its means.
+starts as the k-means of the newest of them, and from there on takes each step's vectors into its means. With ``decoder_span``
+the decoder's norms take their fixed statistics of the same vectors at that step (local_decoder.py).
 
 Judges of adversarial training learn in the same step by the same optimizer: their loss hears the decoded sound without a
 gradient to the decoder, the decoder's hears them without a gradient to their weights. Their part is not in ``codec loss``.
@@ -28,10 +29,11 @@ from megatron_omni.batch import OmniBatch
 from megatron_omni.config.run import Recipe
 from megatron_omni.losses.codec import MelDistance, feature_loss, judges_loss, magnitude_loss, verdict_loss
 from megatron_omni.models.generators.codebook import Codebook, draw_vectors
-from megatron_omni.models.generators.codec import CodecOutput
+from megatron_omni.models.generators.codec import Codec, CodecOutput
 from megatron_omni.models.generators.codec_model import CodecModel
 from megatron_omni.models.generators.discriminators import Discriminators
 from megatron_omni.models.generators.istft import stft
+from megatron_omni.models.generators.local_decoder import fix_statistics
 from megatron_omni.parallel.sharing import StepData
 from megatron_omni.parallel.wrap import unwrap_model
 from megatron_omni.platform.seeds import named_generator, named_seed
@@ -168,6 +170,10 @@ class CodecTask(Task):
         scale = per_step / len(vectors)
         _codebook(run).cluster_size.mul_(scale)
         _codebook(run).embed_avg.mul_(scale)
+        if self.model_config.decoder_span:
+            whole = len(vectors) // self.config.crop_codes * self.config.crop_codes
+            clips = vectors[-whole:].unflatten(0, (-1, self.config.crop_codes))
+            fix_statistics(_codec(run).decoder, clips)
 
     # -------------------------------------------------------------------------------------------- records and checkpoints
 
@@ -193,8 +199,12 @@ class CodecTask(Task):
         self._pool = [vectors.to(run.device) for vectors in state.get("pool", [])]
 
 
+def _codec(run: Run) -> Codec:
+    return cast(CodecModel, unwrap_model(run.model)).codec
+
+
 def _codebook(run: Run) -> Codebook:
-    return cast(CodecModel, unwrap_model(run.model)).codec.codebook
+    return _codec(run).codebook
 
 
 def _of_all_ranks(vectors: Tensor, sample_ids: Tensor, run: Run) -> Tensor:

@@ -29,6 +29,7 @@ from megatron_omni.data.responses import (
     routes_of_responses,
     separate_samples,
 )
+from megatron_omni.parallel.groups import replica
 from megatron_omni.parallel.sharing import StepData, share_step, sum_over_ranks
 from megatron_omni.tasks.responding import Response
 from megatron_omni.training.setup import Run
@@ -176,7 +177,7 @@ class Iteration:
 
     def settle(self, run: Run) -> None:
         """What the loss needs of rewards, once it is known which responses take part."""
-        contributes = run.pg.mp.rank() == 0
+        contributes = replica(run.pg).rank() == 0
         kept: list[int] = []
         for mini in range(len(self.steps)):
             told = [[self.responses[n][g] for n, g in micro.order] for micro in self.micro_batches[mini]]
@@ -194,11 +195,11 @@ class Iteration:
         """All of it, of all replicas, on every rank; all ranks together."""
         own: dict[int, list[dict[str, Any]]] = {}
         logs: dict[int, list[dict[str, Tensor]]] = {}
-        if run.pg.mp.rank() == 0:
+        if replica(run.pg).rank() == 0:
             own = {number: [_plain(response) for response in group] for number, group in self.responses.items()}
             for (number, g), routes in self._routes():
                 own[number][g]["routes"] = routes.cpu()
-        if run.place.is_last_stage and run.place.tp_rank == 0:
+        if run.place.is_last_stage and run.place.is_first:
             for micro in (micro for mini in self.micro_batches for micro in mini):
                 for row, (number, _) in enumerate(micro.order):
                     length = len(self.responses[number][len(logs.setdefault(number, []))].ids)

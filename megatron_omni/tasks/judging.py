@@ -114,7 +114,7 @@ def rollout(
     media = [
         {"kind": kind, "path": str(next(files[kind]))}  # type: ignore[index]
         for message in turns
-        for kind in message.pieces()[1::2]
+        for kind in message.media()
     ]
     solution: Any = record.extra.get("solution", record.answer or None)
     return Rollout(

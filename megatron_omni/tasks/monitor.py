@@ -44,7 +44,7 @@ def compare(run: Run, iteration: Iteration) -> Figures:
     """Leave out the responses whose log-probabilities differ too much; figures of all ranks, on all of them, which call this
     together. RuntimeError where too many do."""
     own, dropped = Figures(), list[Dropped]()
-    if run.place.is_last_stage and run.place.tp_rank == 0:
+    if run.place.is_last_stage and run.place.is_first:
         for micro in (micro for mini in iteration.micro_batches for micro in mini):
             dropped += _compared(run, iteration, micro, own)
     everyone: list[Any] = [None] * dist.get_world_size()

@@ -273,7 +273,7 @@ def _exchanged(
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
     """What every rank found, on every rank."""
     own = None
-    if reports and run.place.tp_rank == 0:
+    if reports and run.place.is_first:
         numbers, values = (torch.cat(parts).cpu().numpy() for parts in zip(*reports))
         own = numbers[numbers >= 0], values[numbers >= 0]
     everyone: list[Any] = [None] * dist.get_world_size()

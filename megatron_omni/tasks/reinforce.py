@@ -28,6 +28,7 @@ from megatron_omni.data.prompts import PromptLoader, PromptStep
 from megatron_omni.data.tokenizer import load_tokenizer
 from megatron_omni.losses.gspo import PolicyTerms, gspo_loss
 from megatron_omni.models.moe.routes import RouteRecord, flipped, num_slots
+from megatron_omni.parallel.groups import replica
 from megatron_omni.parallel.schedule import run_step
 from megatron_omni.parallel.sharing import StepData, sum_over_ranks
 from megatron_omni.platform.seeds import named_seed
@@ -391,8 +392,8 @@ class ReinforceTask(Task):
 
 def _from_leader[T](run: Run, value: T) -> T:
     """What the leader of a replica has, on all of its ranks."""
-    if run.pg.mp.size() == 1:
+    if replica(run.pg).size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, group=run.pg.mp, group_src=0)
+    dist.broadcast_object_list(box, group=replica(run.pg), group_src=0)
     return box[0]

@@ -20,6 +20,8 @@ class SupervisedTask(Task):
 
     asked: ClassVar[Mapping[str, bool]] = {}
     """What the model is asked for beside the loss."""
+    stochastic = True
+    """Whether routing in training is as where the mixture learns: drawn, where its settings say so."""
 
     def __init__(self, sources: Sequence[SourceConfig]) -> None:
         self.num_sources = len(sources)
@@ -32,7 +34,7 @@ class SupervisedTask(Task):
         output = model(
             batch,
             step=info.step,
-            stochastic=info.training,
+            stochastic=info.training and self.stochastic,
             aux_loss_scale=info.aux_loss_scale,
             stats=info.stats,
             **self.asked,

@@ -19,6 +19,7 @@ from megatron_omni.config.run import Recipe
 from megatron_omni.config.validate import data_parallel_size
 from megatron_omni.estimate import count_parameters, weight_bytes_per_rank
 from megatron_omni.estimate.hardware import GPUS
+from megatron_omni.estimate.memory import offloaded_bytes
 from megatron_omni.estimate.plan import make_plan
 from megatron_omni.platform.environment import main_memory_bytes
 from megatron_omni.rewards import Rewards
@@ -54,6 +55,8 @@ def _memory(recipe: Recipe, world_size: int) -> Iterator[str]:
     yield f"fullest of {world_size} rank(s):"
     for name, size in {**sizes, "held": held, "activations": peak - held, "peak": peak}.items():
         yield f"{name:<16}{size / GIB:>15.2f} GiB"
+    if offloaded := offloaded_bytes(recipe, world_size):
+        yield f"{'offloaded':<16}{offloaded / GIB:>15.2f} GiB of main memory"
     here = main_memory_bytes() / GIB
     yield f"(activations of the heaviest micro-batch, estimated; this machine has {here:.1f} GiB of main memory)"
 

@@ -25,7 +25,8 @@ from megatron_omni.config.outcome import ENDED_MARKER, STOP_MARKER
 from megatron_omni.models.moe.balance import moe_layer_numbers, reduce_stats, routing_metrics
 from megatron_omni.models.moe.context import RoutingStats
 from megatron_omni.models.parts import parameter_table
-from megatron_omni.parallel.sharing import sum_over_ranks
+from megatron_omni.parallel.groups import Place
+from megatron_omni.parallel.sharing import StepData, sum_over_ranks
 from megatron_omni.platform.peak import peak_tflops
 from megatron_omni.training import goodput, incidents
 from megatron_omni.training.hooks import PartTimer
@@ -40,13 +41,13 @@ SLOW, SLOW_RECORDS = 1.25, 3
 
 
 def sum_reports(run: Run, table: torch.Tensor) -> torch.Tensor:
-    """Sum a report table over the data-parallel ranks; every rank gets it. Only the last stage's tensor rank 0
+    """Sum a report table over the data-parallel ranks; every rank gets it. Of a replica the first rank of the last stage
     contributes.
     """
     table = table.to(run.device, torch.float64)
     if dist.get_world_size() == 1:
         return table
-    contributes = run.place.is_last_stage and run.place.tp_rank == 0
+    contributes = run.place.is_last_stage and run.place.is_first
     table = table.clone() if contributes else torch.zeros_like(table)
     dist.all_reduce(table)
     return table
@@ -59,10 +60,12 @@ class RunLogger:
         self.run, self.timer = run, timer
         self._reports: list[tuple[int, torch.Tensor]] = []
         """(step, report table) of the steps since the last record that updated the weights."""
-        self._tokens = self._labels = self._samples = self._tiles = self._chunks = 0
+        self._tokens = self._labels = self._samples = self._tiles = self._chunks = self._images = 0
         self._started = time.perf_counter()
         self._step = run.state.step
         self._mean_k = self._grad_norm = 0.0
+        self._tokens_per_rank = 0
+        """The most that a micro-batch brought since the last record."""
         self._stalled = 0.0
         """Seconds in checkpoints up to the last record."""
         self._stragglers = _Stragglers()
@@ -75,6 +78,7 @@ class RunLogger:
             wandb = WandbRun(run.recipe, self._directory) if log.wandb_project is not None else None
             step = run.state.step
             self._writer = MetricsWriter(self._directory, tensorboard=log.tensorboard, after_step=step, wandb=wandb)
+            self._writer.facts = {"layout": layout_of(run.place), "tokens_per_rank": 0}
             self._progress = Progress(run.recipe.train_iters, initial=run.state.step)
             self._incidents = incidents.Incidents(self._directory, run.loader)
             self._spikes = incidents.SpikeDetector()
@@ -101,6 +105,11 @@ class RunLogger:
         if self._writes:
             self._incidents.note_step(step)
 
+    def note_batches(self, batches: StepData) -> None:
+        """The micro-batches that a step is about to compute."""
+        own = max(rows * length for rows, length in batches.shapes) // self.run.place.cp_size
+        self._tokens_per_rank = max(self._tokens_per_rank, own)
+
     def add(self, reports: list[torch.Tensor], totals: Mapping[str, int]) -> None:
         """Add the report tables of a step that updated the weights, and what all ranks read for it."""
         self._tokens += totals["tokens"]
@@ -108,6 +117,7 @@ class RunLogger:
         self._samples += totals["samples"]
         self._tiles += totals["tiles"]
         self._chunks += totals["chunks"]
+        self._images += totals["images"]
         empty = torch.zeros(len(self.run.task.report_names), 2)
         self._reports.append((self.run.state.step, sum(reports[1:], reports[0]) if reports else empty))
         if self._writes:
@@ -153,6 +163,9 @@ class RunLogger:
         metrics |= {"skipped steps": run.state.step - run.state.updates} | self._data_counts()
         if first := self._compare_first_loss(metrics):
             self.say(first)
+        if self._writes:
+            self._writer.facts["tokens_per_rank"] = self._tokens_per_rank
+        self._tokens_per_rank = 0
         self.write(metrics | routing)
         if self._writes:
             self._progress.show(run.state.step, metrics | routing)
@@ -160,7 +173,7 @@ class RunLogger:
             for (step, _), (loss, count) in zip(self._reports, sums[len(names) :]):
                 self._look_for_spike(step, loss / max(count, 1.0))
         self._reports = []
-        self._tokens = self._labels = self._samples = self._tiles = self._chunks = 0
+        self._tokens = self._labels = self._samples = self._tiles = self._chunks = self._images = 0
 
     def _data_counts(self) -> dict[str, float]:
         """Records passed over, by source, data threads replaced and files left to the CPU decoder, over all ranks."""
@@ -200,7 +213,7 @@ class RunLogger:
         layers = moe_layer_numbers(self.run.recipe.model.num_layers)
         pg = self.run.pg
         total = reduce_stats(
-            stats, layers=layers, moe=moe, tp_group=pg.tp, dp_group=pg.dp, pp_group=pg.pp, device=self.run.device
+            stats, layers=layers, moe=moe, group=pg.tp_cp, dp_group=pg.dp, pp_group=pg.pp, device=self.run.device
         )
         metrics = routing_metrics(total, layers=layers, moe=moe)
         if self.run.recipe.log.expert_load:
@@ -218,6 +231,7 @@ class RunLogger:
             samples=self._samples,
             tiles=self._tiles,
             chunks=self._chunks,
+            images=self._images,
             seconds=seconds,
             world_size=dist.get_world_size(),
             mean_k=self._mean_k,
@@ -360,13 +374,20 @@ def describe_data(run: Run) -> str:
     return "data: " + ("; ".join(told) if told else "no record passed over")
 
 
+def layout_of(place: Place) -> dict[str, int]:
+    """Ranks of each kind."""
+    return {
+        "tp": place.tp_size, "cp": place.cp_size, "ep": place.ep_size, "pp": place.pp_size, "dp": place.dp_size
+    }  # fmt: skip
+
+
 def describe(run: Run) -> list[str]:
     """What is about to run, as this rank sees it."""
     place, data, state = run.place, run.recipe.data, run.state
     table = parameter_table(run.model)
     trained = ", ".join(f"{part} {count:,}" for part, (_, count) in table.items() if count)
     frozen = ", ".join(f"{part} {total - count:,}" for part, (total, count) in table.items() if total > count)
-    sizes = f"tp {place.tp_size} x pp {place.pp_size} x dp {place.dp_size}, ep {place.ep_size}"
+    sizes = f"tp {place.tp_size} x cp {place.cp_size} x pp {place.pp_size} x dp {place.dp_size}, ep {place.ep_size}"
     rows = f"packed sequences of {data.seq_length} tokens" if data.packing else "samples"
     step = (
         f"{data.global_batch_size} {rows}; {run.num_micro_batches} micro-batches of {data.micro_batch_size} a replica"

@@ -125,9 +125,11 @@ def _learn(run: Run, batches: StepData, totals: Mapping[str, int], logger: RunLo
         step=state.step,
         training=True,
         divisor=totals["divisor"],
+        num_images=totals["images"],
         aux_loss_scale=aux_loss_scale(run, state.step),
         stats=stats,
     )
+    logger.note_batches(batches)
     with timer.measure("backward"):
         run.model.zero_grad_buffer()
         run.optimizer.zero_grad()
@@ -284,7 +286,13 @@ def evaluate(run: Run, *, moved: Callable[[], None] = lambda: None) -> dict[str,
                     batches, totals = next_batches(run, loader)
                 except DataEnded:
                     break
-                info = StepInfo(step=run.state.step, training=False, divisor=totals["labels"], held_out=name)
+                info = StepInfo(
+                    step=run.state.step,
+                    training=False,
+                    divisor=totals["labels"],
+                    num_images=totals["images"],
+                    held_out=name,
+                )
                 forward = partial(run.task.forward_step, info=info)
                 for report in run_step(forward, batches, run.model, pg=run.pg, recipe=run.recipe, forward_only=True):
                     total = report[wanted] if total is None else total + report[wanted]

@@ -1,4 +1,5 @@
-"""Refuse a layout that the machine cannot hold, before anything is built, with the figures of ``megatron-omni plan``.
+"""Refuse a layout that the machine cannot hold, before anything is built, with the figures of ``megatron-omni plan``; and
+settings that move memory of a device, where there is none.
 
 What a rank holds between steps (weights, gradients, optimizer state) is counted exactly (estimate/memory.py): a run that
 needs more than there is cannot begin. Activations are an estimate, for the heaviest micro-batch: a warning.
@@ -7,14 +8,34 @@ needs more than there is cannot begin. Activations are an estimate, for the heav
 import logging
 import os
 
+from megatron.core.extensions.transformer_engine import HAVE_TE
+
 from megatron_omni.config.run import Recipe
 from megatron_omni.estimate.hardware import GPUS
 from megatron_omni.estimate.plan import make_plan
-from megatron_omni.platform.device import memory_bytes
+from megatron_omni.platform.device import accelerator_present, memory_bytes
 
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
+
+
+def check_offload(recipe: Recipe) -> None:
+    """ValueError for settings that move memory of a device to the main memory, where there is no device, or not what it needs."""
+    activations = "parallel.fine_grained_activation_offloading"
+    asked = {
+        "optim.optimizer_cpu_offload": recipe.optim.optimizer_cpu_offload,
+        activations: recipe.parallel.fine_grained_activation_offloading,
+    }
+    for name in (name for name, is_set in asked.items() if is_set and not accelerator_present()):
+        raise ValueError(
+            f"{name}=True: does nothing here: this machine has no CUDA device, and all lies in main memory; set it to false, "
+            "or start the run on GPUs"
+        )
+    if asked[activations] and not HAVE_TE:
+        raise ValueError(
+            f"{activations}=True: needs Transformer Engine, which is not installed; install it, or set it to false"
+        )
 
 
 def check_memory(recipe: Recipe, *, world_size: int, available: float | None = None) -> None:
@@ -23,7 +44,7 @@ def check_memory(recipe: Recipe, *, world_size: int, available: float | None = N
     ``available``: bytes of one rank. By default a GPU's own memory, or on a CPU its share of the main memory, which the
     ranks of a node (``LOCAL_WORLD_SIZE``) have between them.
     """
-    if recipe.model.codec is not None:
+    if recipe.model.is_codec:
         return  # megabytes; there is no trunk to plan for
     if available is None:
         available = memory_bytes()

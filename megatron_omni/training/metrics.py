@@ -8,6 +8,10 @@ record), ``accuracy/*`` (tasks/speech.py), ``grad-norm``, ``learning-rate``, ``t
 not counted), ``TFLOP/s`` per rank and ``MFU`` where the device's peak is known, ``step time`` in seconds, ``time/*``
 (training/logger.py; of the logged step), ``moe/*`` (models/moe/balance.py; of the logged step), ``eval/loss/*``.
 
+Every record says on what it was made: ``layout``, the ranks of each kind (``{"tp", "cp", "ep", "pp", "dp"}``), and
+``tokens_per_rank``, the tokens, padding included, that a context-parallel rank had of the largest micro-batch since the last
+record (a sequence-parallel rank has 1 / tp of them between layers).
+
 FLOPs are those of the language model (estimate/flops.py) at the measured mean number of experts per token, and those of
 the encoders on the pictures and the sound that were there; a frozen encoder counts with its forward alone.
 """
@@ -24,9 +28,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_omni.checkpoint.run_dir import METRICS, TENSORBOARD, WANDB_ID
-from megatron_omni.config.parts import trained_parts
+from megatron_omni.config.parts import draws_alone, trained_parts
 from megatron_omni.config.run import Recipe
 from megatron_omni.estimate import flops_per_token, media_flops
+from megatron_omni.estimate.pictures import picture_flops
 from megatron_omni.foreign import ForeignError, parse_json, read_text
 
 logger = logging.getLogger(__name__)
@@ -48,6 +53,8 @@ class MetricsWriter:
         path = run_dir / METRICS
         self.num_dropped = drop_lines_after(path, after_step) if path.exists() else 0
         """Records of an earlier start whose steps are run again."""
+        self.facts: dict[str, Any] = {}
+        """What every record holds beside its numbers."""
         self._file = path.open("a", encoding="utf-8")
         self._wandb = wandb
         self._board: Any = None
@@ -59,7 +66,7 @@ class MetricsWriter:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line and one TensorBoard point per metric; what is not finite is left out, JSON has no word for it."""
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.write(json.dumps({"step": step, **self.facts, **metrics}) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in metrics.items():
@@ -152,22 +159,32 @@ def throughput(
     samples: float,
     tiles: float,
     chunks: float,
+    images: float,
     seconds: float,
     world_size: int,
     mean_k: float,
     peak_tflops: float | None,
 ) -> dict[str, float]:
-    """Tokens per second of the run, TFLOP/s of a rank, and MFU where the peak of the device is known."""
+    """Tokens per second of the run and drawn pictures, TFLOP/s of a rank, and MFU where the peak of the device is known.
+
+    Pictures count as the largest.
+    """
     if seconds <= 0 or samples <= 0:
         return {}
-    if recipe.model.codec is not None:
-        return {"tokens/s": tokens / seconds}
-    mean_length = max(1, round(tokens / samples))
-    prefix_share = 0.0 if recipe.model.speech is None else 1.0 - labels / tokens
-    flops = tokens * flops_per_token(recipe.model, mean_length, mean_k, prefix_share=prefix_share)
-    flops += media_flops(recipe.model, tiles=tiles, chunks=chunks, trained=trained_parts(recipe))
+    rates = {"tokens/s": tokens / seconds}
+    if recipe.model.is_codec:
+        return rates
+    flops = 0.0
+    if not draws_alone(recipe):
+        mean_length = max(1, round(tokens / samples))
+        prefix_share = 0.0 if recipe.model.speech is None else 1.0 - labels / tokens
+        flops += tokens * flops_per_token(recipe.model, mean_length, mean_k, prefix_share=prefix_share)
+        flops += media_flops(recipe.model, tiles=tiles, chunks=chunks, trained=trained_parts(recipe))
+    if recipe.task == "generative":
+        flops += images * picture_flops(recipe)
+        rates["pictures/s"] = images / seconds
     tflops = flops / seconds / world_size / 1e12
-    rates = {"tokens/s": tokens / seconds, "TFLOP/s": tflops}
+    rates["TFLOP/s"] = tflops
     return rates if peak_tflops is None else rates | {"MFU": tflops / peak_tflops}
 
 
@@ -179,6 +196,8 @@ def progress_line(step: int, train_iters: int, metrics: Mapping[str, float]) -> 
         ("dpo loss", "loss", "{:.4f}"),
         ("codec loss", "loss", "{:.4f}"),
         ("codec/mel", "mel", "{:.4f}"),
+        ("picture codec loss", "loss", "{:.5f}"),
+        ("picture codec/psnr", "PSNR", "{:.2f}"),
         ("codec/perplexity", "perplexity", "{:.0f}"),
         ("accuracy/codes", "codes right", "{:.3f}"),
         ("preference/accuracy", "accuracy", "{:.3f}"),

@@ -20,6 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_omni.checkpoint.commit import CHECKPOINTS, MANIFEST, nothing_at, sha256
 from megatron_omni.checkpoint.distributed import RUN_CONFIG, find_checkpoint, load_checkpoint
+from megatron_omni.checkpoint.image_weights import fill_image_weights, has_image_weights
 from megatron_omni.checkpoint.meaning import check_tokenizers, differences
 from megatron_omni.checkpoint.memory import SaveMemory
 from megatron_omni.checkpoint.saving import PendingSave, plan_save, start_save
@@ -27,16 +28,20 @@ from megatron_omni.checkpoint.text_table import fill_text_table, has_text_table
 from megatron_omni.checkpoint.tokenizer_files import find_tokenizer
 from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.load import load_recipe
-from megatron_omni.config.parts import frozen_matrices, trains_new_rows_alone
+from megatron_omni.config.parts import frozen_matrices, never_trained, trains_new_rows_alone
 from megatron_omni.config.run import Recipe
 from megatron_omni.data.loader import Loader, StepLoader
 from megatron_omni.data.loader_state import joined_state
+from megatron_omni.data.picture_arrays import vae_fingerprint
+from megatron_omni.data.pictures_known import known_of_pictures
 from megatron_omni.data.plan import Cursor
 from megatron_omni.data.prompts import loader_kind, step_loader_kind
 from megatron_omni.data.speech_known import known_from_data
 from megatron_omni.data.tokenizer import NEW_SPECIALS, load_tokenizer
 from megatron_omni.models.build import build_trained_model
-from megatron_omni.models.generators.codec_model import CodecModel
+from megatron_omni.models.generators.codec_model import TrunklessModel
+from megatron_omni.models.generators.generator_model import GeneratorModel
+from megatron_omni.models.generators.vae import load_picture_codec
 from megatron_omni.models.omni import OmniModel
 from megatron_omni.models.parts import apply_freeze, train_adapters_only
 from megatron_omni.parallel.groups import Place, initialize, place_in
@@ -46,17 +51,19 @@ from megatron_omni.platform.determinism import make_deterministic
 from megatron_omni.platform.device import device
 from megatron_omni.platform.seeds import seed_everything
 from megatron_omni.training.initial_weights import load_initial_weights
-from megatron_omni.training.memory import check_memory
+from megatron_omni.training.memory import check_memory, check_offload
 from megatron_omni.training.optimizer import build_optimizer
 from megatron_omni.training.profile import check_snapshot
 from megatron_omni.training.state import TrainState
 from megatron_omni.training.task import Task
 
-FIXED_ON_RESUME = ("task", "model", "optim", "freeze", "seed")
+FIXED_ON_RESUME = ("task", "model", "optim", "freeze", "seed", "generative")
 """Groups of the recipe that a resumed run may not change: the optimizer's state belongs to them."""
 FREE_ON_RESUME = (
     "model.moe.moe_token_dispatcher_type", "model.moe.kernels", "model.speech.text_table", "model.speech.codec",
-    "model.speech.voices",
+    "model.speech.voices", "model.image.weights", "model.image.vae", "optim.grad_reduce_in_fp32",
+    "optim.use_precision_aware_optimizer", "optim.optimizer_cpu_offload", "optim.optimizer_offload_fraction",
+    "optim.overlap_cpu_optimizer_d2h_h2d",
 )  # fmt: skip
 """Except what belongs to the layout and to the machine, which may change, places of files, and what data says."""
 
@@ -111,6 +118,7 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
     if recipe.deterministic_mode:
         make_deterministic()
     check_snapshot(recipe.log)
+    check_offload(recipe)
     pg = pg if pg is not None else initialize(recipe.parallel)
     _know_data(recipe)
     check_memory(recipe, world_size=dist.get_world_size())
@@ -123,8 +131,10 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
     compares = recipe.reinforce.kl_coeff > 0  # with its start, also when it goes on
     initial = initial_checkpoint(recipe) if directory is None or compares else None
     if initial is not None:
-        assert not isinstance(model, CodecModel), "refused by config/objective_checks.py"
+        assert not isinstance(model, TrunklessModel), "refused by config/objective_checks.py"
         origin = load_initial_weights(model, recipe, initial, pg=pg)
+    elif directory is None and has_image_weights(recipe):
+        origin = f"random, {fill_image_weights(model, recipe)[0]}"
     elif directory is None and has_text_table(model, recipe):
         origin = f"random, {fill_text_table(model, recipe)}"
     wrapped = wrap_model(model, recipe, pg)
@@ -157,8 +167,14 @@ def setup(recipe: Recipe, task: Task, *, pg: ProcessGroupCollection | None = Non
 
 
 def _know_data(recipe: Recipe) -> None:
-    """Fill in what a speech generator is to know of its data; ValueError for codes of another codec than the recipe says."""
-    speech = recipe.model.speech
+    """Fill in what a speech generator is to know of its data, and what draws of its codec of pictures and of the hidden states
+    it learns from; ValueError for codes of another codec than the recipe says."""
+    image, speech = recipe.model.image, recipe.model.speech
+    if image is not None and image.vae is not None and image.vae_fingerprint is None and recipe.task == "generative":
+        folder = image.vae
+        image.vae_fingerprint = from_rank_0(lambda: vae_fingerprint(image) or load_picture_codec(folder).fingerprint)
+    if image is not None and recipe.task == "generative" and None in (image.vae_fingerprint, image.hidden_fingerprint):
+        image.vae_fingerprint, image.hidden_fingerprint = from_rank_0(lambda: known_of_pictures(recipe))
     if speech is None:
         return
     voices, fingerprint = from_rank_0(lambda: known_from_data(recipe))
@@ -193,13 +209,13 @@ def _check_parameters(model: torch.nn.Module, recipe: Recipe) -> None:
         raise ValueError(f"freeze={recipe.freeze}: every part of this model is frozen; leave out what is to be trained")
 
 
-def freeze(model: OmniModel | CodecModel, recipe: Recipe) -> None:
+def freeze(model: OmniModel | TrunklessModel | GeneratorModel, recipe: Recipe) -> None:
     """Mark what is not trained; rows of new tokens that are trained in a frozen matrix become parameters."""
-    if isinstance(model, CodecModel):
+    if isinstance(model, TrunklessModel | GeneratorModel):
         return apply_freeze(model, recipe.freeze)
     if recipe.model.lora is not None:
         return train_adapters_only(model)
-    apply_freeze(model, {*recipe.freeze, *frozen_matrices(recipe)})
+    apply_freeze(model, {*recipe.freeze, *frozen_matrices(recipe), *never_trained(recipe)})
     if trains_new_rows_alone(recipe) and (ids := new_token_ids(recipe)):
         model.language.train_new_token_rows(ids)
 
@@ -237,6 +253,7 @@ def begin_save(
         model=unwrap_model(run.model),
         optimizer=run.optimizer,
         common=common,
+        own=run.task.own_tensors(run),
         recipe=run.recipe,
         pg=run.pg,
         score=None if metric is None or value is None else (metric, value),
@@ -248,7 +265,8 @@ def begin_save(
 def resume(run: Run, directory: Path) -> None:
     """Continue from a checkpoint: weights, optimizer, schedule, counters, data cursor, random state."""
     _check_same_run(run.recipe, load_recipe(directory / RUN_CONFIG), directory)
-    common = load_checkpoint(directory, model=unwrap_model(run.model), optimizer=run.optimizer, pg=run.pg)
+    own = run.task.own_tensors(run)
+    common = load_checkpoint(directory, model=unwrap_model(run.model), optimizer=run.optimizer, own=own, pg=run.pg)
     run.state.load_state_dict(common["train_state"])
     run.scheduler.num_steps = 0
     run.scheduler.step(run.state.updates)

@@ -15,7 +15,7 @@ from megatron_omni.training.hooks import PartTimer
 if TYPE_CHECKING:
     from megatron_omni.training.setup import Run
 
-COUNTED = ("labels", "tokens", "samples", "tiles", "chunks")
+COUNTED = ("labels", "tokens", "samples", "tiles", "chunks", "images")
 
 
 def counted(batches: Sequence[OmniBatch] | None) -> list[int]:
@@ -23,7 +23,7 @@ def counted(batches: Sequence[OmniBatch] | None) -> list[int]:
     totals = [0] * len(COUNTED)
     for batch in batches or ():
         media = [0 if inputs is None else len(inputs) for inputs in (batch.pixel_values, batch.audio_features)]
-        own = [batch.num_label_tokens, batch.num_tokens, batch.num_samples, *media]
+        own = [batch.num_label_tokens, batch.num_tokens, batch.num_samples, *media, batch.num_images]
         totals = [total + number for total, number in zip(totals, own, strict=True)]
     return totals
 
@@ -56,8 +56,8 @@ def next_batches(
     written: Callable[[], bool] = lambda: False,
 ) -> tuple[StepData, dict[str, int]]:
     """This rank's micro-batches of the next step and, over all ranks, its label tokens (also as ``divisor``: the loss is
-    their mean), tokens, samples, tiles and chunks, and how many ranks said ``stop`` (asked to end) and ``written`` (done
-    with the files of a checkpoint).
+    their mean), tokens, samples, tiles, chunks and drawn images, and how many ranks said ``stop`` (asked to end) and
+    ``written`` (done with the files of a checkpoint).
 
     A reader that fails raises its own error; the other ranks raise ReaderFailed at the same step. Behind the last step of
     the data all raise DataEnded.

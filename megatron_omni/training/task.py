@@ -40,6 +40,8 @@ class StepInfo:
     """False: evaluation, with deterministic routing and no auxiliary loss."""
     divisor: int
     """What the loss is a mean over, of the global batch: label tokens (supervised), responses, pairs."""
+    num_images: int = 0
+    """Pictures that the answers of the global batch draw."""
     aux_loss_scale: float = 0.0
     """Coefficient of the MoE auxiliary loss / (MoE layers x micro-batches of the global step)."""
     stats: RoutingStats | None = None
@@ -89,6 +91,11 @@ class Task(Protocol):
     def state_dict(self, run: "Run") -> dict[str, Any]:
         """What a checkpoint holds of the task, the same on every rank; all ranks together."""
         return {}
+
+    def own_tensors(self, run: "Run") -> list[Any]:
+        """Sharded tensors of the task, which checkpoints hold beside weights and optimizer: each whole, of this rank alone or
+        equal on tensor-parallel ranks. All ranks together, before a save and before a load, which fills them."""
+        return []
 
     def load_state_dict(self, run: "Run", state: dict[str, Any]) -> None:
         """Continue from a checkpoint of the same task, perhaps of another layout; before the loader does."""
