@@ -236,9 +236,14 @@ def check(directory: Path, *, hashed: HashFiles = hash_files) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` by ``text``: a reader sees the old contents or the new ones."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """The same with ``data``."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

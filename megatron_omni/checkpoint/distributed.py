@@ -10,6 +10,7 @@ Shapes and dtypes are compared before a tensor is read: Megatron would cast a wr
 """
 
 import fnmatch
+import hashlib
 import itertools
 import random
 import warnings
@@ -37,6 +38,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_omni.checkpoint import commit, untrusted
 from megatron_omni.checkpoint.commit import CheckpointError
+from megatron_omni.checkpoint.means import MeansReader
 from megatron_omni.checkpoint.reading import read_into_place, reason_of, together
 from megatron_omni.checkpoint.shards import FlatState, deal, expert_keys, is_described
 from megatron_omni.checkpoint.torch_dist import TorchDistReader
@@ -48,6 +50,7 @@ from megatron_omni.checkpoint.vocabulary_rows import (
     with_rows_alone,
 )
 from megatron_omni.parallel.long_work import long_work
+from megatron_omni.platform.device import device
 
 RUN_CONFIG = "run_config.yaml"
 TOKENIZER = "tokenizer"
@@ -58,9 +61,15 @@ untrusted.install()
 
 
 def load_checkpoint(
-    directory: Path, *, model: MegatronModule, optimizer: MegatronOptimizer, pg: ProcessGroupCollection
+    directory: Path,
+    *,
+    model: MegatronModule,
+    optimizer: MegatronOptimizer,
+    pg: ProcessGroupCollection,
+    own: Sequence[ShardedTensor] = (),
 ) -> dict[str, Any]:
-    """Restore weights, optimizer and (on the same number of ranks) RNG state; the common state.
+    """Restore weights, optimizer, ``own`` (:func:`~megatron_omni.checkpoint.saving.start_save`) and (on the same number of
+    ranks) RNG state; the common state.
 
     ``directory`` as :func:`find_checkpoint` returned it, so verified. Raises ValueError when the checkpoint's tensors
     are not the model's, naming the tensor and both shapes.
@@ -72,7 +81,9 @@ def load_checkpoint(
     with flat.described():
         state = optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata)
     weights = stored_weights(weights)
-    _compare({"model": weights, "optimizer": state}, reader, prefix="")
+    _compare(
+        {"model": weights, "optimizer": state, "task": {tensor.key: tensor for tensor in own}}, reader, pg=pg, prefix=""
+    )
     objects = _objects(weights, reader)
     described, rest = extract_matching_values(state, is_described)
     wanted: dict[str, Any] = {"model": objects, "optimizer": rest}
@@ -83,8 +94,8 @@ def load_checkpoint(
     _set_objects(model, loaded.get("model", {}), objects)
     optimizer.load_state_dict(_without_tensors(loaded["optimizer"]))
     # Last, for the optimizer may have moved its state.
-    own = [box for tensor in _tensors(described) for box in flat.own(tensor)]
-    read_into_place(reader, own=own, equal=_weights_in_place(model, weights), experts=experts, pg=pg)
+    boxes = [box for tensor in _tensors(described) for box in flat.own(tensor)]
+    read_into_place(reader, own=[*boxes, *own], equal=_weights_in_place(model, weights), experts=experts, pg=pg)
     take_rows(model)
     if "rng" in loaded:
         _set_rng_state(loaded["rng"])
@@ -102,12 +113,13 @@ def load_weights(
     """Restore the weights alone, strictly: the same tensors with the same shapes and dtypes. The names that are absent.
 
     ``directory`` as :func:`find_checkpoint` returned it, so verified. Tensors whose names match a shell-style pattern of
-    ``allow_missing`` may be absent from it and then stay as they are; those of ``allow_extra`` may be in it unused.
+    ``allow_missing`` may be absent from it and then stay as they are; those of ``allow_extra`` may be in it unused. Weights
+    that have a running mean are it (means.py).
     """
-    reader = together(directory, lambda _: TorchDistReader(directory))
+    reader = together(directory, lambda _: MeansReader(directory))
     weights = stored_weights(model.sharded_state_dict(prefix="", metadata=sharding_metadata(pg)))
     absent = _compare(
-        {"model": weights}, reader, prefix="optimizer.", allow_missing=allow_missing, allow_extra=allow_extra
+        {"model": weights}, reader, pg=pg, prefix="optimizer.", allow_missing=allow_missing, allow_extra=allow_extra
     )
     weights = {name: value for name, value in weights.items() if not _keys(value) & absent}
     experts, objects = expert_keys(weights), _objects(weights, reader)
@@ -234,16 +246,17 @@ class _Hashing(NamedTuple):
     owners: list[int]
 
     def take_part(self) -> dict[str, str]:
-        """The digests; all ranks call this together. What of them cannot be read has none."""
+        """The digests on rank 0; all ranks call this together. What of them cannot be read has none."""
         with long_work(f"verifying {self.directory}") as work:
-            found = {}
+            found: dict[str, str] = {}
+            everyone: list[dict[str, str]] = []
             for name, owner in zip(self.names, self.owners, strict=True):
                 if owner == dist.get_rank():
                     try:
                         found[name] = commit.sha256(self.directory / name, moved=work.advance)
                     except OSError as error:
                         found[name] = f"unreadable on rank {owner}: {error}"
-            everyone = work.exchange(found)
+            work.exchange(found, answer=everyone.extend)
         return {name: digest for rank in everyone for name, digest in rank.items()}
 
 
@@ -293,6 +306,7 @@ def _compare(
     wanted: dict[str, Any],
     reader: TorchDistReader,
     *,
+    pg: ProcessGroupCollection,
     prefix: str,
     allow_missing: Sequence[str] = (),
     allow_extra: Sequence[str] = (),
@@ -301,9 +315,7 @@ def _compare(
     may be more, and what matches a pattern may be missing or extra. The names that are missing.
     """
     here = {tensor.key: (tuple(tensor.global_shape), tensor.dtype) for tensor in _tensors(wanted)}
-    everywhere: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everywhere, here)
-    ours = {key: value for rank in everywhere for key, value in rank.items()}
+    ours = _everywhere(here, pg)
     directory, stored, absent = reader.directory, with_rows_alone(reader.tensors, ours), set()
     for key, (shape, dtype) in ours.items():
         if key not in stored:
@@ -331,6 +343,27 @@ def _compare(
             "must describe the same model, or name it in init_allow_extra"
         )
     return absent
+
+
+def _everywhere(here: dict[str, Any], pg: ProcessGroupCollection) -> dict[str, Any]:
+    """What all ranks have ``here``. Data-parallel ranks have the same: gathered over one replica, and over all ranks where that
+    differs from replica to replica (a task's own tensors).
+    """
+    found = _union(here, pg.mp)
+    digest = int.from_bytes(hashlib.sha256(repr(sorted(found.items(), key=str)).encode()).digest()[:7])
+    bounds = torch.tensor([digest, -digest], device=device())
+    if dist.get_world_size() > 1:
+        dist.all_reduce(bounds, dist.ReduceOp.MAX)
+    highest, lowest = bounds.tolist()
+    return found if highest == -lowest else _union(found, None)
+
+
+def _union(here: dict[str, Any], group: dist.ProcessGroup | None) -> dict[str, Any]:
+    everyone: list[dict[str, Any]] = [here]
+    if (size := dist.get_world_size(group)) > 1:
+        everyone = [{} for _ in range(size)]
+        dist.all_gather_object(everyone, here, group=group)
+    return {key: value for rank in everyone for key, value in rank.items()}
 
 
 def _matches(key: str, patterns: Sequence[str]) -> bool:

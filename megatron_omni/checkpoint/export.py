@@ -33,7 +33,8 @@ from megatron_omni.checkpoint.progress import ByteProgress
 from megatron_omni.checkpoint.sources import Digests, read_json
 from megatron_omni.checkpoint.tensor_files import ConversionError, SafetensorsWriter, read_header, read_tensor
 from megatron_omni.checkpoint.torch_dist import TorchDistReader
-from megatron_omni.checkpoint.uni_moe_loader import other_arithmetic
+from megatron_omni.checkpoint.uni_moe_image import NULLS_APART
+from megatron_omni.checkpoint.uni_moe_loader import other_arithmetic, other_drawing
 from megatron_omni.checkpoint.uni_moe_speech import released_arithmetic
 from megatron_omni.config.load import load_recipe
 from megatron_omni.config.run import Recipe
@@ -64,8 +65,12 @@ class Opened:
     documents: Path | None = None
 
     def options(self, family: str) -> dict[str, str]:
-        """Options of the source of that family."""
-        return next((dict(p["options"]) for p in self.ledger.get("parts", []) if p["family"] == family), {})
+        """Options of the rows of that family: those of the source that was imported, and what the checkpoint itself lacks."""
+        found = next((dict(p["options"]) for p in self.ledger.get("parts", []) if p["family"] == family), {})
+        found.pop(NULLS_APART, None)  # they are here now
+        if family == "image_gen" and not any(key.startswith("image.caption.") for key in self.reader.tensors):
+            found["projectors"] = "none"
+        return found
 
     def source_dtypes(self) -> dict[tuple[str, int | None], torch.dtype]:
         """What each tensor was before import, where all its parts agreed."""
@@ -118,9 +123,12 @@ def default_family(opened: Opened) -> str:
     if len(parts) == 1 and not any(key.startswith("language.") for key in opened.reader.tensors):
         return parts[0]
     model = opened.recipe.model
+    if model.image is not None and not any(key.startswith("language.") for key in opened.reader.tensors):
+        return "image_gen"
     if model.speech is not None:
         return "speech_gen"
-    return "qwen2" if model.moe is None and model.vision is None and model.audio is None else "uni_moe"
+    is_text = model.moe is None and model.vision is None and model.audio is None and model.image is None
+    return "qwen2" if is_text else "uni_moe"
 
 
 def export_checkpoint(
@@ -140,6 +148,8 @@ def export_checkpoint(
     if out.exists():
         raise ConversionError(f"{out}: exists already; choose another --out or remove it")
     if family == "uni_moe" and (other := other_arithmetic(opened.recipe.model, opened.recipe.data)):
+        logger.warning("%s", "\n  - ".join([OTHER_ARITHMETIC, *other]))
+    if family == "image_gen" and (other := other_drawing(opened.recipe.model)):
         logger.warning("%s", "\n  - ".join([OTHER_ARITHMETIC, *other]))
     if family == "speech_gen" and (other := released_arithmetic(opened.recipe.model)):
         logger.warning("%s", "\n  - ".join([OTHER_ARITHMETIC, *other]))

@@ -25,8 +25,8 @@ from megatron_omni.config.run import Recipe
 
 GENERATION_FILE = "generation_config.json"
 STOP_FIELDS = ("eos_token_id", "pad_token_id")
-GENERATOR_FIELDS = ("tune_image_generator",)
-"""Of ``config.json``: they tell of weights that are carried, not of our model."""
+GENERATOR_FIELD = "tune_image_generator"
+"""Of ``config.json``. Where our model draws nothing it tells of weights that are carried."""
 JINJA_FILE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,9 @@ def _adds_no_system_turn(directory: Path) -> bool:
 
 def _merged(kept: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
     """What the source said in words of its own stays; what our model decides is ours."""
-    config = kept | {key: value for key, value in made.items() if key in kept and key not in GENERATOR_FIELDS}
+    config = kept | {key: value for key, value in made.items() if key in kept and key != GENERATOR_FIELD}
+    if made.get(GENERATOR_FIELD):
+        config[GENERATOR_FIELD] = True
     for name in (uni_moe.OURS, "rope_theta", *STOP_FIELDS):
         if name in made:
             config[name] = made[name]

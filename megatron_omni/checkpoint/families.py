@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_omni.checkpoint import uni_moe, uni_moe_speech
+from megatron_omni.checkpoint import uni_moe, uni_moe_image, uni_moe_speech
 from megatron_omni.checkpoint.hf_config import qwen2_config, qwen2_model, siglip_vision, whisper_audio
 from megatron_omni.checkpoint.names import (
     Row,
@@ -131,7 +131,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "projectors": Family(rows=lambda model, options: projector_rows(model)),
     "uni_moe": Family(
-        rows=lambda model, options: uni_moe.uni_moe_rows(model),
+        rows=lambda model, options: [*uni_moe.uni_moe_rows(model), *uni_moe_image.image_rows(model, options)],
         prefixes=lambda options: [
             (uni_moe.SIGLIP_PREFIX, "vision.tower."),
             (uni_moe.WHISPER_ENCODER_PREFIX, "audio.tower."),
@@ -150,6 +150,14 @@ FAMILIES: dict[str, Family] = {
         rows=uni_moe_speech.speech_rows,
         config=lambda model, data, tokens, dtype: uni_moe_speech.speech_config(model, dtype),
     ),
+    # What draws, without a language model; a caption of no words for a release, which has it in another file.
+    "image_gen": Family(
+        rows=uni_moe_image.image_rows,
+        carried=(r"image_generator\.vae\..*",),
+        config=lambda model, data, tokens, dtype: uni_moe_image.image_config(model, dtype),
+    ),
+    "pixwizard": Family(rows=uni_moe_image.pixwizard_rows),
+    "image_nulls": Family(rows=lambda model, options: uni_moe_image.null_rows(model)),
     # Layers of a language model under a generator, and the word embeddings that it reads text by.
     "speech_trunk": Family(rows=lambda model, options: uni_moe_speech.trunk_layer_rows(model)),
     "text_table": Family(rows=uni_moe_speech.table_rows),
@@ -165,7 +173,11 @@ def open_language(path: Path) -> tuple[ModelConfig, Part]:
     config, file = source.config(), path / "config.json"
     if uni_moe.is_uni_moe(config):
         model = uni_moe.model_from_theirs(config, file=file)
-        return model, _part("uni_moe", source, model, {})
+        model.image = uni_moe_image.image_of(source, model.image)
+        part = _part("uni_moe", source, model, uni_moe_image.nulls_option(source) if model.image is not None else {})
+        if model.image is not None:  # its keys have rows: one without is an error, not carried
+            part = replace(part, carried=tuple(p for p in part.carried if p not in uni_moe.PICTURE_GENERATOR))
+        return model, part
     if config.get("model_type") != "qwen2":
         known = ("qwen2", *uni_moe.MODEL_TYPES)
         raise ConversionError(
@@ -229,6 +241,23 @@ def open_speech(path: Path) -> tuple[ModelConfig, Part]:
     return model, _part("speech_gen", source, model, options)
 
 
+def open_image(path: Path, blank_captions: Path | None) -> tuple[ModelConfig, list[Part]]:
+    """The picture generator at ``path`` (:func:`megatron_omni.checkpoint.uni_moe_image.open_image`)."""
+    model, family, source, options = uni_moe_image.open_image(path)
+    return model, [_part(family, source, model, options), *_nulls(model, options, blank_captions)]
+
+
+def _nulls(model: ModelConfig, options: Options, blank_captions: Path | None) -> list[Part]:
+    """The part that fills what a release has in another file."""
+    if uni_moe_image.NULLS_APART in options:
+        return [_part("image_nulls", uni_moe_image.nulls_source(model, blank_captions), model, {})]
+    if blank_captions is not None:
+        raise ConversionError(
+            f"--blank-captions {blank_captions}: for a released picture generator alone; leave it out"
+        )
+    return []
+
+
 def open_speech_start(language: Path, table: Path) -> tuple[ModelConfig, list[Part]]:
     """A generator's start: layers of the dense text model in ``language``, the word embeddings of ``table``.
 
@@ -287,12 +316,20 @@ def open_sources(
     query_tokens: int | None = None,
     speech: Path | None = None,
     text_table: Path | None = None,
+    image: Path | None = None,
+    blank_captions: Path | None = None,
 ) -> OpenedSources:
     """The model that these directories make together. ConversionError where something is missing or given twice.
 
-    ``speech``: a speech generator, which is a model of its own. ``text_table`` makes one of ``language``.
+    ``speech``: a speech generator, which is a model of its own. ``text_table`` makes one of ``language``. ``image``: what
+    draws, alone; ``blank_captions``: the file that a release has beside its weights.
     """
     others = [vision, audio, projectors, draw_seed, query_tokens]
+    if image is not None:
+        if any(other is not None for other in (*others, language, speech, text_table)):
+            raise ConversionError(f"--image {image}: is what draws, alone; leave the other sources out")
+        model, parts = open_image(image, blank_captions)
+        return OpenedSources(model=model, parts=parts, wanted=[row for part in parts for row in part.rows])
     if speech is not None or text_table is not None:
         return _open_generator(speech, language, text_table, alone=all(other is None for other in others))
     if language is None and vision is None and audio is None:
@@ -300,7 +337,7 @@ def open_sources(
     model, parts = ModelConfig(moe=None, vision=None, audio=None), []
     if language is not None:
         model, part = open_language(language)
-        parts.append(part)
+        parts += [part, *_nulls(model, part.options, blank_captions)]
         if part.family == "uni_moe" and (vision or audio or projectors or draw_seed is not None):
             raise ConversionError(f"{language}: is a whole model; leave out --vision, --audio and the projectors")
     if vision is not None:

@@ -52,7 +52,7 @@ def check_layout(layout: Layout, model: ModelConfig) -> None:
         ]
     for option, size, what, count in sizes:
         if size < 1 or count % size:
-            any_size = "; what is written loads at every layout" if what == "query groups" else ""
+            any_size = "; what is written loads at every layout" if what in ("query groups", "blocks") else ""
             raise ConversionError(
                 f"{option} {size}: does not divide {count} {what}; choose a divisor of {count}{any_size}"
             )
@@ -84,8 +84,9 @@ def blocks(
 
 
 def stage_of(ours: str, *, num_layers: int, num_stages: int) -> int:
-    """Pipeline stage that holds our tensor: blocks in equal runs, encoders and embedding first, output last."""
+    """Pipeline stage that holds our tensor: blocks in equal runs, encoders and embedding first, output and what draws last."""
     found = re.match(r"language\.decoder\.layers\.(\d+)\.", ours)
     if found:
         return int(found[1]) * num_stages // (2 * num_layers)
-    return num_stages - 1 if ours.startswith(("language.output_layer", "language.decoder.final_norm")) else 0
+    last = ("language.output_layer", "language.decoder.final_norm", "image.")
+    return num_stages - 1 if ours.startswith(last) else 0

@@ -29,6 +29,9 @@ FREE = frozenset(
         "model.speech.text_table", "model.speech.codec", "model.speech.prefix_codes", "model.speech.least_prefix_codes",
         "model.speech.max_codes", "model.speech.min_split_tokens", "model.speech.max_split_tokens",
         "model.speech.least_codes_per_token", "model.speech.most_codes_per_token", "model.speech.voices",
+        "model.image.weights", "model.image.vae", "model.image.base_size", "model.image.size_step",
+        "model.image.max_aspect", "model.image.sampling", "model.image.dit.noisy_selection",
+        "model.image.projectors.query_init",
     }
 )  # fmt: skip
 """Fields of the model (with all below them) that a later stage may choose anew: limits, training's own settings, what may
@@ -37,8 +40,10 @@ MEDIA_POSITIONS = frozenset(
     {"model.mrope_section", "model.rope_theta_seconds", "model.audio_only_1d", "model.half_even_positions"}
 )
 """Text alone has the same position on all three axes: weights that never saw media know nothing of these."""
-UNKNOWN_WHERE_NULL = frozenset({"model.speech.codec_fingerprint"})
-"""Fields that say nothing where they are null: released weights do not name their codec."""
+UNKNOWN_WHERE_NULL = frozenset(
+    {"model.speech.codec_fingerprint", "model.image.vae_fingerprint", "model.image.hidden_fingerprint"}
+)
+"""Fields that say nothing where they are null: released weights do not name their codec, nor their VAE."""
 TOKENIZER = "data.tokenizer"
 
 
@@ -61,7 +66,7 @@ def changes(now: ModelConfig, then: ModelConfig) -> list[Change]:
     unknown = set() if then.vision is not None or then.audio is not None else MEDIA_POSITIONS
     if now.moe is not None or then.moe is not None:
         unknown = unknown | {"model.ffn_hidden_size"}  # of a dense model alone
-    parts = {f"model.{part}" for part in ("vision", "audio", "moe")}
+    parts = {f"model.{part}" for part in ("vision", "audio", "moe", "image")}
     return [change for change in found if change.field not in unknown | parts]
 
 

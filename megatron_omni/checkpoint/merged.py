@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megatron_omni.checkpoint.means import MeansReader
 from megatron_omni.checkpoint.torch_dist import TorchDistReader
 from megatron_omni.config.model import LoraConfig
 
@@ -22,8 +23,8 @@ _PAIRS = (
 """Name of a weight, of its A and of its B, as stored. Attention: A [r, in], B [out, r]; experts: [E, in, r], [E, r, out]."""
 
 
-class MergedReader(TorchDistReader):
-    """As :class:`TorchDistReader`, adapters added to the weights."""
+class MergedReader(MeansReader):
+    """As :class:`MeansReader`, adapters added to the weights."""
 
     def __init__(self, directory: Path, lora: LoraConfig) -> None:
         super().__init__(directory)
@@ -56,7 +57,7 @@ class MergedReader(TorchDistReader):
 def open_reader(directory: Path, lora: LoraConfig | None) -> TorchDistReader:
     """The reader of a checkpoint of a model with these adapters, or none."""
     if lora is None:
-        return TorchDistReader(directory)
+        return MeansReader(directory)
     reader = MergedReader(directory, lora)
     logger.warning("%s: low-rank adapters merged into %d weights", directory, reader.num_merged)
     return reader

@@ -59,9 +59,11 @@ def together[T](directory: Path, action: Callable[[Work], T]) -> T:
             result = action(work)
         except (Exception, CheckpointException) as error:  # one rank that ends here would leave the others waiting
             failure = f"[rank {dist.get_rank()}] {reason_of(error)}"
-        failures = work.exchange(failure)
-    if failed := [text for text in failures if text is not None]:
-        raise CheckpointError(failed[0])
+        first = work.exchange(
+            failure, answer=lambda failures: next((text for text in failures if text is not None), None)
+        )
+    if first is not None:
+        raise CheckpointError(first)
     return cast(T, result)
 
 

@@ -18,7 +18,7 @@ import logging
 import queue
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +47,9 @@ from megatron_omni.checkpoint.torch_dist import alone
 from megatron_omni.checkpoint.vocabulary_rows import stored_weights
 from megatron_omni.config.load import recipe_to_yaml
 from megatron_omni.config.run import Recipe
-from megatron_omni.parallel.long_work import long_work
+from megatron_omni.parallel.long_work import long_work, nothing
+from megatron_omni.parallel.sharing import gathered
+from megatron_omni.platform.device import device
 
 FAILURES = (Exception, CheckpointException)
 
@@ -104,7 +106,7 @@ class PendingSave:
     def _describe(self, directory: Path) -> None:
         save_config(CheckpointingConfig("torch_dist", 1), str(directory))
         commit.write_text(directory / RUN_CONFIG, recipe_to_yaml(self._recipe))
-        if self._recipe.model.codec is None:
+        if not self._recipe.model.is_codec:
             _copy_tokenizer(Path(self._recipe.data.tokenizer), directory / TOKENIZER)
 
     def write_in_background(self) -> None:
@@ -142,7 +144,7 @@ class PendingSave:
                 if pieces != self._pieces:
                     pieces = self._pieces
                     work.advance()
-            work.exchange(None)
+            work.exchange(None, answer=nothing)
 
     def _raise(self) -> None:
         if self._failure is not None:
@@ -182,13 +184,15 @@ def start_save(
     common: dict[str, Any],
     recipe: Recipe,
     pg: ProcessGroupCollection,
+    own: Sequence[ShardedTensor] = (),
     score: tuple[str, float] | None = None,
     background: bool = False,
     memory: SaveMemory | None = None,
 ) -> PendingSave:
     """Begin to write ``root/iter_<step>``; all ranks call this together, and later :meth:`PendingSave.finish`.
 
-    ``common`` is plain values, equal on every rank; ``score`` as :func:`commit.publish` takes it. ``background``: the
+    ``common`` is plain values, equal on every rank; ``own`` whole tensors that this rank alone of its data-parallel group has;
+    ``score`` as :func:`commit.publish` takes it. ``background``: the
     files are written while training goes on; else before this returns. ``memory`` is reused from save to save, and
     belongs to this one until it is finished. Raises CheckpointError on every rank when any
     rank fails, or has a weight that is not finite; the previous checkpoint stays what it was.
@@ -197,7 +201,7 @@ def start_save(
 
     def plan() -> None:
         kept = memory or SaveMemory()
-        sharded = _state(model, optimizer, common, pg, check=not kept.is_known)
+        sharded = _state(model, optimizer, common, pg, own=own, check=not kept.is_known)
         kept.is_known = True
         later = _let_go_of(kept, sharded, background=background)
         strategy = _Strategy()
@@ -218,7 +222,7 @@ def start_save(
     else:
         with long_work("writing the checkpoint") as work:
             pending[0].write(work.advance)
-            work.exchange(None)
+            work.exchange(None, answer=nothing)
     return pending[0]
 
 
@@ -253,6 +257,7 @@ def _state(
     common: dict[str, Any],
     pg: ProcessGroupCollection,
     *,
+    own: Sequence[ShardedTensor] = (),
     check: bool,
     only_names: bool = False,
 ) -> dict[str, Any]:
@@ -268,17 +273,18 @@ def _state(
             "optimizer": optimizer.sharded_state_dict(weights, is_loading=only_names, metadata=metadata),
             "rng": rng_shard(),
             "common": common,
+            "task": {tensor.key: tensor for tensor in own},
             "layout": {"world_size": dist.get_world_size()},
         }
     sharded, plain = save_preprocess(state, validate_access_integrity=check)
     entries: list[Any] = [ShardedObject("common_state", plain, (1,), (0,), replica_id=dist.get_rank())]
-    equal = []
+    equal, alone_here = [], {tensor.key for tensor in own}
     for value in nested_values(sharded):
         if is_described(value):
             entries.extend(flat.own(value))
         else:
             entries.append(value)
-            if isinstance(value, ShardedTensor):
+            if isinstance(value, ShardedTensor) and value.key not in alone_here:
                 equal.append(value)
     for entry in dealt(equal, experts, pg):
         assert isinstance(entry.tensor.replica_id, tuple)
@@ -412,11 +418,11 @@ class _Failure(NamedTuple):
 
 
 def _agree(failure: _Failure | None) -> None:
-    everyone: list[_Failure | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, failure)
-    failures = sorted((f for f in everyone if f is not None), key=lambda f: not f.is_cause)
+    """CheckpointError on every rank where any has a ``failure``; else one sum of one number."""
+    own = [failure] if failure is not None else []
+    failures = gathered(own, group=None, device=device())
     if failures:
-        raise CheckpointError(failures[0].text)
+        raise CheckpointError(min(failures, key=lambda f: not f.is_cause).text)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -85,8 +86,7 @@ class FlatState:
         for start, end, parameter in buffer.pieces:
             if end <= first or first + extent <= start:
                 continue
-            states = buffer.member._get_main_param_and_optimizer_states(parameter)
-            flat = states[buffer.name].detach().view(-1)
+            flat = _state(buffer.member, parameter, buffer.name).detach().view(-1)
             assert flat.numel() == end - start, tensor.key
             for offsets, box in boxes(sizes, strides, start - first, end - first):
                 place = first - start + sum(o * s for o, s in zip(offsets, strides))
@@ -118,7 +118,8 @@ class FlatState:
         self._starts.append(start)
         self._buffers.append(buffer)
         self._end += numel
-        return torch.empty(self._end, dtype=torch.float32, device="meta")[start:]
+        dtype = buffer.member._get_state_key_dtype(buffer.name)  # of a moment; fp32 of master weights
+        return torch.empty(self._end, dtype=dtype, device="meta")[start:]
 
 
 class _Buffer(NamedTuple):
@@ -128,6 +129,17 @@ class _Buffer(NamedTuple):
     name: str
     pieces: list[tuple[int, int, torch.nn.Parameter]]
     """This rank's: first element and last + 1 in the buffer, and the parameter that they belong to."""
+
+
+def _state(member: DistributedOptimizer, parameter: torch.nn.Parameter, name: str) -> torch.Tensor:
+    """This rank's part of a state of ``parameter``, where the optimizer has it (Megatron's own way there copies bf16)."""
+    if not member.config.use_precision_aware_optimizer:
+        return member._get_main_param_and_optimizer_states(parameter)[name]
+    optimizer, (group, place) = member.optimizer, member.model_param_group_index_map[parameter]
+    own = optimizer.param_groups[group]["params"][place]
+    if isinstance(optimizer, HybridDeviceOptimizer) and name == "param":
+        return optimizer.param_to_inner_param[own]  # after a load its state has a copy
+    return optimizer.state[own]["master_param" if name == "param" else name]
 
 
 def _box(tensor: ShardedTensor, offsets: Shape, data: torch.Tensor) -> ShardedTensor:

@@ -9,7 +9,8 @@ A dense model in the same layout (a warm-up run) has Qwen2.5's ``mlp.{gate,up,do
 
 Gate rows are ordered [routed | null | shared] on both sides. The release's SigLIP keeps its post-layernorm and its Q-former
 keeps Whisper's token table: weights that nothing reads (:func:`unused_shapes`). They are carried where they exist; where
-they do not, export fills in what leaves the loader content. Generators (:data:`GENERATORS`) are carried as well.
+they do not, export fills in what leaves the loader content. The speech generator and the VAE (:data:`CARRIED_GENERATORS`) are
+carried as well; the picture generator is in uni_moe_image.py.
 
 ``config.json`` cannot say everything that a recipe says, and its readers ignore fields they do not know: the model group
 of the recipe goes along under :data:`OURS`, and wins over the defaults of a release when it is read back.
@@ -53,8 +54,12 @@ WHISPER_DECODER_PREFIX = "audio_aligner.decoder.audio_decoder."
 ROUTED = THEIR_BLOCK + "mlp.dynamic_real_moe.deepspeed_moe.experts.deepspeed_experts.{expert}."
 SHARED = THEIR_BLOCK + "mlp.fixed_real_moe.{shared}."
 GATE = THEIR_BLOCK + "mlp.gate.weight"
-GENERATORS = (r"speech_generator\..*", r"image_generator\..*", r"(image|task|visual)_hidden_fcs\..*")
-"""Keys of the speech and image generators, which this code base does not have yet: carried through as they are."""
+CARRIED_GENERATORS = (r"speech_generator\..*", r"image_generator\.vae\..*")
+"""Keys of models of their own in a release: carried through as they are."""
+PICTURE_GENERATOR = (r"image_generator\..*", r"(image|task|visual)_hidden_fcs\..*")
+"""Keys of the picture generator: carried where there is no whole one."""
+GENERATORS = (*CARRIED_GENERATORS, *PICTURE_GENERATOR)
+"""Keys of all generators of a release."""
 WHISPER_VOCABULARY = 51866
 """Rows of Whisper-large-v3's token table."""
 POSITIONS_PER_SECOND = 50
@@ -195,7 +200,7 @@ def config_to_theirs(
         "attention_dropout": model.attention_dropout,
         "use_cache": True,
         "use_sliding_window": False,
-        "tune_image_generator": False,  # and no speech_generator_type: this directory has no generators
+        "tune_image_generator": model.image is not None,  # and no speech_generator_type: it has no speech generator
         **{field: tokens[name] for field, name in TOKEN_FIELDS.items() if name in tokens},
     }
     if model.moe is not None:
@@ -310,7 +315,7 @@ def model_from_theirs(config: dict[str, Any], *, file: Path) -> ModelConfig:
     get.expect("use_sliding_window", False, default=False)
     base_of_positions, section = rotary(get, 1e6, types=("default", "mrope"))
     hidden, heads = get.size("hidden_size"), get.size("num_attention_heads")
-    recorded = _recorded_model(get)
+    recorded = recorded_model(get)
     base = recorded or ModelConfig(audio_only_1d=True, half_even_positions=True)
     return dataclasses.replace(
         base,
@@ -334,7 +339,7 @@ def model_from_theirs(config: dict[str, Any], *, file: Path) -> ModelConfig:
     )
 
 
-def _recorded_model(get: Fields) -> ModelConfig | None:
+def recorded_model(get: Fields) -> ModelConfig | None:
     """The recipe's model group that our export left, checked against the schema."""
     from megatron_omni.config.load import recipe_from_dict
 

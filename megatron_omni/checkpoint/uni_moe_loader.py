@@ -9,11 +9,13 @@ from collections.abc import Iterator
 
 from megatron_omni.config.data import DataConfig
 from megatron_omni.config.model import AudioConfig, ModelConfig, MoEConfig, VisionConfig
+from megatron_omni.config.pictures import DiTConfig, ImageGeneratorConfig, ProjectorConfig
 
 POSITIONS_PER_SECOND = 2.0
 CHUNK_SECONDS, QUERY_TOKENS = 30.0, 200
 TOWER = VisionConfig()
 """SigLIP so400m/14-384: it builds this one and does not read ``vision_config``."""
+RELEASED_IMAGE_TOKENS, RELEASED_GUIDED_CHANNELS = 64, 3
 TOWER_FIELDS = ("image_size", "patch_size", "hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads")
 
 
@@ -30,7 +32,12 @@ def other_arithmetic(model: ModelConfig, data: DataConfig) -> list[str]:
             )
     if model.audio is not None:
         lines += _audio(model.audio)
-    return lines
+    return lines + other_drawing(model)
+
+
+def other_drawing(model: ModelConfig) -> list[str]:
+    """The lines of what draws."""
+    return list(_image(model.image)) if model.image is not None else []
 
 
 def _language(model: ModelConfig) -> Iterator[str]:
@@ -72,3 +79,28 @@ def _audio(audio: AudioConfig) -> Iterator[str]:
         yield f"model.audio.chunk_seconds={audio.chunk_seconds:g} (always {CHUNK_SECONDS:g} there)"
     if audio.num_query_tokens != QUERY_TOKENS:
         yield f"model.audio.num_query_tokens={audio.num_query_tokens} (its positions know {QUERY_TOKENS} alone)"
+
+
+def _image(image: ImageGeneratorConfig) -> Iterator[str]:
+    for name, ours, built in (("dit", image.dit, DiTConfig()), ("projectors", image.projectors, ProjectorConfig())):
+        said, theirs = dataclasses.asdict(ours), dataclasses.asdict(built)
+        free = ("noisy_selection", "query_init", "input_positions")
+        other = ", ".join(f"{key}={said[key]}" for key in said if key not in free and said[key] != theirs[key])
+        if other:
+            yield f"model.image.{name}: {other} (it builds one size whatever is written: weights that do not fit)"
+    if not image.dit.noisy_selection:
+        yield "model.image.dit.noisy_selection=false (noise decides there which rows of the source are seen)"
+    if image.projectors.input_positions:
+        yield "model.image.projectors.input_positions=true (no positions there: their weights are not read)"
+    if image.num_image_tokens * image.image_token_repeat != RELEASED_IMAGE_TOKENS:
+        positions = image.num_image_tokens * image.image_token_repeat
+        yield f"model.image: a block of {positions} image tokens (always {RELEASED_IMAGE_TOKENS} there)"
+    if not image.release:
+        yield "model.image.release=false (no learned nulls there: theirs are a file and two rows of the task's projector)"
+    if image.blank_source != "white":
+        yield f"model.image.blank_source={image.blank_source} (a picture without a source has a white one there)"
+    if image.sampling.guided_channels != RELEASED_GUIDED_CHANNELS:
+        yield (
+            f"model.image.sampling.guided_channels={image.sampling.guided_channels} "
+            f"(guidance acts on {RELEASED_GUIDED_CHANNELS} there)"
+        )

@@ -190,7 +190,7 @@ def _disagreements(now: ModelConfig, then: ModelConfig) -> list[Change]:
     return [
         change
         for change in changes(now, then)
-        if change.field in both_ways and not change.field.startswith(("model.vision.", "model.audio."))
+        if change.field in both_ways and not change.field.startswith(("model.vision.", "model.audio.", "model.image."))
     ]
 
 
@@ -241,4 +241,5 @@ def merged_model(sources: Mapping[str, DenseSource], *, trunk: str) -> ModelConf
         sources[trunk].model,
         vision=sources[vision].model.vision if vision else None,
         audio=sources[audio].model.audio if audio else None,
+        image=None,
     )
