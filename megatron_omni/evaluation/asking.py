@@ -93,6 +93,7 @@ def _ask(task: Task, row: int, prompt: Sample, builder: SampleBuilder, name: str
         max_new_tokens=min(task.config.max_new_tokens, room),
         sampling=replace(task.sampling, seed=derived_seed(task.sampling.seed, row)),
         stop=tuple(task.config.stop),
+        banned_ids=builder.unwritten,
         text=True,
         reasoning=True,
     )
@@ -168,7 +169,7 @@ def prompt_text(turns: Sequence[dict[str, str]], think: bool | None) -> str:
 def media_of(record: Record) -> list[dict[str, str]]:
     """Kind and path of the media, in the order of their markers."""
     files: dict[str, Iterator[Any]] = {kind: iter(record.media(kind)) for kind in KINDS}
-    kinds = [kind for message in record.messages for kind in message.pieces()[1::2]]
+    kinds = [kind for message in record.messages for kind in message.media()]
     return [{"kind": kind, "path": _path(next(files[kind]))} for kind in kinds]
 
 

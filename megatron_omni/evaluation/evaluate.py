@@ -36,10 +36,13 @@ from megatron_omni.evaluation.results import (
     write_samples,
 )
 from megatron_omni.evaluation.running import Times, ask_all, limits_for
+from megatron_omni.evaluation.seeing import drawer_of, see_all, summary_of_set
 from megatron_omni.evaluation.summary import groups_of, summarise, table, unused
+from megatron_omni.evaluation.sweep import write_sweep
 from megatron_omni.evaluation.task import Task
 from megatron_omni.foreign import read_bytes, read_json
 from megatron_omni.generation.load import Checkpoint
+from megatron_omni.parallel.groups import replica
 
 SAY_SECONDS = 30.0
 """Between two lines of progress, where they are not one line of a terminal."""
@@ -57,12 +60,13 @@ def evaluate(
     against: Path | None = None,
     seed: int = 0,
     codec: Path | None = None,
+    vae: Path | None = None,
 ) -> Summary | None:
     """Ask what ``out`` has no line of, then score and write; all ranks together. The summary, on rank 0.
 
-    ``changes`` are overrides of the recipe that answers depend on, ``codec`` the folder of a speech generator's, by default
-    as its recipe says. ValueError where ``out`` holds another evaluation, or ``against`` other tasks, before the weights are
-    loaded.
+    ``changes`` are overrides of the recipe that answers depend on, ``codec`` the folder of a speech generator's, ``vae`` that of
+    the codec of pictures, by default as its recipe says. ValueError where ``out`` holds another evaluation, or ``against`` other
+    tasks, before the weights are loaded.
     """
     facts = facts_of(checkpoint)
     codec = check_kinds(checkpoint, tasks, codec)
@@ -71,6 +75,11 @@ def evaluate(
         settings["thinking"] = thinking
     if codec is not None:
         settings["codec"] = codec_fingerprint(codec)
+    drawing = [task for task in tasks if task.config.kind == "image"]
+    if drawing:
+        settings["vae"] = drawer_of(checkpoint, drawing[0], vae).codec.fingerprint
+    elif vae is not None:
+        raise ValueError("--vae means nothing to tasks without pictures; leave it out")
     asked = {
         "checkpoint": asdict(facts), "settings": settings, "tasks": {task.name: task.digest for task in tasks},
     }  # fmt: skip
@@ -79,7 +88,7 @@ def evaluate(
     times = Times()
     if todo:
         part = out / PARTS / f"{checkpoint.pg.dp.rank()}.jsonl"
-        with part.open("a", encoding="utf-8") if checkpoint.pg.mp.rank() == 0 else open(os.devnull, "w") as file:
+        with part.open("a", encoding="utf-8") if replica(checkpoint.pg).rank() == 0 else open(os.devnull, "w") as file:
 
             def finished(task: str, line: Line) -> None:
                 write_line(file, task, line)
@@ -91,10 +100,11 @@ def evaluate(
                     finished=finished, done=done, progress=progress,
                 )  # fmt: skip
             else:
+                model = checkpoint.load_model()
                 times = ask_all(
-                    checkpoint.load_model(),
+                    model,
                     checkpoint.builder,
-                    tasks,
+                    [task for task in tasks if task.config.kind == "text"],
                     pg=checkpoint.pg,
                     limits=limits_for(batch_size, deterministic=deterministic),
                     finished=finished,
@@ -102,6 +112,10 @@ def evaluate(
                     threads=threads,
                     progress=progress,
                 )
+                times += see_all(
+                    checkpoint, model, drawing, vae=vae, out=out, batch_size=batch_size, deterministic=deterministic,
+                    finished=finished, done=done, progress=progress,
+                )  # fmt: skip
     if dist.get_world_size() > 1:
         dist.barrier()  # a network file system shows what is written when its file is closed
     if dist.get_rank() != 0:
@@ -196,7 +210,9 @@ def _finish(
         write_samples(out, task.name, there[task.name])
         for said in unused(there[task.name], task.name):
             print(said, file=sys.stderr)
-    summaries = {task.name: summarise(task, there[task.name]) for task in tasks}
+    summaries = {
+        task.name: summary_of_set(task, summarise(task, there[task.name]), there[task.name], out) for task in tasks
+    }
     summary = Summary(
         checkpoint=facts,
         version=version("megatron-omni"),
@@ -215,6 +231,8 @@ def _finish(
         text += f"\n\nagainst {against}:\n\n{comparison_table(comparisons)}"
     write_text(out / TABLE, text + "\n")
     print(text)
+    if (figure := write_sweep(out, summaries)) is not None:
+        print(f"\nthe sweep: {figure}")
     print(f"\nto leaf through: {write_page(out, against)}")
     return summary
 

@@ -28,6 +28,7 @@ from megatron_omni.generation.speaking import speak_all
 from megatron_omni.generation.speech import SoundEvent, SpeechEvent, SpokenEvent, Utterance
 from megatron_omni.generation.wav import SoundFile
 from megatron_omni.models.generators.codec import Codec, load_codec
+from megatron_omni.parallel.groups import replica
 from megatron_omni.scoring.voice import at_rate
 
 SOUNDS = "sounds"
@@ -36,12 +37,13 @@ WINDOW = 64
 
 
 def check_kinds(checkpoint: Checkpoint, tasks: Sequence[Task], codec: Path | None) -> Path | None:
-    """Folder of the codec, where the tasks are of kind speech. ValueError for tasks that the checkpoint cannot do."""
+    """Folder of the codec, where the tasks are of kind speech. ValueError for tasks that the checkpoint cannot do; whether it can
+    draw shows in seeing.py."""
     speech = checkpoint.recipe.model.speech
     for task in tasks:
-        if (task.judge is not None) != (speech is not None):
+        if (task.config.kind == "speech") != (speech is not None):
             said = "speaks and answers no text" if speech is not None else "is no speech generator"
-            wanted = "speech" if speech is not None else "text"
+            wanted = "speech" if speech is not None else "text or image"
             raise ValueError(
                 f"{task.file}: kind: {task.config.kind}, but the checkpoint {said}; give tasks of kind {wanted}"
             )
@@ -72,7 +74,7 @@ def hear_all(
     todo = [(task, row) for task in tasks for row in range(len(task)) if row not in done[task.name]]
     decoder, model = load_codec(codec), checkpoint.load_model()
     judges: dict[str, Judge] = {}
-    size, leads = WINDOW * checkpoint.pg.dp.size(), checkpoint.pg.mp.rank() == 0
+    size, leads = WINDOW * checkpoint.pg.dp.size(), replica(checkpoint.pg).rank() == 0
     for first in range(0, len(todo), size):
         rows, asked = _Rows(decoder, out), []
         for task, row in todo[first : first + size]:

@@ -10,6 +10,7 @@ from megatron_omni.data.sample import SampleBuilder
 from megatron_omni.evaluation.running import answers_of, limits_for
 from megatron_omni.evaluation.summary import summarise, unused
 from megatron_omni.evaluation.task import held_out_config, open_task
+from megatron_omni.parallel.groups import replica
 from megatron_omni.training.setup import Run
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class HeldOutScores:
         scores = {}
         for task in self.tasks:
             summary = summarise(task, lines[task.name])
-            if run.pg.dp.rank() == run.pg.mp.rank() == 0:
+            if run.pg.dp.rank() == replica(run.pg).rank() == 0:
                 for said in unused(lines[task.name], task.name):
                     logger.warning("%s", said)
             if summary.score is not None:

@@ -101,6 +101,11 @@ def _sample(task: str, line: Line, earlier: Line | None, media: PageMedia) -> di
     out |= {
         "prompt": [{"role": turn["role"], "text": _cut(turn["content"])} for turn in line.prompt],
         "media": [shown_medium(media.show(item["kind"], item["path"])) for item in line.media],
+        "drawn": [
+            {"kind": "image", "name": f"{name}: {file}", "file": file}
+            for name, file in (("drawn", line.drawn), ("wanted", line.wanted))
+            if file
+        ],
         "expected": [_cut(text) for text in line.expected],
         "options": line.options and [_cut(text) for text in line.options],
         "answer": _cut(_without_thought(line)),

@@ -62,6 +62,10 @@ class SampleResult:
     """From the submission to the end of the answer; samples are computed side by side."""
     tokens: int
     """Of the answer."""
+    drawn: str = ""
+    """Of kind ``image``: the drawn picture, in the results folder."""
+    wanted: str = ""
+    """The picture that it is compared with, in the results folder."""
 
 
 @dataclass(frozen=True, kw_only=True)

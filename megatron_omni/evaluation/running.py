@@ -36,6 +36,10 @@ class Times:
     step: float = 0.0
     """Of these, inside the engine's step."""
 
+    def __add__(self, other: "Times") -> "Times":
+        """One after the other."""
+        return Times(wall=self.wall + other.wall, step=self.step + other.step)
+
 
 def limits_for(batch_size: int, *, deterministic: bool = False) -> EngineLimits:
     """Of an engine that computes ``batch_size`` answers together."""

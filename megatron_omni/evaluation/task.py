@@ -27,6 +27,13 @@ from megatron_omni.data.record import Record, RecordError
 from megatron_omni.data.sizes import spoken_answer
 from megatron_omni.data.sources import Source, check_name, open_source
 from megatron_omni.evaluation.judges.load import JudgeOf, open_judge
+from megatron_omni.evaluation.picture_task import (
+    DrawingConfig,
+    has_one_picture,
+    open_drawing_metric,
+    open_picture_judge,
+    swept,
+)
 from megatron_omni.generation.request import MAX_STOP_STRINGS, Sampling
 from megatron_omni.scoring import Metric, nearest, open_metric
 from megatron_omni.scoring.choice import LETTERS, letter_of
@@ -70,11 +77,15 @@ class TaskConfig:
     """Folder that media paths are relative to; empty: that of the records."""
     group: str = ""
     """Tasks of a group have a mean."""
-    kind: Literal["text", "speech"] = "text"
-    """``speech``: a speech generator speaks the records' spoken answers, and ``judge`` hears what is scored."""
+    kind: Literal["text", "speech", "image"] = "text"
+    """``speech``: a speech generator speaks the records' spoken answers, and ``judge`` hears what is scored. ``image``: pictures
+    are drawn, and compared with the records' targets or seen by ``judge``."""
     judge: str = ""
-    """Of kind ``speech``: ``words``, ``voice``, or ``FILE.py:NAME`` of yours (judges/load.py)."""
+    """Of kind ``speech``: ``words``, ``voice``, or ``FILE.py:NAME`` of yours (judges/load.py). Of kind ``image``: ``FILE.py:NAME``
+    (picture_task.py)."""
     judge_settings: dict[str, Any] = field(default_factory=dict)
+    drawing: DrawingConfig = field(default_factory=DrawingConfig)
+    """Of kind ``image``: steps and guidance, and a sweep over them."""
     metric: str = ""
     metric_settings: dict[str, Any] = field(default_factory=dict)
     rule: str = ""
@@ -123,7 +134,7 @@ class Task:
     examples: tuple[Question, ...]
     digest: str
     judge: JudgeOf | None = None
-    """Of kind ``speech``."""
+    """Of kind ``speech``, and of kind ``image`` where the metric needs one."""
 
     def __len__(self) -> int:
         """Rows that are asked."""
@@ -131,8 +142,7 @@ class Task:
 
     def question(self, row: int) -> Question:
         """RecordError for a row that cannot be used."""
-        record = self.source[row]
-        return question_of(record) if self.judge is None else spoken_question(record)
+        return _QUESTIONS[self.config.kind](self.source[row])
 
 
 def load_tasks(
@@ -150,12 +160,21 @@ def load_tasks(
     tasks: list[Task] = []
     for word in words:
         for file, config, folder in _configs(word, eval_sources, changes or {}):
-            tasks.append(open_task(config, file=file, folder=data or folder))
+            tasks += [open_task(one, file=file, folder=data or folder) for one in _swept(config, file)]
     for task in tasks:
         if sum(other.name == task.name for other in tasks) > 1:
             raise ValueError(f"two tasks are called {task.name!r}; give each its own name")
     _check_groups(tasks)
     return tasks
+
+
+def _swept(config: TaskConfig, file: str) -> list[TaskConfig]:
+    """The task, or that of each value of its sweep."""
+    try:
+        found = list(swept(config.drawing))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return [dataclasses.replace(config, name=config.name + said, drawing=drawing) for said, drawing in found]
 
 
 def _check_groups(tasks: Sequence[Task]) -> None:
@@ -238,7 +257,8 @@ def open_task(config: TaskConfig, *, file: str, folder: Path) -> Task:
     try:
         if not config.metric:
             raise ValueError("metric is missing; name one, in the task or with --metric")
-        metric = open_metric(config.metric, config.metric_settings)
+        opens = open_drawing_metric if config.kind == "image" else _text_metric
+        metric = opens(config.metric, config.metric_settings, folder)
         rule_name = config.rule or metric.rule
         rule = open_rule(rule_name)
         sampling = Sampling(**dataclasses.asdict(config.sampling))
@@ -248,7 +268,11 @@ def open_task(config: TaskConfig, *, file: str, folder: Path) -> Task:
         if config.few_shot is not None:
             examples, more = _examples(config, config.few_shot, folder)
             files += more
-        judge = open_judge(config.judge, config.judge_settings, folder) if config.kind == "speech" else None
+        judge = None
+        if config.kind == "speech":
+            judge = open_judge(config.judge, config.judge_settings, folder)
+        elif config.kind == "image":
+            judge = open_picture_judge(config.judge, config.judge_settings, folder, metric)
         files += judge.files if judge is not None else []
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
@@ -266,21 +290,34 @@ def _check_fields(config: TaskConfig, metric: Metric) -> None:
     _check_kind(config, metric)
     if len(config.stop) > MAX_STOP_STRINGS or not all(config.stop):
         raise ValueError(f"stop has {len(config.stop)} texts; give at most {MAX_STOP_STRINGS}, none of them empty")
-    if metric.asks != "answer" and (config.thinking is not None or config.rule):
+    if metric.asks.startswith("likelihood") and (config.thinking is not None or config.rule):
         raise ValueError(f"metric {config.metric!r} reads no answer: leave out thinking and rule")
+    if metric.asks.startswith("picture") and config.rule:
+        raise ValueError(f"metric {config.metric!r} compares pictures: leave out rule")
 
 
 def _check_kind(config: TaskConfig, metric: Metric) -> None:
     """ValueError for what means nothing to the task's kind."""
     if config.kind == "text" and (config.judge or config.judge_settings):
         raise ValueError("judge and judge_settings hear sound; set kind: speech, or leave them out")
-    if config.kind == "speech":
-        if metric.asks != "answer":
-            raise ValueError(f"metric {config.metric!r} reads no answer, and a judge hears one: give another")
-        fields = ("system_prompt", "thinking", "few_shot", "stop", "shuffle_options", "show_options")
-        default = TaskConfig(data="")
-        if given := [name for name in fields if getattr(config, name) != getattr(default, name)]:
-            raise ValueError(f"{given[0]} means nothing to a speech generator; leave it out of a task of kind speech")
+    if config.kind == "speech" and metric.asks != "answer":
+        raise ValueError(f"metric {config.metric!r} reads no answer, and a judge hears one: give another")
+    default = TaskConfig(data="")
+    if given := [name for name in _NOT_OF[config.kind] if getattr(config, name) != getattr(default, name)]:
+        said = {"text": "a task of answers", "speech": "a speech generator", "image": "a picture"}[config.kind]
+        raise ValueError(f"{given[0]} means nothing to {said}; leave it out of a task of kind {config.kind}")
+
+
+_NOT_OF = {
+    "text": ("drawing",),
+    "speech": ("system_prompt", "thinking", "few_shot", "stop", "shuffle_options", "show_options", "drawing"),
+    "image": ("few_shot", "stop", "shuffle_options", "show_options"),
+}
+"""Fields that mean nothing to a kind."""
+
+
+def _text_metric(name: str, settings: Mapping[str, Any], folder: Path) -> Metric:
+    return open_metric(name, settings)
 
 
 def _open(name: str, data: str, root: str, folder: Path) -> tuple[Source, list[Path]]:
@@ -352,6 +389,22 @@ def spoken_question(record: Record) -> Question:
     return Question(record=record, expected=expected, options=_options(record.extra.get("options"), record.where))
 
 
+def picture_question(record: Record) -> Question:
+    """What a record has drawn, and what is to be seen in it: ``expected``, or the words beside it. MissingColumn for a record
+    that does not ask for one picture."""
+    if not has_one_picture(record):
+        raise MissingColumn(
+            f"{record.where}: a task of kind image needs a record that ends with one picture to draw: an answer with "
+            "<generate>, and its file in targets"
+        )
+    given = record.extra.get("expected")
+    expected = (record.answer,) if given is None else _texts(given, record.where)
+    return Question(record=record, expected=expected, options=_options(record.extra.get("options"), record.where))
+
+
+_QUESTIONS = {"text": question_of, "speech": spoken_question, "image": picture_question}
+
+
 def _texts(given: object, where: str) -> tuple[str, ...]:
     """References as texts. A list of numbers is one reference: a segment, a box."""
     if isinstance(given, list) and given and all(_is_number(item) for item in given):
@@ -403,6 +456,8 @@ def _digest(config: TaskConfig, rule_name: str, files: Sequence[Path]) -> str:
         del values[name]
     if config.kind == "text":  # as it was before there was another
         del values["kind"], values["judge"], values["judge_settings"]
+    if config.kind != "image":
+        del values["drawing"]
     values["thinking"] = False  # a switch: with and without it is the same task
     if config.few_shot is not None:
         values["few_shot"] = config.few_shot.count

@@ -8,6 +8,9 @@
 With ``speech`` the spoken turns of answers are spoken (spoken_answers.py): "answer" is then without marks and prompts, and
 "speech" says {"file", "seconds", "codes", "pieces", "cut", "prompt"}, or {"error"}; one prompt writes it to answer.json.
 
+With ``drawing`` the pictures of answers are drawn (drawn_answers.py): "images" lists their files, one prompt writes it to
+answer.json, too; "drawing" says {"error"} where one is missing, or {"note"} where the size is another than was asked for.
+
 A line has "samples", too, where several or log-probabilities are wanted, of each {"answer", "finish_reason", "tokens":
 [{"id", "text", "logprob", "top": [{"id", "text", "logprob"}]}]}, "tokens" only with log-probabilities.
 
@@ -20,7 +23,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,8 @@ from megatron_omni.data.sources import JsonlSource
 from megatron_omni.data.tokenizer import Tokenizer
 from megatron_omni.foreign import parse_json, read_json
 from megatron_omni.generation.batches import Result, generate_windows, shared
+from megatron_omni.generation.drawn_answers import AnswerDrawer
+from megatron_omni.generation.drawn_files import drawn_into
 from megatron_omni.generation.engine import EngineLimits
 from megatron_omni.generation.load import Checkpoint
 from megatron_omni.generation.request import LEAST_LOGPROB, Wanted
@@ -58,22 +63,27 @@ def answer_one(
     think: bool | None = None,
     speech: AnswerSpeaker | None = None,
     sound: str = "",
-    **settings: Any,
+    drawing: AnswerDrawer | None = None,
+    picture: str = "",
+    wanted: Wanted,
 ) -> bool:
-    """Answer one prompt, and speak it into the file ``sound``; all ranks call this together. Whether what was asked for is
-    there. ValueError for a record that cannot be used."""
+    """Answer one prompt, speak it into the file ``sound``, draw it into ``picture``; all ranks call this together. Whether what
+    was asked for is there. ValueError for a record that cannot be used."""
     limits = limits or EngineLimits()
     beginning = speech.beginning(record) if speech is not None else []
-    prompt = built(checkpoint, record, think=think, speech=speech)  # before the weights: a bad file shows at once
+    # Before the weights: a bad file shows at once.
+    prompt = built(checkpoint, record, think=think, speech=speech, drawing=drawing)
+    wanted = _with_pictures(wanted, checkpoint, drawing, record, prompt)
+    model = checkpoint.load_model()
     windows = generate_windows(
-        checkpoint.load_model(),
+        model,
         lambda _: prompt,
         range(1),
         pg=checkpoint.pg,
         tokenizer=checkpoint.builder.tokenizer,
         batch_size=batch_size,
         limits=limits,
-        **settings,
+        wanted=wanted,
     )
     ((_, answers),) = windows
     said = _said(answers[0], checkpoint.builder.tokenizer)
@@ -83,20 +93,33 @@ def answer_one(
             answers, {0: beginning}, file=lambda _: sound, batch_size=1, deterministic=limits.deterministic
         )[0]
         text = said["answer"] + "\n"
-    error = said.get("speech", {}).get("error")
+    if drawing is not None:
+        said |= drawn_into(drawing, model, lambda _: record, answers, file=lambda _: picture, batch_size=batch_size)[0]
+    error = said.get("speech", said.get("drawing", {})).get("error")
     if dist.get_rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / ANSWER, text)
-        if "samples" in said or "speech" in said:
+        if said.keys() & {"samples", "speech", "images"}:
             write_text(out / SAMPLES, json.dumps(said, ensure_ascii=False, indent=1) + "\n")
         print(text, end="", file=sys.stderr if sound == STANDARD_OUTPUT else sys.stdout)
+        if note := said.get("drawing", {}).get("note"):
+            print(note, file=sys.stderr)
         if error is not None:
             print(f"error: {error}", file=sys.stderr)
     return error is None
 
 
-def built(checkpoint: Checkpoint, record: Record, *, think: bool | None, speech: AnswerSpeaker | None) -> Sample:
+def built(
+    checkpoint: Checkpoint,
+    record: Record,
+    *,
+    think: bool | None,
+    speech: AnswerSpeaker | None,
+    drawing: AnswerDrawer | None = None,
+) -> Sample:
     """The prompt of ``record``; where the answer is to be heard in a voice, with the beginning of its spoken turn."""
+    if drawing is not None:
+        return drawing.built(record, think=think)
     if speech is None:
         return checkpoint.builder.build_prompt(record, think=think)
     prompt = checkpoint.builder.build_prompt(speech.asked(record), think=think)
@@ -115,9 +138,11 @@ def answer_all(
     think: bool | None = None,
     speech: AnswerSpeaker | None = None,
     sound: str = "",
+    drawing: AnswerDrawer | None = None,
+    picture: str = "",
 ) -> bool:
-    """Answer every record of ``source`` that has no line yet, and speak the answers into the folder ``sound``; whether any
-    record of the file has an answer.
+    """Answer every record of ``source`` that has no line yet, speak the answers into the folder ``sound`` and draw their
+    pictures into the folder ``picture``; whether any record of the file has an answer.
 
     All ranks call this together. ``changes`` are overrides that an answer depends on, ``think`` switches the prompts
     (SampleBuilder.build_prompt). ValueError where ``out`` holds answers to something else.
@@ -133,13 +158,15 @@ def answer_all(
     }
     if speech is not None:
         asked["speech"] = speech.wanted.as_asked() | {"folder": str(Path(sound).absolute())}
+    if drawing is not None:
+        asked["drawing"] = drawing.wanted.as_asked() | {"folder": str(Path(picture).absolute())}
     first = from_rank_0(lambda: _lines_there(out, asked))
     failed: dict[int, tuple[str, str]] = {}
     said: set[str] = set()
 
     def build_prompt(number: int) -> Sample | None:
         try:
-            return built(checkpoint, source[number], think=think, speech=speech)
+            return built(checkpoint, source[number], think=think, speech=speech, drawing=drawing)
         except (RecordError, MediaError) as error:
             failed[number] = error.reason, str(error)
         except (OSError, MemoryError):  # the machine's fault, not the record's
@@ -151,15 +178,19 @@ def answer_all(
             failed[number] = INTERNAL_ERROR, f"{type(error).__name__}: {error}"
         return None
 
+    def wanted_of(number: int, prompt: Sample) -> Wanted:
+        return _with_pictures(wanted, checkpoint, drawing, source[number], prompt)
+
     if first < len(source):
+        model = checkpoint.load_model()
         windows = generate_windows(
-            checkpoint.load_model(),
+            model,
             build_prompt,
             range(first, len(source)),
             batch_size=batch_size,
             pg=checkpoint.pg,
             tokenizer=checkpoint.builder.tokenizer,
-            wanted=wanted,
+            wanted=wanted_of,
             limits=limits,
         )
         for numbers, answers in windows:
@@ -172,15 +203,30 @@ def answer_all(
                     deterministic=limits.deterministic,
                 )  # fmt: skip
                 rows = {n: row | spoken[n] for n, row in rows.items()}
+            if drawing is not None:
+                shown = drawn_into(
+                    drawing, model, source.__getitem__, answers, file=lambda n: str(Path(picture) / f"{n}.png"),
+                    batch_size=batch_size,
+                )  # fmt: skip
+                rows = {n: row | shown[n] for n, row in rows.items()}
             from_rank_0(partial(_append, out, source, numbers, rows, errors))  # a full disk is no reason to wait
     return from_rank_0(lambda: _summary(out / ANSWERS, first)) > 0
+
+
+def _with_pictures(
+    wanted: Wanted, checkpoint: Checkpoint, drawing: AnswerDrawer | None, record: Record, prompt: Sample
+) -> Wanted:
+    """``wanted`` with the pictures of the answer, or without any."""
+    if drawing is None:
+        return replace(wanted, banned_ids=(*wanted.banned_ids, *checkpoint.builder.unwritten))
+    return replace(wanted, block=drawing.asked(record, prompt))
 
 
 def _as_asked(wanted: Wanted) -> dict[str, Any]:
     """The fields that an answer depends on, as JSON has them."""
     flat = asdict(wanted)
     flat |= flat.pop("sampling")
-    del flat["routes"], flat["banned_ids"]  # said beside the answer; nothing that a command asks for
+    del flat["routes"], flat["banned_ids"], flat["block"]  # said beside the answer; nothing that a command asks for
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
 

@@ -19,6 +19,7 @@ from megatron_omni.generation.engine import Engine, EngineLimits
 from megatron_omni.generation.request import (
     GREEDY,
     Alternatives,
+    BlockEvent,
     Event,
     FinishedEvent,
     FinishReason,
@@ -29,6 +30,7 @@ from megatron_omni.generation.request import (
     Wanted,
 )
 from megatron_omni.generation.sampling import derived_seed
+from megatron_omni.parallel.groups import replica
 from megatron_omni.parallel.sharing import PeerFailed
 
 PROMPTS_PER_WINDOW = 8
@@ -42,7 +44,9 @@ class Result:
     name: str
     sample: int
     ids: list[int] = field(default_factory=list)
-    """Its tokens without the one that ended it."""
+    """Its chosen tokens without the one that ended it."""
+    blocks: list[BlockEvent] = field(default_factory=list)
+    """What its pictures are drawn from, in their order."""
     end_id: int | None = None
     """The token that ended it, where one did."""
     logprobs: list[float] = field(default_factory=list)
@@ -64,6 +68,9 @@ class Result:
         """Take over what an event says."""
         if isinstance(event, PromptEvent):
             self.prompt_logprobs = event.logprobs
+            return
+        if isinstance(event, BlockEvent):
+            self.blocks.append(event)
             return
         self.text += event.text
         self.reasoning += event.reasoning
@@ -160,13 +167,15 @@ def generate_windows(
     build_prompt: Callable[[int], Sample | None],
     prompts: range,
     *,
-    wanted: Wanted,
+    wanted: Wanted | Callable[[int, Sample], Wanted],
     tokenizer: Tokenizer,
     pg: ProcessGroupCollection,
     batch_size: int = 32,
     limits: EngineLimits | None = None,
 ) -> Iterator[tuple[range, dict[int, list[Result]]]]:
     """The answers to some prompts at a time, the same on every rank; all ranks call this together.
+
+    ``wanted`` is the same of all prompts, or said of each.
 
     Yields the numbers of a window and by number the samples of its answer. ``build_prompt(n)`` is called once for each n
     of ``prompts``, by the leader of one replica; None leaves the prompt out. A prompt's number names it for the sampler,
@@ -205,7 +214,8 @@ def generate_all(
     return {n: samples[0].ids for _, answers in windows for n, samples in answers.items()}
 
 
-def _request(name: str, prompt: Sample, row: int, wanted: Wanted) -> Request:
+def _request(name: str, prompt: Sample, row: int, wanted: Wanted | Callable[[int, Sample], Wanted]) -> Request:
+    wanted = wanted(row, prompt) if callable(wanted) else wanted
     seed = derived_seed(wanted.sampling.seed, row)
     return Request.of(replace(wanted, sampling=replace(wanted.sampling, seed=seed)), name=name, prompt=prompt)
 
@@ -243,14 +253,14 @@ def shared[K, T](mine: dict[K, T] | None, pg: ProcessGroupCollection, *, over_re
     PeerFailed on all of them where a leader has None: it failed.
     """
     whole = mine
-    if pg.mp.rank() == 0 and over_replicas and pg.dp.size() > 1:
+    if replica(pg).rank() == 0 and over_replicas and pg.dp.size() > 1:
         parts: list[dict[K, T] | None] = [None] * pg.dp.size()
         dist.all_gather_object(parts, mine, group=pg.dp)
         found = [part for part in parts if part is not None]
         whole = {n: value for part in found for n, value in part.items()} if len(found) == len(parts) else None
-    if pg.mp.size() > 1:
+    if replica(pg).size() > 1:
         box = [whole]
-        dist.broadcast_object_list(box, group=pg.mp, group_src=0)
+        dist.broadcast_object_list(box, group=replica(pg), group_src=0)
         whole = box[0]
     if whole is None:
         raise PeerFailed("the leader of a replica failed, and says why")

@@ -21,7 +21,6 @@ an error, ``follow()`` raises PeerFailed on its ranks, and so does the next ``st
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import TracebackType
 
 import torch
@@ -31,20 +30,13 @@ from torch import nn
 
 from megatron_omni.batch import SampleRows
 from megatron_omni.data.tokenizer import Tokenizer
-from megatron_omni.generation.extents import extent_size
-from megatron_omni.generation.fixed_steps import Decoding, check_decoding
+from megatron_omni.generation.blocks import as_bytes
+from megatron_omni.generation.fixed_steps import check_decoding
+from megatron_omni.generation.limits import EngineLimits as EngineLimits
+from megatron_omni.generation.limits import agreed, cache_tokens
+from megatron_omni.generation.orders import FAILED, NOTHING_TO_DO, STEP, STOP, Orders, Scored
 from megatron_omni.generation.prefix import media_digests, prefixes, whole_prompt, whole_tokens
-from megatron_omni.generation.replica import (
-    FAILED,
-    NOTHING_TO_DO,
-    STEP,
-    STOP,
-    Orders,
-    Replica,
-    Scored,
-    media_places,
-    unwrapped,
-)
+from megatron_omni.generation.replica import Replica, media_places, unwrapped
 from megatron_omni.generation.request import (
     EngineState,
     Event,
@@ -57,39 +49,15 @@ from megatron_omni.generation.sampling import INVALID_TOKEN
 from megatron_omni.generation.scheduler import Answer, Prefix, Scheduler, StepPlan
 from megatron_omni.generation.text import Piece, TextStream
 from megatron_omni.generation.told import Told
-from megatron_omni.parallel.groups import drop_buffers
+from megatron_omni.parallel.groups import drop_buffers, replica
 from megatron_omni.parallel.sharing import PeerFailed
-from megatron_omni.platform.device import device, memory_bytes
+from megatron_omni.platform.device import device
 
 IDLE_SECONDS = 5.0
 """Ranks that wait hear from the leader at least so often, as far as it is called."""
-CACHE_SHARE = 0.3
-"""Of the device's memory, for the cache where its size is not given."""
 _IDLE, _BUSY, _FAILED = range(3)
 """What leaders say to each other before a step."""
 NOT_FINITE = "the model's logits are not finite: the checkpoint is damaged or training diverged"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineLimits:
-    """What an engine may take."""
-
-    max_running: int = 32
-    """Answers computed together."""
-    max_batch_tokens: int = 512
-    """Tokens of a step, at least two for each running answer."""
-    cache_tokens: int | None = None
-    """Positions of a replica's cache; None: for ``max_running`` answers of the model's longest sequence, at most
-    :data:`CACHE_SHARE` of the device's memory."""
-    longest: int | None = None
-    """Tokens of the longest request with its answer, where known: the cache then is no larger than that needs."""
-    prefix_cache: bool = False
-    """Keep keys and values of finished answers for prompts that begin alike, while nobody needs the place."""
-    deterministic: bool = False
-    """The bits of an answer do not depend on what is computed beside it (one rank; slow)."""
-    decoding: Decoding = "ragged"
-    """Steps in which all answers decode: a ragged row as any other, ``fixed`` shapes, or ``captured`` in those as CUDA
-    graphs (one rank a replica; fixed_steps.py)."""
 
 
 class Engine:
@@ -108,8 +76,8 @@ class Engine:
         self.limits = limits = limits or EngineLimits()
         check_decoding(limits.decoding, deterministic=limits.deterministic, pg=pg)
         self.tokenizer, self.pg = tokenizer, pg
-        self.leads = pg.mp.rank() == 0
-        tokens = _agreed(_cache_tokens(model, limits, pg), pg)
+        self.leads = replica(pg).rank() == 0
+        tokens = agreed(cache_tokens(model, limits, pg), pg)
         self._scheduler = Scheduler(
             budget_tokens=tokens, max_running=limits.max_running, max_batch_tokens=limits.max_batch_tokens
         )
@@ -159,7 +127,7 @@ class Engine:
         for sample in range(request.n):
             answer = Answer(
                 number=self._next_answer,
-                known=request.prompt.length,
+                known=request.prompt.length + len(request.begins),
                 prefixes=shared,
                 keep=self._keeps(request),
                 whole=whole_tokens(request.prompt),
@@ -204,6 +172,9 @@ class Engine:
             self.last_step = StepFacts(
                 tokens=plan.num_tokens, admitted=self._admitted, encoded=encoded, routing=routing
             )
+            for shown, vision in self._replica.shown():
+                told = self._told[shown.answer]
+                self._events.append(told.block_event(shown.number, as_bytes(shown.hidden), as_bytes(vision)))
             for scored in of_prompts:
                 self._told[scored.answer].of_prompt.append((scored.logprob or 0.0, scored.top))
             for scored in tokens:
@@ -316,6 +287,7 @@ class Engine:
         check_ids((int(ids.min()), int(ids.max())), self._replica.omni.num_input_ids, "prompt")
         check_ids(request.stop_ids, model.vocab_size, "stop_ids")
         check_ids(request.banned_ids, model.vocab_size, "banned_ids")
+        self._check_block(request)
         if len({*request.banned_ids, *request.stop_ids, *self.tokenizer.eos_ids}) >= model.vocab_size:
             raise ValueError(
                 f"banned_ids has {len(request.banned_ids)} tokens and leaves none to choose; leave some out"
@@ -340,6 +312,20 @@ class Engine:
                     f"prompt has {len(places)} placeholders for {given} encoder inputs of {config}, which gives {rows} "
                     "rows for each; build it with the model's own recipe"
                 )
+
+    def _check_block(self, request: Request) -> None:
+        """Of one whose answer may have pictures."""
+        block, model = request.block, self._replica.omni.language.model_config
+        if block is None:
+            return
+        check_ids(block.ids, model.vocab_size, "block.ids")
+        if request.routes:
+            raise ValueError("routes is True and block names a picture's tokens: leave one of them out")
+        places, _ = media_places(request.prompt.modality.numpy())
+        if block.vision is not None and not 0 <= block.vision[0] < block.vision[1] <= len(places):
+            raise ValueError(
+                f"block.vision is {block.vision}; the prompt has {len(places)} rows of pictures: name some of them"
+            )
 
     def _check_whole(self, request: Request) -> None:
         """Of a prompt that begins with tokens that see each other."""
@@ -369,13 +355,19 @@ class Engine:
 
     def _keeps(self, request: Request) -> bool:
         """Whether keys and values of a request may be those of another one."""
-        return self.limits.prefix_cache and request.reuse_prefix and not whole_tokens(request.prompt)
+        rows_wanted = (
+            request.block is not None and request.block.vision is not None
+        )  # they are computed, whatever is cached
+        return (
+            self.limits.prefix_cache and request.reuse_prefix and not whole_tokens(request.prompt) and not rows_wanted
+        )
 
     # ------------------------------------------------------------------------------------------------ steps and events
 
     def _order(self, op: int, plan: StepPlan) -> tuple[list[Scored], list[Scored]]:
         """Have the replica carry out ``plan``, with word of who is new and who has gone."""
-        new = [told for told in map(self._told.__getitem__, plan.admitted) if not told.joined]
+        numbers = dict.fromkeys((*plan.admitted, *(n for chunk in plan.chunks for n in chunk.choosing)))
+        new = [told for told in map(self._told.__getitem__, numbers) if not told.joined]
         for told in new:
             told.joined, told.cached = True, told.answer.cached
             self._cached_tokens += told.cached
@@ -392,7 +384,7 @@ class Engine:
         )
         self._answers_gone, self._requests_gone = [], []
         self._last_word, self._released = time.monotonic(), False
-        self.broken = self.pg.mp.size() > 1 or self.pg.ep.size() > 1
+        self.broken = replica(self.pg).size() > 1 or self.pg.ep.size() > 1
         results = self._replica.lead(orders, list(sent.values()))
         self.broken = False
         return results
@@ -422,24 +414,33 @@ class Engine:
         """One more token of an answer, and whatever follows from it."""
         told = self._told[scored.answer]
         request = told.request
-        if not told.ids and told.sample == 0 and request.prompt_logprobs is not None:
+        if not told.chosen and told.sample == 0 and request.prompt_logprobs is not None:
             self._events.append(told.prompt_event())
         if scored.token == INVALID_TOKEN:
             self._finish(scored.answer, "error", message=NOT_FINITE)
             return
-        told.ids.append(scored.token)
         self._generated_tokens += 1
-        is_end = scored.token in request.stop_ids or (scored.token in self.tokenizer.eos_ids and not request.ignore_eos)
-        piece = Piece() if is_end or told.stream is None else told.stream.add(scored.token)
-        self._events.append(told.token_event(scored, piece, is_end=is_end))
+        if told.chosen == request.max_new_tokens:  # a block stood in the place of the end: so much was to follow
+            self._finish(scored.answer, "length")
+            return
+        told.chosen += 1
+        made = scored.made or (scored.token,)
+        told.ids += made
+        is_end = made == (scored.token,) and (
+            scored.token in request.stop_ids or (scored.token in self.tokenizer.eos_ids and not request.ignore_eos)
+        )
+        if made[0] == scored.token:  # else a block stands in the place of an end
+            piece = Piece() if is_end or told.stream is None else told.stream.add(scored.token)
+            self._events.append(told.token_event(scored, piece, is_end=is_end))
+            if piece.stop is not None:
+                self._finish(scored.answer, "stop", stop=piece.stop)
+                return
         if is_end:
             self._finish(scored.answer, "stop", stop=scored.token)
-        elif piece.stop is not None:
-            self._finish(scored.answer, "stop", stop=piece.stop)
-        elif len(told.ids) == request.max_new_tokens:
+        elif told.chosen == request.max_new_tokens and len(made) == 1:
             self._finish(scored.answer, "length")
         else:
-            self._scheduler.add_token(scored.answer)
+            self._scheduler.add_tokens(scored.answer, len(made))
 
     def _finish(
         self, number: int, reason: FinishReason, *, stop: int | str | None = None, message: str | None = None
@@ -447,8 +448,7 @@ class Engine:
         told = self._told.pop(number)
         request, routes = told.request, None
         if request.routes and reason in ("stop", "length"):
-            assert told.answer.extent is not None
-            routes = self._replica.cache.routes(told.answer.extent, told.answer.computed).numpy()
+            routes = self._replica.cache.routes(*self._scheduler.place(number)).numpy()
         self._scheduler.finish(number, told.all_prefixes(), spoilt=reason in ("error", "cancelled"))
         if told.joined:
             self._answers_gone.append(number)
@@ -458,25 +458,3 @@ class Engine:
             if self._unsent.pop(told.number, None) is None:
                 self._requests_gone.append(told.number)
         self._events.append(told.finished_event(reason, stop=stop, message=message, routes=routes))
-
-
-def _cache_tokens(model: nn.Module, limits: EngineLimits, pg: ProcessGroupCollection) -> int:
-    """Positions of the cache of a replica."""
-    if limits.cache_tokens is not None:
-        return limits.cache_tokens
-    language = unwrapped(model).language
-    config = language.model_config
-    whole = limits.max_running * extent_size(limits.longest or config.max_position_embeddings)
-    heads = max(1, language.config.num_query_groups // pg.tp.size())
-    layers = config.num_layers // pg.pp.size()
-    bytes_each = 2 * layers * heads * config.kv_channels * next(language.parameters()).element_size()
-    return min(whole, int(CACHE_SHARE * memory_bytes() / bytes_each))
-
-
-def _agreed(number: int, pg: ProcessGroupCollection) -> int:
-    """The leader's number on all ranks of a replica."""
-    if pg.mp.size() == 1:
-        return number
-    box = torch.tensor([number], dtype=torch.int64, device=device())
-    dist.broadcast(box, group=pg.mp, group_src=0)
-    return int(box)

@@ -31,6 +31,7 @@ from megatron_omni.models.attention import kv_cache
 from megatron_omni.models.language import LanguageModel
 from megatron_omni.models.moe.context import TokenContext
 from megatron_omni.models.moe.routes import RouteRecord
+from megatron_omni.parallel.groups import replica
 from megatron_omni.platform.device import accelerator_present, device
 from megatron_omni.platform.graphs import recorded
 from megatron_omni.segments import AttentionSegments
@@ -44,17 +45,17 @@ Decoding = Literal["ragged", "fixed", "captured"]
 
 def check_decoding(decoding: Decoding, *, deterministic: bool, pg: ProcessGroupCollection) -> None:
     """ValueError where the steps of an engine cannot be computed so."""
-    if deterministic and pg.mp.size() * pg.ep.size() > 1:
+    if deterministic and replica(pg).size() * pg.ep.size() > 1:
         raise ValueError(
-            f"deterministic is True on tensor x pipeline = {pg.mp.size()} and expert = {pg.ep.size()} parallel ranks; "
-            "it needs replicas of one rank: set these sizes to 1, or deterministic to False"
+            f"deterministic is True on tensor x context x pipeline = {replica(pg).size()} and expert = {pg.ep.size()} parallel "
+            "ranks; it needs replicas of one rank: set these sizes to 1, or deterministic to False"
         )
     if decoding == "ragged":
         return
-    if deterministic or pg.mp.size() * pg.ep.size() > 1:
+    if deterministic or replica(pg).size() * pg.ep.size() > 1:
         raise ValueError(
-            f"decoding is {decoding!r} with deterministic = {deterministic}, tensor x pipeline = {pg.mp.size()} and expert = "
-            f"{pg.ep.size()} parallel ranks; it needs replicas of one rank that are not deterministic: set it to 'ragged'"
+            f"decoding is {decoding!r} with deterministic = {deterministic}, tensor x context x pipeline = {replica(pg).size()} "
+            f"and expert = {pg.ep.size()} parallel ranks; it needs replicas of one rank, not deterministic: set it to 'ragged'"
         )
     if decoding == "captured" and not accelerator_present():
         raise ValueError("decoding is 'captured', which needs a CUDA device; set it to 'fixed' or 'ragged'")

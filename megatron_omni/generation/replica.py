@@ -12,9 +12,9 @@ Shapes: T tokens of a step, R rows of logits, V vocabulary, H hidden size.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -23,19 +23,20 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from megatron_omni.batch import Modality, SampleRows
+from megatron_omni.generation.blocks import BlockRows, Blocks, Shown, parts_of
 from megatron_omni.generation.cache import KVCache, in_step_order
-from megatron_omni.generation.extents import Extent
 from megatron_omni.generation.fixed_steps import Decoding, FixedSteps
-from megatron_omni.generation.request import Alternatives, Request, Sampling
+from megatron_omni.generation.orders import FAILED, NOTHING_TO_DO, STEP, STOP, Orders, Scored
+from megatron_omni.generation.request import Request, Sampling
 from megatron_omni.generation.sampling import Choice, History, choose, derived_seed, token_log_probabilities
-from megatron_omni.generation.scheduler import Chunk, Copy
+from megatron_omni.generation.scheduler import Chunk
 from megatron_omni.models.attention import kv_cache
-from megatron_omni.models.encoders.weights import is_trainable
+from megatron_omni.models.encoders.weights import INPUTS_AT_ONCE, frozen_part
 from megatron_omni.models.moe.balance import layer_use, moe_layer_numbers, reduce_stats
 from megatron_omni.models.moe.context import RoutingStats, TokenContext
 from megatron_omni.models.moe.routes import RouteRecord
 from megatron_omni.models.omni import OmniModel
-from megatron_omni.parallel.groups import place_in
+from megatron_omni.parallel.groups import place_in, replica
 from megatron_omni.parallel.sharing import PeerFailed
 from megatron_omni.platform.device import Stopwatch, device
 from megatron_omni.segments import AttentionSegments
@@ -43,80 +44,12 @@ from megatron_omni.segments import AttentionSegments
 ROWS = 4
 """Rows of matrix products are a multiple of it: with two or three, some CPUs take another kernel, with other roundings,
 and no less time. With one row they do, too, in much less time: so one row alone stays one, unless bits must be alike."""
-MEDIA_AT_ONCE = 32
-"""Tiles or chunks of sound that an encoder computes together."""
+ENCODERS = ("vision", "audio")
 _FIRST_MESSAGE = 512
 """Integers of the first message of an order; what does not fit follows in a second one."""
 
 ROUTING_STEPS = 64
 """Every so many steps counts what its tokens' routing was; more often it would cost time."""
-
-NOTHING_TO_DO, STEP, STOP, FAILED = range(4)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Orders:
-    """What the leader has its replica do."""
-
-    op: int
-    chunks: tuple[Chunk, ...] = ()
-    copies: tuple[Copy, ...] = ()
-    requests: tuple[int, ...] = ()
-    """Numbers of the requests that are new; they follow as objects."""
-    joined: tuple[tuple[int, int, int], ...] = ()
-    """(answer, request, sample) of the answers that are new."""
-    answers_gone: tuple[int, ...] = ()
-    requests_gone: tuple[int, ...] = ()
-
-    def numbers(self) -> list[int]:
-        """All of it as integers; :meth:`from_numbers` reads them."""
-        lists = [
-            [
-                v
-                for c in self.chunks
-                for v in (c.answer, c.start, c.length, c.extent.offset, c.extent.size, c.ends, c.whole)
-            ],
-            [v for c in self.copies for v in (c.source, c.target, c.length)],
-            self.requests,
-            [v for joined in self.joined for v in joined],
-            self.answers_gone,
-            self.requests_gone,
-        ]
-        return [self.op, *map(len, lists), *(v for values in lists for v in values)]
-
-    @classmethod
-    def from_numbers(cls, numbers: Sequence[int]) -> "Orders":
-        """The orders that gave these :meth:`numbers`."""
-        op, *sizes = numbers[:7]
-        lists, place = [], 7
-        for size in sizes:
-            lists.append(numbers[place : place + size])
-            place += size
-        chunks, copies, requests, joined, answers_gone, requests_gone = lists
-        return cls(
-            op=op,
-            chunks=tuple(Chunk(a, s, n, Extent(o, z), bool(e), w) for a, s, n, o, z, e, w in _in_rows(chunks, 7)),
-            copies=tuple(Copy(*row) for row in _in_rows(copies, 3)),
-            requests=tuple(requests),
-            joined=tuple((a, r, s) for a, r, s in _in_rows(joined, 3)),
-            answers_gone=tuple(answers_gone),
-            requests_gone=tuple(requests_gone),
-        )
-
-
-def _in_rows(values: Sequence[int], width: int) -> Iterator[Sequence[int]]:
-    return (values[i : i + width] for i in range(0, len(values), width))
-
-
-class Scored(NamedTuple):
-    """A token that was chosen, or one of a prompt, with its log-probability where that was asked for."""
-
-    answer: int
-    token: int
-    logprob: float | None = None
-    top: Alternatives = ()
-    near_edge: bool = False
-    """Of a chosen one with a log-probability (sampling.py)."""
 
 
 class Prompt:
@@ -131,6 +64,8 @@ class Prompt:
         self.inputs = (sample.tiles, sample.chunks) if encodes else (None, None)
         self.rows: list[Tensor | None] = [None, None]
         """[n, H] for the placeholders of pictures and of sound, from the first that is computed to the last."""
+        self.vision: Tensor | None = None
+        """[n, H] of ``Block.vision``, once they have been computed."""
 
 
 def media_places(modality: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -147,7 +82,13 @@ class _Answer:
     sampling: Sampling
     """The request's, with this sample's seed."""
     history: History | None
+    blocks: Blocks | None = None
     made: list[int] = field(default_factory=list)
+
+    @property
+    def begins_at(self) -> int:
+        """Tokens before it."""
+        return self.prompt.length
 
 
 class Replica:
@@ -174,6 +115,8 @@ class Replica:
             self._fixed = FixedSteps(self.omni.language, self.cache, facts=facts, captured=decoding == "captured")
         self._prompts: dict[int, Prompt] = {}
         self._answers: dict[int, _Answer] = {}
+        self._block_rows = BlockRows(pg)
+        self._shown: list[Shown] = []
         self._steps = 0
         self._encoded: list[tuple[Literal["image", "audio"], Stopwatch]] = []
         self._routing: tuple[tuple[float, float], ...] = ()
@@ -185,22 +128,26 @@ class Replica:
         routing, self._routing = self._routing, ()
         return tuple((kind, seconds) for kind, seconds in done if seconds is not None), routing
 
+    def shown(self) -> list[tuple[Shown, Tensor | None]]:
+        """The blocks that the last step finished, each with the rows of ``Block.vision``; on the leader."""
+        return [(shown, self._answers[shown.answer].prompt.vision) for shown in self._shown]
+
     # ------------------------------------------------------------------------------------------------------- messages
 
     def lead(self, orders: Orders, requests: Sequence[Request] = ()) -> tuple[list[Scored], list[Scored]]:
         """Have all ranks carry out ``orders``; the chosen tokens and what was wanted of prompts' tokens, in the order of
         :func:`in_step_order`."""
-        if self.pg.mp.size() > 1:
+        if replica(self.pg).size() > 1:
             numbers = orders.numbers()
             message = torch.zeros(_FIRST_MESSAGE, dtype=torch.int64)
             message[0] = len(numbers)
             first = numbers[: _FIRST_MESSAGE - 1]
             message[1 : 1 + len(first)] = torch.tensor(first)
-            dist.broadcast(message.to(device()), group=self.pg.mp, group_src=0)
+            dist.broadcast(message.to(device()), group=replica(self.pg), group_src=0)
             if len(numbers) > len(first):
-                dist.broadcast(torch.tensor(numbers[len(first) :]).to(device()), group=self.pg.mp, group_src=0)
+                dist.broadcast(torch.tensor(numbers[len(first) :]).to(device()), group=replica(self.pg), group_src=0)
             if requests:
-                dist.broadcast_object_list(list(requests), group=self.pg.mp, group_src=0, device=device())
+                dist.broadcast_object_list(list(requests), group=replica(self.pg), group_src=0, device=device())
         return self._carry_out(orders, requests)
 
     def follow(self, moved: Callable[[], None] = lambda: None) -> None:
@@ -209,25 +156,27 @@ class Replica:
         orders = Orders(op=NOTHING_TO_DO)
         while orders.op != STOP:
             message = torch.zeros(_FIRST_MESSAGE, dtype=torch.int64, device=device())
-            dist.broadcast(message, group=self.pg.mp, group_src=0)
+            dist.broadcast(message, group=replica(self.pg), group_src=0)
             length, *numbers = message.tolist()
             if length > len(numbers):
                 rest = torch.zeros(length - len(numbers), dtype=torch.int64, device=device())
-                dist.broadcast(rest, group=self.pg.mp, group_src=0)
+                dist.broadcast(rest, group=replica(self.pg), group_src=0)
                 numbers += rest.tolist()
             orders = Orders.from_numbers(numbers[:length])
             if orders.op == FAILED:
                 raise PeerFailed("the leader of the engine failed")
             requests: list[Request | None] = [None] * len(orders.requests)
             if requests:
-                dist.broadcast_object_list(requests, group=self.pg.mp, group_src=0, device=device())
+                dist.broadcast_object_list(requests, group=replica(self.pg), group_src=0, device=device())
             self._carry_out(orders, cast(list[Request], requests))
             moved()
 
     @torch.inference_mode()
     def _carry_out(self, orders: Orders, requests: Sequence[Request]) -> tuple[list[Scored], list[Scored]]:
+        self._shown = []
         for answer in orders.answers_gone:
             del self._answers[answer]
+            self._block_rows.forget(answer)
         for number in orders.requests_gone:
             del self._prompts[number]
         for number, request in zip(orders.requests, requests, strict=True):
@@ -246,7 +195,8 @@ class Replica:
         if sampling.penalised and self.place.is_last_stage:
             vocabulary = self.omni.language.model_config.vocab_size
             history = History(prompt.request.prompt.input_ids, vocabulary, device())
-        return _Answer(prompt, sampling, history)
+        blocks = None if prompt.request.block is None else Blocks.of(prompt.request.block)
+        return _Answer(prompt, sampling, history, blocks, [*prompt.request.begins])
 
     # --------------------------------------------------------------------------------------------------------- a step
 
@@ -258,31 +208,44 @@ class Replica:
         moe = self.omni.language.model_config.moe
         stats = RoutingStats() if moe is not None and self._steps % ROUTING_STEPS == 0 else None
         self._steps += 1
-        if self._fixed is not None and stats is None and all(map(self._decodes, chunks)):
+        parts = parts_of(chunks, self._answers)
+        if self._fixed is not None and stats is None and not parts and all(map(self._decodes, chunks)):
             logits: Tensor | None
             logits, routes = self._fixed.step(numbers, chunks, routes=record is not None)
         else:
             ctx = facts(count, numbers.shape[1], stats=stats, record=record)
-            logits = self._forward(chunks, numbers, rows, ctx)
+            logits, read = self._forward(chunks, numbers, rows, ctx, [i for part in parts for i in part.places])
+            width = self.omni.language.config.hidden_size
+            self._shown = self._block_rows.take(parts, read, self._answers, hidden_size=width)
             routes = None if record is None else record.whole(self.omni.language.model_config, self.pg)
-        chosen = [chunk.answer for chunk in chunks if chunk.ends]
+        # Who computed a prompt for others comes last: they may end with its keys, and routes, still in their place.
+        chosen = [(answer, row) for row, c in enumerate(c for c in chunks if c.ends) for answer in reversed(c.choosing)]
         results = self._results(logits, chosen, scored)
         if stats is not None and moe is not None:
             layers = moe_layer_numbers(self.omni.language.model_config.num_layers)
-            total = reduce_stats(
-                stats, layers=layers, moe=moe, tp_group=self.pg.tp, pp_group=self.pg.pp, device=device()
-            )
+            total = reduce_stats(stats, layers=layers, moe=moe, group=self.pg.tp, pp_group=self.pg.pp, device=device())
             self._routing = tuple(layer_use(total, layers=layers, moe=moe))
         tokens: list[Scored] = []
-        for answer, row in zip(chosen, results):
-            tokens.append(_scored(answer, row))
-            here = self._answers[answer]
-            here.made.append(tokens[-1].token)
-            if here.history is not None and tokens[-1].token >= 0:
-                here.history.add(tokens[-1].token)
-        if routes is not None and self.pg.mp.rank() == 0:  # the leader tells them
+        for (answer, _), result in zip(chosen, results):
+            tokens.append(self._chosen(_scored(answer, result)))
+        if routes is not None and replica(self.pg).rank() == 0:  # the leader tells them
             self.cache.keep_routes(torch.from_numpy(numbers[4, :count]).to(device()), routes[:count])
         return tokens, [_scored(answer, row) for (answer, _), row in zip(scored, results[len(chosen) :])]
+
+    def _chosen(self, scored: Scored) -> Scored:
+        """A token that was chosen, with what it adds to its answer."""
+        here = self._answers[scored.answer]
+        made: tuple[int, ...] = (scored.token,)
+        if here.blocks is not None and scored.token >= 0:
+            request = here.prompt.request
+            ends = scored.token in request.stop_ids or (scored.token in self._eos_ids and not request.ignore_eos)
+            made = here.blocks.after(scored.token, at=len(here.made), is_end=ends, most=request.max_new_tokens)
+            scored = scored._replace(made=made)
+        here.made.extend(made)
+        if here.history is not None and scored.token >= 0:
+            for token in made:
+                here.history.add(token)
+        return scored
 
     def _decodes(self, chunk: Chunk) -> bool:
         """Whether a chunk is the newest token of an answer."""
@@ -329,9 +292,15 @@ class Replica:
         return -(-max(count, 1) // multiple) * multiple
 
     def _forward(
-        self, chunks: Sequence[Chunk], numbers: np.ndarray, rows: list[int], ctx: TokenContext
-    ) -> Tensor | None:
-        """This stage's part: logits [R, V] float32 of ``rows``, None before the last stage."""
+        self,
+        chunks: Sequence[Chunk],
+        numbers: np.ndarray,
+        rows: list[int],
+        ctx: TokenContext,
+        hidden_places: Sequence[int] = (),
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """This stage's part: logits [R, V] float32 of ``rows`` and hidden states [n, H] at ``hidden_places``, where there are
+        any; None before the last stage."""
         language, place = self.omni.language, self.place
         count, length = sum(chunk.length for chunk in chunks), numbers.shape[1]
         on_device = torch.from_numpy(numbers).to(device(), non_blocking=True)
@@ -356,20 +325,23 @@ class Replica:
                 ctx=ctx,
                 decoder_input=hidden,
                 logits_positions=torch.tensor([wanted], device=device()),
+                hidden_places=torch.tensor(hidden_places, device=device()) if hidden_places else None,
             )
         if place.is_last_stage:
-            return output[0, : len(rows)].float()
+            logits, read = output if hidden_places else (output, None)
+            return logits[0, : len(rows)].float(), read
         dist.send(output.contiguous(), group=self.pg.pp, group_dst=place.pp_rank + 1)
-        return None
+        return None, None
 
     def _results(
-        self, logits: Tensor | None, chosen: Sequence[int], scored: Sequence[tuple[int, int]]
+        self, logits: Tensor | None, chosen: Sequence[tuple[int, int]], scored: Sequence[tuple[int, int]]
     ) -> list[list[float]]:
-        """Of every row of logits the token, its log-probability, whether it was drawn near an edge, and the most likely ids and
-        their log-probabilities, on every rank."""
+        """Of every answer that chooses from a row of ``logits`` (``chosen``), and of the rows behind those, the token, its
+        log-probability, whether it was drawn near an edge, and the most likely ids and their log-probabilities, on every
+        rank."""
         if not chosen and not scored:
             return []
-        asked = [self._answers[a].prompt.request.logprobs for a in chosen]
+        asked = [self._answers[a].prompt.request.logprobs for a, _ in chosen]
         asked += [self._answers[a].prompt.request.prompt_logprobs for a, _ in scored]
         top = max((n for n in asked if n is not None), default=None)
         width = 1 if top is None else 3 + 2 * top
@@ -378,8 +350,11 @@ class Replica:
         else:
             tokens = torch.tensor([i for _, i in scored], dtype=torch.int64, device=device())
             near_edge = torch.zeros(len(asked), dtype=torch.bool, device=device())
+            if len(asked) > len(logits):  # some answers choose from one row
+                rows = [row for _, row in chosen]
+                logits = logits[[*rows, *range(len(logits) - len(scored), len(logits))]]
             if chosen:
-                choices, near = [self._choice(a) for a in chosen], near_edge[: len(chosen)]
+                choices, near = [self._choice(a) for a, _ in chosen], near_edge[: len(chosen)]
                 picked = choose(logits[: len(chosen)], choices, near_edge=None if top is None else near)
                 tokens = torch.cat([picked, tokens])
             results = tokens.double().unsqueeze(1)
@@ -389,8 +364,8 @@ class Replica:
                 results = torch.cat([results, facts, ids.double(), values.double()], dim=1)
         if self.place.pp_size > 1:
             dist.broadcast(results, group=self.pg.pp, group_src=self.place.pp_size - 1)
-        if self.place.tp_size > 1:
-            dist.broadcast(results, group=self.pg.tp, group_src=0)
+        if self.pg.tp_cp.size() > 1:
+            dist.broadcast(results, group=self.pg.tp_cp, group_src=0)
         return [
             row if n is not None else row[:1]
             for n, row in zip(asked, results.tolist())  # the one wait for the device
@@ -399,7 +374,7 @@ class Replica:
     def _choice(self, number: int) -> Choice:
         answer = self._answers[number]
         request = answer.prompt.request
-        forbidden = request.banned_ids
+        forbidden = request.banned_ids if answer.blocks is None else (*request.banned_ids, *answer.blocks.forbidden())
         if len(answer.made) < request.min_new_tokens:
             forbidden = (*forbidden, *request.stop_ids, *(() if request.ignore_eos else self._eos_ids))
         return Choice(sampling=answer.sampling, step=len(answer.made), history=answer.history, forbidden=forbidden)
@@ -431,20 +406,40 @@ class Replica:
                 prompt.rows[kind] = None
 
     def _encode(self, prompts: Sequence[Prompt], kind: int) -> None:
-        """Rows of the pictures (kind 0) or sound (1) of several prompts, computed together."""
+        """Rows of the pictures (kind 0) or sound (1) of several prompts, computed together; alone where they are kept, so
+        that a run which goes on without them makes the same bits."""
         encoder = (self.omni.vision, self.omni.audio)[kind]
+        prompts = [prompt for prompt in prompts if not self._recalled(prompt, kind)]
         alone = [[prompt] for prompt in prompts]
-        for group in alone if self._deterministic else [list(prompts)] if prompts else []:
+        together = [prompts] if prompts else []
+        for group in alone if self._deterministic or self._kept is not None else together:
             inputs = torch.cat([cast(Tensor, prompt.inputs[kind]) for prompt in group])
             assert encoder is not None
-            watch = Stopwatch()
-            rows = torch.cat([encoder(part.to(device())).flatten(0, 1) for part in inputs.split(MEDIA_AT_ONCE)])
+            part = None if self._kept is None else frozen_part(encoder)
+            watch, features, rows = Stopwatch(), list[Tensor](), list[Tensor]()
+            for some in inputs.split(INPUTS_AT_ONCE):
+                if part == "features":
+                    features.append(encoder.features(some.to(device())))
+                made = encoder.project(features[-1]) if features else encoder(some.to(device()))
+                rows.append(made.flatten(0, 1))
             watch.stop()
             self._encoded.append(("audio" if kind else "image", watch))
-            for prompt, own in zip(group, rows.split([len(prompt.places[kind]) for prompt in group])):
+            for prompt, own in zip(group, torch.cat(rows).split([len(prompt.places[kind]) for prompt in group])):
                 prompt.rows[kind] = own
-                if self._kept is not None and not is_trainable(encoder):
-                    self._kept.setdefault(prompt.request.name, {})["audio" if kind else "vision"] = own
+                if kind == 0 and prompt.request.block is not None and prompt.request.block.vision is not None:
+                    prompt.vision = own[slice(*prompt.request.block.vision)].float().cpu()
+                if self._kept is not None and part is not None:  # then it is alone
+                    kept = self._kept.setdefault(prompt.request.name, {})
+                    kept[ENCODERS[kind]] = torch.cat(features) if features else own
+
+    def _recalled(self, prompt: Prompt, kind: int) -> bool:
+        """Whether a prompt that is computed again has its rows from what was kept of it."""
+        encoder = (self.omni.vision, self.omni.audio)[kind]
+        known = None if self._kept is None else self._kept.get(prompt.request.name, {}).get(ENCODERS[kind])
+        if known is None or encoder is None:
+            return False
+        prompt.rows[kind] = known if frozen_part(encoder) == "rows" else encoder.project(known).flatten(0, 1)
+        return True
 
 
 def facts(

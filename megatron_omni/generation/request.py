@@ -3,7 +3,7 @@
     engine.submit(Request(name="a", prompt=sample, max_new_tokens=64, sampling=Sampling(temperature=1.0, seed=7)))
     while engine.busy:
         for event in engine.step():
-            ...                                # TokenEvent, PromptEvent and, last for every sample, FinishedEvent
+            ...                                # TokenEvent, PromptEvent, BlockEvent and, last for every sample, FinishedEvent
 
 A request is ``n`` samples of one prompt; an event names its request and its sample. What a sample says depends on the
 prompt, the settings and its own seed: not on what else the engine computes beside it.
@@ -12,7 +12,7 @@ prompt, the settings and its own seed: not on what else the engine computes besi
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from math import isfinite
-from typing import TYPE_CHECKING, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Self
 
 if TYPE_CHECKING:
     import numpy
@@ -25,6 +25,8 @@ LEAST_LOGPROB = -9999.0
 """Where they are written as JSON, which has no infinity."""
 MAX_SAMPLES = 64
 """Samples of one prompt."""
+MAX_BLOCKS = 16
+"""Pictures of one answer."""
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 256
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -88,6 +90,27 @@ GREEDY = Sampling()
 
 
 @dataclass(frozen=True, kw_only=True)
+class Block:
+    """Tokens that stand for a picture in an answer: the hidden states of the last layer at their places are what it is drawn
+    from. Once the answer has the first, the others follow without a choice; they count as none of ``max_new_tokens``."""
+
+    ids: tuple[int, ...]
+    """All of them, in order. None but the first is ever chosen."""
+    where: Literal["first", "end", "chosen"] = "chosen"
+    """``first``: the answer begins with one. ``end``: one stands in the place of its end where it has none by then. ``chosen``:
+    as the model decides."""
+    most: int = 1
+    """Of an answer; from then on no further one can be chosen."""
+    vision: tuple[int, int] | None = None
+    """First and last + 1 of the vision encoder's rows of the prompt that are told beside the hidden states."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.ids) >= 1 and len({self.ids[0], *self.ids[1:]}) > 1 and self.ids[0] not in self.ids[1:], "block.ids",
+                 self.ids, "at least two tokens, the first of which stands nowhere else")  # fmt: skip
+        _require(_whole(self.most) and 1 <= self.most <= MAX_BLOCKS, "block.most", self.most, f"from 1 to {MAX_BLOCKS}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Wanted:
     """What is wanted of a prompt. ValueError names the field that cannot be."""
 
@@ -122,6 +145,8 @@ class Wanted:
     """Only prompts of the same salt share: how fast an answer comes tells nothing of what others asked."""
     routes: bool = False
     """Which experts its tokens took is told with the end of each sample. Such a prompt is computed, whatever is cached."""
+    block: Block | None = None
+    """The answer may have pictures, each told in a :class:`BlockEvent`."""
 
     def __post_init__(self) -> None:
         _require(_whole(self.max_new_tokens) and self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens,
@@ -167,18 +192,23 @@ class Request(Wanted):
         return cls(name=name, prompt=prompt, **{field.name: getattr(wanted, field.name) for field in fields(Wanted)})
 
     @property
+    def begins(self) -> tuple[int, ...]:
+        """Tokens that every answer begins with: a block's, or none."""
+        return self.block.ids if self.block is not None and self.block.where == "first" else ()
+
+    @property
     def num_tokens(self) -> int:
-        """Positions that one sample may take: prompt and longest answer."""
-        return self.prompt.length + self.max_new_tokens
+        """Positions that one sample may take: prompt and longest answer, blocks of pictures included."""
+        blocks = 0 if self.block is None else self.block.most * len(self.block.ids)
+        return self.prompt.length + self.max_new_tokens + blocks
 
 
 Alternatives = tuple[tuple[int, float], ...]
 """(token id, log-probability) of the most likely tokens, falling."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenEvent:
-    """One more token of a sample."""
+class TokenEvent(NamedTuple):
+    """One more token of a sample. A tuple: there are as many as tokens, and it is made in a tenth of a dataclass's time."""
 
     name: str
     sample: int
@@ -209,6 +239,20 @@ class PromptEvent:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BlockEvent:
+    """What a picture of a sample is drawn from, once its block has been computed."""
+
+    name: str
+    sample: int
+    number: int
+    """Of the picture in the sample."""
+    hidden: bytes
+    """[T, H] float32, little end first, in the order of the block's tokens."""
+    vision: bytes = b""
+    """[n, H] float32 of the rows that ``Block.vision`` names."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
     """What a sample took, in tokens."""
 
@@ -216,7 +260,7 @@ class Usage:
     cached: int
     """Tokens of the prompt whose keys and values were there already."""
     completion: int
-    """Chosen tokens, an end token included."""
+    """Chosen tokens, an end token included, and no tokens of a block but a chosen first one."""
     reasoning: int = 0
     """Those of the completion that are thought."""
 
@@ -241,7 +285,7 @@ class FinishedEvent:
     (models/moe/routes.py); None unless asked for."""
 
 
-Event = TokenEvent | PromptEvent | FinishedEvent
+Event = TokenEvent | PromptEvent | BlockEvent | FinishedEvent
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

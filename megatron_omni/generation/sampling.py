@@ -94,8 +94,8 @@ class Choice:
 def choose(logits: Tensor, choices: Sequence[Choice], *, near_edge: Tensor | None = None) -> Tensor:
     """[R] int64: the token of each row of ``logits`` [R, V] float32; INVALID_TOKEN where they are not finite.
 
-    ``near_edge`` [R] bool is set where a draw fell within :data:`EDGE` of a token's end of the cumulative sum: another order
-    of the same sums may choose the neighbour.
+    ``near_edge`` [R] bool is set where a draw that is moved by :data:`EDGE`, up or down, is of another token: rounding may
+    choose that one.
     """
     assert len(logits) == len(choices), "one choice for each row of logits"
     finite = logits.sum(-1).isfinite()  # one that is not makes the sum so
@@ -170,7 +170,7 @@ def _crossed(digits: Tensor, width: int, weights: Tensor, goal: Tensor) -> tuple
 
 
 def _drawn(logits: Tensor, choices: Sequence[Choice], *, tell: bool) -> tuple[Tensor, Tensor]:
-    """[R] tokens of rows with a temperature, and with ``tell`` whether each was drawn near an edge."""
+    """[R] tokens of rows with a temperature, and with ``tell`` whether each was drawn near an edge (else False)."""
 
     def column(values: list[Any], dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=logits.device).unsqueeze(-1)
@@ -191,14 +191,13 @@ def _drawn(logits: Tensor, choices: Sequence[Choice], *, tell: bool) -> tuple[Te
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     point = total * column([uniform_draw(choice.sampling.seed, choice.step) for choice in choices])
+    if tell:
+        apart = EDGE * total
+        point = torch.cat([point, point - apart, point + apart], -1).clamp_min_(0.0)
     point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
     # right=True: the first token whose cumulative sum exceeds the point, hence one of positive probability.
-    token = torch.searchsorted(cumulative, point, right=True).clamp_(max=logits.shape[-1] - 1)
-    if not tell:
-        return token.squeeze(-1), token.new_zeros(len(token), dtype=torch.bool)
-    above = cumulative.gather(-1, token) - point
-    below = point - torch.where(token > 0, cumulative.gather(-1, (token - 1).clamp_min(0)), -torch.inf)
-    return token.squeeze(-1), (torch.minimum(above, below) < EDGE * total).squeeze(-1)
+    tokens = torch.searchsorted(cumulative, point, right=True).clamp_(max=logits.shape[-1] - 1)
+    return tokens[:, 0], (tokens != tokens[:, :1]).any(1)
 
 
 def next_token_probabilities(logits: Tensor, choice: Choice) -> Tensor:

@@ -16,8 +16,10 @@ one thing: a :class:`Chunk`.
   such answer finds room for it in every step, since :meth:`Scheduler.largest_whole` is left beside what decodes.
 * A prompt that begins like an earlier one copies its keys and values. A :class:`Prefix` is named by its tokens, their
   positions and media (prefix.py), so that equal names mean equal keys and values.
+* Of a group, the answers to one prompt, one computes the prompt. Its last logits choose the first token of all that wait
+  with nothing said, place or not; they begin with a copy of the whole prompt and that token.
 
-Whoever uses this keeps the order ``plan -> (compute) -> advance -> add_token | finish``; copies of a plan are made in
+Whoever uses this keeps the order ``plan -> (compute) -> advance -> add_tokens | finish``; copies of a plan are made in
 their order, before anything is computed.
 """
 
@@ -56,7 +58,7 @@ class Answer:
     computed: int = 0
     extent: Extent | None = None
     cached: int = 0
-    """Tokens that were copied when it was last admitted."""
+    """Tokens that it did not compute when it was last admitted, or got its first token from another's logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,13 @@ class Chunk:
     """Its last token is the last known one: the logits there choose the next."""
     whole: int = 0
     """First tokens of the chunk that all see each other, and the answer begins with; the others are causal."""
+    others: int = 0
+    """So many answers numbered behind it have the same tokens and no place: they choose from the same logits."""
+
+    @property
+    def choosing(self) -> range:
+        """Answers whose next token its logits choose."""
+        return range(self.answer, self.answer + 1 + self.others) if self.ends else range(0)
 
 
 NOTHING = -1
@@ -184,11 +193,22 @@ class Scheduler:
             if answer.prefixes and chunk.start < answer.prefixes[-1].num_tokens:
                 self._hold(answer)
 
-    def add_token(self, number: int) -> None:
-        """A running answer knows one more token."""
-        answer = self.running[number]
-        assert answer.computed == answer.known, "a token follows from the last known one"
-        answer.known += 1
+    def add_tokens(self, number: int, count: int = 1) -> None:
+        """An answer knows ``count`` more tokens."""
+        answer = self.running.get(number) or self.waiting[number]
+        assert answer.extent is None or answer.computed == answer.known, "a token follows from the last known one"
+        answer.known += count
+
+    def place(self, number: int) -> tuple[Extent, int]:
+        """Where an answer's keys and values lie, and of how many tokens: its own, or those of its prompt where another
+        answer of its group has just computed that."""
+        answer = self.running.get(number)
+        if answer is not None and answer.extent is not None:
+            return answer.extent, answer.computed
+        prompt = self.waiting[number].prefixes[-1]
+        extent = next(iter(self._holders[prompt.name])).extent
+        assert extent is not None
+        return extent, prompt.num_tokens
 
     def pause(self, number: int) -> None:
         """Give an answer that has not finished no turns from here on."""
@@ -266,7 +286,7 @@ class Scheduler:
             if holder is not None and holder.extent is not None:
                 step.copies.append(Copy(holder.extent.offset, extent.offset, num_cached))
                 self._hold(answer)
-            if answer.group is not None and not num_cached:
+            if answer.group is not None and answer.prefixes and num_cached < answer.prefixes[-1].num_tokens:
                 self._computing[answer.group] = answer
             step.admitted.append(answer.number)
         if step.admitted:
@@ -278,7 +298,7 @@ class Scheduler:
         if other is None or other.number in self._paused:
             return False
         assert answer.group is not None
-        if other.number in self.running and other.prefixes and other.computed < other.prefixes[-1].num_tokens:
+        if other.number in self.running and other.computed < other.prefixes[-1].num_tokens:
             return True
         del self._computing[answer.group]
         return False
@@ -313,7 +333,20 @@ class Scheduler:
             assert answer.extent is not None
             ends = answer.computed + length == answer.known
             first = answer.whole if answer.computed < answer.whole else 0
-            step.chunks.append(Chunk(number, answer.computed, length, answer.extent, ends, first))
+            others = self._same_as(answer) if ends else 0
+            step.chunks.append(Chunk(number, answer.computed, length, answer.extent, ends, first, others))
+
+    def _same_as(self, answer: Answer) -> int:
+        """How many of its group, next in number, wait with the same tokens: those of the prompt."""
+        number = answer.number + 1
+        if answer.group is None or not answer.prefixes or answer.known != answer.prefixes[-1].num_tokens:
+            return 0
+        while number not in self._paused and (other := self.waiting.get(number)) is not None:
+            if other.group != answer.group or other.known != answer.known:
+                break
+            other.cached = other.known
+            number += 1
+        return number - answer.number - 1
 
     # ------------------------------------------------------------------------------------------------ room and prefixes
 

@@ -2,10 +2,11 @@
 
 import numpy as np
 
+from megatron_omni.generation.orders import Scored
 from megatron_omni.generation.prefix import media_digests, prefixes
-from megatron_omni.generation.replica import Scored
 from megatron_omni.generation.request import (
     Alternatives,
+    BlockEvent,
     FinishedEvent,
     FinishReason,
     PromptEvent,
@@ -25,8 +26,10 @@ class Told:
         self.joined = False
         """The replica knows of it."""
         self.cached = 0
-        self.ids: list[int] = []
-        """The tokens that it has said."""
+        self.ids = [*request.begins]
+        """The tokens that it has said, those of blocks among them."""
+        self.chosen = 0
+        """Those that were chosen."""
         self.of_prompt: list[tuple[float, Alternatives]] = []
 
     def prompt_event(self) -> PromptEvent:
@@ -51,6 +54,10 @@ class Told:
             is_end=is_end,
         )
 
+    def block_event(self, number: int, hidden: bytes, vision: bytes) -> BlockEvent:
+        """A picture that can be drawn."""
+        return BlockEvent(name=self.request.name, sample=self.sample, number=number, hidden=hidden, vision=vision)
+
     def finished_event(
         self, reason: FinishReason, *, stop: int | str | None, message: str | None, routes: np.ndarray | None
     ) -> FinishedEvent:
@@ -59,7 +66,7 @@ class Told:
         usage = Usage(
             prompt=self.request.prompt.length,
             cached=self.cached,
-            completion=len(self.ids),
+            completion=self.chosen,
             reasoning=0 if self.stream is None else self.stream.num_reasoning_tokens,
         )
         return FinishedEvent(

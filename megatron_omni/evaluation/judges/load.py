@@ -106,13 +106,25 @@ def _voice(files: Mapping[str, Sequence[Path]]) -> Judge:
 
 
 def _of_file(name: str, settings: Mapping[str, Any], folder: Path) -> JudgeOf:
-    file, colon, attribute = name.rpartition(":")
-    if not colon or not file.endswith(".py"):
+    if not is_of_file(name):
         raise ValueError(f"judge = {name!r} is no judge; {nearest(name, list(SETTINGS))}, or FILE.py:NAME of yours")
+    path, function = function_of(name, folder)
+    return JudgeOf(name, lambda: partial(function, sample_rate=SAMPLE_RATE, **settings), [path])
+
+
+def is_of_file(name: str) -> bool:
+    """Whether ``name`` is FILE.py:NAME."""
+    file, colon, _ = name.rpartition(":")
+    return bool(colon) and file.endswith(".py")
+
+
+def function_of(name: str, folder: Path) -> tuple[Path, Callable[..., Any]]:
+    """File and function of a user's judge FILE.py:NAME; ValueError where one is not there."""
+    file, _, attribute = name.rpartition(":")
     path = folder / Path(file).expanduser()
     if not path.is_file():
         raise ValueError(f"judge = {name!r}: there is no file {path}")
     function = getattr(user_module(path, "judge"), attribute, None)
     if not callable(function):
         raise ValueError(f"judge = {name!r}: {path} has no function {attribute!r}")
-    return JudgeOf(name, lambda: partial(function, sample_rate=SAMPLE_RATE, **settings), [path])
+    return path, function
