@@ -21,6 +21,7 @@ from megatron_omni.serve.errors import ApiError, not_here, server_fault
 from megatron_omni.serve.guard import Guard
 from megatron_omni.serve.intake import ClientGone, read_json
 from megatron_omni.serve.jobs import Job
+from megatron_omni.serve.pictures import Pictures
 from megatron_omni.serve.schema import ChatRequest, CompletionRequest, TokenizeRequest, parse
 from megatron_omni.serve.server import Server
 from megatron_omni.serve.speech import Speech
@@ -30,8 +31,8 @@ _INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
 NOT_YET = {
     "/v1/audio/speech": "make speech: it was started without --speaker",
     "/v1/audio/voices": "make speech: it was started without --speaker",
-    "/v1/images/generations": "make pictures: its models answer with text",
-    "/v1/images/edits": "make pictures: its models answer with text",
+    "/v1/images/generations": "make pictures: its model draws nothing, or it was started with --no-pictures",
+    "/v1/images/edits": "make pictures: its model draws nothing, or it was started with --no-pictures",
 }
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def application(server: Server) -> Starlette:
         Route("/ready", _Status(server).ready, methods=["GET"]),
         Route("/metrics", _Status(server).metrics, methods=["GET"]),
         *_speech_routes(server),
+        *_picture_routes(server),
         *(Route(path, _not_yet, methods=["GET", "POST"]) for path in NOT_YET),
     ]
     guard = Middleware(Guard, api_keys=server.settings.api_keys, allowed_hosts=server.settings.allowed_hosts)
@@ -107,6 +109,16 @@ def _speech_routes(server: Server) -> list[BaseRoute]:
     return [
         Route("/v1/audio/speech", speech, methods=["POST"]),
         Route("/v1/audio/voices", speech.voices, methods=["GET"]),
+    ]
+
+
+def _picture_routes(server: Server) -> list[BaseRoute]:
+    """Of a server whose model draws."""
+    if server.pictures is None:
+        return []
+    return [
+        Route("/v1/images/generations", Pictures(server, edits=False), methods=["POST"]),
+        Route("/v1/images/edits", Pictures(server, edits=True), methods=["POST"]),
     ]
 
 

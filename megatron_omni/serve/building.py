@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from megatron_omni.batch import Modality
+from megatron_omni.config.pictures import ImageGeneratorConfig
 from megatron_omni.config.run import Recipe
 from megatron_omni.data.decode import Decoder
 from megatron_omni.data.decode.media import Media, MediaBytes, MediaError, Video
@@ -27,9 +28,12 @@ from megatron_omni.data.record import Part, RecordError, record_of_parts
 from megatron_omni.data.sample import Sample, SampleBuilder
 from megatron_omni.data.speech_request import asked_to_speak
 from megatron_omni.data.tokenizer import SPEECH_START
-from megatron_omni.generation.request import Request, Sampling
+from megatron_omni.generation.drawn_files import question_of
+from megatron_omni.generation.outline import outline, source_rows
+from megatron_omni.generation.request import Block, Request, Sampling
 from megatron_omni.serve.errors import ApiError, bad_request
 from megatron_omni.serve.jobs import Built, Job, Kind, Medium, Refusal
+from megatron_omni.serve.picture_link import PictureSource
 
 
 def work(jobs: Connection, recipe: Recipe) -> None:
@@ -45,7 +49,7 @@ def work(jobs: Connection, recipe: Recipe) -> None:
             return
         try:
             timed.seconds.clear()
-            built, request = build(builder, job)
+            built, request = build(builder, job, image=recipe.model.image)
         except ApiError as error:
             jobs.send(Refusal(status=error.status, message=error.message, param=error.param, code=error.code))
             continue
@@ -98,26 +102,34 @@ class _TimedDecoder:
         self.seconds.append((kind, time.perf_counter() - start))
 
 
-def build(builder: SampleBuilder, job: Job) -> tuple[Built, Request | None]:
-    """The prompt of a job, and the request to the engine where one is wanted; ApiError for what cannot be used."""
-    prompt = _prompt_or_refusal(builder, job)
+def build(
+    builder: SampleBuilder, job: Job, *, image: ImageGeneratorConfig | None = None
+) -> tuple[Built, Request | None]:
+    """The prompt of a job, and the request to the engine where one is wanted; ApiError for what cannot be used. ``image`` of a
+    model that draws."""
+    prompt, drawn, picture = _prompt_or_refusal(builder, job, image)
     counts = torch.bincount(prompt.modality, minlength=len(Modality)).tolist()
     tokens = {modality.name.lower(): counts[modality] for modality in Modality}
     ids = None if job.text is None and job.fields is not None else tuple(prompt.input_ids.tolist())
     if job.fields is None:
         return Built(tokens=tokens, ids=ids), None
     answer = _answer_tokens(prompt.length, builder.data.seq_length, job)
-    fields = job.fields | {"sampling": Sampling(**job.fields["sampling"])}
+    fields = job.fields | {"sampling": Sampling(**job.fields["sampling"])} | drawn
     try:
         # An answer of no tokens is a prompt whose log-probabilities are wanted; the engine makes one, which is not used.
         request = Request(name=job.name, prompt=prompt, max_new_tokens=max(answer, 1), **fields)
     except ValueError as error:
         raise bad_request(str(error)) from error
     token_bytes = {token: builder.tokenizer.token_bytes(token) for token in set(ids)} if ids is not None else None
-    return Built(tokens=tokens, max_new_tokens=answer, ids=ids, token_bytes=token_bytes), request
+    built = Built(tokens=tokens, max_new_tokens=answer, ids=ids, token_bytes=token_bytes, picture=picture)
+    return built, request
 
 
-def _prompt(builder: SampleBuilder, job: Job) -> Sample:
+_Prompt = tuple[Sample, dict[str, Any], PictureSource | None]
+"""The prompt, fields of the request that pictures of its answer need, and what the painter must know of them."""
+
+
+def _prompt(builder: SampleBuilder, job: Job, image: ImageGeneratorConfig | None) -> _Prompt:
     if job.text is not None:
         ids = list(job.text) if isinstance(job.text, tuple) else builder.tokenizer.encode(job.text)
         if not ids:
@@ -126,14 +138,23 @@ def _prompt(builder: SampleBuilder, job: Job) -> Sample:
             raise bad_request(
                 f"token {wrong[0]}: ids of this vocabulary are 0 to {builder.tokenizer.vocab_size - 1}", param="prompt"
             )
-        return builder.build_text(ids)
+        return builder.build_text(ids), {}, None
     turns = [(role, [_part(part) for part in parts]) for role, parts in job.turns]
     record = record_of_parts(turns, where="request", separator=job.separator)
     if job.voice is not None and SPEECH_START in builder.tokenizer.specials:  # else it has never seen a spoken answer
         record = asked_to_speak(record, voice=job.voice, wording=builder.data.voice_request)
     # From headers: what is too long is not decoded.
     _answer_tokens(builder.prompt_size(record, think=job.think).tokens, builder.data.seq_length, job)
-    return builder.build_prompt(record, think=job.think)
+    prompt = builder.build_prompt(record, think=job.think)
+    if job.pictures is None or image is None or job.pictures.where is None:
+        return prompt, {"banned_ids": builder.unwritten}, None
+    block = Block(
+        ids=builder.unwritten, where=job.pictures.where, most=job.pictures.most, vision=source_rows(record, prompt)
+    )
+    shown = outline(record, builder, image, wanted=job.pictures.size)
+    pixels = None if shown.source is None else shown.source.numpy().tobytes()
+    picture = PictureSource(size=shown.size, pixels=pixels, note=shown.note, prompt=question_of(record))
+    return prompt, {"block": block}, picture
 
 
 def _part(part: str | Medium) -> Part:
@@ -160,10 +181,10 @@ def _too_long(prompt_tokens: int, most_tokens: int, job: Job) -> ApiError:
     )
 
 
-def _prompt_or_refusal(builder: SampleBuilder, job: Job) -> Sample:
+def _prompt_or_refusal(builder: SampleBuilder, job: Job, image: ImageGeneratorConfig | None) -> _Prompt:
     """The prompt; what its record or media are refused for, as an ApiError that names the part of the request."""
     try:
-        return _prompt(builder, job)
+        return _prompt(builder, job, image)
     except MediaError as error:
         code = "media_too_large" if error.reason == "media_too_large" else "invalid_media"
         said = str(error).removeprefix(f"media file {error.file!r}: ")

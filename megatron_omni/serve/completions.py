@@ -21,11 +21,14 @@ from starlette.types import Receive, Scope, Send
 
 from megatron_omni.generation.request import Event
 from megatron_omni.serve.answers import Answer, ChatAnswer, TextAnswer
+from megatron_omni.serve.drawn_answers import DrawnAnswer
 from megatron_omni.serve.engine_client import Mailbox
 from megatron_omni.serve.errors import ApiError, bad_request, not_here, server_fault, unavailable
 from megatron_omni.serve.intake import ClientGone, Place, read_json, while_connected, within
-from megatron_omni.serve.jobs import Built, Job, Turn
+from megatron_omni.serve.jobs import Built, Job, PicturesWanted, Turn
 from megatron_omni.serve.media import Link, read_medium
+from megatron_omni.serve.picture_link import PICTURES_OF_A_SAMPLE, Painted
+from megatron_omni.serve.pictures import options_of
 from megatron_omni.serve.schema import (
     AudioPart,
     ChatRequest,
@@ -85,13 +88,23 @@ async def _answer(
     in_queue = server.metrics.in_queue
     admitted = lambda: in_queue.observe(time.monotonic() - place.arrived)  # noqa: E731
     with contextlib.ExitStack() as stack:
-        box = stack.enter_context(server.engine.ask(requests, samples=wanted.n * len(jobs), admitted=admitted))
+        samples, seconds = wanted.n * len(jobs), server.settings.chunk_seconds
+        box = stack.enter_context(
+            server.engine.ask(requests, samples=samples, admitted=admitted, token_seconds=seconds)
+        )
         settings["token_bytes"] = box.token_bytes
         for item in built.values():
             box.token_bytes.update(item.token_bytes or {})
         answer: Answer
         if isinstance(wanted, ChatRequest) and wanted.audio is not None:
             answer = _spoken(server, wanted, stack, box, name, built, settings)
+        elif isinstance(wanted, ChatRequest) and (source := built[name].picture) is not None:
+            assert server.pictures is not None
+            stack.enter_context(server.pictures.ask(name, box))
+            answer = DrawnAnswer(
+                name, server.facts, built, source=source, options=options_of(wanted.image, seed),
+                paint=server.pictures.paint, **settings,
+            )  # fmt: skip
         elif isinstance(wanted, ChatRequest):
             answer = ChatAnswer(name, server.facts, built, **settings)
         else:
@@ -160,7 +173,7 @@ async def _jobs(
         turns = await read_turns(server, wanted.messages)
         common |= {
             "separator": server.settings.media_separator, "think": wanted.chat_template_kwargs.enable_thinking,
-            "voice": voice,
+            "voice": voice, "pictures": _pictures(server, wanted),
         }  # fmt: skip
         return [Job(name=name, turns=turns, fields=fields | {"reasoning": True}, **common)]
     fields["prompt_logprobs"] = wanted.num_top_logprobs if wanted.echo else None
@@ -180,12 +193,26 @@ def _sampling(wanted: ChatRequest | CompletionRequest, seed: int) -> dict[str, A
     }
 
 
+def _pictures(server: Server, wanted: ChatRequest) -> PicturesWanted | None:
+    """Of a model that draws: where the request says nothing of modalities, it may; ["image"] alone begins with a picture."""
+    if server.pictures is None:
+        return None
+    if wanted.audio is not None or ("modalities" in wanted.model_fields_set and "image" not in wanted.modalities):
+        return PicturesWanted(where=None)
+    if "text" not in wanted.modalities:
+        return PicturesWanted(where="first", size=wanted.image.pixels)
+    return PicturesWanted(where="chosen", most=PICTURES_OF_A_SAMPLE, size=wanted.image.pixels)
+
+
 def check_modalities(wanted: ChatRequest, makes: tuple[str, ...]) -> None:
     """ApiError 400 for an answer in a form that the checkpoint cannot make."""
     unknown = [name for name in wanted.modalities if name not in makes]
     if unknown:
         raise bad_request(f"modalities: {unknown[0][:40]!r} cannot be made by this checkpoint, only {', '.join(makes)}",
                           param="modalities", code="unsupported_modality")  # fmt: skip
+    if {"audio", "image"} <= set(wanted.modalities):
+        raise bad_request("modalities: an answer is spoken or drawn: ask for audio or image", param="modalities",
+                          code="unsupported_modality")  # fmt: skip
     if "audio" in wanted.modalities and wanted.audio is None:
         raise bad_request(
             'audio: is missing: name a voice and a format for modalities ["text", "audio"]', param="audio"
@@ -237,7 +264,7 @@ def _link(part: Part, param: str) -> Link:
 
 async def _events(
     server: Server, box: Mailbox, answer: Answer, place: Place
-) -> AsyncIterator[list[Event | SpeechEvent]]:
+) -> AsyncIterator[list[Event | SpeechEvent | Painted]]:
     """Events until every answer has ended, taken by ``answer``; empty lists where none came for a while."""
     settings, metrics = server.settings, server.metrics
     last_time = place.arrived
@@ -251,7 +278,10 @@ async def _events(
             what = "the answer was not whole" if started else "no token came"
             raise unavailable(f"{what} after {limit:g} s: the server is busy", code="timeout")
         events = await box.take(min(left, settings.ping_seconds))
-        answer.take(events)
+        answer.take(events)  # type: ignore[arg-type]  # pictures come to answers that were asked for some
+        for event in events:
+            if isinstance(event, Painted):
+                metrics.painting.observe(event.seconds)
         if answer.num_tokens > last_count:
             now = time.monotonic()
             if not started:
@@ -264,7 +294,12 @@ async def _events(
 
 
 async def _stream(
-    server: Server, events: AsyncIterator[list[Event | SpeechEvent]], answer: Answer, name: str, usage: bool, send: Send
+    server: Server,
+    events: AsyncIterator[list[Event | SpeechEvent | Painted]],
+    answer: Answer,
+    name: str,
+    usage: bool,
+    send: Send,
 ) -> None:
     stream = EventStream(send, name, server.settings.patience_seconds)
     try:

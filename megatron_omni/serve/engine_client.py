@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
 from megatron_omni.config.run import Recipe
-from megatron_omni.generation.request import Event, FinishedEvent
+from megatron_omni.generation.request import Event, FinishedEvent, TokenEvent
 from megatron_omni.serve.errors import ApiError, bad_request, server_fault
 from megatron_omni.serve.link import (
     Cancel,
@@ -31,6 +31,7 @@ from megatron_omni.serve.link import (
     told,
 )
 from megatron_omni.serve.link import Refused as RefusedByEngine
+from megatron_omni.serve.picture_link import Painted
 from megatron_omni.serve.speech_link import SpeechEvent, Spoken
 
 MOST_EVENTS = 256
@@ -38,18 +39,26 @@ MOST_EVENTS = 256
 
 
 class Mailbox:
-    """Events of some requests that are answered together; ``pause`` is told when they are to pause and to go on."""
+    """Events of some requests that are answered together; ``pause`` is told when they are to pause and to go on.
+
+    Whoever waits for tokens is woken at most every ``token_seconds``, for the first and the last at once: a small model
+    makes tokens faster than a stream's chunks can be written, one a token.
+    """
 
     def __init__(
         self,
         samples: int,
         pause: Callable[[bool], None] = lambda _: None,
         admitted: Callable[[], None] = lambda: None,
+        *,
+        token_seconds: float = 0.0,
     ) -> None:
         self.unfinished, self.admitted = samples, admitted
+        self._token_seconds, self._next_tokens = token_seconds, 0.0
+        self._timer: asyncio.TimerHandle | None = None
         self._pauses, self._paused = [pause], False
         self.token_bytes: dict[int, bytes] = {}
-        self._events: list[Event | SpeechEvent] = []
+        self._events: list[Event | SpeechEvent | Painted] = []
         self._error: ApiError | None = None
         self._something = asyncio.Event()
 
@@ -62,7 +71,7 @@ class Mailbox:
         for pause in self._pauses:
             pause(on)
 
-    def put(self, event: Event | SpeechEvent, token_bytes: Mapping[int, bytes]) -> None:
+    def put(self, event: Event | SpeechEvent | Painted, token_bytes: Mapping[int, bytes]) -> None:
         """One more event."""
         self._events.append(event)
         if token_bytes:
@@ -72,14 +81,17 @@ class Mailbox:
         if len(self._events) >= MOST_EVENTS and not self._paused and self.unfinished:
             self._paused = True
             self._pause(True)
-        self._something.set()
+        if not isinstance(event, TokenEvent) or (loop := asyncio.get_running_loop()).time() >= self._next_tokens:
+            self._something.set()
+        elif self._timer is None:
+            self._timer = loop.call_at(self._next_tokens, self._something.set)
 
     def fail(self, error: ApiError) -> None:
         """Nothing more will come."""
         self._error = self._error or error
         self._something.set()
 
-    async def take(self, seconds: float) -> list[Event | SpeechEvent]:
+    async def take(self, seconds: float) -> list[Event | SpeechEvent | Painted]:
         """All events since the last call; none where none came within ``seconds``. ApiError after :meth:`fail`."""
         if not self._something.is_set():
             try:
@@ -88,6 +100,10 @@ class Mailbox:
             except TimeoutError:
                 return []
         self._something.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._next_tokens = asyncio.get_running_loop().time() + self._token_seconds
         events, self._events = self._events, []
         if self._paused:
             self._paused = False
@@ -130,17 +146,22 @@ class EngineClient:
 
     @contextmanager
     def ask(
-        self, requests: dict[str, bytes], *, samples: int, admitted: Callable[[], None] = lambda: None
+        self,
+        requests: dict[str, bytes],
+        *,
+        samples: int,
+        admitted: Callable[[], None] = lambda: None,
+        token_seconds: float = 0.0,
     ) -> Iterator[Mailbox]:
         """Hand over pickled requests by name, with ``samples`` answers in all; what is unfinished at the end is cancelled.
-        ``admitted`` is called when the engine begins one.
+        ``admitted`` is called when the engine begins one; ``token_seconds``: see :class:`Mailbox`.
 
         ``requests`` is emptied: they may be large, and are needed no more.
         """
         if self._over is not None:
             raise self._over
         names = list(requests)
-        box = Mailbox(samples, lambda on: self._pause(names, on), admitted)
+        box = Mailbox(samples, lambda on: self._pause(names, on), admitted, token_seconds=token_seconds)
         self._boxes |= dict.fromkeys(names, box)
         try:
             for name in names:

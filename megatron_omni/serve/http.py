@@ -1,7 +1,9 @@
-"""The process that speaks HTTP: ``python -m megatron_omni.serve.http LINK SOCKET``, started by ``megatron-omni serve``.
+"""The process that speaks HTTP: ``python -m megatron_omni.serve.http LINK SOCKET [SPEAKER] [PAINTER]``, started by
+``megatron-omni serve``.
 
 LINK and SOCKET are inherited descriptors: of the pair of sockets to the engine's process, and of the port that is
-listened at. It takes no signals: the engine's process says when to stop, and its end is this one's.
+listened at; SPEAKER and PAINTER those to what makes sound and what draws, - where there is none. It takes no signals: the
+engine's process says when to stop, and its end is this one's.
 """
 
 import asyncio
@@ -25,11 +27,13 @@ def main(words: list[str]) -> int:
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     link, listening = Connection(int(words[0])), socket.socket(fileno=int(words[1]))
-    speaker = Connection(int(words[2])) if len(words) > 2 else None
-    return asyncio.run(serve(link, listening, speaker))
+    speaker, painter = (Connection(int(word)) if word != "-" else None for word in (*words[2:], "-", "-")[:2])
+    return asyncio.run(serve(link, listening, speaker, painter))
 
 
-async def serve(link: Connection, listening: socket.socket, speaker: Connection | None) -> int:
+async def serve(
+    link: Connection, listening: socket.socket, speaker: Connection | None, painter: Connection | None = None
+) -> int:
     """Answer requests at ``listening``; the exit status."""
     import uvicorn
 
@@ -39,6 +43,7 @@ async def serve(link: Connection, listening: socket.socket, speaker: Connection 
     from megatron_omni.serve.engine_client import EngineClient
     from megatron_omni.serve.errors import unavailable
     from megatron_omni.serve.metrics import Metrics
+    from megatron_omni.serve.picture_client import PictureClient
     from megatron_omni.serve.server import Server
     from megatron_omni.serve.settings import Settings
     from megatron_omni.serve.speech_client import SpeechClient
@@ -54,7 +59,8 @@ async def serve(link: Connection, listening: socket.socket, speaker: Connection 
     metrics = Metrics()
     engine = EngineClient(link, happened=metrics.happened, paused=metrics.paused.inc)
     speech = SpeechClient(speaker) if speaker is not None else None
-    server = Server(settings, engine, metrics, speech)
+    pictures = PictureClient(painter) if painter is not None else None
+    server = Server(settings, engine, metrics, speech, pictures)
     config = uvicorn.Config(
         application(server),
         http=patient_protocol(settings.patience_seconds),
@@ -98,10 +104,15 @@ async def serve(link: Connection, listening: socket.socket, speaker: Connection 
             await engine.opened.wait()
             await speech.until_it_ends(server.facts.tokenizer)
 
-    works = (stop_when_told(), engine.ended.wait(), start_builders(), until_speaker_ends())
+    async def until_painter_ends() -> None:
+        await (pictures.ended if pictures is not None else asyncio.Event()).wait()
+
+    works = (stop_when_told(), engine.ended.wait(), start_builders(), until_speaker_ends(), until_painter_ends())
     tasks = [asyncio.ensure_future(work) for work in works]
     done, _ = await asyncio.wait([*tasks, serving], return_when=asyncio.FIRST_COMPLETED)
-    failed = engine.failed is not None or (speech is not None and speech.failed is not None)
+    helpers = [helper for helper in (speech, pictures) if helper is not None]
+    helper_failed = next((helper.failed for helper in helpers if helper.failed is not None), "")
+    failed = engine.failed is not None or bool(helper_failed)
     if failed:
         await server.door.until_empty(_FLUSH_SECONDS)  # every stream gets its last event
     http.should_exit = True
@@ -111,9 +122,9 @@ async def serve(link: Connection, listening: socket.socket, speaker: Connection 
     await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
         task.result()
-    engine.close(speaker_failed=(speech.failed or "") if speech is not None else "")
-    if speech is not None:
-        speech.close()
+    engine.close(speaker_failed=helper_failed)
+    for helper in helpers:
+        helper.close()
     return EXIT_FAILURE if failed else 0
 
 

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_omni.config.buckets import Size
+from megatron_omni.serve.picture_link import PictureSource
+
 Kind = Literal["image", "audio", "video"]
 
 
@@ -20,6 +23,17 @@ Turn = tuple[str, tuple[str | Medium, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class PicturesWanted:
+    """Of an answer by a model that draws."""
+
+    where: Literal["first", "chosen"] | None
+    """The answer begins with a picture, or has some as the model decides; None: it has none."""
+    most: int = 1
+    size: Size | None = None
+    """None: that of the source's aspect, or a square."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """A prompt to be made: ``turns`` of a conversation, or a text or its ids to be continued."""
 
@@ -31,6 +45,8 @@ class Job:
     """Of a conversation: ask for a thought, or begin the answer behind an empty one; None: as the recipe asks."""
     voice: str | None = None
     """Of a conversation: ask for an answer that is spoken in this voice."""
+    pictures: PicturesWanted | None = None
+    """Of a conversation with a model that draws."""
     text: str | tuple[int, ...] | None = None
     max_new_tokens: int | None = None
     """None: what there is room for, up to ``default_new_tokens``."""
@@ -58,6 +74,8 @@ class Built:
     """Of each medium the seconds that its decoder took."""
     token_bytes: dict[int, bytes] | None = None
     """Of these tokens: joined in their order they are the text."""
+    picture: PictureSource | None = None
+    """Where the answer may have pictures."""
 
     @property
     def num_tokens(self) -> int:

@@ -173,5 +173,7 @@ def facts_of_speaker(directory: Path, name: str) -> ModelFacts:
 
 
 def start_engine(checkpoint: Checkpoint, limits: EngineLimits) -> Engine:
-    """This replica's engine with the checkpoint's weights; all ranks call this together."""
-    return Engine(checkpoint.load_model(), tokenizer=checkpoint.builder.tokenizer, pg=checkpoint.pg, limits=limits)
+    """This replica's engine with the checkpoint's weights; all ranks call this together. What draws is in a process of its own."""
+    model = checkpoint.load_model()
+    model.image = None
+    return Engine(model, tokenizer=checkpoint.builder.tokenizer, pg=checkpoint.pg, limits=limits)

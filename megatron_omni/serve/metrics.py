@@ -45,6 +45,7 @@ class Metrics:
         self.step = self._seconds(
             "step_seconds", "One step of the engine; prompt: it computed parts of prompts", "phase"
         )
+        self.painting = self._seconds("picture_seconds", "From a block of an answer to its picture")
         self.batch_tokens = Histogram(
             "omni:batch_tokens", "Tokens of a step of a replica", buckets=[1 << i for i in range(14)], registry=r
         )

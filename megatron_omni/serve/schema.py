@@ -7,15 +7,16 @@ empty value (null, false, [], {}) asks for nothing and is allowed. Types are str
 ``parse(Model, body)`` gives the model, or an ApiError of status 400 whose ``param`` is the path of the field.
 """
 
-import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, ValidationInfo, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from megatron_omni.serve.errors import ApiError, bad_request
+from megatron_omni.serve.picture_schema import PictureFields
 from megatron_omni.serve.speech_link import SoundFormat
+from megatron_omni.serve.strict import Model as Model
+from megatron_omni.serve.strict import refuse
 
 MOST_ERRORS = 5
 """Named in one message."""
@@ -24,37 +25,6 @@ MOST_CHOICES = 8
 MOST_TOP_LOGPROBS = 20
 LONGEST_NAME, LONGEST_STYLE, LONGEST_INPUT = 200, 4096, 65_536
 """Characters of a voice's name, of its description, and of a text to be spoken."""
-_EMPTY: tuple[Any, ...] = (None, False, [], {}, "")
-_SHOWN = 60
-
-
-class Model(BaseModel):
-    """A body or a part of one."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-    refused: ClassVar[Mapping[str, str]] = {}
-    """Fields of OpenAI's that mean something and are not honoured, with what to do instead."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_names(cls, value: Any, info: ValidationInfo) -> Any:
-        if not isinstance(value, dict):
-            return value
-        known: dict[str, Any] = {}
-        for name, item in value.items():
-            if name in cls.model_fields:
-                known[name] = item
-            elif name in cls.refused:
-                if item not in _EMPTY:
-                    raise PydanticCustomError(
-                        "refused", "is not supported: {fix}", {"at": name, "fix": cls.refused[name]}
-                    )
-            elif not (info.context or {}).get("ignore_unknown"):
-                near = difflib.get_close_matches(name[:64], cls.model_fields, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(cls.model_fields)}"
-                raise PydanticCustomError("unknown", "is an unknown field; {hint}", {"at": name[:_SHOWN], "hint": hint})
-        # null stands for "not given" in what clients send.
-        return {name: item for name, item in known.items() if item is not None}
 
 
 # ------------------------------------------------------------------------------------------------ messages
@@ -165,7 +135,12 @@ _NO_TOOLS = "write what tools said into user turns"
 class AssistantMessage(Model):
     """An earlier answer. Its thoughts and drawings, which clients send back, are not part of the conversation."""
 
-    refused = {"audio": _NOTHING_STORED, "tool_calls": _NO_TOOLS, "function_call": _NO_TOOLS, "refusal": "leave it out"}
+    refused: ClassVar[Mapping[str, str]] = {
+        "audio": _NOTHING_STORED,
+        "tool_calls": _NO_TOOLS,
+        "function_call": _NO_TOOLS,
+        "refusal": "leave it out",
+    }
 
     role: Literal["assistant"]
     content: TextOrParts
@@ -217,13 +192,13 @@ class _Generation(Model):
     def _check_together(self) -> Self:
         for stop in self.stops:
             if not 1 <= len(stop) <= LONGEST_STOP:
-                _refuse("stop", f"each string needs 1 to {LONGEST_STOP} characters, one has {len(stop)}")
+                refuse("stop", f"each string needs 1 to {LONGEST_STOP} characters, one has {len(stop)}")
         if len(self.stops) > MOST_STOPS:
-            _refuse("stop", f"{len(self.stops)} strings, at most {MOST_STOPS} are taken")
+            refuse("stop", f"{len(self.stops)} strings, at most {MOST_STOPS} are taken")
         if self.stream_options is not None and not self.stream:
-            _refuse("stream_options", 'means nothing without "stream": true')
+            refuse("stream_options", 'means nothing without "stream": true')
         if self.max_new_tokens is not None and self.min_tokens > self.max_new_tokens:
-            _refuse("min_tokens", f"is {self.min_tokens}, above the {self.max_new_tokens} tokens that may be made")
+            refuse("min_tokens", f"is {self.min_tokens}, above the {self.max_new_tokens} tokens that may be made")
         return self
 
     @property
@@ -279,7 +254,7 @@ class TemplateSettings(Model):
 class ChatRequest(_Generation):
     """Body of ``POST /v1/chat/completions``."""
 
-    refused = {
+    refused: ClassVar[Mapping[str, str]] = {
         "tools": _NO_TOOLS, "tool_choice": _NO_TOOLS, "parallel_tool_calls": _NO_TOOLS, "functions": _NO_TOOLS,
         "function_call": _NO_TOOLS, "logit_bias": _UNSUPPORTED, "prediction": _UNSUPPORTED, "store": _NOTHING_STORED,
         "web_search_options": _UNSUPPORTED, "reasoning_effort": _UNSUPPORTED, "verbosity": _UNSUPPORTED,
@@ -293,6 +268,8 @@ class ChatRequest(_Generation):
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_TOP_LOGPROBS)
     modalities: list[str] = Field(default=["text"], min_length=1, max_length=8)
     audio: ChatAudio | None = None
+    image: PictureFields = PictureFields()
+    """Of pictures in the answer."""
     response_format: ResponseFormat | None = None
     chat_template_kwargs: TemplateSettings = TemplateSettings()
     metadata: dict[str, Any] | None = None
@@ -302,28 +279,30 @@ class ChatRequest(_Generation):
     @model_validator(mode="after")
     def _check_chat(self) -> Self:
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            _refuse(
+            refuse(
                 "max_tokens", f"is {self.max_tokens} and max_completion_tokens {self.max_completion_tokens}: give one"
             )
         if self.max_new_tokens == 0:
-            _refuse("max_tokens", "must be at least 1")
+            refuse("max_tokens", "must be at least 1")
         if self.top_logprobs is not None and not self.logprobs:
-            _refuse("top_logprobs", 'means nothing without "logprobs": true')
+            refuse("top_logprobs", 'means nothing without "logprobs": true')
         if self.audio is not None and "audio" not in self.modalities:
-            _refuse("audio", 'means nothing unless modalities holds "audio"')
+            refuse("audio", 'means nothing unless modalities holds "audio"')
         if "audio" in self.modalities:
             self._check_audio()
+        if "image" not in self.modalities and self.image != PictureFields() and "modalities" in self.model_fields_set:
+            refuse("image", 'means nothing unless modalities holds "image"')
         if self.messages[-1].role != "user":
-            _refuse("messages", "the last message must be the user's: earlier answers are not continued")
+            refuse("messages", "the last message must be the user's: earlier answers are not continued")
         return self
 
     def _check_audio(self) -> None:
         if "text" not in self.modalities:
-            _refuse("modalities", 'must be ["text", "audio"]: a spoken answer comes with its transcript')
+            refuse("modalities", 'must be ["text", "audio"]: a spoken answer comes with its transcript')
         if self.n > 1:
-            _refuse("n", "is above 1: one answer is spoken")
+            refuse("n", "is above 1: one answer is spoken")
         if self.logprobs:
-            _refuse("logprobs", "are those of text: leave them out, or ask for no audio")
+            refuse("logprobs", "are those of text: leave them out, or ask for no audio")
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -356,15 +335,15 @@ class SpeechRequest(Model):
     @model_validator(mode="after")
     def _check_speech(self) -> Self:
         if self.speed != 1.0:
-            _refuse("speed", f"is {self.speed:g}; sound is made at speed 1 alone: describe the pace in instructions")
+            refuse("speed", f"is {self.speed:g}; sound is made at speed 1 alone: describe the pace in instructions")
         if not self.input.strip():
-            _refuse("input", "is white space: write what is to be said")
+            refuse("input", "is white space: write what is to be said")
         if self.voice is not None and self.style is not None and self.voice != "style":
-            _refuse(
+            refuse(
                 "instructions", 'stand beside a voice; the model takes one of the two: give "voice": "style" with them'
             )
         if self.style is None and self.voice in (None, "style"):
-            _refuse("voice", "is missing: name one of /v1/audio/voices, or describe one in instructions")
+            refuse("voice", "is missing: name one of /v1/audio/voices, or describe one in instructions")
         return self
 
     @property
@@ -376,7 +355,7 @@ class SpeechRequest(Model):
 class CompletionRequest(_Generation):
     """Body of ``POST /v1/completions``: text, or ids, to be continued; no turns."""
 
-    refused = {
+    refused: ClassVar[Mapping[str, str]] = {
         "suffix": "text is only continued here, not filled in", "logit_bias": _UNSUPPORTED,
         "guided_json": _NO_GRAMMAR, "guided_regex": _NO_GRAMMAR, "structured_outputs": _NO_GRAMMAR,
     }  # fmt: skip
@@ -390,13 +369,13 @@ class CompletionRequest(_Generation):
     @model_validator(mode="after")
     def _check_completion(self) -> Self:
         if self.best_of not in (None, self.n):
-            _refuse("best_of", f"is {self.best_of} and n {self.n}: all that are made are returned, so leave it out")
+            refuse("best_of", f"is {self.best_of} and n {self.n}: all that are made are returned, so leave it out")
         if self.max_tokens == 0 and not self.echo:
-            _refuse("max_tokens", 'is 0, which needs "echo": true: nothing would be returned')
+            refuse("max_tokens", 'is 0, which needs "echo": true: nothing would be returned')
         if self.echo and self.stream:
-            _refuse("echo", "cannot be streamed")
+            refuse("echo", "cannot be streamed")
         if not 1 <= len(self.prompts) <= 64 or not all(self.prompts):
-            _refuse("prompt", "must be one to 64 texts or lists of token ids, none of them empty")
+            refuse("prompt", "must be one to 64 texts or lists of token ids, none of them empty")
         return self
 
     @property
@@ -424,12 +403,8 @@ class TokenizeRequest(Model):
     @model_validator(mode="after")
     def _check_one(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
-            _refuse("prompt", "give prompt or messages, one of them")
+            refuse("prompt", "give prompt or messages, one of them")
         return self
-
-
-def _refuse(name: str, problem: str) -> None:
-    raise PydanticCustomError("refused", "{problem}", {"at": name, "problem": problem})
 
 
 # ------------------------------------------------------------------------------------------------ reading

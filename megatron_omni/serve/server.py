@@ -10,6 +10,7 @@ from megatron_omni.serve.intake import Door
 from megatron_omni.serve.jobs import Built, Job
 from megatron_omni.serve.link import ModelFacts
 from megatron_omni.serve.metrics import Metrics
+from megatron_omni.serve.picture_client import PictureClient
 from megatron_omni.serve.settings import Settings
 from megatron_omni.serve.speech_client import SpeechClient
 
@@ -18,9 +19,15 @@ class Server:
     """State of the process that speaks HTTP."""
 
     def __init__(
-        self, settings: Settings, engine: EngineClient, metrics: Metrics, speech: SpeechClient | None = None
+        self,
+        settings: Settings,
+        engine: EngineClient,
+        metrics: Metrics,
+        speech: SpeechClient | None = None,
+        pictures: PictureClient | None = None,
     ) -> None:
         self.settings, self.engine, self.metrics, self.speech = settings, engine, metrics, speech
+        self.pictures = pictures
         self.builders: Builders | None = None
         self.door = Door(settings, metrics)
 
@@ -33,7 +40,8 @@ class Server:
     @property
     def ready(self) -> bool:
         """Whether requests are taken."""
-        if not self.engine.ready or self.engine.draining or (self.speech is not None and self.speech.ready is None):
+        helpers = [helper for helper in (self.speech, self.pictures) if helper is not None]
+        if not self.engine.ready or self.engine.draining or any(helper.ready is None for helper in helpers):
             return False
         return self.builders is not None or self.only_speaks
 
@@ -46,7 +54,8 @@ class Server:
     def output_modalities(self) -> tuple[str, ...]:
         """What answers are made of."""
         spoken = ("audio",) if self.speech is not None and not self.only_speaks else ()
-        return (*self.facts.output_modalities, *spoken)
+        drawn = ("image",) if self.pictures is not None else ()
+        return (*self.facts.output_modalities, *drawn, *spoken)
 
     @property
     def alive(self) -> bool:

@@ -32,6 +32,8 @@ class Settings:
     """Of the bodies and the media of all requests that are there."""
     speaks: bool = False
     """A speaker makes sound beside the model, or alone."""
+    draws: bool = False
+    """A painter draws pictures beside the model."""
     builders: int = 2
     """Processes that decode media."""
     build_seconds: float = 60.0
@@ -45,5 +47,7 @@ class Settings:
     engine_seconds: float = 600.0
     """Without a sign of life from the engine, after which /health says 503."""
     ping_seconds: float = 15.0
+    chunk_seconds: float = 0.01
+    """Tokens of an answer that come within it are one chunk of its stream; the first and the last never wait."""
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None

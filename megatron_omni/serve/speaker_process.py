@@ -6,22 +6,16 @@ computed together. LINK is an inherited descriptor, the pair of sockets to the p
 takes no signals: when the other end is closed, it leaves.
 """
 
-import logging
-import os
-import signal
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_omni.config.outcome import EXIT_FAILURE
+from megatron_omni.serve.maker import run
 from megatron_omni.serve.speech_link import (
     Hold,
     Say,
     Silence,
-    SpeakerFailed,
     SpeakerReady,
     Told,
     ToSpeaker,
@@ -31,37 +25,6 @@ if TYPE_CHECKING:
     from megatron_omni.serve.utterances import Utterances
 
 IDLE_SECONDS = 1.0
-PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""Of the launcher: this process is a world of its own."""
-
-logger = logging.getLogger(__name__)
-
-
-def main(words: Sequence[str]) -> int:
-    """Speak until the other end is closed; the exit status."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    for name in [name for name in os.environ if name in PLACE or name.startswith("TORCHELASTIC_")]:
-        del os.environ[name]
-    link = Connection(int(words[0]))
-    try:
-        serve(link, words[1], words[2], int(words[3]))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return 0
-    except ValueError as error:
-        return _failed(link, str(error))
-    except Exception:
-        logger.exception("the speaker ends")
-        return _failed(link, "the speaker has ended; the server's log says why")
-    return 0
-
-
-def _failed(link: Connection, message: str) -> int:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    with suppress(OSError):
-        link.send(SpeakerFailed(message))
-    return EXIT_FAILURE
 
 
 def serve(link: Connection, path: str, codec_folder: str, pieces: int) -> None:
@@ -131,4 +94,4 @@ def run_name(directory: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(sys.argv[1:], serve, who="the speaker"))

@@ -1,7 +1,7 @@
 """What the process that speaks HTTP and the one that makes sound say to each other, over a socket pair of their own.
 
     HTTP -> speaker    Say, then Told (more of an answer), Hold (a slow listener) and Silence for each sound
-    speaker -> HTTP    SpeakerReady, then Sounded, Transcribed and, last for every sound, Spoken; SpeakerFailed
+    speaker -> HTTP    SpeakerReady, then Sounded, Transcribed and, last for every sound, Spoken; MakerFailed (maker.py)
 
 Sound comes encoded, so that the process that speaks HTTP needs neither torch nor numpy. The end of either process ends the
 other's connection: HTTP then answers without sound, the speaker leaves.
@@ -103,15 +103,7 @@ class Spoken:
     """What was wrong with the request (nothing was spoken), or with the model's numbers."""
 
 
-@dataclass(frozen=True)
-class SpeakerFailed:
-    """No sound will be made."""
-
-    message: str
-
-
 SpeechEvent = Sounded | Transcribed | Spoken
-FromSpeaker = SpeakerReady | SpeechEvent | SpeakerFailed
 ToSpeaker = Say | Told | Silence | Hold
 
 
