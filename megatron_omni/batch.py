@@ -13,13 +13,16 @@ same order. Stages of a pipeline that do not embed get the same batch with ``pix
 
 A batch is made in host memory, by :meth:`OmniBatch.of`, which adds what follows from the tokens: where placeholders and
 labels are, which media a sample has, counts. On a device each of these would be a wait of the host
-(docs/decisions/0007-batch-facts.md). Its fields are therefore of six kinds, which travel in different ways:
+(docs/decisions/0007-batch-facts.md). Its fields are therefore of eight kinds, which travel in different ways:
 
     MEDIA     pixel_values, audio_features
     INDICES   [n] int64, each with a length of its own: places in the flattened [S, B] grid, the order of hidden states
     COUNTS    Python integers, known on the host of every rank
     attention segments.py, also on the host of every rank
+    part_labels  labels in each part of a row, where rows are cut (context parallelism), on the host of every rank as well
     routes    [B, S, ..] bytes, where routing is to be replayed (models/moe/routes.py)
+    drawn     pictures that answers draw, on the last stage's ranks (drawn.py); a pipeline's last stage then has pixel_values,
+              too, where the generator asks for the vision encoder's rows of a source
     GRIDS     everything else: [B, S], position_ids [3, B, S]
 """
 
@@ -31,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_omni.drawn import Drawn
 from megatron_omni.segments import AttentionSegments
 
 IGNORE_LABEL = -100
@@ -39,36 +43,44 @@ NO_RECORD = 0x80
 MEDIA = ("pixel_values", "audio_features")
 INDICES = ("picture_places", "sound_places", "label_places")
 COUNTS = ("num_samples", "num_tokens")
-APART = ("attention", "routes", "kept_rows")
+APART = ("attention", "part_labels", "routes", "kept_rows", "drawn")
 
 
 SampleRows = dict[str, Tensor]
-"""What the encoders ``vision`` and ``audio`` made of a sample's media, in the order of its placeholders: [n, H] each."""
+"""What is frozen of what the encoders ``vision`` and ``audio`` made of a sample's media, in the order of its placeholders:
+rows [n, H], or features of the tower [N, P, D] where the projector is trained."""
 
 
 class KeptRows:
-    """Rows of frozen encoders, kept between passes over a micro-batch that is computed several times."""
+    """Rows or features of frozen encoders, kept between passes over a micro-batch that is computed several times."""
 
     def __init__(self) -> None:
         self.rows: dict[str, Tensor] = {}
-        """By name of the encoder."""
+        """By name of the encoder, of all samples behind each other as in :data:`SampleRows`."""
+        self.places: dict[str, list[int]] = {}
+        """By name of the encoder: placeholders of each sample, each of which is encoded alone, so that its bits depend on no
+        other; none: all are encoded together."""
         self.complete = False
         """Media are not needed again."""
 
     @classmethod
     def of_samples(cls, batch: "OmniBatch", known: Mapping[int, SampleRows]) -> "KeptRows":
-        """For ``batch``, with the rows that are ``known`` of its samples by their ids. A sample may be there several times."""
+        """For ``batch`` of a sample in each sequence, with what is ``known`` of samples by their ids. A sample may be in
+        several sequences."""
         kept = cls()
         pictures = (batch.modality == Modality.IMAGE) | (batch.modality == Modality.VIDEO)
-        places = {"vision": pictures, "audio": batch.modality == Modality.AUDIO}
-        wanted = {name: batch.sample_ids[here] for name, here in places.items() if here.any()}
-        for name, ids in wanted.items():
-            runs = [*zip(*(found.tolist() for found in ids.unique_consecutive(return_counts=True)))]
-            rows = [known.get(sample, {}).get(name) for sample, _ in runs]
-            parts = [own.repeat(count // len(own), 1) for own, (_, count) in zip(rows, runs) if own is not None]
-            if len(parts) == len(runs):
-                kept.rows[name] = torch.cat(parts)
-        kept.complete = len(kept.rows) == len(wanted)
+        for name, here in (("vision", pictures), ("audio", batch.modality == Modality.AUDIO)):
+            counts = here.sum(1)
+            sequences = counts.nonzero().squeeze(1)
+            if not len(sequences):
+                continue
+            kept.places[name] = counts[sequences].tolist()
+            samples = batch.sample_ids[sequences, here.int().argmax(1)[sequences]].tolist()
+            found = [known.get(sample, {}).get(name) for sample in samples]
+            rows = [own for own in found if own is not None]
+            if len(rows) == len(found):
+                kept.rows[name] = torch.cat(rows)
+        kept.complete = len(kept.rows) == len(kept.places)
         return kept
 
 
@@ -116,6 +128,8 @@ class OmniBatch:
     """Samples in all sequences."""
     num_tokens: int
     """Tokens in all sequences, without padding."""
+    part_labels: tuple[int, ...] = ()
+    """Labels in each of as many equal parts of the rows (:meth:`with_parts`); (): nobody counted them."""
     pixel_values: Tensor | None = None
     """[N, 3, p, p] uint8 pixels, which the vision encoder normalises, or floats that are normalised."""
     audio_features: Tensor | None = None
@@ -125,6 +139,8 @@ class OmniBatch:
     logits."""
     kept_rows: KeptRows | None = None
     """Where rows of frozen encoders are kept; None: nowhere. It stays where it was made."""
+    drawn: Drawn | None = None
+    """Pictures that its answers draw; None: none, or this is not the last stage."""
 
     @classmethod
     def of(
@@ -142,6 +158,7 @@ class OmniBatch:
         pixel_values: Tensor | None = None,
         audio_features: Tensor | None = None,
         routes: Tensor | None = None,
+        drawn: Drawn | None = None,
     ) -> "OmniBatch":
         """The batch of these tokens, in host memory, with everything that follows from them."""
         pictures = (modality == Modality.IMAGE) | (modality == Modality.VIDEO)
@@ -164,13 +181,21 @@ class OmniBatch:
             pixel_values=pixel_values,
             audio_features=audio_features,
             routes=routes,
+            drawn=drawn,
         )
 
     def to(self, device: torch.device | str) -> "OmniBatch":
         """The same batch on another device."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        drawn = None if self.drawn is None else self.drawn.to(device)
+        return replace(self, **moved, drawn=drawn)
+
+    def with_parts(self, number: int) -> "OmniBatch":
+        """The same batch, in host memory, with ``part_labels`` of so many parts."""
+        size = self.labels.shape[1] // number * len(self.labels)
+        counts = torch.bincount(self.label_places // max(size, 1), minlength=number)
+        return replace(self, part_labels=tuple(counts.tolist()))
 
     @property
     def padding_mask(self) -> Tensor:
@@ -181,6 +206,11 @@ class OmniBatch:
     def num_label_tokens(self) -> int:
         """Tokens that carry a label."""
         return len(self.label_places)
+
+    @property
+    def num_images(self) -> int:
+        """Pictures that its answers draw."""
+        return 0 if self.drawn is None else len(self.drawn)
 
 
 GRIDS = tuple(f.name for f in fields(OmniBatch) if f.name not in (*MEDIA, *INDICES, *COUNTS, *APART))

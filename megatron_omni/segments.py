@@ -3,12 +3,14 @@
     full      every query sees every key
     causal    aligned at the end: of L queries and n keys, query i sees keys 0 .. n - L + i; the last L keys are its own
 
-A token that is in no segment is padding: it sees nothing and nothing sees it. Four uses, which a batch may mix:
+A token that is in no segment is padding: it sees nothing and nothing sees it. Uses, which a batch may mix:
 
     causal           a sample of a packed row: each token sees those before it in its own sample
     shared_prompt    one prompt and several responses: a response sees the prompt and itself
     prefix           tokens that all see each other, then causal ones that see them too
     cached           new tokens that see the keys of their sequence in a cache, of any length (generation/cache.py)
+
+    cut              of any of these, the queries of one rank of a context-parallel group and the keys of all (:meth:`of_rank`)
 
 Each is what a variable-length kernel takes, with different lengths of queries and keys (ops/segment_attention.py).
 Tokens are counted in the flattened [B, S] grid of a batch, keys of a cache from its first. All of it is plain
@@ -16,7 +18,7 @@ numbers in host memory, from which shapes follow: nothing waits for a device.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -39,6 +41,14 @@ class Segment:
         """The keys of a causal segment's own queries."""
         assert self.causal
         return self.keys[-1][-len(self.queries) :]
+
+    def of_queries(self, start: int, stop: int) -> "Segment | None":
+        """What those of its queries see that lie in ``start .. stop - 1``; None where there are none."""
+        own = range(max(start, self.queries.start), min(stop, self.queries.stop))
+        if not own:
+            return None
+        unseen = self.queries.stop - own.stop if self.causal else 0
+        return Segment(own, (*self.keys[:-1], self.keys[-1][: len(self.keys[-1]) - unseen]), self.causal)
 
     @property
     def first_position(self) -> int:
@@ -95,6 +105,8 @@ class AttentionSegments:
     segments: tuple[Segment, ...]
     num_tokens: int
     """Queries of the grid, padding included: B x S."""
+    key_ranks: int = 1
+    """Ranks of a context-parallel group that have a part of the keys each."""
     derived: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
     """What kernels made of the segments: made once and used by every layer."""
 
@@ -116,6 +128,18 @@ class AttentionSegments:
         """(query, key) pairs with a score."""
         return sum(segment.num_pairs for segment in self.segments)
 
+    def of_rank(self, rank: int, ranks: int, *, length: int) -> "AttentionSegments":
+        """The queries of ``rank``, counted in its own grid of rows of ``length`` / ``ranks`` tokens, and keys in the whole grid
+        of rows of ``length``."""
+        segments, place = [], 0
+        for row in range(0, self.num_tokens, length):
+            for part in row_parts(length, rank, ranks):
+                start, stop = row + part.start, row + part.stop
+                for segment in filter(None, (s.of_queries(start, stop) for s in self.segments)):
+                    segments.append(replace(segment, queries=_shifted(segment.queries, place - start)))
+                place += len(part)
+        return AttentionSegments(tuple(segments), self.num_tokens // ranks, key_ranks=ranks)
+
     def numbers(self) -> list[int]:
         """All of it as integers; :meth:`from_numbers` reads them."""
         numbers = [self.num_tokens]
@@ -135,6 +159,17 @@ class AttentionSegments:
             segments.append(Segment(queries, tuple(keys), bool(is_causal)))
             place += 2 + 2 * num_ranges
         return cls(tuple(segments), numbers[0])
+
+
+def row_parts(length: int, rank: int, ranks: int) -> tuple[range, range]:
+    """Which tokens of a row of ``length`` are those of ``rank`` of a context-parallel group, in its order.
+
+    Of 2 ``ranks`` equal parts the one from the front and the one from the back: under a causal mask every rank then has as
+    many (query, key) pairs as any other.
+    """
+    assert length % (2 * ranks) == 0, f"{length} tokens in 2 x {ranks} parts"
+    size, late = length // (2 * ranks), 2 * ranks - 1 - rank
+    return range(rank * size, (rank + 1) * size), range(late * size, (late + 1) * size)
 
 
 def packed(rows: Sequence[Sequence[int]], length: int) -> AttentionSegments:

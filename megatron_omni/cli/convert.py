@@ -4,13 +4,14 @@ megatron-omni convert import --hf QWEN --out DIR --tp 2 --pp 2
 megatron-omni convert import --hf QWEN --vision SIGLIP --audio WHISPER --draw-projectors 0 --out DIR
 megatron-omni convert import --speech speech_gen/speech_gen_ep2.bin --tokenizer QWEN --out DIR
 megatron-omni convert import --hf QWEN_0.5B --text-table QWEN_VL_3B --out DIR
+megatron-omni convert import --image PIXWIZARD_OR_UNI_MOE --out DIR
 megatron-omni convert export --checkpoint RUN --out DIR
 megatron-omni convert roundtrip --hf QWEN --tp 2 --pp 2
 megatron-omni convert verify DIR
 megatron-omni convert verify DIR --record-loss recipes/tiny/quickstart.yaml seed=1
 megatron-omni convert codec WAVTOKENIZER.ckpt --yaml CONFIG.yaml --out DIR
 megatron-omni convert codec DIR --out RELEASED
-megatron-omni convert codec runs/codec --out DIR --dtype fp16
+megatron-omni convert codec runs/codec --out DIR --dtype fp16                # or runs/picture_codec
 megatron-omni convert codec runs/codec --out DIR --local 30 8 --recordings FILE.flac FILE.flac
 
 Exit status: 0 done, 2 bad input (one line ``error: ...``), 1 anything else. docs/checkpoints.md says what is written.
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
     from megatron_omni.checkpoint.layout import Layout
 
 EXIT_INTERRUPTED = 130
-FAMILIES = ("qwen2", "siglip", "whisper", "projectors", "uni_moe", "speech_gen", "speech_trunk", "text_table")
-EXPORTED = ("qwen2", "siglip", "whisper", "projectors", "uni_moe", "speech_gen")
+FAMILIES = (
+    "qwen2", "siglip", "whisper", "projectors", "uni_moe", "speech_gen", "speech_trunk", "text_table", "image_gen", "pixwizard",
+)  # fmt: skip
+EXPORTED = ("qwen2", "siglip", "whisper", "projectors", "uni_moe", "speech_gen", "image_gen", "pixwizard")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     exporting.add_argument(
         "--to",
         choices=EXPORTED,
-        help="layout (default: qwen2 for a text model, speech_gen for a generator, else uni_moe)",
+        help="layout (default: qwen2 for a text model, speech_gen or image_gen for a generator alone, else uni_moe)",
     )
     exporting.add_argument("--like", type=Path, help="imported checkpoint that a trained one started from")
     exporting.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto")
@@ -77,7 +80,11 @@ def parser() -> argparse.ArgumentParser:
     codec.add_argument("--local", type=int, nargs=2, default=[], metavar=("BEFORE", "AFTER"),
         help="codes that the decoder may hear around each: sound is then the same streamed and whole")  # fmt: skip
     codec.add_argument("--recordings", type=Path, nargs="+", default=[], help="sound for the statistics of --local")
-    codec.add_argument("--out", type=Path, required=True, help="directory to make; model.speech.codec takes a codec's")
+    codec.add_argument("--pictures", type=Path, nargs="+", default=[],
+        help="of a run that trained a codec of pictures: those that set the latents' scale and the smoothing")  # fmt: skip
+    codec.add_argument(
+        "--out", type=Path, required=True, help="directory to make, for model.speech.codec or model.image.vae"
+    )
     return top
 
 
@@ -94,6 +101,10 @@ def _add_sources(command: argparse.ArgumentParser) -> None:
         "--text-table", type=Path, help="makes --hf (Qwen2.5-0.5B) the start of a generator that reads text by the word "
         "embeddings in this directory (Qwen2.5-VL-3B)"
     )  # fmt: skip
+    command.add_argument("--image", type=Path, help="what draws, alone: a Uni-MoE-2.0-Omni directory, or PixWizard's "
+        "consolidated_ema.00-of-01.pth or its folder; model.image.weights takes what is written")  # fmt: skip
+    command.add_argument("--blank-captions", type=Path, help="blank_caps.pt of the published code, which --hf and --image of "
+        "a release need to guide as it does")  # fmt: skip
     command.add_argument("--query-tokens", type=int, help="audio tokens a chunk (default: 20 for 3 seconds)")
     for name, meaning in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert"), ("etp", "expert tensor")):
         command.add_argument(f"--{name}", type=int, default=1, help=f"{meaning} parallel size of what is written")
@@ -186,10 +197,10 @@ def run_roundtrip(options: argparse.Namespace) -> None:
 
 def run_verify(options: argparse.Namespace) -> None:
     """``verify``."""
-    from megatron_omni.checkpoint.codec_folders import is_codec, verify_codec
+    from megatron_omni.checkpoint.codec_folders import is_codec, is_picture_codec, verify_codec
     from megatron_omni.checkpoint.verify import verify
 
-    if is_codec(options.path) and options.record_loss is None:
+    if (is_codec(options.path) or is_picture_codec(options.path)) and options.record_loss is None:
         print(verify_codec(options.path))
         return
     pairs = [pair.partition("=") for pair in options.source]
@@ -222,6 +233,7 @@ def run_codec(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         span=options.local,
         recordings=options.recordings,
+        pictures=options.pictures,
     ):
         print(line)
 
@@ -238,6 +250,8 @@ def _open(options: argparse.Namespace) -> "OpenedSources":
         query_tokens=options.query_tokens,
         speech=options.speech,
         text_table=options.text_table,
+        image=options.image,
+        blank_captions=options.blank_captions,
     )
 
 

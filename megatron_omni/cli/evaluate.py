@@ -42,6 +42,7 @@ class Request:
     threads: int = 2
     deterministic: bool = False
     codec: Path | None = None
+    vae: Path | None = None
     overrides: list[str] = field(default_factory=list)
 
 
@@ -76,6 +77,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--codec", type=Path, metavar="DIR", help="of tasks of kind speech: folder of the codec (default: that "
                    "of the recipe)")  # fmt: skip
+    p.add_argument("--vae", type=Path, metavar="DIR", help="of tasks of kind image: folder of the codec of pictures (default: "
+                   "that of the recipe)")  # fmt: skip
     p.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the comparison's draws (default 0)")
     p.add_argument(
         "--deterministic", action="store_true", help="the same bits whatever is answered beside it (one rank; slow)"
@@ -136,6 +139,7 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         threads=args.threads,
         deterministic=args.deterministic,
         codec=args.codec,
+        vae=args.vae,
         overrides=overrides,
     )
 
@@ -188,6 +192,7 @@ def run(request: Request) -> int:
         against=request.against,
         seed=request.seed,
         codec=request.codec,
+        vae=request.vae,
     )
     if summary is not None and not any(task.count for task in summary.tasks.values()):
         print(f"error: no sample of any task could be used; {request.out} says why of each", file=sys.stderr)

@@ -17,7 +17,8 @@ from megatron_omni.config.run import Recipe
 from megatron_omni.config.shards import shard_paths
 from megatron_omni.data.codes import codec_fingerprint
 from megatron_omni.data.extract import Extracted, Rules, extract
-from megatron_omni.data.recordings import Recordings, Voice, recordings_of
+from megatron_omni.data.recording_rows import Recordings, Voice
+from megatron_omni.data.recordings import recordings_of
 from megatron_omni.data.speech_segments import groups
 from megatron_omni.data.spoken_text import normaliser
 from megatron_omni.data.tokenizer import Tokenizer
@@ -59,7 +60,7 @@ def extracted(words: argparse.Namespace, recipe: Recipe, tokenizer: Tokenizer) -
     made = []
     for path in paths:
         recordings = recordings_of(path, voice, root=words.root)
-        progress = _Progress(path.name, len(recordings))
+        progress = Progress(f"codes of {path.name}", len(recordings), "recordings")
         found = extract(recordings, encoder, rules, threads=words.workers, again=words.again, advance=progress.add)
         _tell(path, found)
         made.append(_pattern(recordings, found))
@@ -102,19 +103,19 @@ def _tell(path: Path, found: Extracted) -> None:
         print(f"  {message}")
 
 
-class _Progress:
+class Progress:
     """A line on standard error every some seconds."""
 
-    def __init__(self, name: str, total: int) -> None:
-        self.name, self.total, self.done = name, total, 0
+    def __init__(self, name: str, total: int, items: str) -> None:
+        self.name, self.total, self.items, self.done = name, total, items, 0
         self._started = self._shown = time.monotonic()
 
     def add(self, number: int) -> None:
-        """``number`` more recordings are done."""
+        """``number`` more are done."""
         self.done += number
         now = time.monotonic()
         if now - self._shown >= _LINE_SECONDS:
             self._shown = now
             rate = self.done / (now - self._started)
             left = (self.total - self.done) / rate
-            print(f"codes of {self.name}: {self.done}/{self.total} recordings, {left:.0f} s left", file=sys.stderr)
+            print(f"{self.name}: {self.done}/{self.total} {self.items}, {left:.0f} s left", file=sys.stderr)

@@ -1,10 +1,11 @@
-"""Answer a prompt with a trained checkpoint: text, images, audio and video in, text out.
+"""Answer a prompt with a trained checkpoint: text, images, audio and video in, text out, and speech and pictures.
 
     python -m megatron_omni.cli.generate CHECKPOINT --image cat.png --audio q.wav --prompt "What is this?" --out DIR
     torchrun --nproc-per-node 2 -m megatron_omni.cli.generate CHECKPOINT --jsonl records.jsonl --out DIR \
         parallel.tensor_model_parallel_size=2
     python -m megatron_omni.cli.generate CHECKPOINT --prompt "Say hello." --speak hello.wav --voice Jenny \
         --speaker SPEECH_CHECKPOINT --codec CODEC_DIR --out DIR
+    python -m megatron_omni.cli.generate CHECKPOINT --prompt "Make the cat a dog." --source cat.png --draw dog.png --out DIR
 
 One prompt writes DIR/answer.txt and prints the answer. ``--jsonl`` answers every record: DIR/answers.jsonl has a line
 {"record", "id", "answer"} for each, in order, or {"record", "id", "reason", "error"} for one that cannot be used; such
@@ -12,7 +13,8 @@ records are counted and never end the run. Lines are written as they come, and t
 of them (generation/answers.py). How tokens are chosen and what ends an answer: the options of a request to the server,
 and the same checks (generation/request.py). With --n or --logprobs a line has "samples", too, and one prompt writes
 them to DIR/answer.json. Exit status 2 for bad input, with one ``error:`` line, and where no record could be
-used, or none was spoken. torch is imported after the command line has been accepted, so ``--help`` answers at once.
+used, or an answer was not spoken or drawn. torch is imported after the command line has been accepted, so ``--help``
+answers at once.
 """
 
 import argparse
@@ -24,9 +26,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_omni.cli.draw_options import add_drawing, picture_wanted
 from megatron_omni.cli.speech_options import add_speech, speech_wanted
 from megatron_omni.cli.starting import Parser, check_directory, refused, run_on_ranks, say_starting
 from megatron_omni.config.outcome import EXIT_BAD_INPUT
+from megatron_omni.generation.picture import PictureWanted
 from megatron_omni.generation.request import Sampling, Wanted
 from megatron_omni.generation.utterance import SpeechWanted
 
@@ -38,6 +42,7 @@ _MARKERS = re.compile(f"<({'|'.join(MEDIA_KINDS)})>")
 OVERRIDES = (
     "parallel.tensor_model_parallel_size",
     "parallel.pipeline_model_parallel_size",
+    "parallel.pipeline_layout",
     "parallel.expert_model_parallel_size",
     "parallel.expert_tensor_parallel_size",
     "parallel.distributed_timeout_seconds",
@@ -72,6 +77,9 @@ class Request:
     speech: SpeechWanted | None
     sound: str
     """Where answers are heard: a file, or a directory in --jsonl mode."""
+    drawing: PictureWanted | None
+    picture: str
+    """Where they are seen, likewise."""
     overrides: list[str]
 
 
@@ -140,6 +148,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_think(p)
     add_speech(p)
+    add_drawing(p)
     p.add_argument("overrides", nargs="*", metavar="key=value", help=f"one of {', '.join(OVERRIDES)}")
     p.set_defaults(media=[])
     return p
@@ -161,6 +170,9 @@ def add_think(p: argparse.ArgumentParser) -> None:
 def parse(argv: Sequence[str] | None = None) -> Request:
     """The checked command line. ValueError names what is wrong."""
     args = parser().parse_intermixed_args(argv)
+    drawing = picture_wanted(args)
+    if args.source is not None:  # the last picture of the turn
+        args.media = [*args.media, ("image", args.source)]
     if args.jsonl is not None and (args.media or args.prompt is not None):
         raise ValueError("--jsonl brings its own prompts and media; leave out --prompt, --image, --audio and --video")
     if args.jsonl is None and args.prompt is None and not args.media:
@@ -196,6 +208,8 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         think=args.think,
         speech=speech_wanted(args),
         sound=args.speak or "",
+        drawing=drawing,
+        picture=args.draw or "",
         overrides=args.overrides,
     )
 
@@ -245,6 +259,7 @@ def run(request: Request) -> int:
     """Answer ``request`` and write the result, on rank 0; the exit status."""
     from megatron_omni.data.sources import JsonlSource
     from megatron_omni.generation.answers import answer_all, answer_one
+    from megatron_omni.generation.drawn_answers import AnswerDrawer
     from megatron_omni.generation.engine import EngineLimits
     from megatron_omni.generation.load import open_checkpoint
     from megatron_omni.generation.spoken_answers import AnswerSpeaker
@@ -258,10 +273,12 @@ def run(request: Request) -> int:
         )
     if request.speech is not None:
         settings |= {"speech": AnswerSpeaker(request.speech, checkpoint), "sound": request.sound}
+    if request.drawing is not None:
+        settings |= {"drawing": AnswerDrawer(request.drawing, checkpoint), "picture": request.picture}
     if request.jsonl is None:
         return 0 if answer_one(checkpoint, turn_record(request), **settings) else EXIT_BAD_INPUT
-    if request.speech is not None:
-        Path(request.sound).mkdir(parents=True, exist_ok=True)
+    for folder in filter(None, (request.sound, request.picture)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
     changes = [word for word in request.overrides if word.startswith("data.")]
     source = JsonlSource(request.jsonl, name=str(request.jsonl))
     return 0 if answer_all(checkpoint, source, changes=changes, **settings) else EXIT_BAD_INPUT

@@ -6,6 +6,7 @@
     megatron-omni prepare RECIPE --trl pairs.jsonl                          # makes pairs.records.jsonl first
     megatron-omni prepare RECIPE --codes CODEC --data train.jsonl           # makes train.spoken-*.jsonl and their codes first
     megatron-omni prepare RECIPE --codes CODEC --folder LJSpeech-1.1 --speaker Linda
+    megatron-omni prepare RECIPE --latents VAE --hidden RUN --data train.jsonl   # makes train.drawn-*.jsonl and their arrays first
 
 JSONL records (messages or ShareGPT) and WebDataset tars, also ones prepared for Energon, get an index beside them
 (docs/data.md). A recipe gives the tokenizer, and the sizes that the printed summary counts in; the index serves any
@@ -58,8 +59,15 @@ def parser() -> argparse.ArgumentParser:
         "--longest", type=float, metavar="S", help="with --codes: seconds of a recording without segments (45)"
     )
     made.add_argument("--normalise", action="store_true", help="with --codes: numbers and signs in words, by wetext")
+    made.add_argument("--latents", metavar="VAE", help="folder of a VAE: make latents of the pictures that rows draw")
+    made.add_argument(
+        "--hidden", metavar="RUN", help="run or checkpoint: keep its hidden states at the blocks of these pictures"
+    )
+    made.add_argument("--half", action="store_true", help="with --latents, --hidden: in fp16 and bf16, half the disk")
     made.add_argument("--prompt", default="", help="question for captions that come without one")
-    made.add_argument("--root", default="", metavar="DIR", help="folder that the media of --data lie under")
+    made.add_argument(
+        "--root", default="", metavar="DIR", help="folder that the media of --data (CosyVoice: --folder) lie under"
+    )
     made.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: cores)"
     )
@@ -108,6 +116,9 @@ def _prepare(words: argparse.Namespace) -> int:
     say_starting("prepare", words.folder or words.trl or words.recipe)
     if words.codes is not None:
         sources, files = _of_codes(words, recipe, tokenizer)
+    if words.latents is not None or words.hidden is not None:
+        sources = _of_pictures(words, recipe, sources)
+        files = [shard_paths(source.path) for source in sources]
     for path in _made_records(words):
         sources.append(_source(str(path), words))
         files.append(shard_paths(sources[-1].path))
@@ -150,6 +161,12 @@ def _check_speech_words(words: argparse.Namespace) -> None:
         raise ValueError("--trl makes records of preferences, --codes of recordings; run the command once for each")
     if words.speaker and words.style:
         raise ValueError("--speaker names a voice and --style describes one; give one of the two")
+    if words.half and words.latents is None and words.hidden is None:
+        raise ValueError("--half says how --latents and --hidden are stored; give one of them, or leave it out")
+    if (words.latents or words.hidden) and (words.codes or words.trl or words.folder):
+        raise ValueError(
+            "--latents and --hidden read rows that draw; run the command for --codes, --trl or --folder by itself"
+        )
     if words.longest is not None and not words.longest > 0:
         raise ValueError(f"--longest {words.longest:g}: give seconds above 0")
 
@@ -163,6 +180,18 @@ def _of_codes(
 
     patterns = extracted(words, recipe, tokenizer)
     return [_source(path, words) for path in patterns], [shard_paths(path) for path in patterns]
+
+
+def _of_pictures(words: argparse.Namespace, recipe: "Recipe", sources: list["SourceConfig"]) -> list["SourceConfig"]:
+    """Sources of the rows that are made of those of ``sources``."""
+    from dataclasses import replace
+
+    from megatron_omni.platform.device import install
+
+    install()  # before megatron.core
+    from megatron_omni.cli.caching import cached
+
+    return [replace(source, path=path) for source, path in cached(words, recipe, sources)]
 
 
 def _summary_file(folder: Path, name: str, written: set[Path]) -> Path:

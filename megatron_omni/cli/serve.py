@@ -4,7 +4,8 @@
     megatron-omni serve CHECKPOINT --speaker SPEECH_CHECKPOINT --codec FOLDER
     torchrun --nproc-per-node 2 -m megatron_omni.cli.serve CHECKPOINT parallel.tensor_model_parallel_size=2
 
-Rank 0 speaks HTTP. Text, pictures, sound and video in, text out, and with a speaker (a process of its own) sound. A
+Rank 0 speaks HTTP. Text, pictures, sound and video in, text out, with a speaker (a process of its own) sound, and pictures of
+a model that draws (another one). A
 CHECKPOINT that is a speech generator itself is served alone. docs/serving.md has the paths and their limits. The
 server listens on this machine only unless --host says otherwise, which needs a key (--api-key-file, or OMNI_API_KEY in
 the environment) or --no-auth. SIGTERM ends it when the running answers have ended, with status 0; status 2 for bad input,
@@ -24,19 +25,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_omni.cli.generate import OVERRIDES, add_media_separator
 from megatron_omni.cli.starting import Parser, refused, say_starting
 from megatron_omni.config.outcome import EXIT_FAILURE
 from megatron_omni.serve.settings import Settings
 
+if TYPE_CHECKING:
+    from megatron_omni.config.run import Recipe
+
 KEY_VARIABLE = "OMNI_API_KEY"
 NEEDED = ("h11", "prometheus_client", "pydantic", "starlette", "uvicorn")
 ENGINE_LIMITS = ("max_running", "max_batch_tokens", "cache_tokens", "prefix_cache", "deterministic")
 _ABOVE_ZERO = (
     "max_body_mib", "max_media", "max_waiting", "max_waiting_mib", "max_queue_seconds", "max_request_seconds",
-    "patience_seconds", "builders", "max_speaking",
+    "patience_seconds", "builders", "max_speaking", "max_drawing",
     "max_new_tokens", "max_running", "max_batch_tokens", "cache_tokens",
 )  # fmt: skip
 SEND_BYTES = 128 << 10
@@ -63,6 +67,8 @@ class Command:
     """What the process that makes sound is told: checkpoint, codec, pieces at a time."""
     only_speaks: bool
     """The checkpoint is the speaker's."""
+    painter: tuple[str, str, str] | None = None
+    """What the process that draws is told: checkpoint, codec of pictures, pictures at a time."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -96,6 +102,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-request-seconds", type=float, default=600.0, metavar="S", help="to the last (default 600)")
     p.add_argument("--patience-seconds", type=float, default=30.0, metavar="S", help="for a client to send the head of a "
                    "request, to begin its body, to take what was sent (default 30)")  # fmt: skip
+    p.add_argument("--chunk-ms", type=float, default=10.0, metavar="MS", help="tokens that come within it are one chunk of a "
+                   "stream (default 10; 0: each token is one)")  # fmt: skip
     p.add_argument("--max-running", type=int, metavar="N", help="answers that are computed together (default 32)")
     p.add_argument("--max-batch-tokens", type=int, metavar="N", help="tokens of a step of the engine (default 512)")
     p.add_argument("--cache-tokens", type=int, metavar="N", help="positions of the cache of keys and values")
@@ -108,6 +116,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--codec", type=Path, metavar="DIR", help="folder of its codec (default: the one that it names)")
     p.add_argument("--max-speaking", type=int, default=8, metavar="N", help="pieces of speech that are computed together "
                    "(default 8)")  # fmt: skip
+    p.add_argument("--no-pictures", action="store_true", help="of a model that draws: answer with text alone")
+    p.add_argument(
+        "--vae", type=Path, metavar="DIR", help="folder of the codec of pictures (default: that of the recipe)"
+    )
+    p.add_argument(
+        "--max-drawing", type=int, default=4, metavar="N", help="pictures that are drawn together (default 4)"
+    )
     p.add_argument("--builders", type=int, default=2, metavar="N", help="processes that decode media (default 2)")
     p.add_argument("--grace-seconds", type=float, default=30.0, metavar="S",
                    help="for running answers after SIGTERM (default 30)")  # fmt: skip
@@ -133,6 +148,8 @@ def parse(argv: Sequence[str] | None = None) -> Command:
         raise ValueError(f"--port is {args.port}; it must be from 0 to 65535")
     if args.grace_seconds < 0:
         raise ValueError(f"--grace-seconds is {args.grace_seconds:g}; it must be 0 or more")
+    if not 0 <= args.chunk_ms <= 1000:
+        raise ValueError(f"--chunk-ms is {args.chunk_ms:g}; it must be from 0 to 1000")
     if (args.ssl_certfile is None) != (args.ssl_keyfile is None):
         raise ValueError("--ssl-certfile and --ssl-keyfile belong together: give both")
     for file in filter(None, (args.ssl_certfile, args.ssl_keyfile)):
@@ -148,7 +165,7 @@ def parse(argv: Sequence[str] | None = None) -> Command:
             f"{', '.join(missing)} cannot be imported; install the extra: pip install 'megatron-omni[serve]'"
         )
     only_speaks = _is_speech_generator(args.checkpoint)
-    speaker = _speaker(args, only_speaks)
+    speaker, painter = _speaker(args, only_speaks), _painter(args)
     keys = _keys(args.api_key_file)
     if args.host not in _LOCAL and not keys and not args.no_auth:
         raise ValueError(
@@ -170,7 +187,9 @@ def parse(argv: Sequence[str] | None = None) -> Command:
         queue_seconds=args.max_queue_seconds,
         request_seconds=args.max_request_seconds,
         patience_seconds=args.patience_seconds,
+        chunk_seconds=args.chunk_ms / 1000,
         speaks=speaker is not None,
+        draws=painter is not None,
         builders=args.builders,
         ssl_certfile=args.ssl_certfile,
         ssl_keyfile=args.ssl_keyfile,
@@ -181,6 +200,7 @@ def parse(argv: Sequence[str] | None = None) -> Command:
     return Command(
         checkpoint=args.checkpoint, host=args.host, port=args.port, grace_seconds=args.grace_seconds,
         settings=settings, limits=limits, overrides=args.overrides, speaker=speaker, only_speaks=only_speaks,
+        painter=painter,
     )  # fmt: skip
 
 
@@ -191,7 +211,10 @@ def _speaker(args: argparse.Namespace, only_speaks: bool) -> tuple[str, str, str
             f"{args.checkpoint} is a speech generator itself: leave --speaker out, or serve a language model"
         )
     if only_speaks and (args.overrides or int(os.environ.get("WORLD_SIZE", "1")) > 1):
-        raise ValueError(f"{args.checkpoint} is a speech generator: it is served by one process, without overrides")
+        raise ValueError(
+            f"{args.checkpoint} is a speech generator, which a server speaks on one rank of its own: leave out torchrun and "
+            "overrides; several servers share listeners, and megatron-omni speak --jsonl uses all ranks"
+        )
     if args.codec is not None and not (only_speaks or args.speaker is not None):
         raise ValueError("--codec is that of a speech generator: give --speaker too")
     for folder in filter(None, (args.speaker, args.codec)):
@@ -205,18 +228,43 @@ def _speaker(args: argparse.Namespace, only_speaks: bool) -> tuple[str, str, str
     return str(args.checkpoint if only_speaks else args.speaker), codec, str(args.max_speaking)
 
 
+def _painter(args: argparse.Namespace) -> tuple[str, str, str] | None:
+    """Of the process that draws, where the model does; ValueError for what does not go together."""
+    recipe = _recipe_of(args.checkpoint)
+    image = recipe.model.image if recipe is not None else None
+    if args.no_pictures and args.vae is not None:
+        raise ValueError("--vae is for pictures: leave it out, or --no-pictures")
+    if image is None and (args.no_pictures or args.vae is not None):
+        raise ValueError(f"{args.checkpoint} draws nothing (model.image is null): leave out --no-pictures and --vae")
+    if image is None or args.no_pictures:
+        return None
+    if args.vae is None and image.vae is None:
+        raise ValueError(
+            f"{args.checkpoint} names no codec of pictures (model.image.vae is null): give its folder with --vae, or --no-pictures"
+        )
+    if args.vae is not None and not args.vae.is_dir():
+        raise ValueError(f"{args.vae}: no such directory")
+    return str(args.checkpoint), str(args.vae) if args.vae is not None else "", str(args.max_drawing)
+
+
 def _is_speech_generator(checkpoint: Path) -> bool:
-    """Whether the recipe beside its weights has a ``model.speech``; what is no recipe is refused when it is opened."""
+    """Whether it has a ``model.speech``."""
+    recipe = _recipe_of(checkpoint)
+    return recipe is not None and recipe.model.speech is not None
+
+
+def _recipe_of(checkpoint: Path) -> "Recipe | None":
+    """The recipe beside its weights; None for what is no recipe, which is refused when it is opened."""
     from megatron_omni.config.load import load_recipe
 
     found = [checkpoint / _RECIPE, *sorted(checkpoint.glob(f"checkpoints/iter_*/{_RECIPE}"))[-1:]]
     for file in found:
         if file.is_file():
             try:
-                return load_recipe(file).model.speech is not None
+                return load_recipe(file)
             except ValueError:
-                return False
-    return False
+                return None
+    return None
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:
@@ -261,22 +309,39 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class HttpProcess:
-    """The process that speaks HTTP, and the connection to it; the one that makes sound hangs on it alone."""
+    """The process that speaks HTTP, and the connection to it; those that make sound and draw hang on it alone."""
 
-    def __init__(self, listening: socket.socket, settings: Settings, speaker: Sequence[str] | None) -> None:
+    def __init__(
+        self,
+        listening: socket.socket,
+        settings: Settings,
+        speaker: Sequence[str] | None,
+        painter: Sequence[str] | None = None,
+    ) -> None:
         self.link, theirs = Pipe()
-        passed = [theirs.fileno(), listening.fileno()]
-        sound, of_http = Pipe() if speaker is not None else (None, None)
-        if sound is not None and of_http is not None and speaker is not None:
-            passed.append(of_http.fileno())
-            words = [sys.executable, "-m", "megatron_omni.serve.speaker_process", str(sound.fileno()), *speaker]
-            self._speaker = subprocess.Popen(words, pass_fds=[sound.fileno()])
-            sound.close()
-        words = [sys.executable, "-m", "megatron_omni.serve.http", *map(str, passed)]
+        ends: list[Connection | None] = []
+        self._helpers: list[subprocess.Popen[bytes]] = []
+        for module, told in (("speaker_process", speaker), ("painter_process", painter)):
+            own, of_http = Pipe() if told is not None else (None, None)
+            ends.append(of_http)
+            if own is not None and told is not None:
+                words = [sys.executable, "-m", f"megatron_omni.serve.{module}", str(own.fileno()), *told]
+                self._helpers.append(subprocess.Popen(words, pass_fds=[own.fileno()]))
+                own.close()
+        words = [str(end.fileno()) if end is not None else "-" for end in ends]
+        words = [
+            sys.executable,
+            "-m",
+            "megatron_omni.serve.http",
+            str(theirs.fileno()),
+            str(listening.fileno()),
+            *words,
+        ]
+        passed = [theirs.fileno(), listening.fileno(), *(end.fileno() for end in ends if end is not None)]
         self._process = subprocess.Popen(words, pass_fds=passed)
         theirs.close()
-        if of_http is not None:
-            of_http.close()
+        for end in filter(None, ends):
+            end.close()
         listening.close()
         self.link.send(settings)
 
@@ -304,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if leads:
             listening = listen(command.host, command.port)
             port = listening.getsockname()[1]
-            http = HttpProcess(listening, command.settings, command.speaker)
+            http = HttpProcess(listening, command.settings, command.speaker, command.painter)
     except ValueError as error:
         return refused(error)
     say_starting("serve", command.checkpoint)

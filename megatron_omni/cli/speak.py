@@ -7,7 +7,8 @@
 The sound is written while it is made: WAV (16-bit PCM, mono), or samples alone into NAME.pcm; ``-`` is the standard output.
 A line of JSON says {"file", "seconds", "codes", "pieces", "cut", "prompt"}, and {"first_sound_seconds",
 "real_time_factor"} of one text. ``--jsonl`` speaks every line {"text", "voice" | "style", "language", "id"} of a file into
-DIR/NUMBER.wav, and its lines go into DIR/spoken.jsonl, in order. Exit status 2 for bad input: a text that has neither a
+DIR/NUMBER.wav, and its lines go into DIR/spoken.jsonl, in order; stopped, the same command goes on with the lines that are not
+spoken yet (generation/spoken_lines.py). Exit status 2 for bad input: a text that has neither a
 letter nor a digit, an unknown voice, a codec of other codes.
 """
 
@@ -15,7 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 OVERRIDES = (
     "parallel.tensor_model_parallel_size",
     "parallel.pipeline_model_parallel_size",
+    "parallel.pipeline_layout",
     "parallel.expert_model_parallel_size",
     "parallel.expert_tensor_parallel_size",
     "parallel.distributed_timeout_seconds",
@@ -44,7 +46,6 @@ OVERRIDES = (
     "model.speech.most_codes_per_token",
 )
 """Fields of the checkpoint's recipe that mean something when speaking."""
-SPOKEN = "spoken.jsonl"
 KEYS = ("text", "voice", "style", "language", "id")
 
 
@@ -160,6 +161,7 @@ def run(args: argparse.Namespace) -> int:
 
     from megatron_omni.generation.load import open_checkpoint
     from megatron_omni.generation.speaking import SoundFiles, said_of, speak_all
+    from megatron_omni.generation.spoken_lines import speak_lines
     from megatron_omni.generation.voices import codec_for
 
     checkpoint = open_checkpoint(args.checkpoint, overrides=args.overrides)
@@ -170,30 +172,25 @@ def run(args: argparse.Namespace) -> int:
         )
     utterances = utterances_of(args, config)
     codec = codec_for(config, args.codec)
-    model = checkpoint.load_model()
-    out = Path(args.out)
+    common: dict[str, Any] = {"codec": codec, "batch_size": args.batch_size, "release": args.release or None}
     if args.jsonl:
-        out.mkdir(parents=True, exist_ok=True)
-    with SoundFiles(lambda name: out / f"{name}.wav" if args.jsonl else args.out, codec.sample_rate) as files:
+        ids = [line.id for line in args.lines]
+        settings = settings_of(args)
+        return told(args, *speak_lines(checkpoint, utterances, ids, out=Path(args.out), settings=settings, **common))
+    model = checkpoint.load_model()
+    with SoundFiles(lambda name: args.out, codec.sample_rate) as files:
         ended = speak_all(
             model,
             utterances,
-            codec=codec,
             tokenizer=checkpoint.builder.tokenizer,
-            batch_size=args.batch_size,
-            release=args.release or None,
             take=files.take,
             before=files.started,
+            **common,
         )
     if dist.get_rank() != 0:
         return 0
-    said = [
-        said_of(ended[u.name], u, file=f"{u.name}.wav" if args.jsonl else args.out, sample_rate=codec.sample_rate)
-        for u in utterances
-    ]
-    if args.jsonl:
-        return told(args, said)
-    (line,) = said
+    (utterance,) = utterances
+    line = said_of(ended[utterance.name], utterance, file=args.out, sample_rate=codec.sample_rate)
     line |= timed(files, line)
     print(json.dumps(line, ensure_ascii=False), file=sys.stderr if args.out == "-" else sys.stdout)
     return EXIT_BAD_INPUT if "error" in line else 0
@@ -226,14 +223,22 @@ def timed(files: "SoundFiles", line: dict[str, Any]) -> dict[str, float]:
     return {"first_sound_seconds": round(files.first_sound_seconds, 3), "real_time_factor": round(factor, 3)}
 
 
-def told(args: argparse.Namespace, said: Sequence[dict[str, Any]]) -> int:
-    """Write what became of the lines of a file; the exit status."""
-    rows = [{"line": n, "id": line.id, **facts} for n, (line, facts) in enumerate(zip(args.lines, said))]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (Path(args.out) / SPOKEN).write_text(text, encoding="utf-8")
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the sound of a line depends on beside itself, as JSON has it."""
+    changes = sorted(word for word in args.overrides if word.startswith("model."))
+    return {**asdict(args.sampling), "context": args.context, "release": args.release, "changes": changes}
+
+
+def told(args: argparse.Namespace, rows: Sequence[dict[str, Any]], there: int) -> int:
+    """Say what became of the lines of a file, of which some were ``there``, on rank 0; the exit status."""
+    import torch.distributed as dist
+
+    if dist.get_rank() != 0:
+        return 0
     spoken = sum("error" not in row for row in rows)
     cut = sum(row.get("cut", 0) for row in rows)
-    print(f"{spoken} of {len(rows)} texts spoken into {args.out}, {cut} pieces cut at their limit")
+    before = f", {there} lines from an earlier start" if there else ""
+    print(f"{spoken} of {len(rows)} texts spoken into {args.out}, {cut} pieces cut at their limit{before}")
     return 0 if spoken else EXIT_BAD_INPUT
 
 

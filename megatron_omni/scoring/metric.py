@@ -32,8 +32,9 @@ class Metric:
     """How an answer is taken from the text unless a task says otherwise."""
     higher_is_better = True
     is_mean = True
-    asks: Literal["answer", "likelihood", "likelihood of options"] = "answer"
-    """What the model is asked for."""
+    asks: Literal["answer", "likelihood", "likelihood of options", "picture", "pictures"] = "answer"
+    """What the model is asked for; a picture of each sample, or pictures that are scored together
+    (evaluation/picture_metrics.py)."""
 
     def check(self, expected: Sequence[str], options: Sequence[str] | None) -> None:
         """ValueError for references that can never be right or wrong."""
