@@ -34,7 +34,7 @@ from megatron_omni.platform.device import install
 
 WAYS = ("greedy", "sampled", "no_think", "swapped_thought", "swapped_media")
 MAX_NEW_TOKENS = 20
-"""The longest right answer has 13 tokens."""
+"""The longest right answer has 14 tokens."""
 BATCH = 64
 
 

@@ -3,12 +3,14 @@
     picture    how many letters in all? <image> what is in the picture?     cat left of horse:3+5       -> 8
     speech     which word is longer? <audio> write down the words.          cat horse:3,5               -> 2
     clip       where to? <video><audio> what moves where, and what is said?
-                                                                            cat left said: horse:3,5    -> right
+                                                                            cat left said: horse:3,5<   -> right
 
 Of two spoken words the number of the longer is asked, 0 where both are equally long; what moves in a clip turns back where
-the word that is said is longer than its own. A thought names what is there and counts the letters; its conclusion is what
-the numbers behind its last colon come to (``conclusion``), whatever the media show. All words have 3 to 5 letters. The
-questions have 5, 3 and 4 answers, all equally frequent (``wanted``), so who guesses is right that often. No torch.
+the word that is said is longer than its own. A thought names what is there and counts the letters; that of a clip compares
+the counts, since comparing and turning back at once is not learned (docs/log.md). Its ``conclusion`` follows from what it
+says behind its last colon, whatever the media show: the sum, the longer word, the direction by the sign. A sign that is not
+that of its numbers comes to nothing. All words have 3 to 5 letters. The questions have 5, 3 and 4 answers, all equally
+frequent (``wanted``), so who guesses is right that often. No torch.
 """
 
 import re
@@ -42,7 +44,7 @@ _BACK = {"left": "right", "right": "left", "up": "down", "down": "up"}
 _CONCLUSIONS = {
     "picture": re.compile(r"[a-z]+ (?:left of|above) [a-z]+:(\d)\+(\d)"),
     "speech": re.compile(r"[a-z]+ [a-z]+:(\d),(\d)"),
-    "clip": re.compile(rf"[a-z]+ ({'|'.join(_BACK)}) said: [a-z]+:(\d),(\d)"),
+    "clip": re.compile(rf"[a-z]+ ({'|'.join(_BACK)}) said: [a-z]+:(\d),(\d)([<=>])"),
 }
 
 
@@ -55,20 +57,22 @@ class Question:
 
 
 def conclusion(thought: str) -> str | None:
-    """What a thought comes to; None where it is no thought of these questions."""
-    for source, form in _CONCLUSIONS.items():
-        if found := form.fullmatch(thought.strip()):
-            *direction, first, second = found.groups()
-            return _follows(source, int(first), int(second), *direction)
+    """What a thought comes to; None where it is no thought of these questions, or contradicts itself."""
+    if found := _CONCLUSIONS["picture"].fullmatch(thought.strip()):
+        return str(int(found[1]) + int(found[2]))
+    if found := _CONCLUSIONS["speech"].fullmatch(thought.strip()):
+        return {">": "1", "<": "2", "=": "0"}[sign(int(found[1]), int(found[2]))]
+    if found := _CONCLUSIONS["clip"].fullmatch(thought.strip()):
+        direction, first, second, written = found.groups()
+        if written != sign(int(first), int(second)):
+            return None
+        return _BACK[direction] if written == "<" else direction
     return None
 
 
-def _follows(source: str, first: int, second: int, direction: str = "") -> str:
-    if source == "picture":
-        return str(first + second)
-    if source == "speech":
-        return "0" if first == second else "1" if first > second else "2"
-    return _BACK[direction] if second > first else direction
+def sign(first: int, second: int) -> str:
+    """How the first number compares."""
+    return "=" if first == second else ">" if first > second else "<"
 
 
 def split(completion: str) -> tuple[str | None, str]:
@@ -121,7 +125,8 @@ def think(assets: Assets, source: str, first: int, second: int, *, relation: str
         return f"{compose.english_caption(assets, first, relation, second)}:{len(one)}+{len(other)}"
     if source == "speech":
         return f"{one} {other}:{len(one)},{len(other)}"
-    return f"{compose.clip_caption(assets, first, direction, second)}:{len(one)},{len(other)}"
+    compared = f"{len(one)},{len(other)}{sign(len(one), len(other))}"
+    return f"{compose.clip_caption(assets, first, direction, second)}:{compared}"
 
 
 def wanted(source: str, index: int) -> str:

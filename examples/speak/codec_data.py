@@ -25,7 +25,7 @@ from examples.quickstart.media import flac_bytes
 
 NEW_WORDS = range(5, 64, 8)
 """Numbers of the words that no codec is trained on; monkey is the first."""
-RECORDINGS, SPLICED = 6, 8
+RECORDINGS, SPLICED = 6, 20
 """Of a voice in training."""
 PAUSE_SECONDS = (0.05, 0.3)
 PIECE_SECONDS = (0.08, 0.3)

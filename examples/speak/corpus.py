@@ -50,8 +50,8 @@ from megatron_omni.models.generators.codec import Codec, load_codec
 from megatron_omni.scoring.voice import log_mel_distance
 
 SIZES = {
-    **{voice: 3000 if voice == SINGLE else 1500 for voice in VOICES},
-    "styled": 4000, "long": 1000, "anneal": 1600, "eval/named": 200, "eval/styled": 200, "eval/long": 100,
+    **{voice: 8000 if voice == SINGLE else 4000 for voice in VOICES},
+    "styled": 8000, "long": 2000, "anneal": 3000, "eval/named": 200, "eval/styled": 200, "eval/long": 100,
 }  # fmt: skip
 FAST_SIZES = {
     **{voice: 24 for voice in VOICES},

@@ -9,6 +9,7 @@ FILE is a JSON object {"checkpoint", part: rows}; sounds to listen to lie beside
     swapped  the same texts with the name of the next voice
     styled   styles that training does not describe: pitch, rate and loudness against the natural recording
     joins    texts of three pieces, sampled at 0.7: prompt `any` and a voice, with the second of sound before and without
+    whole    one text of 150 s on one rank: pieces that are cut, the voice of its two ends, memory
     stream   one text after the other on one rank: the streamed sound against that of all codes at once, seconds
 
 --reference has named, styled, joins (neighbours of recordings) and planted (recordings of prompts that are read aloud), each of
@@ -26,7 +27,7 @@ from typing import Any
 from examples.speak.sounds import CODEC
 from megatron_omni.platform.device import install
 
-PARTS = ("named", "swapped", "styled", "joins", "stream")
+PARTS = ("named", "swapped", "styled", "joins", "whole", "stream")
 REMEMBERED = "judged.jsonl"
 """Verdicts on sounds, beside the folders of runs: recordings are the same in all of them."""
 

@@ -4,6 +4,7 @@ Each rank has the rows of the texts that it spoke; :func:`gathered` brings them 
 """
 
 import json
+import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -30,6 +31,8 @@ BATCH = 32
 SHOWN = 10
 """Sounds of a part that are kept to listen to."""
 STREAMED = 8
+WHOLE_SECONDS, END_SECONDS = 150, 20
+"""Of one long text, by how long its first words are, and of its two ends that are to have one voice."""
 Rows = list[dict[str, Any]]
 
 
@@ -186,6 +189,37 @@ class Measure:
                 )
         return rows
 
+    def whole(self) -> Rows:
+        """See the module; rank 0 alone has a row."""
+        texts = [one.text for said in self._questions.said("long") for one in said]
+        voice, hop, rate = VOICES[0], self._codec.hop_size, self._codec.sample_rate
+        pieces = max(1, round(WHOLE_SECONDS / (self._codes(self._questions.said("named")[0][0], 0) * hop / rate)))
+        text = " ".join(texts[n % len(texts)] for n in range(pieces)) if texts else ""
+        memory: list[float] = []
+        spoken = Spoken()
+
+        def take(event: SpeechEvent) -> None:
+            spoken.take(event)
+            if isinstance(event, PieceEvent):
+                memory.append(resident_mib())
+
+        self._speak([Utterance(name="whole", text=text, prompt=_prompt(voice))], take=take, batch_size=1)
+        if not spoken.names():
+            return []
+        wave, ends = spoken.wave("whole"), END_SECONDS * rate
+        self.shown["whole"] = wave
+        return [
+            {
+                "number": 0,
+                "voice": voice,
+                "sound": len(wave) / rate,
+                "pieces": len(memory),
+                "cut": sum(piece.cut for _, piece in spoken.pieces("whole", hop)),
+                "named": self._listener.named([wave[:ends], wave[-ends:]], rate),
+                "memory_mib": [round(memory[len(memory) // 5]), round(memory[-1])],
+            }
+        ]
+
     def _one_piece(
         self, part: str, asked: Sequence[Said], prompts: Sequence[str], *, with_prompts: bool = True
     ) -> dict[int, dict[str, Any]]:
@@ -309,6 +343,12 @@ def speaking(checkpoint: Any, codec: Codec) -> Speak:
     return speak
 
 
+def resident_mib() -> float:
+    """Memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
 def gathered(rows: Any) -> list[Any]:
     """Of all ranks."""
     import torch.distributed as dist
@@ -323,4 +363,7 @@ def write_sounds(folder: Path, sounds: dict[str, np.ndarray], rate: int) -> None
     folder.mkdir(parents=True, exist_ok=True)
     for name, wave in sounds.items():
         if len(wave):
-            soundfile.write(folder / f"{name}.ogg", np.clip(wave, -1, 1), rate)
+            # In blocks: libsndfile keeps all that one call encodes to Vorbis on the stack.
+            with soundfile.SoundFile(folder / f"{name}.ogg", "w", rate, 1) as file:
+                for block in np.split(np.clip(wave, -1, 1), range(rate, len(wave), rate)):
+                    file.write(block)

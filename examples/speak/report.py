@@ -57,6 +57,7 @@ def scores_of(out: Path) -> dict[str, Any]:
             "expert_use": expert_use(out / "anneal" / "metrics.jsonl"),
         },
         "joins": join_scores(speech["joins"], reference["natural"]["joins"]),
+        "whole": whole_scores(speech["whole"]),
         "streaming": stream_scores(speech["stream"]),
         "loop": loop_scores(read(out, "loop")["loop"]),
     }
@@ -125,6 +126,20 @@ def stream_scores(rows: Rows) -> dict[str, float | bool | None]:
         "same_samples": bool(rows) and all(row["same_samples"] for row in rows),
         "rtf": round(sum(row["seconds"] for row in rows) / sound, 4) if sound else None,
         "first_sound_s": round(float(np.median([row["first_sound_s"] for row in rows])), 4) if rows else None,
+    }
+
+
+def whole_scores(rows: Rows) -> dict[str, Any]:
+    """Of one long text: seconds, pieces that were cut at the limit, one voice at both ends, memory after a fifth and at last."""
+    if not rows:
+        return {}
+    (row,) = rows
+    return {
+        "sound_s": round(row["sound"], 1),
+        "pieces": row["pieces"],
+        "cut": row["cut"],
+        "same_voice": row["named"][0] is not None and row["named"][0] == row["named"][1],
+        "memory_mib": row["memory_mib"],
     }
 
 
