@@ -36,6 +36,7 @@ from megatron_omni.platform.device import install  # noqa: E402
 
 install()
 
+from tests.drawing import train_drawing  # noqa: E402
 from tests.trained import Trained, train_tiny  # noqa: E402
 
 
@@ -43,6 +44,12 @@ from tests.trained import Trained, train_tiny  # noqa: E402
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """The one tiny checkpoint of all tests of a process."""
     return train_tiny(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="session")
+def draws(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """The one tiny checkpoint that draws."""
+    return train_drawing(tmp_path_factory.mktemp("draws"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

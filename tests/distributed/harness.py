@@ -2,8 +2,8 @@
 
 ``run_ranks(fn, world_size, *args)`` forks the ranks from the test process (so torch and Megatron are imported once),
 calls ``fn(rank, *args)`` in each with a :class:`Rank`, and returns the results in rank order. When one rank fails all
-are killed and its traceback is raised in the test; when they do not finish in time all are killed and their stacks are
-shown. It never hangs, and ranks do not outlive a test process that is killed.
+are killed and the tracebacks are raised in the test, causes first; when they do not finish in time all are killed and their
+stacks are shown. It never hangs, and ranks do not outlive a test process that is killed.
 """
 
 import ctypes
@@ -30,6 +30,8 @@ from megatron_omni.config.parallel import ParallelConfig
 from megatron_omni.parallel import groups
 
 COLLECTIVE_TIMEOUT_SECONDS = 80.0
+CAUSE_SECONDS = 1.0
+BROKEN = "by peer"  # a connection is "closed" or "reset", as gloo says it
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when its parent dies
 
 
@@ -82,28 +84,43 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_secon
 
 
 def _collect(receivers: list[Connection], processes: list[Any], timeout_seconds: float, directory: Path) -> list[Any]:
-    """Wait for every rank's answer; raise at the first failure."""
+    """Wait for every rank's answer; raise at the first failure, with what the others say within a second of it."""
     deadline = time.monotonic() + timeout_seconds
     results: dict[int, Any] = {}
-    while len(results) < len(receivers):
-        pending = {receiver: i for i, receiver in enumerate(receivers) if i not in results}
-        ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+    failures: dict[int, str] = {}
+    while pending := [i for i in range(len(receivers)) if i not in results and i not in failures]:
+        # A rank that died leaves its pipe open: the ranks that were forked after it hold its end, too.
+        watched = {one: i for i in pending for one in (receivers[i], processes[i].sentinel)}
+        ready = {watched[one] for one in wait(list(watched), timeout=max(0.0, deadline - time.monotonic()))}
+        if failures and not ready:
+            break
         if not ready:
             raise RankFailure(
-                f"ranks {sorted(pending.values())} did not finish in {timeout_seconds} s\n"
-                + _stacks(pending.values(), processes, directory)
+                f"ranks {pending} did not finish in {timeout_seconds} s\n" + _stacks(pending, processes, directory)
             )
-        for receiver in ready:
-            rank = pending[receiver]
-            try:
-                outcome, value = pickle.loads(receiver.recv_bytes())
-            except EOFError:
-                processes[rank].join(timeout=5)
-                raise RankFailure(f"rank {rank} died with exit code {processes[rank].exitcode}") from None
-            if outcome == "error":
-                raise RankFailure(f"rank {rank} of {len(receivers)} failed:\n{value}")
-            results[rank] = value
+        for rank in sorted(ready):
+            outcome, value = _answer(receivers[rank])
+            if outcome == "ok":
+                results[rank] = value
+            elif outcome == "error":
+                failures[rank] = f"rank {rank} of {len(receivers)} failed:\n{value}"
+            else:
+                processes[rank].join()
+                last = (directory / f"stack{rank}").read_text()
+                failures[rank] = f"rank {rank} died with exit code {processes[rank].exitcode}\n{last}"
+        if failures:  # a broken connection may be told before its cause
+            deadline = min(deadline, time.monotonic() + CAUSE_SECONDS)
+    if failures:
+        raise RankFailure("\n".join(sorted(failures.values(), key=lambda failure: BROKEN in failure)))
     return [results[i] for i in range(len(receivers))]
+
+
+def _answer(receiver: Connection) -> tuple[str, Any]:
+    """What a rank said; ``death`` where it has ended without a word."""
+    try:
+        return pickle.loads(receiver.recv_bytes()) if receiver.poll() else ("death", None)
+    except EOFError:  # no other rank holds the end any more
+        return "death", None
 
 
 def _stacks(ranks: Any, processes: list[Any], directory: Path) -> str:
@@ -122,6 +139,7 @@ def _child(
     gc.freeze()  # the parent's objects are not this process's to collect
     torch.set_num_threads(1)
     with open(directory / f"stack{index}", "w") as stack_file:
+        faulthandler.enable(file=stack_file, all_threads=True)
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
         try:
             store = dist.FileStore(str(directory / "store"), world_size)

@@ -163,6 +163,7 @@ LAYOUTS = {
     "tp2": (2, {"tensor_model_parallel_size": 2}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
     "ep2": (2, {"expert_model_parallel_size": 2}),
+    "cp2_tp2_recompute": (4, {"context_parallel_size": 2, "tensor_model_parallel_size": 2, "recompute": "full"}),
     "tp2_pp2_recompute": (
         4,
         {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "recompute": "full"},

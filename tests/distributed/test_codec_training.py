@@ -1,6 +1,7 @@
 """A codec in the training loop: it learns, goes on bit by bit where it was stopped, and has one codebook on all ranks."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,7 +40,9 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe(sounds: Path, run_dir: Path, *, steps: int, dropout: float = 0.0, **optim: Any) -> Recipe:
+def recipe(
+    sounds: Path, run_dir: Path, *, steps: int, dropout: float = 0.0, span: Sequence[int] = (), **optim: Any
+) -> Recipe:
     codec = {
         "sample_rate": RATE,
         "encoder": "mel",
@@ -53,6 +56,7 @@ def recipe(sounds: Path, run_dir: Path, *, steps: int, dropout: float = 0.0, **o
         "num_layers": 1,
         "num_bandwidths": 2,
         "dropout": dropout,
+        "decoder_span": list(span),
     }
     source = {"name": "sounds", "path": str(sounds / "sounds.jsonl")}
     return recipe_from_dict(
@@ -97,12 +101,23 @@ def codebook(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in weights.items() if name.startswith("codec.codebook.")}
 
 
-def test_it_learns_and_a_run_that_was_stopped_twice_has_the_same_bits(sounds: Path, tmp_path: Path) -> None:
-    (whole,) = run_ranks(train, 1, recipe(sounds, tmp_path / "whole", steps=12, dropout=0.1))
+def fixed_means(weights: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Of the norms of a decoder with a span."""
+    return [value for name, value in weights.items() if name.endswith(".mean")]
+
+
+@pytest.mark.parametrize("span", [(), (6, 3)])
+def test_it_learns_and_a_run_that_was_stopped_twice_has_the_same_bits(
+    sounds: Path, tmp_path: Path, span: Sequence[int]
+) -> None:
+    (whole,) = run_ranks(train, 1, recipe(sounds, tmp_path / "whole", steps=12, dropout=0.1, span=span))
     for steps in (3, 8):  # before the codebook starts, and after
-        (stopped,) = run_ranks(train, 1, recipe(sounds, tmp_path / "parts", steps=steps, dropout=0.1))
+        (stopped,) = run_ranks(train, 1, recipe(sounds, tmp_path / "parts", steps=steps, dropout=0.1, span=span))
         assert bool(stopped["codec.codebook.inited"]) == (steps > 4)
-    (parts,) = run_ranks(train, 1, recipe(sounds, tmp_path / "parts", steps=12, dropout=0.1))
+        for mean in fixed_means(stopped):
+            assert bool(mean.any()) == (steps > 4), "statistics are of the step at which the codebook starts"
+    (parts,) = run_ranks(train, 1, recipe(sounds, tmp_path / "parts", steps=12, dropout=0.1, span=span))
+    assert len(fixed_means(whole)) == (10 if span else 0)
     assert whole.keys() == parts.keys() and len(codebook(whole)) == 4
     for name, value in whole.items():
         assert torch.equal(value, parts[name]), name
@@ -115,8 +130,12 @@ def test_it_learns_and_a_run_that_was_stopped_twice_has_the_same_bits(sounds: Pa
 @pytest.mark.parametrize("distributed", [False, True])
 def test_two_ranks_hold_one_codebook_which_is_that_of_one_rank(sounds: Path, tmp_path: Path, distributed: bool) -> None:
     optim = {"use_distributed_optimizer": distributed}
-    (alone,) = run_ranks(train, 1, recipe(sounds, tmp_path / "alone", steps=7, **optim))
-    first, second = run_ranks(train, 2, recipe(sounds, tmp_path / "together", steps=7, **optim))
+    span = (6, 3) if distributed else ()
+    (alone,) = run_ranks(train, 1, recipe(sounds, tmp_path / "alone", steps=7, span=span, **optim))
+    first, second = run_ranks(train, 2, recipe(sounds, tmp_path / "together", steps=7, span=span, **optim))
+    assert len(fixed_means(first)) == len(fixed_means(second))
+    for mean, other in zip(fixed_means(first), fixed_means(second)):
+        assert torch.equal(mean, other)
     for name, value in codebook(first).items():
         assert torch.equal(value, second[name]), name
         assert torch.allclose(value, alone[name], rtol=1e-2, atol=1e-3), name

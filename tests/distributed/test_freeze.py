@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_omni.config.parts import CODEC_PARTS, PARTS, SPEECH
+from megatron_omni.config.pictures import IMAGE_PARTS
 from megatron_omni.config.run import Recipe
 from megatron_omni.models.parts import part_of
 from megatron_omni.parallel.wrap import unwrap_model
@@ -17,7 +18,7 @@ from megatron_omni.training.setup import new_token_ids
 from tests.distributed.harness import Rank
 from tests.distributed.tiny_run import make_corpus, prepare, run_ranks, tiny_recipe
 
-TRAINABLE = [part for part in PARTS if part not in {"ffn", "new_token_rows"} | SPEECH | CODEC_PARTS]
+TRAINABLE = [part for part in PARTS if part not in {"ffn", "new_token_rows"} | SPEECH | CODEC_PARTS | IMAGE_PARTS]
 PP = {"parallel__pipeline_model_parallel_size": 2}
 TP = {"parallel__tensor_model_parallel_size": 2}
 

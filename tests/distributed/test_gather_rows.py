@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_omni.config.parallel import ParallelConfig
-from megatron_omni.models.moe.dispatcher import _GatherRows
+from megatron_omni.models.exchange import GatherRows
 from tests.distributed.harness import Rank, run_ranks
 
 
@@ -18,7 +18,7 @@ def _gathered(rank: Rank, sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor,
             dist, name, lambda *args, name=name, function=function, **kw: called.append(name) or function(*args, **kw)
         )
     rows = rows_of(rank.index, sizes).requires_grad_()
-    out = _GatherRows.apply(rows, sizes, group)
+    out = GatherRows.apply(rows, sizes, group)
     forward = list(called)
     (gradient,) = torch.autograd.grad((out * (1 + rank.index)).sum(), rows)
     return out.detach(), gradient, forward

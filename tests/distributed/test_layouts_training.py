@@ -14,7 +14,7 @@ from megatron_omni.data.collate import collate
 from megatron_omni.data.loader import StepLoader
 from megatron_omni.parallel.wrap import unwrap_model
 from tests.distributed.harness import Rank, run_ranks
-from tests.distributed.tiny_run import EP, OVERLAP, PP, TP, make_corpus, prepare, run_tiny, tiny_recipe
+from tests.distributed.tiny_run import CP, EP, OVERLAP, PP, TP, make_corpus, prepare, run_tiny, tiny_recipe
 
 ALL_GATHER = {"model__moe__moe_token_dispatcher_type": "allgather"}
 STEPS = 8
@@ -93,6 +93,16 @@ def test_same_curve_on_every_layout(
     control: Records, corpus: Path, tmp_path: Path, world_size: int, layout: dict[str, Any]
 ) -> None:
     assert_same_curve(curve(corpus, tmp_path, world_size, **layout), control)
+
+
+def test_context_parallel_ranks_have_the_first_steps_of_the_curve(
+    control: Records, corpus: Path, tmp_path: Path
+) -> None:
+    """Beneath them sequence parallelism, over them experts; pictures and sound in rows of a few dozen tokens."""
+    test = curve(corpus, tmp_path, 4, **CP, **TP, **EP, train_iters=2, log__eval_interval=0)
+    assert_same_curve(test, control[:2])
+    assert [record["layout"] for record in test] == 2 * [{"tp": 2, "cp": 2, "ep": 2, "pp": 1, "dp": 1}]
+    assert all(0 < mine["tokens_per_rank"] < theirs["tokens_per_rank"] for mine, theirs in zip(test, control))
 
 
 def test_same_curve_when_each_step_has_one_modality(corpus: Path, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def _rank(rank: Rank, parallel: dict[str, int], dispatcher: str) -> dict[str, fl
             else:
                 dist.all_reduce(grad, group=pg.expt_dp)
             compare(key, grad, local_slice(key, expected["grads"][key], layer))
-        stats = reduce_stats(ctx.stats, layers=[LAYER], moe=moe, tp_group=pg.tp, dp_group=pg.dp, pp_group=pg.pp)
+        stats = reduce_stats(ctx.stats, layers=[LAYER], moe=moe, group=pg.tp, dp_group=pg.dp, pp_group=pg.pp)
         compare("selected", stats.selected[LAYER], expected["selected"])
         compare("aux loss", stats.aux_loss[LAYER], expected["aux"])
     return worst

@@ -153,6 +153,12 @@ LAYOUTS = {
         4,
         {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "recompute": "full"},
     ),
+    "cp2_ep2": (2, {"context_parallel_size": 2, "expert_model_parallel_size": 2}),
+    "cp2_tp2": (4, {"context_parallel_size": 2, "tensor_model_parallel_size": 2}),
+    "cp2_pp2_recompute": (
+        4,
+        {"context_parallel_size": 2, "pipeline_model_parallel_size": 2, "recompute": "full"},
+    ),
     "dp2_overlap": (2, {"overlap_grad_reduce": True}),
 }
 

@@ -61,6 +61,16 @@ SPEECH = {
     "model__vision": None, "model__audio": None, "model__vocab_size": 73, "model__output_bias": True,
     "model__speech": {"num_codes": 64, "text_vocab_size": 50, "text_hidden_size": 40}, "freeze": [],
 }  # fmt: skip
+IMAGE = {
+    "task": "generative",
+    "model__image": {
+        "dit": {
+            "hidden_size": 32, "num_layers": 2, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 40,
+            "condition_size": 24, "caption_size": 20, "task_size": 12, "vision_size": 16,
+        },
+        "projectors": {"hidden_size": 24, "num_layers": 1, "ffn_hidden_size": 30},
+    },
+}  # fmt: skip
 TABLE_2 = ["vision", "audio", "attention", "norms", "embeddings", "output", "new_token_rows"]
 """What the paper's fine-tuning leaves alone."""
 
@@ -80,19 +90,41 @@ def layout(tp: int = 1, pp: int = 1, ep: int = 1, **changes: Any) -> Case:
     return Case(name, {f"parallel__{axis}_model_parallel_size": n for axis, n in sizes.items()} | changes)
 
 
+THREE_BLOCKS = {"model__num_layers": 3}
 PLAIN = {"optim__use_distributed_optimizer": False}
+LEAN = {
+    "optim__grad_reduce_in_fp32": False, "optim__use_precision_aware_optimizer": True,
+    "optim__exp_avg_dtype": "bf16", "optim__exp_avg_sq_dtype": "bf16",
+}  # fmt: skip
 FOUR_RANKS = [
     *(layout(tp, pp, ep) for tp, pp, ep in itertools.product((1, 2), repeat=3)),
     layout(2, 2, 2, **PLAIN, optim__precision="fp32"),
     layout(2, 1, 2, parallel__recompute="full", parallel__bucket_size=20_000),
-    layout(1, 2, 1, parallel__recompute="moe", parallel__overlap_grad_reduce=True, parallel__bucket_size=20_000),
+    layout(
+        1,
+        2,
+        1,
+        **THREE_BLOCKS,
+        parallel__pipeline_layout=[2, 1],
+        parallel__recompute="moe",
+        parallel__overlap_grad_reduce=True,
+        parallel__bucket_size=20_000,
+    ),
     layout(1, 1, 2, parallel__expert_tensor_parallel_size=2, freeze=TABLE_2),
     layout(2, 1, 1, freeze=TABLE_2[:-1]),
     layout(1, 2, 1, freeze=["output"], model__untie_embeddings_and_output_weights=False),
     layout(2, 2, 1, model__moe=None, model__untie_embeddings_and_output_weights=False),
     layout(2, 1, 2, model__moe__moe_token_dispatcher_type="allgather", data__packing=True),
     layout(2, 1, 2, model__lora={"rank": 4}),
-    Case("speech-pp2", layout(1, 2, 1, **SPEECH).changes),
+    Case("cp2-ep2", layout(1, 1, 2, parallel__context_parallel_size=2).changes),
+    Case("cp2-pp2-fp32", layout(1, 2, 1, parallel__context_parallel_size=2, optim__precision="fp32").changes),
+    Case("tp2-ep2-lean", layout(2, 1, 2, **LEAN, freeze=TABLE_2[:-1]).changes),
+    Case(
+        "image-pp2",
+        layout(2, 2, 1, **IMAGE, freeze=["vision", "projectors", "image_generator", "new_token_rows"]).changes,
+    ),
+    Case("image-overlap", layout(1, 1, 2, **IMAGE, parallel__overlap_grad_reduce=True).changes),
+    Case("speech-pp2", layout(1, 2, 1, **SPEECH | THREE_BLOCKS, parallel__pipeline_layout=[1, 2]).changes),
     Case("speech-tp2-overlap", layout(2, 1, 2, **SPEECH, parallel__overlap_grad_reduce=True).changes),
     Case("speech-frozen", layout(1, 1, 1, **SPEECH | {"freeze": ["text_projection", "embeddings"]}).changes),
 ]
@@ -101,6 +133,8 @@ TWO_RANKS = [
     for precision in ("bf16", "fp32")
     for sharded in (True, False)
 ]
+TWO_RANKS += [Case("lean", LEAN), Case("one-moment", LEAN | {"optim__exp_avg_sq_dtype": "fp32"})]
+TWO_RANKS += [Case("gradients", PLAIN | {"optim__grad_reduce_in_fp32": False})]
 
 
 def recipe_of(case: Case) -> Recipe:
@@ -222,7 +256,7 @@ def look_at(rank: Rank, case: Case, tokenizer: Path) -> dict[str, Any]:
     }
     planned = vars(
         static_bytes(
-            recipe, rank.world_size, stage=pg.pp.rank(), dp_rank=pg.dp.rank(), expert_dp_rank=pg.expt_dp.rank()
+            recipe, rank.world_size, stage=pg.pp.rank(), dp_rank=pg.dp_cp.rank(), expert_dp_rank=pg.expt_dp.rank()
         )
     )
     kept, expected = activations(recipe, model, pg)
@@ -263,9 +297,11 @@ def activations(recipe: Recipe, model: Any, pg: Any) -> tuple[int, float]:
         run_step(partial(forward_step), batches, model, pg=pg, recipe=recipe)
     tp, stages, stage = pg.tp.size(), pg.pp.size(), pg.pp.rank()
     sent, received = sum(routed["sent"]), sum(routed["received"])
-    shard_tokens = ROWS * LENGTH / tp * max(len(routed["sent"]), 1)
+    shard_tokens = ROWS * LENGTH / tp / pg.cp.size() * max(len(routed["sent"]), 1)
+    # Where all are at the end of a row they are not shared evenly.
+    labels = LABELS if omni.cut is None else omni.cut.part(batches[0]).num_label_tokens * pg.cp.size()
     batch = MicroBatch(
-        rows=ROWS, length=LENGTH, label_tokens=LABELS, tiles=TILES if recipe.model.vision else 0,
+        rows=ROWS, length=LENGTH, label_tokens=labels, tiles=TILES if recipe.model.vision else 0,
         chunks=CHUNKS if recipe.model.audio else 0,
         mean_k=sent / shard_tokens,
         imbalance=received / sent / pg.expt_tp.size() if sent else 1.0,

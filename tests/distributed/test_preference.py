@@ -19,6 +19,7 @@ from megatron_omni.tasks.preference import PreferenceTask
 from megatron_omni.training.setup import Run
 from tests.distributed.harness import RankFailure, run_ranks
 from tests.distributed.tiny_run import (
+    CP,
     EP,
     PP,
     TP,
@@ -120,6 +121,7 @@ def test_the_reference_is_what_the_weights_of_the_start_say(alone: tuple[Path, l
         pytest.param(2, TP, id="tp2"),
         pytest.param(2, PP | {"parallel__recompute": "full"}, id="pp2-recompute"),
         pytest.param(2, EP, id="ep2"),
+        pytest.param(2, CP, id="cp2"),
         pytest.param(1, {"preference__share_prompt": False}, id="separate"),
         pytest.param(1, {"data__micro_batch_size": 1}, id="other-micro-batches"),
     ],

@@ -18,6 +18,7 @@ from megatron_omni.data.collate import collate
 from megatron_omni.data.prompts import Prompt, PromptLoader
 from megatron_omni.data.responses import Group
 from megatron_omni.data.sample import Sample
+from megatron_omni.generation import sampling
 from megatron_omni.parallel.wrap import unwrap_model
 from megatron_omni.rewards.rollouts import Rollout, iterations, read_rollouts
 from megatron_omni.tasks import iteration, responding
@@ -140,12 +141,12 @@ def test_layouts_agree(
 # ------------------------------------------------------------------------------------------------ its definition
 
 
-def first_step(rank: Rank, recipe: Recipe, change: Callable[[], None] | None) -> tuple[int, float]:
-    """Status and gradient norm of one step, with something changed in this process."""
+def first_step(rank: Rank, recipe: Recipe, change: Callable[[], None] | None) -> dict[str, float]:
+    """What is told of one step, with something changed in this process."""
     if change is not None:
         change()
-    status = train(prepare(rank, recipe))
-    return status, records(recipe)[0]["grad-norm"]
+    train(prepare(rank, recipe))
+    return records(recipe)[0]
 
 
 def defined(rank: Rank, recipe: Recipe) -> tuple[float, list[float]]:
@@ -213,6 +214,11 @@ def labels_one_later() -> None:
     grouped, iteration.group_samples = iteration.group_samples, shifted
 
 
+def every_draw_near_an_edge() -> None:
+    """A draw that is moved by so much is of the first or the last token."""
+    sampling.EDGE = 2.0
+
+
 def divided_locally() -> None:
     summed = iteration.sum_over_ranks
     iteration.sum_over_ranks = lambda values, **settings: (
@@ -227,7 +233,7 @@ ONE_STEP = {"train_iters": 1, "optim__clip_grad": 0.0, "optim__precision": "fp32
     ("ranks", "change", "equal"),
     [
         (1, None, True),
-        (2, None, True),
+        (2, every_draw_near_an_edge, True),
         (1, without_end_tokens, False),
         (1, labels_one_later, False),
         (2, divided_locally, False),
@@ -241,11 +247,12 @@ def test_the_gradient_is_that_of_the_definition(
     recipe = recipe_of(corpus, tmp_path / "run", **ONE_STEP)
     ((expected, _),) = run_ranks(defined, 1, recipe_of(corpus, Path(alone[0].run_dir), **ONE_STEP))
     try:
-        norm = run_ranks(first_step, ranks, recipe, change)[0][1]
+        found = run_ranks(first_step, ranks, recipe, change)[0]
     except RankFailure as failure:  # it is noticed even before the update
         assert not equal and "responses have other log-probabilities in training" in str(failure), failure
     else:
-        assert (norm == pytest.approx(expected, rel=1e-5)) is equal, (norm, expected)
+        assert (found["grad-norm"] == pytest.approx(expected, rel=1e-5)) is equal, (found, expected)
+        assert (found["rollout/near_edge"] == 1.0) is (change is every_draw_near_an_edge)
 
 
 # ------------------------------------------------------------------------------------------------ what is sampled

@@ -18,7 +18,7 @@ from megatron_omni.training.setup import Run
 from tests.distributed import tiny_run
 from tests.distributed.harness import Rank, run_ranks
 from tests.distributed.test_routes import watch
-from tests.distributed.tiny_run import EP, PP, TP, make_corpus, prepare, records
+from tests.distributed.tiny_run import CP, EP, PP, TP, make_corpus, prepare, records
 
 REWARDS = """
 def digits(completion_ids, **columns):
@@ -118,8 +118,8 @@ def test_in_fp32_sampler_and_training_agree(alone: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("routes", "ranks", "layout"),
     [("old", 2, TP), ("rollout", 2, PP | {"parallel__recompute": "full"}), ("old", 2, EP), ("rollout", 4, TP | PP),
-     ("rollout", 1, {"reinforce__share_prompt": False})],
-    ids=["old-tp2", "rollout-pp2", "old-ep2", "rollout-tp2_pp2", "rollout-separate"],
+     ("rollout", 2, CP), ("rollout", 1, {"reinforce__share_prompt": False})],
+    ids=["old-tp2", "rollout-pp2", "old-ep2", "rollout-tp2_pp2", "rollout-cp2", "rollout-separate"],
 )  # fmt: skip
 def test_layouts_agree(
     corpus: Path, tmp_path: Path, alone: dict[str, Any], routes: str, ranks: int, layout: dict[str, Any]

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_omni.checkpoint import commit
 from megatron_omni.config.run import Recipe
+from megatron_omni.parallel.sharing import StepData
 from megatron_omni.parallel.wrap import unwrap_model
 from megatron_omni.rewards.rollouts import iterations, read_rollouts
 from megatron_omni.tasks import iteration, reinforce
@@ -309,26 +310,66 @@ def test_a_divergence_from_the_start_is_nothing_at_first_and_survives_a_stop(cor
 
 
 def count_encoders(counts: Path, run: Run) -> None:
-    """Note the pictures that the vision encoder is shown in rollouts, and in training's own passes."""
-    vision = unwrap_model(run.model).vision
+    """Note the pictures and sounds that each rank's towers are shown in rollouts, and in training's own passes."""
 
-    def seen(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def seen(name: str, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        way = "rollout" if torch.is_inference_mode_enabled() else "training"
         with counts.open("a") as file:
-            file.write(f"{'rollout' if torch.is_inference_mode_enabled() else 'training'} {len(inputs[0])}\n")
+            file.write(f"{dist.get_rank()} {name} {way} {len(inputs[0])}\n")
 
-    if vision is not None:
-        vision.register_forward_pre_hook(seen)
+    model = unwrap_model(run.model)
+    model.vision.tower.register_forward_pre_hook(partial(seen, "image"))
+    model.audio.tower.conv1.register_forward_pre_hook(partial(seen, "audio"))
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_rows_of_frozen_encoders_are_computed_once_an_iteration(corpus: Path, tmp_path: Path, frozen: bool) -> None:
-    """Where the projector is trained: again in the pass of the old log-probabilities and in the update."""
-    parts = ["gate", "vision", "audio", *(["projectors"] if frozen else [])]
-    recipe = recipe_of(corpus, tmp_path / "run", freeze=parts, train_iters=MINI)
+def counted(counts: Path) -> Counter[tuple[str, ...]]:
+    """By rank, medium and pass."""
+    found = Counter[tuple[str, ...]]()
+    for line in counts.read_text().splitlines():
+        *key, number = line.split()
+        found[tuple(key)] += int(number)
+    return found
+
+
+def media(recipe: Recipe, first: int = 0) -> Counter[str]:
+    """Pictures and sounds of the prompts from ``first`` on, by source."""
+    prompts = {(row.source, row.prompt) for row in read_rollouts(recipe.run_dir, 0) if row.prompt >= first}
+    return Counter(source for source, _ in prompts if source != "text")
+
+
+def test_media_are_shown_to_frozen_towers_once_an_iteration(corpus: Path, tmp_path: Path) -> None:
+    """Where projectors are trained, too; on each tensor-parallel rank, with the responses, losses and gradients of one rank
+    that shows them in every pass: for the old log-probabilities and in the update."""
+    settings = {"freeze": ["gate", "vision", "audio"], "train_iters": MINI}
+    recipe, plain = (
+        recipe_of(corpus, tmp_path / "tp2", **settings, **TP),
+        recipe_of(corpus, tmp_path / "plain", **settings),
+    )
+    run_ranks(train_rank, 2, recipe, partial(count_encoders, tmp_path / "seen"))
+    shown = media(recipe)
+    assert counted(tmp_path / "seen") == {(rank, name, "rollout"): n for rank in "01" for name, n in shown.items()}
+    run_ranks(train_rank, 1, plain, partial(count_without_keeping, tmp_path / "each"))
+    times = {"rollout": 1, "training": 2}
+    assert counted(tmp_path / "each") == {("0", k, way): t * n for way, t in times.items() for k, n in shown.items()}
+    assert told(plain) == told(recipe)
+    test_reinforce.same(records(recipe), records(plain))
+
+
+def count_without_keeping(counts: Path, run: Run) -> None:
+    StepData.keep_rows = lambda self, known: None  # type: ignore[method-assign]
+    count_encoders(counts, run)
+
+
+def test_rows_of_frozen_encoders_are_computed_once_and_once_more_after_a_stop(corpus: Path, tmp_path: Path) -> None:
+    """Those of the rollout and those of the run that goes on have the same bits. Two responses at a time: the third computes
+    its prompt again, but not its media."""
+    settings = {"freeze": ["gate", "vision", "audio", "projectors"], "train_iters": MINI, "reinforce__max_running": 2}
+    recipe, stopped = (recipe_of(corpus, tmp_path / name, **settings) for name in ("run", "stopped"))
     run_ranks(train_rank, 1, recipe, partial(count_encoders, tmp_path / "seen"))
-    shown = Counter[str]()
-    for line in (tmp_path / "seen").read_text().splitlines():
-        name, number = line.split()
-        shown[name] += int(number)
-    pictures = {row.prompt for row in read_rollouts(recipe.run_dir, 0) if row.source == "image"}
-    assert shown == Counter(rollout=len(pictures), training=0 if frozen else 2 * len(pictures))
+    assert counted(tmp_path / "seen") == {("0", name, "rollout"): n for name, n in media(recipe).items()}
+    assert run_ranks(train_rank, 1, stopped, stop_at(2)) == [75]
+    done = len(records(stopped))
+    run_ranks(train_rank, 1, stopped, partial(count_encoders, tmp_path / "again"))
+    left = media(recipe, first=done * recipe.data.global_batch_size)
+    assert counted(tmp_path / "again") == {("0", name, "training"): n for name, n in left.items()}
+    assert exact(records(stopped)) == exact(records(recipe))

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_omni.checkpoint import commit
 from megatron_omni.checkpoint.commit import CheckpointError
+from megatron_omni.checkpoint.torch_dist import TorchDistReader
 from megatron_omni.config.load import load_recipe
 from megatron_omni.config.parts import PARTS
 from megatron_omni.config.run import Recipe
@@ -30,6 +31,7 @@ from tests.distributed.tiny_run import make_corpus, prepare, records, run_ranks,
 
 STEPS, STOP = 4, 2
 TP, PP = {"parallel__tensor_model_parallel_size": 2}, {"parallel__pipeline_model_parallel_size": 2}
+CP = {"parallel__context_parallel_size": 2}
 EP = {"parallel__expert_model_parallel_size": 2}
 BF16 = {"optim__precision": "bf16"}
 DENSE_TEXT = {
@@ -37,6 +39,12 @@ DENSE_TEXT = {
     "model__vision": None,
     "model__audio": None,
     "model__untie_embeddings_and_output_weights": False,
+}
+LEAN = BF16 | {
+    "optim__grad_reduce_in_fp32": False,
+    "optim__use_precision_aware_optimizer": True,
+    "optim__exp_avg_dtype": "bf16",
+    "optim__exp_avg_sq_dtype": "bf16",
 }
 PLAIN = {"optim__use_distributed_optimizer": False}
 OVERLAP_GRADS = {"parallel__overlap_grad_reduce": True, "parallel__bucket_size": 3_000}
@@ -140,6 +148,8 @@ def test_bit_equal_on_the_same_layout(corpus: Path, tmp_path: Path, world_size: 
         pytest.param((2, EP), (1, {}), id="ep2-to-ep1"),
         pytest.param((2, EP | PLAIN), (1, PLAIN), id="ep2-to-ep1-plain-adam"),
         pytest.param((4, TP | PP | EP), (2, {}), id="tp2pp2ep2-to-dp2"),
+        pytest.param((2, CP), (1, {}), id="cp2-to-one"),
+        pytest.param((1, {}), (2, CP), id="one-to-cp2"),
         # Parameters are registered in another order: encoders first where messages overlap.
         pytest.param((2, {}), (2, OVERLAP), id="dp2-to-dp2-overlap"),
         pytest.param((2, OVERLAP_GRADS | PLAIN), (2, PLAIN), id="dp2-overlap-to-dp2-plain-adam"),
@@ -152,12 +162,76 @@ def test_equal_to_rounding_on_another_layout(
     first: tuple[int, dict[str, Any]],
     second: tuple[int, dict[str, Any]],
 ) -> None:
-    resumed = stop_and_resume(corpus, tmp_path, first, second)
+    assert_equal_to_rounding(stop_and_resume(corpus, tmp_path, first, second), undisturbed)
+
+
+def assert_equal_to_rounding(resumed: list[dict[str, float]], undisturbed: list[dict[str, float]]) -> None:
     for mine, theirs in zip(resumed, undisturbed, strict=True):
         assert mine["lm loss"] == pytest.approx(theirs["lm loss"], rel=1e-6)
         assert mine["grad-norm"] == pytest.approx(theirs["grad-norm"], rel=1e-5)
         assert mine["learning-rate"] == theirs["learning-rate"]
         assert mine["consumed samples"] == theirs["consumed samples"]
+
+
+def one_after_the_other(rank: Rank, recipes: list[Recipe]) -> list[int]:
+    """Runs that continue each other, in one process."""
+    pg = rank.initialize(recipes[0].parallel)
+    return [train(setup(recipe, SupervisedTask(recipe.data.sources), pg=pg)) for recipe in recipes]
+
+
+def test_equal_to_rounding_where_stages_are_cut_anew(corpus: Path, tmp_path: Path) -> None:
+    """Four blocks: two and two, then one and three, then two and two."""
+    settings = {"model__num_layers": 4, "checkpoint__save_interval": 1}
+    straight = run_tiny(tiny_recipe(corpus, tmp_path / "straight", train_iters=3, **settings), 1)
+    recipes = [
+        tiny_recipe(
+            corpus, tmp_path / "cut", train_iters=step, load="auto", parallel__pipeline_layout=cut, **PP, **settings
+        )
+        for step, cut in enumerate(([], [1, 3], []), 1)
+    ]
+    assert run_ranks(one_after_the_other, 2, recipes) == [[0, 0, 0]] * 2
+    assert_equal_to_rounding(records(recipes[-1]), straight)
+
+
+def test_bf16_gradients_and_moments_are_continued(corpus: Path, tmp_path: Path) -> None:
+    """On the same layout bit for bit; another one takes over every bit of the state."""
+    settings = LEAN | {"train_iters": STEPS, "checkpoint__save_interval": STOP}
+    run_ranks(go_on_twice, 2, tiny_recipe(corpus, tmp_path, load="auto", **settings | EP | OVERLAP))
+    run_ranks(save_again, 1, tiny_recipe(corpus, tmp_path, load="auto", **settings))
+    written, again = (TorchDistReader(commit.iteration_dir(tmp_path / "checkpoints", n)) for n in (STEPS, STEPS + 1))
+    assert written.tensors.keys() == again.tensors.keys()
+    for name in written.tensors:
+        moment = name.startswith("optimizer.state.exp_avg")
+        dtype = torch.float32 if name.startswith("optimizer.") and not moment else torch.bfloat16
+        assert written.tensors[name].dtype == dtype, name
+        assert torch.equal(written.read(name), again.read(name)), name
+
+
+def go_on_twice(rank: Rank, recipe: Recipe) -> None:
+    """Train straight on, and once more from the checkpoint in the middle."""
+    pg, ends, logs = rank.initialize(recipe.parallel), [], []
+    for start in (0, STOP):
+        run = setup(recipe, SupervisedTask(recipe.data.sources), pg=pg)
+        assert run.state.step == start
+        assert {buffer.grad_dtype for buffer in run.model.buffers} == {torch.bfloat16}
+        assert train(run) == 0
+        ends.append([p.detach().clone() for p in unwrap_model(run.model).parameters()])
+        dist.barrier()
+        logs.append(exact(records(recipe)))
+        dist.barrier()
+        if rank.index == 0 and start == 0:
+            commit.write_text(run.checkpoints / commit.TRACKER, f"{STOP}\n")
+        dist.barrier()
+    assert logs[0] == logs[1] and logs[0][-1]["step"] == STEPS
+    for straight, resumed in zip(*ends, strict=True):
+        assert torch.equal(straight, resumed)
+
+
+def save_again(rank: Rank, recipe: Recipe) -> None:
+    run = prepare(rank, recipe)
+    assert run.state.step == STEPS
+    run.state.step += 1
+    save(run)
 
 
 @pytest.mark.parametrize("background", [False, True])

@@ -89,7 +89,7 @@ def look_at(rank: Rank, case: str) -> dict[str, Any]:
     for name in ROWS if pg.dp.size() == 1 else PAIRS:
         batch = batch_of(PAIRS[name] if pg.dp.rank() else name, ROWS)
         with torch.no_grad():
-            rows = omni.embed(batch)
+            rows = omni._embedded(batch, omni._media(batch))
         evaluated = towers.take()
         model.zero_grad_buffer()
 

@@ -40,7 +40,7 @@ def train_and_speak(rank: Rank, parallel: ParallelConfig, moe: bool) -> dict[str
         lr_warmup_iters=0,
         use_distributed_optimizer=parallel.overlap_grad_reduce,
     )
-    recipe = Recipe(model=MIXTURE if moe else DENSE, parallel=parallel, optim=optim)
+    recipe = Recipe(model=replace(MIXTURE if moe else DENSE, num_layers=3), parallel=parallel, optim=optim)
     model = wrap_model(build_model(recipe, pg), recipe, pg)
     omni = unwrap_model(model)
     optimizer, scheduler = build_optimizer(model, recipe, pg)
@@ -125,16 +125,21 @@ def one_rank(moe: bool) -> dict[str, Any]:
 
 LAYOUTS = {
     "tp2": (2, {"tensor_model_parallel_size": 2}),
-    "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2, "pipeline_layout": [1, 2]}),
     "dp2": (2, {}),
     "dp2_overlap": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
 }
 MOE_LAYOUTS = {
     "ep2": (2, {"expert_model_parallel_size": 2}),
     "ep4": (4, {"expert_model_parallel_size": 4}),
+    "cp2_ep2": (2, {"context_parallel_size": 2, "expert_model_parallel_size": 2}),
     "tp2_ep2": (2, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}),
     "tp2_pp2_recompute": (
-        4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "recompute": "full"},
+        4,
+        {
+            "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "pipeline_layout": [2, 1],
+            "recompute": "full",
+        },
     ),
 }  # fmt: skip
 
@@ -145,10 +150,10 @@ def test_training_and_codes_equal_one_rank(layout: str) -> None:
     world_size, sizes = (LAYOUTS | MOE_LAYOUTS)[layout]
     expected = one_rank(moe)
     ranks = run_ranks(train_and_speak, world_size, ParallelConfig(**sizes), moe)
-    tp = sizes.get("tensor_model_parallel_size", 1)
+    copies = sizes.get("tensor_model_parallel_size", 1) * sizes.get("context_parallel_size", 1)
     for step in range(STEPS):
         mine = [sum(rank["losses"][step]) for rank in ranks if rank["losses"][step] is not None]
-        assert sum(mine) / tp == pytest.approx(sum(expected["losses"][step]), rel=1e-4)
+        assert sum(mine) / copies == pytest.approx(sum(expected["losses"][step]), rel=1e-4)
     assert sum(expected["losses"][-1]) < 0.9 * sum(expected["losses"][0]), "it does not learn: equality proves little"
     for rank in ranks:
         assert rank["norms"] == pytest.approx(expected["norms"], rel=1e-3)

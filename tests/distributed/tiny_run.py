@@ -58,6 +58,7 @@ def chat(question: str, answer: str) -> dict[str, Any]:
 
 # Overrides of tiny_recipe: layouts, and both overlaps with several gradient buckets.
 TP, PP = {"parallel__tensor_model_parallel_size": 2}, {"parallel__pipeline_model_parallel_size": 2}
+CP = {"parallel__context_parallel_size": 2}
 EP = {"parallel__expert_model_parallel_size": 2}
 OVERLAP = {
     "parallel__overlap_grad_reduce": True,

@@ -9,7 +9,8 @@ from megatron_omni.platform.device import install
 
 install()  # before anything imports megatron.core
 
-from tests.recipes.miniature import Rehearsal, cases  # noqa: E402
+from tests.recipes.miniature import cases  # noqa: E402
+from tests.recipes.rehearsal import Rehearsal  # noqa: E402
 
 
 def main(names: list[str]) -> int:

@@ -33,7 +33,7 @@ from megatron_omni.data.tokenizer import IM_END, load_tokenizer  # noqa: E402
 from megatron_omni.evaluation.stages import held_out_losses, read_records  # noqa: E402
 from megatron_omni.rewards.rollouts import iterations, read_rollouts, write_rollouts  # noqa: E402
 from tests.distributed.tiny_run import run_ranks, train_rank  # noqa: E402
-from tests.recipes.miniature import make_start  # noqa: E402
+from tests.recipes.rehearsal import make_start  # noqa: E402
 
 CHAIN = ROOT / "recipes" / "tiny" / "chain.yaml"
 SIZES = {"image": 24, "word": 16, "sound": 16, "video": 6, "text": 24}

@@ -26,7 +26,9 @@ class Alone:
 
 
 def one_rank() -> Any:
-    return SimpleNamespace(tp=Alone(), ep=Alone(), expt_tp=Alone(), expt_dp=Alone(), tp_ep=Alone())
+    return SimpleNamespace(
+        tp=Alone(), cp=Alone(), tp_cp=Alone(), ep=Alone(), expt_tp=Alone(), expt_dp=Alone(), tp_ep=Alone()
+    )
 
 
 def settings(**changes: Any) -> MoEConfig:

@@ -49,7 +49,7 @@ def test_loss_token_by_token_with_gradient(probs, counts_null):
     z, mask, ctx = problem()
     z.requires_grad_()
     moe = MoEConfig(aux_loss_probs=probs, aux_loss_counts_null=counts_null)
-    loss = load_balancing_loss(z, mask, ctx=ctx, moe=moe, tp_group=None)
+    loss = load_balancing_loss(z, mask, ctx=ctx, moe=moe, group=None)
     f, p, total = [0.0] * SLOTS, [0.0] * SLOTS, 0.0
     for t in range(T):
         a = 0.0 if ctx.padding[t] else 10.0 if ctx.has_label[t] else 1.0
@@ -76,7 +76,7 @@ def test_logits_of_padding_reach_neither_loss_nor_gradient(probs, poison):
     moe, results = MoEConfig(aux_loss_probs=probs), []
     for value in (0.0, poison):
         given = z.masked_fill(ctx.padding[:, None], value).requires_grad_()
-        loss = load_balancing_loss(given, mask, ctx=ctx, moe=moe, tp_group=None)
+        loss = load_balancing_loss(given, mask, ctx=ctx, moe=moe, group=None)
         results.append((loss, *torch.autograd.grad(loss, given)))
     assert torch.isfinite(results[0][0]) and all(map(torch.equal, *results))
 
@@ -88,7 +88,7 @@ def test_balanced_loss_is_the_mean_count():
     for t in range(T):
         mask[t, [t % 5, (t + 1) % 5]] = True
     ctx = context(padding=torch.zeros(T, dtype=torch.bool), has_label=torch.zeros(T, dtype=torch.bool))
-    loss = load_balancing_loss(z, mask, ctx=ctx, moe=MoEConfig(), tp_group=None)
+    loss = load_balancing_loss(z, mask, ctx=ctx, moe=MoEConfig(), group=None)
     assert loss.item() == pytest.approx(2.0)
 
 
@@ -96,7 +96,7 @@ def test_a_micro_batch_of_padding_has_no_loss():
     z, _, _ = problem()
     z.requires_grad_()
     ctx = context(padding=torch.ones(T, dtype=torch.bool))
-    loss = load_balancing_loss(z, torch.zeros(T, SLOTS, dtype=torch.bool), ctx=ctx, moe=MoEConfig(), tp_group=None)
+    loss = load_balancing_loss(z, torch.zeros(T, SLOTS, dtype=torch.bool), ctx=ctx, moe=MoEConfig(), group=None)
     loss.backward()
     assert loss.item() == 0.0 and bool((z.grad == 0).all())
 

@@ -12,6 +12,7 @@ from megatron_omni.config.model import AudioConfig, ModelConfig, MoEConfig, Visi
 from megatron_omni.config.optim import OptimConfig
 from megatron_omni.config.parallel import ParallelConfig
 from megatron_omni.config.parts import CODEC_PARTS, PARTS, SPEECH
+from megatron_omni.config.pictures import IMAGE_PARTS
 from megatron_omni.config.run import Recipe
 from megatron_omni.models.build import build_model, transformer_config
 from megatron_omni.models.init import partition
@@ -122,7 +123,7 @@ def test_partition_of_gate_and_up_takes_a_share_of_each() -> None:
 def test_parts_cover_every_parameter_and_freeze_exactly_theirs(pg: ProcessGroupCollection) -> None:
     model = build_model(_recipe(), pg)
     parts = {name: part_of(name) for name, _ in model.named_parameters()}
-    assert set(parts.values()) == set(PARTS) - {"ffn", "new_token_rows"} - SPEECH - CODEC_PARTS
+    assert set(parts.values()) == set(PARTS) - {"ffn", "new_token_rows"} - SPEECH - CODEC_PARTS - IMAGE_PARTS
     assert parts["audio.qformer.query_tokens"] == "projectors"
     assert parts["language.decoder.layers.1.pre_mlp_layernorm.weight"] == "norms"
     assert parts["language.decoder.layers.1.mlp.router.weight"] == "gate"
@@ -150,8 +151,6 @@ def test_megatron_entries_reach_the_configuration_and_unknown_ones_are_refused()
 
 
 def test_settings_that_cannot_work_are_refused_with_the_fix() -> None:
-    with pytest.raises(ValueError, match=r"pipeline_model_parallel_size=2 does not divide model\.num_layers=3"):
-        layer_pattern(3, moe=False, pipeline_size=2)
     with pytest.raises(ValueError, match=r"make_vocab_size_divisible_by=8 .* use a multiple of 3"):
         vocab_rows(_recipe().model, 3)
     with pytest.raises(ValueError, match=r"expert_model_parallel_size=2 with model\.moe null"):
@@ -162,6 +161,7 @@ def test_settings_that_cannot_work_are_refused_with_the_fix() -> None:
         transformer_config(recipe)
 
 
-def test_pattern_splits_blocks_evenly() -> None:
-    assert layer_pattern(4, moe=True, pipeline_size=2) == "*E*E|*E*E"
-    assert layer_pattern(2, moe=False, pipeline_size=1) == "*-*-"
+def test_pattern_has_the_blocks_of_each_stage() -> None:
+    assert layer_pattern([2, 2], moe=True) == "*E*E|*E*E"
+    assert layer_pattern([1, 3, 2], moe=False) == "*-|*-*-*-|*-*-"
+    assert layer_pattern([2], moe=False) == "*-*-"

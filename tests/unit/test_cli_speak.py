@@ -24,6 +24,7 @@ from megatron_omni.config.data import SourceConfig
 from megatron_omni.config.generators import SpeechConfig
 from megatron_omni.config.run import Recipe
 from megatron_omni.data.tokenizer import ALL_SPECIALS, train_sentencepiece
+from megatron_omni.generation.spoken_lines import Lines, lines_there
 from megatron_omni.generation.wav import wav_header
 from megatron_omni.models.generators.codec import save_codec
 from tests.distributed.harness import Rank, run_ranks
@@ -100,19 +101,53 @@ def test_a_file_of_texts_is_spoken_on_two_ranks(models: Models, tmp_path: Path) 
     rows = [{"text": TEXT, "voice": "Brian", "id": "first"}, {"text": " . "}, {"text": "seven", "style": "An old man."}]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     told = {}
-    for name, ranks in (("alone", 1), ("dp", 2)):
-        common = [models.speaker, "--jsonl", tmp_path / "texts.jsonl", "--voice", "Jenny", "--out", tmp_path / name]
-        outcomes = command("speak", *common, ranks=ranks)
+    common = [models.speaker, "--jsonl", tmp_path / "texts.jsonl", "--voice", "Jenny"]
+    stopped = tmp_path / "dp"
+    (stopped / "2.wav").mkdir(parents=True)  # the run ends where it would write the third line's sound
+    ((status, _, err),) = command("speak", *common, "--out", stopped, "--batch-size", 1)
+    assert status == 1 and "Is a directory" in err and not (stopped / "spoken.jsonl").exists()
+    assert [row["line"] for row in lines_of(stopped / "spoken.0.partial")] == [0, 1]
+    (stopped / "2.wav").rmdir()
+    spoken_at = (stopped / "0.wav").stat().st_mtime_ns
+    for name, ranks in (("alone", 1), ("dp", 2)):  # "dp" goes on, on another layout
+        outcomes = command("speak", *common, "--out", tmp_path / name, ranks=ranks)
         assert [status for status, *_ in outcomes] == [0] * ranks, outcomes
+        assert ("2 lines from an earlier start" in outcomes[0][1].decode()) == (name == "dp")
         sounds = {p.name: soundfile.read(p)[0] for p in sorted((tmp_path / name).glob("*.wav"))}
         told[name] = lines_of(tmp_path / name / "spoken.jsonl"), sounds
     first, silent, third = told["alone"][0]
     assert (first["id"], first["prompt"]) == ("first", "Language: English; Speaker: Brian;")
     assert third["prompt"] == "An old man." and "nothing to say" in silent["error"]
     assert list(told["alone"][1]) == ["0.wav", "2.wav"]
-    assert told["dp"][0] == told["alone"][0]
+    assert told["dp"][0] == told["alone"][0] and not list(stopped.glob("*.partial"))
+    assert (stopped / "0.wav").stat().st_mtime_ns == spoken_at
     for file, sound in told["alone"][1].items():
         np.testing.assert_allclose(told["dp"][1][file], sound, atol=1e-4)
+
+
+def test_only_whole_lines_of_the_same_request_count(tmp_path: Path) -> None:
+    asked = {"seed": 0, "lines": "a"}
+    assert lines_there(tmp_path / "out", asked) == {} and lines_there(tmp_path / "out", {"seed": 1}) == {}
+    out = tmp_path / "out"
+    assert lines_there(out, asked) == {}
+    gone, silent = {"line": 5, "file": "5.wav"}, {"line": 2, "error": "nothing to say"}
+    for rank, rows in ((0, [{"line": 0, "file": "0.wav"}, silent]), (3, [gone])):
+        with Lines(out / f"spoken.{rank}.partial") as lines:
+            for row in rows:
+                lines.add(row)
+    with (out / "spoken.0.partial").open("ab") as file:
+        file.write(b'{"line": 4, "fi')
+    (out / "0.wav").touch()
+    assert sorted(lines_there(out, asked)) == [0, 2]  # there is no 5.wav, and line 4 was never whole
+    with Lines(out / "spoken.0.partial") as lines:
+        lines.add({"line": 6, "error": "x"})
+    assert sorted(lines_there(out, asked)) == [0, 2, 6]
+    for other in ({"seed": 1, "lines": "a"}, {"seed": 0, "lines": "b"}):
+        with pytest.raises(ValueError, match=r"another request \((seed|lines) differ\).*remove spoken\.0\.partial"):
+            lines_there(out, other)
+    (out / "request.json").unlink()
+    with pytest.raises(ValueError, match="lines, seed differ"):
+        lines_there(out, asked)
 
 
 def test_an_answer_is_written_and_heard(models: Models, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_an_interrupted_conversion_leaves_nothing(
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("megatron_omni.models.generators.codec_files.os.replace", interrupt)
+    monkeypatch.setattr("megatron_omni.models.generators.codec_folder.os.replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         list(convert_codec(release, tmp_path / "codec"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "release"]

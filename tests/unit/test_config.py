@@ -11,10 +11,11 @@ import pytest
 
 from megatron_omni.chain import ChainConfig
 from megatron_omni.config.data import EvalSourceConfig, SourceConfig
-from megatron_omni.config.generators import CodecConfig, SpeechConfig
+from megatron_omni.config.generators import CodecConfig, PictureCodecConfig, SpeechConfig
 from megatron_omni.config.load import load_recipe, recipe_from_dict, recipe_to_dict, recipe_to_yaml
 from megatron_omni.config.model import LoraConfig
 from megatron_omni.config.parts import PARTS
+from megatron_omni.config.pictures import ImageGeneratorConfig
 from megatron_omni.config.ranges import RANGE
 from megatron_omni.config.run import Recipe
 from megatron_omni.config.shards import expand_braces
@@ -55,7 +56,9 @@ OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
         ("model.moe.topp=0.5", "did you mean 'top_p'"),
         ("parallel.num_distributed_optimizer_instances=2", "always cut over all data-parallel ranks"),
         ("parallel.nccl_communicator_config_path=nccl.yaml", "NCCL_MAX_CTAS"),
-        ("parallel.context_parallel_size=2", "there is no context parallelism"),
+        ("parallel.context_parallel=2", "did you mean 'context_parallel_size'"),
+        ("optim.main_grads_dtype=bf16", "set optim.grad_reduce_in_fp32"),
+        ("optim.exp_avg_dtype=fp8", "optim.exp_avg_dtype"),
         ("optim.lr=fast", "optim.lr"),
         ("model.moe.gradient_estimator=heun", "gradient_estimator"),
         ("train_iters", "write key=value"),
@@ -89,6 +92,16 @@ def test_missing_file_loop_and_non_mapping(tmp_path: Path) -> None:
             "num_query_groups=4: key and value heads are cut, never copied",
         ),
         ({"parallel": {"tensor_model_parallel_size": 2}}, 3, r"does not divide the 3 rank\(s\)"),
+        (
+            {"parallel": {"context_parallel_size": 2, "tensor_model_parallel_size": 2}},
+            6,
+            r"tensor_model_parallel_size=2 x context_parallel_size=2 .* = 4 does not divide the 6 rank\(s\)",
+        ),
+        (
+            {"parallel": {"context_parallel_size": 2, "tensor_model_parallel_size": 2}, "data": {"seq_length": 4100}},
+            4,
+            "data.seq_length=4100: parallel.context_parallel_size=2 .* a multiple of 8, such as 4104",
+        ),
         ({"parallel": {"pipeline_model_parallel_size": 3}}, 3, "does not divide model.num_layers=28"),
         ({"parallel": {"expert_model_parallel_size": 3}}, 3, "does not divide model.moe.num_routed_experts=4"),
         ({"model": {"moe": None}, "parallel": {"expert_model_parallel_size": 2}}, 2, "no effect in a dense model"),
@@ -408,6 +421,7 @@ def outside(recipe: Recipe) -> Iterator[tuple[str, float]]:
 def test_a_number_outside_its_range_is_refused_by_name(name: str, value: float) -> None:
     recipe = Recipe()
     recipe.model.lora, recipe.model.speech, recipe.model.codec = LoraConfig(), SpeechConfig(), CodecConfig()
+    recipe.model.image, recipe.model.picture_codec = ImageGeneratorConfig(), PictureCodecConfig()
     *groups, last = name.split(".")
     place: Any = recipe
     for group in groups:

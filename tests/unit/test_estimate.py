@@ -9,26 +9,30 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_omni.cli.plan import main
 from megatron_omni.config.load import load_recipe, recipe_from_dict
 from megatron_omni.config.model import AudioConfig, ModelConfig, MoEConfig, VisionConfig
 from megatron_omni.config.parallel import ParallelConfig
 from megatron_omni.config.run import Recipe
-from megatron_omni.config.validate import validate
+from megatron_omni.config.validate import num_micro_batches, validate
 from megatron_omni.estimate import ParameterCount, count_parameters, flops_per_token, weight_bytes_per_rank
 from megatron_omni.estimate.activations import Activations, MicroBatch
 from megatron_omni.estimate.flops import chunk_forward, tile_forward
 from megatron_omni.estimate.hardware import GPUS, STATED, Efficiency, with_measured_experts
-from megatron_omni.estimate.memory import replicas, static_bytes, tensor_reduced_bytes
+from megatron_omni.estimate.memory import offloaded_bytes, replicas, static_bytes, tensor_reduced_bytes
 from megatron_omni.estimate.parameters import stage_weights
 from megatron_omni.estimate.plan import GIB, Plan, alternatives, expected_mean_k, heaviest_batch, make_plan
+from megatron_omni.estimate.scale import AtBatch, at_batch, at_batches, fewest_sequences
 from megatron_omni.models.encoders.audio import AudioEncoder
 from megatron_omni.models.encoders.vision import VisionEncoder
 from megatron_omni.platform.peak import PEAK_TFLOPS
 
 ROOT = Path(__file__).resolve().parents[2]
+OFFLOADED = ["optim.optimizer_cpu_offload=true", "optim.optimizer_offload_fraction=0.5"]
 
 
 def test_full_model_counts() -> None:
@@ -132,9 +136,14 @@ def test_every_stage_of_the_full_model_has_a_layout_that_fits(stage: str, gpus: 
     assert plan.recipe.freeze == whole.freeze and plan.recipe.task == whole.task
 
 
-def test_every_job_script_asks_for_as_many_gpus_as_its_recipe_needs() -> None:
-    for script in sorted((ROOT / "examples" / "slurm").glob("[0-9]*.sbatch")):
+def test_every_stage_has_a_job_script_that_asks_for_as_many_gpus_as_its_recipe_needs() -> None:
+    scripts = sorted((ROOT / "examples" / "slurm").glob("[0-9]*.sbatch"))
+    assert [script.stem for script in scripts] == sorted(
+        recipe.stem for recipe in (ROOT / "recipes").glob("[0-9]*.yaml")
+    )
+    for script in scripts:
         text = script.read_text()
+        assert f'\ntrain recipes/{script.stem}.yaml "$@"\n' in text and f"--job-name={script.stem}\n" in text
         nodes, ranks = (int(re.search(rf"--{name}=(\d+)", text)[1]) for name in ("nodes", "ntasks-per-node"))  # type: ignore[index]
         assert full_plan(f"{script.stem}.yaml", nodes * ranks).fits, script.name
 
@@ -142,6 +151,33 @@ def test_every_job_script_asks_for_as_many_gpus_as_its_recipe_needs() -> None:
 def test_the_stage_recipe_does_not_fit_one_machine_and_no_layout_saves_it() -> None:
     plan = full_plan("3_sft.yaml", 8)
     assert not plan.fits and alternatives(plan) == []
+
+
+def test_bf16_gradients_and_moments_make_a_machine_enough_for_the_stage_recipe() -> None:
+    """18 bytes a trained parameter are 12; half of the optimizer's state goes when half of it is offloaded."""
+    lean = ["optim.grad_reduce_in_fp32=false", "optim.use_precision_aware_optimizer=true"]
+    moments = ["optim.exp_avg_dtype=bf16", "optim.exp_avg_sq_dtype=bf16"]
+    file = ROOT / "recipes" / "layout" / "sft_8x80gb.yaml"
+    held = {}
+    for name, more in (("wide", []), ("lean", lean + moments), ("half", [*lean[1:], *OFFLOADED])):
+        recipe = load_recipe(file, more)
+        held[name] = make_plan(recipe, world_size=8, gpu=GPUS["H100-80GB"]).stages[0].held
+        state = offloaded_bytes(recipe, 8)
+        assert state == (0 if name != "half" else held["half"].optimizer * 16 // 12)
+    assert held["lean"].weights == held["wide"].weights and held["lean"].gradients * 2 == held["wide"].gradients
+    assert (
+        held["lean"].optimizer * 12 == held["wide"].optimizer * 8
+        and held["half"].optimizer * 2 == held["wide"].optimizer
+    )
+    assert [round(held[name].total / GIB, 1) for name in ("wide", "lean")] == [64.7, 44.4]
+    layout = [f"parallel.{axis}_model_parallel_size={n}" for axis, n in (("tensor", 2), ("pipeline", 2), ("expert", 4))]
+    layout += ["parallel.recompute=full"]
+    stage = ROOT / "recipes" / "3_sft.yaml"
+    plans = [
+        make_plan(load_recipe(stage, [*layout, *more]), world_size=8, gpu=GPUS["H100-80GB"])
+        for more in ([], lean + moments)
+    ]
+    assert [plan.fits for plan in plans] == [False, True]
 
 
 def test_alternatives_fit_and_come_fastest_first() -> None:
@@ -265,6 +301,49 @@ def test_expected_mean_k_is_that_of_independent_logits() -> None:
     assert expected_mean_k(MoEConfig(top_k=2, num_null_experts=0)) == 2.0
 
 
+def batches_of(name: str, gpus: int) -> list[AtBatch]:
+    recipe = load_recipe(ROOT / "recipes" / name, [])
+    return list(at_batches(recipe, world_size=gpus, batch_of=heaviest_batch, gpu=GPUS["H100-80GB"]))
+
+
+def test_a_batch_bounds_the_replicas_and_a_larger_one_is_faster() -> None:
+    first, *_, last = batches_of("3_sft.yaml", 512)
+    assert (first.sequences, first.factor) == (32, 1)
+    for plan in first.plans:  # 512 GPUs for at most 32 replicas
+        p = plan.recipe.parallel
+        ranks = p.tensor_model_parallel_size * p.context_parallel_size * p.pipeline_model_parallel_size
+        assert ranks >= 512 / 32 and num_micro_batches(plan.recipe, 512) == 32 * ranks / 512
+        assert (plan.step.bubble > 0) == (p.pipeline_model_parallel_size > 1)
+    assert last.plans[0].tokens_per_second > 1.5 * first.plans[0].tokens_per_second
+
+
+def test_more_gpus_than_the_model_and_the_batch_can_be_cut_into() -> None:
+    recipe = load_recipe(ROOT / "recipes" / "3_sft.yaml", [])
+    assert fewest_sequences(recipe, 4096) == 4096 // (4 * 4 * 4)  # TP, CP, PP: of 28 blocks 1, 2 and 4 divide 4,096
+    none = at_batch(recipe, factor=1, world_size=4096, batch_of=heaviest_batch, gpu=GPUS["H100-80GB"])
+    assert none.plans == [] and none.tightest is None
+    (tight,) = batches_of("3_sft.yaml", 4)
+    assert tight.plans == [] and tight.tightest is not None and not tight.tightest.fits
+
+
+def test_the_short_search_finds_what_all_layouts_hold() -> None:
+    recipe = load_recipe(ROOT / "recipes" / "3_sft.yaml", [])
+    everything = alternatives(full_plan("3_sft.yaml", 64))
+    found = at_batch(recipe, factor=1, world_size=64, batch_of=heaviest_batch, gpu=GPUS["H100-80GB"])
+    whole = [plan for plan in found.plans if plan.recipe.parallel.context_parallel_size == 1]
+    assert whole[0].recipe.parallel == everything[0].recipe.parallel
+
+
+def test_plan_of_a_chain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = ROOT / "recipes" / "tiny" / "1_pretrain.yaml"
+    stages = [{"name": "first", "recipe": str(recipe), "init_from": "somewhere"}]
+    (tmp_path / "chain.yaml").write_text(yaml.safe_dump({"run_dir": "run", "nproc_per_node": 2, "stages": stages}))
+    assert main([str(tmp_path / "chain.yaml"), "--gpus", "16"]) == 0
+    said = capsys.readouterr().out
+    assert "first (" in said and "12 (x 2)  TP1 CP4 PP1 DP4 EP1, recompute none" in said
+    assert main([str(tmp_path / "chain.yaml"), "--gpus", "8", "--tokens", "1e9"]) == 2
+
+
 def test_measured_experts_replace_the_stated_share(tmp_path: Path) -> None:
     rows = [
         {"op": "expert_mlp", "contender": "omni", "dtype": "bf16", "direction": way, "gflops": rate}
@@ -309,6 +388,7 @@ def test_rates_agree_with_those_that_a_run_divides_by() -> None:
         (["recipes/layout/sft_64x80gb.yaml", "--gpus", "64"], 0, "fits"),
         (["recipes/3_sft.yaml", "--gpus", "8"], 1, "DOES NOT FIT"),
         (["recipes/3_sft.yaml", "--gpus", "6"], 2, "parallel.tensor_model_parallel_size=4"),
+        (["recipes/3_sft.yaml", "--gpus", "512"], 2, "32  TP4 CP4 PP4 DP8 EP4, recompute none"),
         (["recipes/3_sft.yaml", "--gpus", "0"], 2, "--gpus 0: must be positive"),
         (["recipes/3_sft.yaml", "--gpus", "32", "--mean-k", "nan"], 2, "--mean-k nan: must be positive"),
         (["recipes/3_sft.yaml", "--gpus", "32", "--tiles=-1"], 2, "--tiles -1.0: must not be negative"),

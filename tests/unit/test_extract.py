@@ -20,7 +20,8 @@ from megatron_omni.data.codes import open_codes
 from megatron_omni.data.decode import cpu
 from megatron_omni.data.errors import RecordError
 from megatron_omni.data.extract import Rules, extract
-from megatron_omni.data.recordings import Voice, recordings_of
+from megatron_omni.data.recording_rows import Voice
+from megatron_omni.data.recordings import recordings_of
 from megatron_omni.data.sound_codes import check_sound, encode_long
 from megatron_omni.data.sources import open_sources
 from megatron_omni.data.speech_sample import SpeechSampleBuilder

@@ -20,7 +20,8 @@ def test_sizes_are_few_and_hold_what_they_must() -> None:
 
 
 def groups(model: int, expert: int) -> SimpleNamespace:
-    return SimpleNamespace(mp=SimpleNamespace(size=lambda: model), ep=SimpleNamespace(size=lambda: expert))
+    sizes = {"mp": model, "cp": 1, "ep": expert}
+    return SimpleNamespace(**{name: SimpleNamespace(size=lambda size=size: size) for name, size in sizes.items()})
 
 
 def test_where_steps_cannot_be_fixed_is_said() -> None:

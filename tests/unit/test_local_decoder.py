@@ -10,7 +10,7 @@ from megatron_omni.checkpoint.wavtokenizer import write_released
 from megatron_omni.cli.main import main as megatron_omni
 from megatron_omni.config.generators import CodecConfig
 from megatron_omni.models.generators.codec import Codec, StreamingDecoder, load_codec, save_codec
-from megatron_omni.models.generators.local_decoder import localise
+from megatron_omni.models.generators.local_decoder import fix_statistics, localise
 from tests.unit.test_codec import SMALL, build, generator, sound, stream
 
 
@@ -34,6 +34,18 @@ def test_statistics_of_several_recordings_are_of_all_their_values() -> None:
     torch.testing.assert_close(local.decoder.pos_net[0].norm1.mean, values.mean(1))
     torch.testing.assert_close(local.decoder.pos_net[0].norm1.variance, values.var(1, unbiased=False))
     assert not codec.decoder.pos_net[0].norm1._forward_pre_hooks, "its hooks are gone"
+
+
+def test_a_decoder_with_a_span_takes_the_statistics_that_it_has_by_its_input() -> None:
+    codec = Codec(CodecConfig(encoder="mel", **SMALL | {"decoder_span": [40, 40]})).eval()
+    codec.load_state_dict(build().state_dict(), strict=False)
+    wave = sound(1, 800)
+    free = codec(wave, quantise=False).wave
+    torch.testing.assert_close(free, build()(wave, quantise=False).wave)  # before its codebook starts it has no numbers
+    fix_statistics(codec.decoder, codec.encoder(wave))
+    codec.decoder.by_input(False)
+    torch.testing.assert_close(codec.decoder(codec.encoder(wave)), free, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(codec.decoder(codec.encoder(3 * wave)), build().decoder(codec.encoder(3 * wave)))
 
 
 def test_attention_in_blocks_is_attention_under_a_mask() -> None:

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from megatron_omni.config.load import recipe_from_dict
 from megatron_omni.config.run import Recipe
 from megatron_omni.estimate import flops_per_token
 from megatron_omni.estimate.flops import chunk_forward, tile_forward
+from megatron_omni.estimate.pictures import picture_flops
 from megatron_omni.training.hooks import PartTimer
 from megatron_omni.training.metrics import MetricsWriter, Progress, progress_line, throughput
 
@@ -51,6 +53,7 @@ def test_tensorboard_gets_every_metric(tmp_path: Path) -> None:
 def test_throughput_counts_measured_experts() -> None:
     recipe = Recipe()
     kwargs = {"tokens": 4000.0, "labels": 0.0, "samples": 4.0, "tiles": 0, "chunks": 0, "seconds": 2.0, "world_size": 2}
+    kwargs["images"] = 0
     rates = throughput(recipe, **kwargs, mean_k=1.5, peak_tflops=None)
     expected = 4000 * flops_per_token(recipe.model, 1000, 1.5) / 2 / 2 / 1e12
     assert rates == {"tokens/s": 2000.0, "TFLOP/s": pytest.approx(expected)}
@@ -64,7 +67,7 @@ def test_throughput_counts_the_encoders_on_what_they_saw() -> None:
     for freeze in ((), ("vision",), ("vision", "audio", "projectors")):
         recipe = Recipe(freeze=list(freeze))
         kwargs: dict[str, Any] = {"tokens": 1.0, "labels": 0.0, "samples": 1.0, "seconds": 1.0, "world_size": 1}
-        kwargs |= {"mean_k": 1.0, "peak_tflops": None}
+        kwargs |= {"mean_k": 1.0, "peak_tflops": None, "images": 0}
         without = throughput(recipe, tiles=0, chunks=0, **kwargs)["TFLOP/s"]
         rates[freeze] = (throughput(recipe, tiles=3, chunks=2, **kwargs)["TFLOP/s"] - without) * 1e12
     tile, chunk = tile_forward(recipe.model), chunk_forward(recipe.model)
@@ -74,8 +77,24 @@ def test_throughput_counts_the_encoders_on_what_they_saw() -> None:
     assert rates["vision", "audio", "projectors"] == pytest.approx(forward)
 
 
+def test_throughput_counts_the_pictures_that_are_drawn() -> None:
+    """With a language model on top of it, without one alone."""
+    values = {"task": "generative", "model": {"image": {}}, "freeze": ["vision", "audio", "projectors"]}
+    kwargs: dict[str, Any] = {"tokens": 100.0, "labels": 0.0, "samples": 1.0, "tiles": 0, "chunks": 0, "seconds": 2.0}
+    kwargs |= {"world_size": 1, "mean_k": 1.0, "peak_tflops": None}
+    found = {}
+    for conditions in ("model", "cached"):
+        recipe = recipe_from_dict({**values, "generative": {"conditions": conditions}})
+        found[conditions] = [throughput(recipe, images=images, **kwargs) for images in (0, 6)]
+        without, drawn = found[conditions]
+        assert (drawn["TFLOP/s"] - without["TFLOP/s"]) * 1e12 == pytest.approx(3 * picture_flops(recipe))
+        assert drawn["pictures/s"] == 3 and without["pictures/s"] == 0
+    assert found["cached"][0]["TFLOP/s"] == 0 < found["model"][0]["TFLOP/s"]
+    assert "pictures/s" not in throughput(Recipe(), images=0, **kwargs)
+
+
 def test_a_step_without_tokens_has_no_rate() -> None:
-    nothing = {"tokens": 0, "labels": 0, "samples": 0, "tiles": 0, "chunks": 0}
+    nothing = {"tokens": 0, "labels": 0, "samples": 0, "tiles": 0, "chunks": 0, "images": 0}
     assert throughput(Recipe(), **nothing, seconds=1, world_size=1, mean_k=0, peak_tflops=None) == {}
 
 

@@ -55,7 +55,7 @@ class EmbeddingOnly(nn.Module):
 def omni(model: ModelConfig = MODEL, *, pre_process: bool = True, seed: int = 5) -> OmniModel:
     torch.manual_seed(0)
     alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
-    return OmniModel(EmbeddingOnly(pre_process=pre_process), model, seed=seed, pg=SimpleNamespace(tp=alone))
+    return OmniModel(EmbeddingOnly(pre_process=pre_process), model, seed=seed, pg=SimpleNamespace(tp=alone, cp=alone))
 
 
 def batch_of(modality: list[list[int]], *, tiles: int = 0, chunks: int = 0) -> OmniBatch:

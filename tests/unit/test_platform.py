@@ -127,6 +127,57 @@ def test_fused_adam_keeps_step_in_groups_and_resumes_exactly() -> None:
     assert torch.equal(resumed, whole)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_narrow_moments_are_the_rounded_ones_of_float64(weight_decay: float) -> None:
+    """bf16 moments, weights and gradients, fp32 masters: Adam in float64 whose moments are rounded after each update."""
+    lr, (beta1, beta2), eps = 0.03, (0.9, 0.95), 1e-6
+    start = torch.randn(400, generator=named_generator(0, "narrow")).bfloat16()
+    param = torch.nn.Parameter(start.clone())
+    narrow = {"exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.bfloat16}
+    settings = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
+    optimizer = FusedAdam([param], **settings, **narrow, master_weights=True, use_decoupled_grad=True)
+    optimizer.initialize_state(param, False)
+    weight, mean, square = start.double(), torch.zeros(400).double(), torch.zeros(400).double()
+    exact_mean, strayed = mean.clone(), 0.0
+    for step in range(1, 31):
+        grad = torch.randn(400, generator=named_generator(1, step)).bfloat16()
+        param.decoupled_grad = grad  # type: ignore[attr-defined]
+        optimizer.step()
+        mean = beta1 * mean + (1 - beta1) * grad.double()
+        square = beta2 * square + (1 - beta2) * grad.double() ** 2
+        exact_mean = beta1 * exact_mean + (1 - beta1) * grad.double()
+        weight = weight - lr * weight_decay * weight
+        weight = weight - lr * (mean / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt() + eps)
+        mean, square = mean.bfloat16().double(), square.bfloat16().double()
+        strayed = max(strayed, float((mean - exact_mean).abs().max() / exact_mean.abs().max()))
+        state = optimizer.state[param]
+        for name, expected in (("exp_avg", mean), ("exp_avg_sq", square)):
+            assert state[name].dtype == torch.bfloat16
+            # fp32 and float64 may round a value between two bf16 numbers to different ones.
+            assert (state[name].double() == expected).double().mean() > 0.99, name
+            torch.testing.assert_close(state[name].double(), expected, rtol=2**-7, atol=1e-30)
+        assert state["master_param"].dtype == torch.float32
+        torch.testing.assert_close(state["master_param"].double(), weight, rtol=1e-4, atol=1e-5)
+        assert torch.equal(param.data, state["master_param"].bfloat16())
+        mean, square = state["exp_avg"].double(), state["exp_avg_sq"].double()
+    assert 2**-10 < strayed < 2**-8 / (1 - beta1)  # rounded at all, and no further than roundings can add up to
+
+
+def test_fused_adam_keeps_the_dtypes_of_its_state_when_it_is_loaded() -> None:
+    param = torch.nn.Parameter(torch.randn(8, generator=named_generator(0, "dtypes")).bfloat16())
+    settings = {"exp_avg_dtype": torch.bfloat16, "master_weights": True}
+    first, second = FusedAdam([param], **settings), FusedAdam([param], **settings)
+    param.grad = torch.ones_like(param)
+    first.step()
+    second.load_state_dict(first.state_dict())
+    dtypes = {name: value.dtype for name, value in second.state[param].items()}
+    assert dtypes == {"exp_avg": torch.bfloat16, "exp_avg_sq": torch.float32, "master_param": torch.float32}
+    assert second.param_groups[0]["step"] == 1
+    for wrong in ({"store_param_remainders": True}, {"exp_avg_dtype": torch.float16}):
+        with pytest.raises(ValueError, match="FusedAdam"):
+            FusedAdam([param], **wrong)
+
+
 def test_named_streams_depend_on_name_and_seed_only() -> None:
     assert named_seed(1, "a", "b") != named_seed(1, "ab") and named_seed(1, "a") != named_seed(2, "a")
     first = torch.randn(3, generator=named_generator(5, "x"))

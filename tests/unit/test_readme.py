@@ -30,6 +30,7 @@ from megatron_omni.config.run import Recipe
 from tests.distributed.harness import Rank, run_ranks
 from tests.distributed.tiny_run import make_corpus
 from tests.distributed.tiny_run import tiny_recipe as small_recipe
+from tests.drawing import train_drawing
 from tests.unit.dense_checkpoints import write_dense
 from tests.unit.speech_models import write_speaker
 from tests.unit.tiny_data import row, tokenizer_file, write_clip, write_image, write_sound
@@ -89,6 +90,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = write_dense(place / "hf_model")
     write_dense(place / "hf_vision", like=base, seed=1)
     write_speaker(place)
+    train_drawing(place / "painted")
     corpus = make_corpus(place / "corpus")
     (place / "mine.yaml").write_text(recipe_to_yaml(own_recipe(corpus, place / "own_run")))
     return place
@@ -159,6 +161,7 @@ def filled(words: list[str]) -> list[str]:
     known = {
         "HF_MODEL": "hf_model", "HF_VISION": "hf_vision", "RECIPE": "mine.yaml", "CHAIN": "recipes/tiny/chain.yaml",
         "IMPORTED": "imported", "MIXTURE": "mixture", "SPEAKER": "speaker",
+        "PAINTER": "painted/draws",
     }  # fmt: skip
     return [known.get(word, word) for word in words]
 

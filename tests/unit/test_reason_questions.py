@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, pstdev
 
 import pytest
 
@@ -45,11 +46,12 @@ def rows(path: Path) -> list[dict]:
     [
         ("cat left of horse:3+5", "8"), ("cat above horse:5+5", "10"), (" pig left of egg:3+3 ", "6"),
         ("cat horse:3,5", "2"), ("horse cat:5,3", "1"), ("cat dog:3,3", "0"), ("cat dog:4,3", "1"),
-        ("cat left said: horse:3,5", "right"), ("cat up said: horse:3,5", "down"), ("horse up said: cat:5,3", "up"),
-        ("cat down said: dog:3,3", "down"),
+        ("cat left said: horse:3,5<", "right"), ("cat up said: horse:3,5<", "down"), ("horse up said: cat:5,3>", "up"),
+        ("cat down said: dog:3,3=", "down"), ("cat down said: horse:5,3>", "down"),
+        ("cat left said: horse:3,5>", None), ("cat left said: dog:3,3<", None), ("horse up said: cat:5,3=", None),
         ("cat left of horse:3,5", None), ("cat horse:3+5", None), ("cat horse", None), ("cat:3,5", None),
-        ("cat horse:3,", None), ("cat left said: horse", None), ("cat above said: horse:3,5", None), ("", None),
-        ("cat horse:3,5 cat", None), ("cat horse:13,5", None),
+        ("cat horse:3,", None), ("cat left said: horse", None), ("cat above said: horse:3,5<", None), ("", None),
+        ("cat horse:3,5 cat", None), ("cat horse:13,5", None), ("cat left said: horse:3,5", None), ("cat horse:3,5<", None),
     ],
 )  # fmt: skip
 def test_what_a_thought_comes_to(thought: str, answer: str | None) -> None:
@@ -193,12 +195,42 @@ def test_scores_are_shares_of_what_was_said(composed: Path) -> None:
     assert len(said["swapped_thought"]) == 14
 
 
-def test_permuted_rewards_are_those_of_groups_with_spread_dealt_anew() -> None:
-    said = ["<think>a</think>1", "<think>a</think>2"] * 4 + ["<think>b</think>1"] * 8
-    columns = {"solution": ["1"] * 16, "thought": ["a"] * 8 + ["b"] * 8, "prompts": [""] * 16}
-    dealt = [permuted(completions=said, step=step, **columns) for step in range(20)]
+def test_permuted_rewards_are_those_of_what_groups_with_spread_say_dealt_anew() -> None:
+    said = [
+        "<think>a</think>1",
+        *["<think>a</think>2"] * 3,
+        *["<think>b</think>1"] * 3,
+        "c",
+        *["<think>d</think>1"] * 8,
+    ]
+    columns = {"solution": ["1"] * 16, "thought": ["a"] * 4 + ["b"] * 4 + ["d"] * 8, "prompts": [""] * 16}
+    dealt = [permuted(completions=said, step=step, **columns) for step in range(60)]
     assert all(totals[8:] == [1.5] * 8 for totals in dealt), "a group without spread keeps its reward"
-    assert all(sorted(totals[:8]) == [0.5] * 4 + [1.5] * 4 for totals in dealt)
-    assert len({tuple(totals) for totals in dealt}) > 10 and dealt[3] == permuted(completions=said, step=3, **columns)
-    both = permuted(completions=[*said[:8], *said[:8]], step=0, **(columns | {"thought": ["a"] * 8 + ["c"] * 8}))
-    assert sum(both[:8]) != sum(both[8:]), "dealt over the batch, not within a group"
+    assert all(len(set(totals[1:4])) == len(set(totals[4:7])) == 1 for totals in dealt), (
+        "equal responses, equal rewards"
+    )
+    distinct = [(totals[0], totals[1], totals[4], totals[7]) for totals in dealt]
+    assert all(sorted(four) == [0.0, 0.5, 1.5, 1.5] for four in distinct)
+    assert len(set(distinct)) == 12, "dealt over the batch, not within a group"
+    assert dealt[3] == permuted(completions=said, step=3, **columns)
+
+
+def test_permuted_rewards_pull_a_group_that_says_two_things_as_hard_as_its_own() -> None:
+    """The gradient of such a group is (sum of A over one of the two texts) x (difference of the texts' gradients)."""
+
+    def pull(totals: list[float], text: list[bool]) -> float:
+        spread = pstdev(totals)
+        return abs(sum((total - fmean(totals)) / spread for total, own in zip(totals, text) if own)) if spread else 0.0
+
+    texts = [[place < count for place in range(8)] for count in (1, 3, 6)]
+    said = [f"<think>a</think>{int(own)}" for text in texts for own in text]
+    columns = {"solution": ["1"] * 24, "thought": [str(place // 8) for place in range(24)], "prompts": [""] * 24}
+    kept = 0
+    for step in range(30):
+        totals = permuted(completions=said, step=step, **columns)
+        for number, text in enumerate(texts):
+            own = pull([float(one) for one in text], text)
+            found = pull(totals[8 * number : 8 * number + 8], text)
+            kept += found > 0.0
+            assert found == pytest.approx(own) or found == 0.0
+    assert kept > 30  # of 90; the others were dealt one reward and are left out

@@ -90,7 +90,7 @@ def test_only_platform_names_cuda_or_a_backend() -> None:
         ("megatron.core.models.hybrid", "models/language.py"),
         ("megatron.core.parallel_state", "parallel/groups.py"),
         ("megatron.training", ""),
-        ("diffusers", "models/generators/image.py"),
+        ("diffusers", "models/generators/sdxl_vae.py"),
         ("nvidia.dali", "data/decode/dali.py"),
     ],
 )

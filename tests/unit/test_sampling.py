@@ -236,6 +236,30 @@ def test_a_draw_near_an_edge_is_told() -> None:
     assert near.tolist() == [False, True]
 
 
+def test_draws_near_an_edge_are_those_of_the_definition() -> None:
+    """Edges lie between two tokens that can be drawn: neither 0 nor 1 is one, and what is forbidden has none."""
+    logits, forbidden = rows_of_probabilities(4000).log(), [0, 1, 2, 100, 298, 299]
+    near = torch.zeros(len(logits), dtype=torch.bool)
+    drawn = [choice(Sampling(temperature=1.0), step, forbidden=forbidden) for step in range(len(logits))]
+    choose(logits, drawn, near_edge=near)
+    logits[:, forbidden] = -torch.inf
+    edges = torch.softmax(logits.double(), -1).cumsum(-1)[:, 3:297]
+    points = torch.tensor([[uniform_draw(0, step)] for step in range(len(logits))], dtype=torch.float64)
+    assert near.tolist() == ((edges - points).abs().amin(-1) < 1e-5).tolist()
+    assert 10 < near.sum() < 50
+
+
+@pytest.mark.parametrize("point", [0.0, 5e-6, 1 - 5e-6, 1 - 2**-53])
+@pytest.mark.parametrize("forbidden", [(), (0, 2)])
+def test_the_ends_of_all_probabilities_are_no_edges(
+    point: float, forbidden: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_omni.generation.sampling.uniform_draw", lambda seed, step: point)
+    near = torch.ones(1, dtype=torch.bool)
+    token = choose(torch.zeros(1, 3), [choice(Sampling(temperature=1.0), forbidden=forbidden)], near_edge=near)
+    assert (int(token), bool(near)) == (1 if forbidden else 2 * round(point), False)
+
+
 def test_rows_without_finite_logits_are_reported_and_leave_the_others_alone() -> None:
     logits = torch.tensor([[0.0, 1.0], [math.nan, 1.0], [1.0, 0.0], [math.inf, 0.0], [0.0, -math.inf]])
     for sampling in (GREEDY, Sampling(temperature=1e-3)):

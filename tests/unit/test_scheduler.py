@@ -107,11 +107,18 @@ class Told:
             assert chunk.ends == (chunk.start + chunk.length == len(text))
             whole = self.answers[chunk.answer].whole
             assert chunk.whole == (0 if chunk.start else whole) and (chunk.start or chunk.length) >= whole
+            group = {(self.answers[number].group, self.texts[number]) for number in chunk.choosing}
+            assert group == ({(self.answers[chunk.answer].group, text)} if chunk.ends else set()), (
+                "logits of another text"
+            )
         self.scheduler.advance(plan)
-        for chunk in plan.chunks:
-            if chunk.ends:
-                self.texts[chunk.answer] += "abcdefgh"[(chunk.answer + len(self.texts[chunk.answer])) % 8]
-                self.scheduler.add_token(chunk.answer)
+        chosen = [number for chunk in plan.chunks for number in chunk.choosing]
+        assert len(chosen) == len(set(chosen))
+        for number in chosen:
+            extent, length = self.scheduler.place(number)
+            assert [self.cache[extent.offset + i][0] for i in range(length)][-1] == self.texts[number]
+            self.texts[number] += "abcdefgh"[(number + len(self.texts[number])) % 8]
+            self.scheduler.add_tokens(number)
         return plan
 
     def finish(self, number: int) -> None:
@@ -142,10 +149,45 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
 def test_samples_of_a_request_share_the_whole_prompt() -> None:
     told = Told()
     first, *others = told.add("abcdefghijk", copies=4)
-    assert [chunk.answer for chunk in told.step().chunks] == [first]
+    (chunk,) = told.step().chunks
+    assert list(chunk.choosing) == [first, *others], "one row of logits for all first tokens"
+    assert len({told.texts[number] for number in (first, *others)}) == 4
+    assert [told.answers[number].cached for number in (first, *others)] == [0, 11, 11, 11]
     plan = told.step()
-    assert len(plan.copies) == 3 and {copy.length for copy in plan.copies} == {10}
+    assert len(plan.copies) == 3 and {copy.length for copy in plan.copies} == {11}
     assert {chunk.answer: chunk.length for chunk in plan.chunks} == {first: 1, **dict.fromkeys(others, 1)}
+
+
+def test_samples_without_a_place_have_their_first_token_with_the_others() -> None:
+    told = Told(running=1)
+    first, second, third = told.add("abcdefghijk", copies=3)
+    assert list(told.step().chunks[0].choosing) == [first, second, third]
+    told.finish(second)  # its first token was its last
+    told.finish(first)  # and what it computed is gone
+    plan = told.step()
+    assert [(c.answer, c.start, c.length, list(c.choosing)) for c in plan.chunks] == [(third, 0, 12, [third])]
+
+
+def test_a_sample_that_is_paused_chooses_for_itself_later() -> None:
+    told = Told()
+    first, second, third = told.add("abcdefghijk", copies=3)
+    told.scheduler.pause(second)
+    assert list(told.step().chunks[0].choosing) == [first]
+    told.scheduler.resume(second)
+    plan = told.step()
+    assert [copy.length for copy in plan.copies] == [10]
+    assert [list(chunk.choosing) for chunk in plan.chunks] == [[first], [second, third]]
+
+
+def test_samples_of_a_prompt_that_begins_like_an_earlier_one_compute_the_rest_once() -> None:
+    told = Told(batch=64)
+    (kept,) = told.add("a" * 16 + "b" * 5, keep=True)
+    told.step()
+    told.finish(kept)
+    numbers = told.add("a" * 16 + "c" * 9, copies=3, keep=True)
+    (chunk,) = told.step().chunks
+    assert (chunk.start, chunk.length, list(chunk.choosing)) == (16, 9, numbers)
+    assert [told.answers[number].cached for number in numbers] == [16, 25, 25]
 
 
 def test_what_must_be_whole_is_one_chunk_and_the_oldest_finds_room_for_it() -> None:
@@ -158,10 +200,14 @@ def test_what_must_be_whole_is_one_chunk_and_the_oldest_finds_room_for_it() -> N
 
 
 def test_samples_share_what_is_whole_and_never_a_part_of_it() -> None:
-    for whole, copied in ((9, 9), (10, 0)):  # the last token is computed by each: with the other nine it must be whole
+    for whole, paused, copied in ((9, False, 10), (10, False, 10), (9, True, 9), (10, True, 0)):
         told = Told(batch=64)
-        told.add("abcdefghij", copies=3, whole=whole)
+        _, *others = told.add("abcdefghij", copies=2, whole=whole)
+        for number in others * paused:  # it says its first token by itself: with the other nine, that one must be whole
+            told.scheduler.pause(number)
         told.step()
+        for number in others * paused:
+            told.scheduler.resume(number)
         plan = told.step()
         assert {copy.length for copy in plan.copies} == ({copied} if copied else set())
         while any(answer.computed < 10 for answer in told.answers.values()):

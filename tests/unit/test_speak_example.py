@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # examples/ is not installed
@@ -18,6 +19,7 @@ from examples.speak import report, run  # noqa: E402
 from examples.speak.corpus import FAST_SIZES, SIZES, compose_chunk, said_of  # noqa: E402
 from examples.speak.corpus import Chunk as Part  # noqa: E402
 from examples.speak.listen import errors, heard_style, right_of  # noqa: E402
+from examples.speak.parts import write_sounds  # noqa: E402
 from examples.speak.sounds import (  # noqa: E402
     DECOYS,
     NORMAL,
@@ -184,8 +186,20 @@ def test_scores_of_words_voices_and_streams() -> None:
     assert report.stream_scores(streamed) == {
         "snr_db": 28.5, "same_samples": False, "rtf": 0.4, "first_sound_s": 0.3
     }  # fmt: skip
+    row = {"sound": 150.04, "pieces": 70, "cut": 1, "named": ["a", "a"], "memory_mib": [800, 801]}
+    whole = {"sound_s": 150.0, "pieces": 70, "cut": 1, "same_voice": True, "memory_mib": [800, 801]}
+    assert report.whole_scores([row]) == whole and report.whole_scores([]) == {}
+    assert not report.whole_scores([row | {"named": ["a", "b"]}])["same_voice"]
+    assert not report.whole_scores([row | {"named": [None, None]}])["same_voice"]
     asked = [{"voice": True, "right": True, "by_ear": True}, {"voice": True, "right": False, "by_ear": True}]
     assert report.loop_scores(asked) == {"voice": 1.0, "right_text": 0.5, "right_by_ear": 1.0, "count": 2}
+
+
+def test_a_sound_of_minutes_is_written(tmp_path: Path) -> None:
+    wave = np.random.default_rng(0).normal(0, 0.1, 8000 * 120).astype(np.float32)  # at once it overflows the stack
+    write_sounds(tmp_path, {"long": wave, "none": wave[:0]}, 8000)
+    assert [path.name for path in tmp_path.iterdir()] == ["long.ogg"]
+    assert soundfile.info(tmp_path / "long.ogg").frames == len(wave)
 
 
 def test_the_least_used_expert(tmp_path: Path) -> None:
