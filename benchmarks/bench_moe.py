@@ -214,7 +214,8 @@ def _prepare_all(name: str, op: Op, problem: Problem, report: Report) -> dict[st
             report.absent[who] = f"{type(why).__name__}: {str(why).splitlines()[0] if str(why) else ''}"
             continue
         errors = deviation(found, reference)
-        bad = {what: error for what, error in errors.items() if not error <= TOLERANCE[problem.x.dtype]}
+        allowed = TOLERANCE[prepared.rounds_to or problem.x.dtype]
+        bad = {what: error for what, error in errors.items() if not error <= allowed}
         if bad:
             report.wrong.append(f"{name} {who}: " + ", ".join(f"{what} off by {e:.1e}" for what, e in bad.items()))
         else:

@@ -3,8 +3,9 @@
     python -m benchmarks.bench_serve --checkpoint runs/quickstart --json FILE [--streams 32] [--requests 128] [--repeat 3]
 
 Each of ``--streams`` clients sends its next request when the last token of the one before has come; prompts of 32 tokens,
-64 to 192 new ones, greedy, every token a chunk of a stream. With ``--equal`` all answers have 128: then those that began
-together end together, and all clients send their next request at one moment, as no clients in the world do.
+64 to 184 new ones, greedy, streamed; with ``--chunk-ms 0`` every token is a chunk. With ``--equal`` all answers have
+128: then those that began together end together, and all clients send their next request at one moment, as no clients in
+the world do.
 
 The engine's process has one core, HTTP and the client the other one. Both ways are taken in turn ``--repeat`` times,
 medians are written: ``tokens_per_s`` by the wall clock less the time that the engine's process was ready and waited for
@@ -34,7 +35,7 @@ from urllib.request import urlopen
 
 import psutil
 
-PROMPT_TOKENS, NEW_TOKENS = 32, range(64, 193)
+PROMPT_TOKENS, NEW_TOKENS = 32, range(64, 185)
 EQUAL_TOKENS = 128
 ENGINE_CORE, HTTP_CORE = 0, 1
 
@@ -46,6 +47,7 @@ class Load:
     streams: int
     requests: int
     equal: bool
+    chunk_ms: float = 10.0
 
     def asked(self, number: int, vocab_size: int) -> list[tuple[list[int], int]]:
         """Random prompts, and how many tokens each is answered with."""
@@ -105,9 +107,14 @@ async def one_stream(port: int, model: str, waiting: list[tuple[list[int], int]]
         }).encode()  # fmt: skip
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
         writer.write(head.encode() + b"\r\n\r\n" + body)
-        said = b""
+        said = await reader.read(1 << 16)
+        if not said.startswith(b"HTTP/1.1 200"):
+            raise RuntimeError(f"the server answers {said[:2000]!r}")
         while not said.endswith(b"0\r\n\r\n"):  # the last chunk of the response
-            said = said[-4096:] + await reader.read(1 << 16)
+            part = await reader.read(1 << 16)
+            if not part:
+                raise RuntimeError("the server closed the connection in the middle of an answer")
+            said = said[-4096:] + part
         tokens += int(re.findall(rb'"completion_tokens": (\d+)', said)[-1])
     writer.close()
     return tokens
@@ -124,6 +131,8 @@ def measure_http(checkpoint: Path, load: Load) -> dict[str, float]:
         "0",
         "--max-running",
         str(load.streams),
+        "--chunk-ms",
+        str(load.chunk_ms),
     ]
     server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     try:
@@ -215,10 +224,13 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--equal", action="store_true", help=f"all answers have {EQUAL_TOKENS} tokens")
     parser.add_argument(
+        "--chunk-ms", type=float, default=10.0, help="of the server (default 10; 0: each token a chunk)"
+    )
+    parser.add_argument(
         "--direct", action="store_true", help="this process is the engine's (used by the command itself)"
     )
     options = parser.parse_args()
-    load = Load(streams=options.streams, requests=options.requests, equal=options.equal)
+    load = Load(streams=options.streams, requests=options.requests, equal=options.equal, chunk_ms=options.chunk_ms)
     if options.direct:
         print(json.dumps(measure_direct(options.checkpoint, load)))
         return
@@ -237,7 +249,7 @@ def main() -> None:
         assert {run["tokens"] for run in runs} == {wanted}, "not every token came"
         row: dict[str, Any] = {
             "model": str(options.checkpoint), "streams": load.streams, "requests": load.requests, "equal": load.equal,
-            "way": way,
+            "chunk_ms": load.chunk_ms, "way": way,
             "tokens_per_s": round(statistics.median(run["tokens"] / run["seconds"] for run in runs), 1),
             "tokens_per_cpu_s": round(statistics.median(run["tokens"] / run["cpu_seconds"] for run in runs), 1),
         }  # fmt: skip

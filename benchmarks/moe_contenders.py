@@ -44,6 +44,8 @@ class Prepared:
     """From gradients of a leaf's tensors to the gradient in our layout; the one tensor itself where missing."""
     scope: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Entered around forward and backward."""
+    rounds_to: torch.dtype | None = None
+    """What its products may round their factors to, if not the problem's dtype."""
 
 
 Contender = Callable[[Problem], Prepared]
@@ -86,6 +88,7 @@ def medium(contender: Contender) -> Contender:
             raise Unavailable("differs in fp32 only")
         prepared = contender(problem)
         prepared.scope = medium_precision
+        prepared.rounds_to = torch.bfloat16  # where the processor multiplies that faster (AMX), and nowhere else
         return prepared
 
     return prepare
