@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv ext ext-cuda gpu-check quickstart reason speak demo test miniature dali wandb mutants stress stress-serve lmms-eval lint types layers docs checks clean
+.PHONY: help venv ext ext-cuda gpu-check quickstart reason speak draw demo test miniature dali wandb mutants stress stress-serve lmms-eval lint types layers docs checks clean
 
 # The first Python >= 3.12 that really runs (a pyenv shim may exist and refuse).
 PYTHON := $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python python3.13 python3; do \
@@ -61,6 +61,9 @@ reason: venv ## teach the quickstart's model to think: cold start, GSPO, pairs, 
 
 speak: venv ## teach a tiny speech generator the quickstart's voices, and listen to it (FAST=1: two minutes; CONTROLS=1; OVERWRITE=1)
 	$(BIN)/python -m examples.speak.run $(if $(filter 1,$(FAST)),--fast) $(if $(filter 1,$(OVERWRITE)),--overwrite) $(if $(filter 1,$(CONTROLS)),--controls)
+
+draw: venv ## teach the quickstart's model to draw: pictures, edits, repairs, thoughts first (FAST=1: two minutes; CONTROLS=1; OVERWRITE=1)
+	$(BIN)/python -m examples.draw.run $(if $(filter 1,$(FAST)),--fast) $(if $(filter 1,$(OVERWRITE)),--overwrite) $(if $(filter 1,$(CONTROLS)),--controls)
 
 demo: venv ## serve the quickstart's model with a page to talk to it (trains it first where it is not there; PORT=8000)
 	$(BIN)/python -m examples.serve.demo --port $(PORT)

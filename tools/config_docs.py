@@ -15,11 +15,18 @@ import typing
 from pathlib import Path
 
 from megatron_omni.config.data import DataConfig, EvalSourceConfig, SourceConfig
-from megatron_omni.config.generators import CodecConfig, SpeechConfig
+from megatron_omni.config.generators import CodecConfig, PictureCodecConfig, SpeechConfig
 from megatron_omni.config.model import AudioConfig, LoraConfig, ModelConfig, MoEConfig, VisionConfig
-from megatron_omni.config.objectives import PreferenceConfig, ReinforceConfig, RewardConfig
+from megatron_omni.config.objectives import (
+    CodecTrainingConfig,
+    PictureCodecTrainingConfig,
+    PreferenceConfig,
+    ReinforceConfig,
+    RewardConfig,
+)
 from megatron_omni.config.optim import OptimConfig
 from megatron_omni.config.parallel import ParallelConfig
+from megatron_omni.config.pictures import DiTConfig, ImageGeneratorConfig, ProjectorConfig, SamplingConfig
 from megatron_omni.config.ranges import RANGE
 from megatron_omni.config.run import CheckpointConfig, LogConfig, Recipe
 
@@ -32,6 +39,11 @@ GROUPS: list[tuple[str, type]] = [
     ("model.audio", AudioConfig),
     ("model.speech", SpeechConfig),
     ("model.codec", CodecConfig),
+    ("model.image", ImageGeneratorConfig),
+    ("model.image.dit", DiTConfig),
+    ("model.image.projectors", ProjectorConfig),
+    ("model.image.sampling", SamplingConfig),
+    ("model.picture_codec", PictureCodecConfig),
     ("model.lora", LoraConfig),
     ("parallel", ParallelConfig),
     ("data", DataConfig),
@@ -41,6 +53,8 @@ GROUPS: list[tuple[str, type]] = [
     ("reinforce", ReinforceConfig),
     ("reinforce.rewards[]", RewardConfig),
     ("preference", PreferenceConfig),
+    ("codec", CodecTrainingConfig),
+    ("picture_codec", PictureCodecTrainingConfig),
     ("checkpoint", CheckpointConfig),
     ("log", LogConfig),
 ]
@@ -72,7 +86,8 @@ extended. A mapping changes single sources of it by their names, adds new ones a
 |---|---|
 | `vision`, `audio` | the towers: SigLIP; Whisper encoder |
 | `projectors` | what joins the towers to the language model: the vision MLP; the Q-former (queries included) and its projection |
-| `codec_encoder`, `codec_decoder`, `discriminators` | of a codec (`model.codec`), which has no other parts; the last in adversarial training |
+| `image_projectors`, `image_generator` | of a model that draws (`model.image`): what leads from the block's hidden rows to the generator, with what stands for no words; the diffusion transformer |
+| `codec_encoder`, `codec_decoder`, `discriminators` | of a codec (`model.codec`, `model.picture_codec`), which has no other parts; the last in adversarial training |
 | `text_table`, `text_projection` | of a speech generator: the table of text embeddings, which is never trained, and the projection behind it |
 | `attention`, `norms` | of the language model |
 | `ffn` | dense FFN (a model without `moe`) |
