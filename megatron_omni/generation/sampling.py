@@ -145,10 +145,10 @@ def smallest_upper_set(values: Tensor, weights: Tensor, goal: Tensor) -> Tensor:
         digit, goal = _crossed(digits, width, weights, goal)
         edge = edge << width | digit
         inside = digits == digit
-        weights = weights * inside
         if values.device.type == "cpu" and columns is None:  # fewer columns, and nothing waits
-            columns = inside.any(0).nonzero().squeeze(1)
-            narrowed, weights = bits[:, columns], weights[:, columns]
+            columns = inside.view(torch.uint8).amax(0).nonzero().squeeze(1)  # `any` of booleans is forty times as slow
+            narrowed, weights, inside = bits[:, columns], weights[:, columns], inside[:, columns]
+        weights = weights * inside
     kept = values > edge.view(torch.float32)
     ties = narrowed == edge
     weights = weights * ties
@@ -180,14 +180,14 @@ def _drawn(logits: Tensor, choices: Sequence[Choice], *, tell: bool) -> tuple[Te
     weights = torch.softmax(scaled, -1)
     if any(s.min_p > 0.0 for s in settings):
         least = weights.amax(-1, keepdim=True) * column([s.min_p for s in settings], torch.float32)
-        weights = torch.where(weights >= least, weights, 0.0)
+        weights = weights * (weights >= least)  # `where` does not use vectors and takes four times as long
     if any(s.top_k > 0 for s in settings):
         goal = column([s.top_k or logits.shape[-1] for s in settings])
-        weights = torch.where(smallest_upper_set(weights, (weights > 0).double(), goal), weights, 0.0)
+        weights = weights * smallest_upper_set(weights, (weights > 0).double(), goal)
     if any(s.top_p < 1.0 for s in settings):
         wide = weights.double()
         goal = wide.sum(-1, keepdim=True) * column([s.top_p if s.top_p < 1.0 else 2.0 for s in settings])
-        weights = torch.where(smallest_upper_set(weights, wide, goal), weights, 0.0)
+        weights = weights * smallest_upper_set(weights, wide, goal)
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     point = total * column([uniform_draw(choice.sampling.seed, choice.step) for choice in choices])

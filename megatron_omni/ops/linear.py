@@ -4,9 +4,9 @@
     product    y = x W              W [K, N], as experts have it
 
 x [.., K], b [N]; y [.., N]. PyTorch's product on an accelerator, and on a CPU where nothing else was measured.
-Where our CPU kernels run on AVX-512 (extension.py), W is the one group of a grouped product, which reads W as it lies and
-takes a third to two thirds of the time of PyTorch's for a few rows: docs/generation.md has the figures. fp32 and bf16
-accumulate in fp32 and round once. There, the bits of a row do not depend on how many rows there are.
+For the numbers of rows at which our CPU kernels are faster (``OURS``; docs/generation.md has the figures) W is the one group
+of a grouped product, which reads W as it lies. fp32 and bf16 accumulate in fp32 and round once. There, the bits of a row do
+not depend on how many rows there are.
 
 Training has products of its own (Megatron's linear modules).
 """
@@ -19,10 +19,13 @@ from torch.nn.functional import linear as torch_linear
 
 from megatron_omni.ops import extension
 
-ENGINE = "avx512"
-"""The one engine that was faster for every shape. ``avx2`` was faster for fp32 only, and by a tenth."""
-LEAST_ROWS = {torch.float32: 4, torch.bfloat16: 1}
-"""Rows from which ours is taken: fewer are one pass over W, which PyTorch does as fast in fp32."""
+_ANY = 1 << 62
+OURS = {
+    "avx512": {torch.float32: range(4, _ANY), torch.bfloat16: range(1, _ANY)},
+    "avx2": {torch.float32: range(4, 129), torch.bfloat16: range(2, _ANY)},
+}
+"""Rows of which ours is faster, by engine: one row is a pass over W, which PyTorch does as fast; from 128 on MKL is as fast as
+``avx2``, which oneDNN is in bf16 only on processors that multiply bf16 (and those have AVX-512)."""
 
 _by_transposed = extension.op("grouped_gemm_dgrad")
 _by = extension.op("grouped_gemm")
@@ -45,10 +48,10 @@ def product(x: Tensor, w: Tensor) -> Tensor:
 
 
 def _is_ours(x: Tensor) -> bool:
-    rows = x.numel() // x.shape[-1]
-    if x.device.type != "cpu" or rows < LEAST_ROWS.get(x.dtype, rows + 1) or extension.CPU_ERROR is not None:
+    if x.device.type != "cpu" or extension.CPU_ERROR is not None:
         return False
-    return extension.cpu_engine() == ENGINE
+    rows = x.numel() // x.shape[-1]
+    return rows in OURS.get(extension.cpu_engine(), {}).get(x.dtype, ())
 
 
 def _one_group(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megatron_omni.ops import extension
 from megatron_omni.ops.grouped_gemm import grouped_gemm
-from megatron_omni.ops.linear import ENGINE, LEAST_ROWS, linear, product
+from megatron_omni.ops.linear import OURS, linear, product
 
 engines = pytest.mark.parametrize("engine", extension.cpu_engines())
 
@@ -49,13 +49,13 @@ def test_errs_no_more_than_twice_what_others_err(rows: int, k: int, n: int, dtyp
 @engines
 def test_takes_ours_where_it_was_measured(engine: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        for rows in (1, 4, 32):
+        for rows in (1, 2, 4, 32, 129):
             x, w, _ = problem(rows, 96, 160, dtype)
             with torch.no_grad(), extension.use_cpu_engine(engine):
                 got = linear(x, w)
                 turned = w.t().contiguous()
                 ours = grouped_gemm(x, turned[None], torch.tensor([0, rows]))
-                is_ours = engine == ENGINE and rows >= LEAST_ROWS[dtype]
+                is_ours = rows in OURS.get(engine, {}).get(dtype, ())
                 assert torch.equal(product(x, turned), ours if is_ours else x @ turned)
                 if is_ours:
                     assert torch.equal(
@@ -66,14 +66,14 @@ def test_takes_ours_where_it_was_measured(engine: str) -> None:
                     assert torch.equal(got, torch.nn.functional.linear(x, w))
 
 
-@pytest.mark.skipif(extension.cpu_engine() != ENGINE, reason="needs AVX-512")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_bits_of_a_row_do_not_depend_on_how_many_there_are(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("engine, dtype", [(e, d) for e in extension.cpu_engines() for d in OURS.get(e, {})])
+def test_the_bits_of_a_row_do_not_depend_on_how_many_there_are(engine: str, dtype: torch.dtype) -> None:
     x, w, bias = problem(300, 136, 200, dtype)
-    with torch.no_grad():
-        whole = linear(x, w, bias)
-        for rows in (4, 5, 12, 31, 64, 129):
-            assert torch.equal(linear(x[:rows], w, bias), whole[:rows])
+    with torch.no_grad(), extension.use_cpu_engine(engine):
+        parts = [linear(x[:rows], w, bias) for rows in (4, 5, 12, 31, 64, 128, 300) if rows in OURS[engine][dtype]]
+        assert len(parts) > 5
+        for part in parts:
+            assert torch.equal(part, parts[-1][: len(part)])
 
 
 @engines
