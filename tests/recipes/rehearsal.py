@@ -45,6 +45,8 @@ from tests.recipes.miniature_data import make_data, question
 
 MASTER = "optimizer.state.param."
 """Before a tensor's name: its fp32 master weight in a checkpoint."""
+SIGNAL = "SIGSEGV("
+"""With which PyTorch begins the native stacks of a process that dies of it."""
 TIMES = ("time/", "step time", "tokens/s", "pictures/s", "TFLOP/s", "MFU", "rollout/tokens_per_s")
 
 
@@ -54,6 +56,8 @@ def rehearse(rank: Rank, recipe: Recipe, data: Path) -> None:
     sys.stdout.flush()
     for stream in (1, 2):
         os.dup2(log, stream)
+    # A rank once died of a signal in a thread without Python, so Python's stacks did not tell where (docs/log.md).
+    torch._C._set_print_stack_traces_on_fatal_signal(True)
     pg = rank.initialize(recipe.parallel)
 
     def begin() -> Run:
@@ -249,8 +253,12 @@ class Rehearsal:
         try:
             run_ranks(rehearse, small.num_ranks, small.recipe, self.data, timeout_seconds=300.0)
         except RankFailure as failure:
-            said = log_file(small.recipe, 0).read_text(encoding="utf-8", errors="replace").splitlines()
-            failure.add_note("\n".join(["rank 0 said last:", *said[-10:]]))
+            logs = [log_file(small.recipe, rank) for rank in range(small.num_ranks)]
+            said = [log.read_text(encoding="utf-8", errors="replace") for log in logs]
+            failure.add_note("\n".join(["rank 0 said last:", *said[0].splitlines()[-10:]]))
+            for rank, text in enumerate(said):
+                if SIGNAL in text:
+                    failure.add_note(f"native stacks of rank {rank}:\n{text[text.index(SIGNAL) :]}")
             raise
         return small
 
