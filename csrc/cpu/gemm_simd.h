@@ -31,6 +31,7 @@ struct Shape<Avx512> {  // 24 of 32 registers accumulate; 10 loads for 24 produc
   static constexpr bool kStreams = true;          // stores past the caches are fast
   static constexpr bool kFetchesSums = false;     // before a microkernel
   static constexpr int64_t kFewRows = 0;          // for which multiply_few is faster: here the microkernel, B in place
+  static constexpr bool kFewByLines = false;      // there, whole cache lines of B at once
 };
 
 template <>
@@ -44,6 +45,7 @@ struct Shape<Avx2> {  // 12 of 16 registers accumulate; 8 loads for 12 products;
   static constexpr int64_t kResidentB = 1 << 18;  // bytes of packed B that stay in the second-level cache beside the rest
   static constexpr bool kFetchesSums = true;
   static constexpr int64_t kFewRows = 8;
+  static constexpr bool kFewByLines = true;
 };
 
 template <>
@@ -57,6 +59,7 @@ struct Shape<Neon> {  // 24 of 32 registers accumulate; 10 loads for 24 products
   static constexpr int64_t kResidentB = 1 << 18;
   static constexpr bool kFetchesSums = true;
   static constexpr int64_t kFewRows = 8;
+  static constexpr bool kFewByLines = false;
 };
 
 // How elements E become units of Isa and are multiplied: widened here, pairs where an instruction set has such products.
