@@ -29,6 +29,7 @@ struct Shape<Avx512> {  // 24 of 32 registers accumulate; 10 loads for 24 produc
   static constexpr int64_t kResidentB = 0;
   static constexpr int64_t kFetchingCuts = 1 << 30;  // of rows, up to which the next tile of B is fetched meanwhile;
   static constexpr bool kSpreadsFetch = false;       // whether past that it is fetched before each microkernel
+  static constexpr int64_t kPackAhead = 0;           // rows of B that a microkernel which packs fetches ahead of itself
   static constexpr bool kStreams = true;          // stores past the caches are fast
   static constexpr bool kFetchesSums = false;     // before a microkernel
   static constexpr int64_t kFewRows = 0;          // for which multiply_few is faster: here the microkernel, B in place
@@ -43,6 +44,7 @@ struct Shape<Avx2> {  // 12 of 16 registers accumulate; 8 loads for 12 products;
   static constexpr int64_t kMaxCols = 1024;       // rows are packed once for all of these
   static constexpr int64_t kFetchingCuts = 16;
   static constexpr bool kSpreadsFetch = true;
+  static constexpr int64_t kPackAhead = 16;
   static constexpr bool kStreams = false;
   static constexpr int64_t kResidentB = 1 << 18;  // bytes of packed B that stay in the second-level cache beside the rest
   static constexpr bool kFetchesSums = true;
@@ -58,6 +60,7 @@ struct Shape<Neon> {  // 24 of 32 registers accumulate; 10 loads for 24 products
   static constexpr int64_t kMaxCols = 1024;
   static constexpr int64_t kFetchingCuts = 16;
   static constexpr bool kSpreadsFetch = false;
+  static constexpr int64_t kPackAhead = 0;
   static constexpr bool kStreams = false;         // vector_neon.h has no store past the caches
   static constexpr int64_t kResidentB = 1 << 18;
   static constexpr bool kFetchesSums = true;

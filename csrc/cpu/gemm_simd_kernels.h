@@ -126,6 +126,7 @@ OMNI_TARGET void multiply_tile(int64_t units, const char* a, int64_t row, int64_
     typename V::type bv[Vectors];
     if constexpr (Packs) {
       U::load_whole(elements, b_step, bv);
+      if constexpr (Shape<Isa>::kPackAhead > 0) __builtin_prefetch(elements + Shape<Isa>::kPackAhead * b_step, 0, 3);
       elements += (Pairs ? 2 : 1) * b_step;
 #pragma GCC unroll 4
       for (int j = 0; j < Vectors; ++j) V::template store<false>(pack + V::width * j, bv[j]);
