@@ -220,8 +220,8 @@ constexpr int kDepth = 8;       // rows of B that pass together
 constexpr int kSumsAtOnce = 4;  // rows of A whose sums are in registers
 constexpr int64_t kPage = 4096;
 
-// sums += the products of rows Begin.. of A (`factor`), kSumsAtOnce at most, with kDepth rows of B: Vectors vectors from
-// columns(row) on, which are left in `pack`, [kDepth][Vectors], if that is given.
+// sums += the products of rows Begin.. of A (`factor`), kSumsAtOnce at most, with kDepth rows of B: Vectors vectors
+// from columns(row) on, which are left in `pack`, [kDepth][Vectors], if that is given.
 template <class Isa, class E, int Rows, int Vectors, int Begin, class Columns>
 OMNI_TARGET inline __attribute__((always_inline)) void add_few_columns(const float (*factor)[Rows],
                                                                        const Columns& columns, float* sums,
@@ -259,8 +259,8 @@ OMNI_TARGET inline __attribute__((always_inline)) void add_few_columns(const flo
 
 // sums[i][j] += the products of Rows rows of A with `depth` <= kDepth rows of B, over n columns. The rows of B that come
 // after these are fetched meanwhile: as one run of memory where they are that (the processor's own prefetcher then runs
-// ahead of ours), else row by row. Where loads of B follow each other closely, for hardly any rows of A, and its rows are
-// a page or more, the processor's prefetcher alone is faster.
+// ahead of ours), else row by row. Where loads of B follow each other closely, for hardly any rows of A, and its rows
+// are a page or more, the processor's prefetcher alone is faster.
 template <class Isa, class E, int Rows>
 OMNI_TARGET void add_few(const E* a, int64_t ld_a, const E* b, int64_t ld_b, int64_t n, const E* next, int64_t depth,
                          float* sums, int64_t ld_sums) {
