@@ -239,6 +239,12 @@ void multiply(const MatrixA<typename G::Element>& a, const MatrixB<typename G::E
             run = {};
           }
         }
+        // With many rows the next tile's lines are spread over all microkernels: so many before each.
+        const E* ahead = nullptr;
+        if (G::kSpreadsFetch && !b_in_place && !b.transposed && !run.step && cuts_of_all > G::kFetchingCuts)
+          ahead = j + G::kTile < n ? b.data + l0 * b.ld + j + G::kTile : last ? b.next : b.data + (l0 + block) * b.ld;
+        const int64_t lines_at_once = ceil_div(length, cuts_of_all);
+        int64_t lines_left = ahead ? length : 0;
         const E* next_a = last ? a.next : a.data + (l0 + block) * a.ld;
         if (!a.columns || j > 0) next_a = nullptr;
         // The rows in groups (one if A is not packed by columns), each cut into tiles of nearly equal height.
@@ -271,6 +277,8 @@ void multiply(const MatrixA<typename G::Element>& a, const MatrixB<typename G::E
             } else if (const int64_t call = a.columns ? cut - 2 : cut; next && g == 0 && call >= 0 && call < 2) {
               tile.fetch = lines<G>(next, b.ld, call);
             }
+            for (int64_t k = std::min(lines_left, lines_at_once); k > 0; --k, --lines_left, ahead += b.ld)
+              __builtin_prefetch(ahead, 0, 2);
             tile.init = (!first || c.accumulate) ? partial + i * ld_partial + j : nullptr;
             tile.out = tile.narrow ? static_cast<void*>(static_cast<E*>(c.data) + i * c.ld + j)
                                    : static_cast<void*>(partial + i * ld_partial + j);

@@ -21,6 +21,7 @@ struct Portable {
   static constexpr int64_t kUnits = 256;
   static constexpr int64_t kMaxCols = 256, kFewRows = 0, kResidentB = 0;
   static constexpr int64_t kFetchingCuts = 1 << 30;
+  static constexpr bool kSpreadsFetch = false;
   static constexpr bool kStreams = true;
   static constexpr bool kAInPlace = std::is_same_v<E, Acc>;
   static constexpr bool kBInPlace = false;

@@ -27,10 +27,13 @@ struct Shape<Avx512> {  // 24 of 32 registers accumulate; 10 loads for 24 produc
   static constexpr bool kInPlace = true;          // fp32 rows, and fp32 weights that few rows use, are not packed
   static constexpr int64_t kMaxCols = 256;        // of a result in one task
   static constexpr int64_t kResidentB = 0;
-  static constexpr int64_t kFetchingCuts = 1 << 30;  // of rows, up to which the next tile of B is fetched meanwhile
+  static constexpr int64_t kFetchingCuts = 1 << 30;  // of rows, up to which the next tile of B is fetched meanwhile;
+  static constexpr bool kSpreadsFetch = false;       // whether past that it is fetched before each microkernel
+  static constexpr int64_t kPackAhead = 0;           // rows of B that a microkernel which packs fetches ahead of itself
   static constexpr bool kStreams = true;          // stores past the caches are fast
   static constexpr bool kFetchesSums = false;     // before a microkernel
   static constexpr int64_t kFewRows = 0;          // for which multiply_few is faster: here the microkernel, B in place
+  static constexpr bool kFewByLines = false;      // there, whole cache lines of B at once
 };
 
 template <>
@@ -40,10 +43,13 @@ struct Shape<Avx2> {  // 12 of 16 registers accumulate; 8 loads for 12 products;
   static constexpr bool kInPlace = false;
   static constexpr int64_t kMaxCols = 1024;       // rows are packed once for all of these
   static constexpr int64_t kFetchingCuts = 16;
+  static constexpr bool kSpreadsFetch = true;
+  static constexpr int64_t kPackAhead = 16;
   static constexpr bool kStreams = false;
   static constexpr int64_t kResidentB = 1 << 18;  // bytes of packed B that stay in the second-level cache beside the rest
   static constexpr bool kFetchesSums = true;
   static constexpr int64_t kFewRows = 8;
+  static constexpr bool kFewByLines = true;
 };
 
 template <>
@@ -53,10 +59,13 @@ struct Shape<Neon> {  // 24 of 32 registers accumulate; 10 loads for 24 products
   static constexpr bool kInPlace = false;
   static constexpr int64_t kMaxCols = 1024;
   static constexpr int64_t kFetchingCuts = 16;
+  static constexpr bool kSpreadsFetch = false;
+  static constexpr int64_t kPackAhead = 0;
   static constexpr bool kStreams = false;         // vector_neon.h has no store past the caches
   static constexpr int64_t kResidentB = 1 << 18;
   static constexpr bool kFetchesSums = true;
   static constexpr int64_t kFewRows = 8;
+  static constexpr bool kFewByLines = false;
 };
 
 // How elements E become units of Isa and are multiplied: widened here, pairs where an instruction set has such products.
@@ -100,6 +109,7 @@ struct Simd {
   static constexpr int64_t kResidentB = Shape<Isa>::kResidentB;
   static constexpr bool kStreams = Shape<Isa>::kStreams;
   static constexpr int64_t kFetchingCuts = Shape<Isa>::kFetchingCuts;
+  static constexpr bool kSpreadsFetch = Shape<Isa>::kSpreadsFetch;
   static constexpr int64_t kMaxCols = Shape<Isa>::kMaxCols, kFewRows = Shape<Isa>::kFewRows;
   static constexpr bool kAInPlace = Pairs || (std::is_same_v<E, float> && Shape<Isa>::kInPlace);
   static constexpr bool kBInPlace = std::is_same_v<E, float> && Shape<Isa>::kInPlace;

@@ -126,6 +126,7 @@ OMNI_TARGET void multiply_tile(int64_t units, const char* a, int64_t row, int64_
     typename V::type bv[Vectors];
     if constexpr (Packs) {
       U::load_whole(elements, b_step, bv);
+      if constexpr (Shape<Isa>::kPackAhead > 0) __builtin_prefetch(elements + Shape<Isa>::kPackAhead * b_step, 0, 3);
       elements += (Pairs ? 2 : 1) * b_step;
 #pragma GCC unroll 4
       for (int j = 0; j < Vectors; ++j) V::template store<false>(pack + V::width * j, bv[j]);
@@ -215,75 +216,93 @@ OMNI_TARGET typename Simd<Isa, E, Pairs>::Micro Simd<Isa, E, Pairs>::micro(bool 
   return packed_a ? by_columns.of[rows - 1][column] : by_rows.of[rows - 1][column];
 }
 
-constexpr int kDepth = 8;          // rows of B that pass together
-constexpr int kSumsAtOnce = 4;     // rows of A whose sums are in registers,
-constexpr int kVectorsAtOnce = 3;  // and how many vectors of each: 12 of AVX2's 16 registers
+constexpr int kDepth = 8;       // rows of B that pass together
+constexpr int kSumsAtOnce = 4;  // rows of A whose sums are in registers
+constexpr int64_t kPage = 4096;
 
-// sums[i][j] += the products of Rows rows of A (`factor`) with kDepth rows of B, over Vectors vectors of columns from j.
-template <class Isa, class E, int Rows, int Vectors>
-OMNI_TARGET inline void add_few_columns(const float (*factor)[Rows], const E* const* row, int64_t j, float* sums,
-                                        int64_t ld_sums) {
+// sums += the products of rows Begin.. of A (`factor`), kSumsAtOnce at most, with kDepth rows of B: Vectors vectors
+// from columns(row) on, which are left in `pack`, [kDepth][Vectors], if that is given.
+template <class Isa, class E, int Rows, int Vectors, int Begin, class Columns>
+OMNI_TARGET inline __attribute__((always_inline)) void add_few_columns(const float (*factor)[Rows],
+                                                                       const Columns& columns, float* sums,
+                                                                       int64_t ld_sums, float* pack) {
   using V = Vector<Isa, float>;
   using type = typename V::type;
+  constexpr int rows = Rows - Begin < kSumsAtOnce ? Rows - Begin : kSumsAtOnce;
   __asm__("" : "+r"(factor));  // or the compiler keeps every factor as a vector on the stack, at twice the loads
-#pragma GCC unroll 2
-  for (int begin = 0; begin < Rows; begin += kSumsAtOnce) {
-    type acc[kSumsAtOnce][Vectors];
-    const int rows = Rows - begin < kSumsAtOnce ? Rows - begin : kSumsAtOnce;
-    float* at = sums + begin * ld_sums + j;
+  type acc[rows][Vectors];
+  float* at = sums + Begin * ld_sums;
 #pragma GCC unroll 4
-    for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 3
-      for (int v = 0; v < Vectors; ++v) acc[i][v] = V::load(at + i * ld_sums + V::width * v);
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) acc[i][v] = V::load(at + i * ld_sums + V::width * v);
 #pragma GCC unroll 8
-    for (int u = 0; u < kDepth; ++u) {
-      type columns[Vectors];
-#pragma GCC unroll 3
-      for (int v = 0; v < Vectors; ++v) columns[v] = V::load(row[u] + j + V::width * v);
+  for (int u = 0; u < kDepth; ++u) {
+    type column[Vectors];
 #pragma GCC unroll 4
-      for (int i = 0; i < rows; ++i) {
-        const type times = V::broadcast(factor[u][begin + i]);
-#pragma GCC unroll 3
-        for (int v = 0; v < Vectors; ++v) acc[i][v] = V::fma(times, columns[v], acc[i][v]);
-      }
+    for (int v = 0; v < Vectors; ++v) {
+      column[v] = V::load(columns(u) + V::width * v);
+      if (pack) V::template store<false>(pack + (u * Vectors + v) * V::width, column[v]);
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 3
-      for (int v = 0; v < Vectors; ++v) V::template store<false>(at + i * ld_sums + V::width * v, acc[i][v]);
+    for (int i = 0; i < rows; ++i) {
+      const type times = V::broadcast(factor[u][Begin + i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) acc[i][v] = V::fma(times, column[v], acc[i][v]);
+    }
   }
+#pragma GCC unroll 4
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) V::template store<false>(at + i * ld_sums + V::width * v, acc[i][v]);
 }
 
 // sums[i][j] += the products of Rows rows of A with `depth` <= kDepth rows of B, over n columns. The rows of B that come
 // after these are fetched meanwhile: as one run of memory where they are that (the processor's own prefetcher then runs
-// ahead of ours), else row by row.
+// ahead of ours), else row by row. Where loads of B follow each other closely, for hardly any rows of A, and its rows
+// are a page or more, the processor's prefetcher alone is faster.
 template <class Isa, class E, int Rows>
 OMNI_TARGET void add_few(const E* a, int64_t ld_a, const E* b, int64_t ld_b, int64_t n, const E* next, int64_t depth,
                          float* sums, int64_t ld_sums) {
   using V = Vector<Isa, float>;
+  constexpr bool lines = Shape<Isa>::kFewByLines, packs = lines && Rows > kSumsAtOnce;
+  constexpr int kVectors = !lines ? 3 : Rows <= 2 ? 4 : 2, kHint = lines ? 0 : 2;
   float factors[kDepth][Rows];
+  [[maybe_unused]] alignas(64) float pack[kDepth * kVectors * V::width];
   const E* row[kDepth];
   for (int64_t u = 0; u < kDepth; ++u) {
     row[u] = b + (u < depth ? u : 0) * ld_b;  // past the last: times zero
     for (int i = 0; i < Rows; ++i) factors[u][i] = u < depth ? to_float(a[i * ld_a + u]) : 0.0f;
   }
-  constexpr int64_t across = kVectorsAtOnce * V::width, line = 64 / sizeof(E);
+  constexpr int64_t across = kVectors * V::width, line = 64 / sizeof(E);
   const bool one_run = ld_b == n;
+  const bool fetches = !lines || Rows > kSumsAtOnce || n * int64_t{sizeof(E)} < kPage;
   int64_t j = 0;
   for (; j + across <= n; j += across) {
-    if (one_run) {
+    if (fetches && one_run) {
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < kDepth * across; i += line) __builtin_prefetch(next + i, 0, 2);
+      for (int64_t i = 0; i < kDepth * across; i += line) __builtin_prefetch(next + i, 0, kHint);
       next += kDepth * across;
-    } else {
+    } else if (fetches) {
 #pragma GCC unroll 8
       for (int u = 0; u < kDepth; ++u)
-        for (int64_t i = 0; i < across; i += line) __builtin_prefetch(next + u * ld_b + i, 0, 2);
+        for (int64_t i = 0; i < across; i += line) __builtin_prefetch(next + u * ld_b + i, 0, kHint);
       next += across;
     }
-    add_few_columns<Isa, E, Rows, kVectorsAtOnce>(factors, row, j, sums, ld_sums);
+    const auto in_place = [&](int u) __attribute__((always_inline)) { return row[u] + j; };
+    const auto packed = [&](int u) __attribute__((always_inline)) { return pack + u * across; };
+    add_few_columns<Isa, E, Rows, kVectors, 0>(factors, in_place, sums + j, ld_sums, packs ? pack : nullptr);
+    if constexpr (packs)
+      add_few_columns<Isa, E, Rows, kVectors, kSumsAtOnce>(factors, packed, sums + j, ld_sums, nullptr);
+    else if constexpr (Rows > kSumsAtOnce)
+      add_few_columns<Isa, E, Rows, kVectors, kSumsAtOnce>(factors, in_place, sums + j, ld_sums, nullptr);
   }
-  for (; j + V::width <= n; j += V::width) add_few_columns<Isa, E, Rows, 1>(factors, row, j, sums, ld_sums);
+  for (; j + V::width <= n; j += V::width) {
+    const auto in_place = [&](int u) __attribute__((always_inline)) { return row[u] + j; };
+    add_few_columns<Isa, E, Rows, 1, 0>(factors, in_place, sums + j, ld_sums, nullptr);
+    if constexpr (Rows > kSumsAtOnce)
+      add_few_columns<Isa, E, Rows, 1, kSumsAtOnce>(factors, in_place, sums + j, ld_sums, nullptr);
+  }
   if (j == n) return;
   const typename V::Part part = V::part(n - j);
   for (int i = 0; i < Rows; ++i) {
