@@ -245,9 +245,9 @@ class Rehearsal:
         self.data = make_data(directory / "data")
         self._starts: dict[str, Path] = {}
 
-    def run(self, case: Case) -> Miniature:
+    def run(self, case: Case, *, attempt: int = 1) -> Miniature:
         """Rehearse one case; the error says what is wrong with it."""
-        run_dir = self.directory / case.name
+        run_dir = self.directory / f"{case.name}.{attempt}"
         small = shrunk(case, data=self.data, start=self._start(case), run_dir=run_dir)
         run_dir.mkdir()
         try:
