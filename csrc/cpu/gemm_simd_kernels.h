@@ -266,7 +266,8 @@ OMNI_TARGET void add_few(const E* a, int64_t ld_a, const E* b, int64_t ld_b, int
                          float* sums, int64_t ld_sums) {
   using V = Vector<Isa, float>;
   constexpr bool lines = Shape<Isa>::kFewByLines, packs = lines && Rows > kSumsAtOnce;
-  constexpr int kVectors = !lines ? 3 : Rows <= 2 ? 4 : 2, kHint = lines ? 0 : 2;
+  constexpr int kVectors = !lines ? 3 : Rows <= 2 ? 4 : 2;
+  constexpr int kHint = lines ? 0 : 2;  // B passes by once: 0 leaves the second-level cache to what is used again
   float factors[kDepth][Rows];
   [[maybe_unused]] alignas(64) float pack[kDepth * kVectors * V::width];
   const E* row[kDepth];

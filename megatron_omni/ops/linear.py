@@ -24,7 +24,7 @@ OURS = {
     "avx512": {torch.float32: range(4, _ANY), torch.bfloat16: range(1, _ANY)},
     "avx2": {torch.float32: range(4, 129), torch.bfloat16: range(2, _ANY)},
 }
-"""Rows of which ours is faster, by engine: one row is a pass over W, which PyTorch does as fast; from 128 on MKL is as fast as
+"""Rows of which ours is faster, by engine: one row is a pass over W, which PyTorch does as fast; past 128 MKL is as fast as
 ``avx2``, which oneDNN is in bf16 only on processors that multiply bf16 (and those have AVX-512)."""
 
 _by_transposed = extension.op("grouped_gemm_dgrad")
